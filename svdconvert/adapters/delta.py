@@ -1,0 +1,67 @@
+"""What an adapter changes, applied to a matrix.  O: out features, I: in features, R: rank."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from svdconvert.factors import Factors
+
+_BLOCK = 1 << 22  # elements of a matrix in work at a time: 16 MB in float32
+
+
+def subtract(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
+    """weight - scale * product in float32, (O, I): the residual before it is rounded."""
+    left, right = factors.folded()
+    return torch.addmm(weight_OI, left, right, alpha=-scale)
+
+
+def shifted(weight_OI: Tensor, after: Factors, scale: float, before: Factors, scale0: float) -> Tensor:
+    """weight + (scale * after - scale0 * before), one rounding to the dtype of `weight_OI`.
+
+    The two products are computed apart by the same kernel, and where they agree the weight's own
+    bits stay, the sign of a zero included: an untrained adapter changes nothing.
+    """
+    (left, right), (left0, right0) = after.folded(), before.folded()
+    merged_OI = torch.empty_like(weight_OI)
+    for rows in row_blocks(weight_OI):
+        product = _product(left[rows], right, scale)
+        change = product.sub_(_product(left0[rows], right0, scale0))
+        moved = weight_OI[rows].float().add_(change).to(weight_OI.dtype)
+        merged_OI[rows] = torch.where(change == 0, weight_OI[rows], moved)
+    return merged_OI
+
+
+def restored(residual_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
+    """residual + scale * product, one rounding to `dtype`."""
+    left, right = factors.folded()
+    merged_OI = torch.empty(residual_OI.shape, dtype=dtype)
+    for rows in row_blocks(residual_OI):
+        merged_OI[rows] = _product(left[rows], right, scale).add_(residual_OI[rows].float()).to(dtype)
+    return merged_OI
+
+
+def row_blocks(matrix_OI: Tensor) -> Iterator[slice]:
+    """Slices of rows that bound the float32 copies of a large matrix."""
+    rows, columns = matrix_OI.shape
+    step = max(1, _BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    product = left @ right
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
+    """(B, A) of rank 2R with B @ A = scale * after - scale0 * before: a LoRA of scale 1.
+
+    Rank R where the start was zero, or where A did not move (then the change is all in B).
+    """
+    (left, right), (left0, right0) = after.folded(), before.folded()
+    if not left0.any():
+        return left * scale, right
+    if torch.equal(right, right0):
+        return left * scale - left0 * scale0, right
+    return torch.cat([left * scale, left0 * -scale0], dim=1), torch.cat([right, right0], dim=0)

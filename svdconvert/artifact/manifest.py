@@ -1,0 +1,127 @@
+"""svdconvert.json: what a directory is, where it came from, and how exact it is.
+
+Written last, so that its presence means the directory is complete. The schema is described in
+docs/manifest.md.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from svdconvert.artifact.fingerprint import Fingerprint
+from svdconvert.checkpoint.sidecars import read_json_object
+from svdconvert.checkpoint.writer import MARK
+from svdconvert.errors import ArtifactError
+
+FORMAT = 1
+Kind = Literal["decomposed", "trained", "merged", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """A model that a directory belongs to."""
+
+    location: str
+    """An absolute path, or org/name on the Hub."""
+    revision: str | None = None
+    """The commit, for a model of the Hub."""
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """One adapted matrix: names, shape and measured errors. None where it does not apply."""
+
+    module: str
+    role: str
+    shape: tuple[int, int]
+    dtype: str
+    """Element type in the base."""
+    rank: int
+    scale: float
+    """Of the initial adapter: W = W_res + scale * B A."""
+    sigma_first: float | None = None
+    sigma_last: float | None = None
+    energy: float | None = None
+    """Share of ||W||_F^2 in the factors."""
+    excess: float | None = None
+    """Estimated excess of the residual's norm over the optimum; 0 where the SVD is exact."""
+    engine: str | None = None
+    error: float = 0.0
+    """||W_res + scale * B A - W||_F / ||W||_F as stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The content of svdconvert.json."""
+
+    kind: Kind
+    layout: str
+    method: str
+    base: Origin | None
+    residual: Origin | None = None
+    """The residual base: absent where the method leaves the base as it is."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Every option that shaped the result."""
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    """By the tensor's name in the base."""
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Checksum of every stored tensor, by file."""
+    threads: int = 0
+    svdconvert: str = field(default_factory=lambda: version("svdconvert"))
+    format: int = FORMAT
+
+    def write(self, directory: Path) -> "Manifest":
+        """Write svdconvert.json into `directory`."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        (directory / MARK).write_text(text, encoding="utf-8")
+        return self
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Checksum of every stored tensor of the model's own files, whatever the file."""
+        return {name: mark for file, marks in self.files.items() if "/" not in file for name, mark in marks.items()}
+
+
+def is_ours(directory: Path) -> bool:
+    """True where a complete directory of svdconvert stands."""
+    return (directory / MARK).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a directory. Raises ArtifactError where it is missing or of another format."""
+    path = directory / MARK
+    if not path.is_file():
+        partial = directory.name.endswith(".partial")
+        why = "is what an unfinished run left; repeat that command to finish it" if partial else "has none"
+        raise ArtifactError(f"{directory} {why}: a directory of svdconvert holds {MARK}")
+    values = read_json_object(path)
+    if values.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {values.get('format')!r} and this svdconvert reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    try:
+        return _manifest(values)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); restore the file") from error
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+    known = {entry.name for entry in fields(Manifest)}
+    values = {key: value for key, value in values.items() if key in known}
+    values["base"] = _origin(values["base"])
+    values["residual"] = _origin(values["residual"])
+    values["matrices"] = {
+        name: Matrix(**{**row, "shape": tuple(row["shape"])}) for name, row in values["matrices"].items()
+    }
+    return Manifest(**values)
+
+
+def _origin(row: dict[str, Any] | None) -> Origin | None:
+    if row is None:
+        return None
+    return Origin(**{**row, "fingerprint": Fingerprint(**row["fingerprint"])})

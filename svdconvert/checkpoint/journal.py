@@ -1,0 +1,92 @@
+"""What a run has finished, so that the same command can go on after a kill.
+
+A JSON-lines file: first the run's identity (verb, options, source, version), then one line for each
+finished item, written after the item's bytes. The open file is locked: two runs cannot share it.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from svdconvert.errors import OutputError
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """The finished items of one run and what was noted about each."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, anew: bool = False) -> None:
+        """Open or begin the journal at `path`; `anew` forgets what it holds.
+
+        Raises OutputError where another process has it, or where it belongs to another run (naming
+        what differs).
+        """
+        self.finished: dict[str, Record] = {}
+        self._stream = path.open("ab+")
+        try:
+            _lock(self._stream, path.parent)
+            lines, end = ([], 0) if anew else _whole_lines(self._stream)
+            if lines:
+                _same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
+            self.finished = {line["item"]: line["record"] for line in lines[1:]}
+            self._stream.truncate(end)
+            if not lines:
+                self._append(identity)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def finish(self, item: str, record: Record) -> None:
+        """Note that the bytes of `item` are written."""
+        self._append({"item": item, "record": record})
+        self.finished[item] = record
+
+    def close(self) -> None:
+        """Put the journal on disk and let go of it."""
+        if not self._stream.closed:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(line).encode() + b"\n")
+        self._stream.flush()
+
+
+def _lock(stream: IO[bytes], directory: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another run is writing {directory}; wait for it or choose another -o") from error
+
+
+def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
+    """The parsed lines up to the first that a kill cut short, and the offset where they end."""
+    stream.seek(0)
+    lines: list[Any] = []
+    end = 0
+    for text in stream:
+        try:
+            lines.append(json.loads(text if text.endswith(b"\n") else b""))
+        except ValueError:
+            break
+        end += len(text)
+    return lines, end
+
+
+def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differing:
+        changes = ", ".join(f"{key} (was {_brief(before.get(key))}, is {_brief(now.get(key))})" for key in differing)
+        raise OutputError(
+            f"{directory} was left by another run: {changes}; repeat that run's command to go on, "
+            "or give --overwrite to start anew"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

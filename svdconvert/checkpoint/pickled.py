@@ -1,0 +1,52 @@
+"""PyTorch's own files (.bin, .pth): memory-mapped, and never unpickled beyond plain tensors."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from svdconvert.checkpoint.source import TensorInfo, dtype_code, pieces, tensor_bytes
+from svdconvert.errors import CheckpointError
+
+
+class PickledSource:
+    """A TensorSource over PyTorch files, through `weights_only` and `mmap`."""
+
+    def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            self._tensors.update(_load(file))
+        for name, place in (weight_map or {}).items():
+            if name not in self._tensors:
+                raise CheckpointError(f"the index places {name} in {place}, which does not hold it")
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as mapped from the file."""
+        return self._tensors[name].detach()
+
+    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`."""
+        return pieces(tensor_bytes(self._tensors[name]), size)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and was not unpickled, because that can run code; "
+            "save it as safetensors with the program that wrote it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or in PyTorch's format from before 1.6; fetch it again or save it anew"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{file} is not a state dict (a mapping from names to tensors)")
+    return loaded

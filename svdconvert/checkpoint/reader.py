@@ -1,0 +1,144 @@
+"""Open a checkpoint directory: headers first, then one tensor at a time."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdconvert.checkpoint.header import Extent, header_length, parse_header
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, torch_dtype
+from svdconvert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+
+
+def open_checkpoint(directory: Path) -> TensorSource:
+    """The tensors of a model directory: safetensors (preferred) or PyTorch .bin, one file or shards.
+
+    Raises CheckpointError where there is no checkpoint or a file of it is missing or damaged.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist; give a model directory")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds the model and its config.json")
+    if (directory / INDEX).exists():
+        return SafetensorsSource.indexed(directory)
+    if (directory / SINGLE).exists():
+        return SafetensorsSource([directory / SINGLE])
+    pickled = [directory / name for name in (PICKLED_INDEX, PICKLED_SINGLE) if (directory / name).exists()]
+    if not pickled:
+        content = "is empty" if not any(directory.iterdir()) else "holds no model weights"
+        raise CheckpointError(f"{directory} {content}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE} or {PICKLED_INDEX}")
+    from svdconvert.checkpoint.pickled import PickledSource
+
+    if pickled[0].name == PICKLED_SINGLE:
+        return PickledSource(pickled)
+    weight_map = read_index(pickled[0])
+    return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
+
+
+def read_index(path: Path) -> Mapping[str, str]:
+    """The index's tensor -> shard map, checked: plain names of files that exist beside it."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again") from error
+    for name, file in entries.items():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read")
+    if absent := [file for file in shard_names(entries) if not (path.parent / file).is_file()]:
+        raise CheckpointError(f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard")
+    return entries
+
+
+def shard_names(weight_map: Mapping[str, str]) -> list[str]:
+    """The files of an index in their order."""
+    return sorted(set(weight_map.values()))
+
+
+class SafetensorsSource:
+    """A TensorSource over safetensors files.
+
+    Bytes are read with pread, not mapped: a file that shrinks under the run is then a sentence, not
+    a SIGBUS.
+    """
+
+    def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
+        self._extents: dict[str, tuple[Path, Extent]] = {}
+        self._open: dict[Path, int] = {}
+        for file in files:
+            for extent in read_header(file):
+                name = extent.info.name
+                if weight_map is None or weight_map.get(name, file.name) == file.name:
+                    self._extents[name] = (file, extent)
+        self.infos: Mapping[str, TensorInfo] = {name: extent.info for name, (_, extent) in self._extents.items()}
+
+    @classmethod
+    def indexed(cls, directory: Path) -> "SafetensorsSource":
+        """The shards of a directory with an index."""
+        weight_map = read_index(directory / INDEX)
+        source = cls([directory / file for file in shard_names(weight_map)], weight_map)
+        for name, file in weight_map.items():
+            if name not in source.infos:
+                raise CheckpointError(f"{directory / INDEX} places {name} in {file}, which does not hold it")
+        return source
+
+    def read(self, name: str) -> "Tensor":
+        """The whole tensor in its stored dtype, freshly allocated."""
+        import torch
+
+        path, extent = self._extents[name]
+        raw = torch.empty(extent.info.nbytes, dtype=torch.uint8)
+        if raw.numel():
+            self._fill(path, memoryview(raw.numpy()), extent.begin, name)
+        return raw.view(torch_dtype(extent.info.dtype)).reshape(extent.info.shape)
+
+    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`; each is valid until the next is asked for."""
+        path, extent = self._extents[name]
+        left, offset = extent.info.nbytes, extent.begin
+        buffer = memoryview(bytearray(min(size, left)))
+        while left:
+            piece = buffer[: min(size, left)]
+            self._fill(path, piece, offset, name)
+            yield piece
+            offset, left = offset + len(piece), left - len(piece)
+
+    def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
+        try:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            while len(buffer):
+                count = os.preadv(self._open[path], [buffer], offset)
+                if count == 0:
+                    raise CheckpointError(f"{path} was truncated while {name} was read; restore the file and run again")
+                buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read_header(file: Path) -> list[Extent]:
+    """The tensors of one safetensors file. Raises CheckpointError where the file is damaged."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = header_length(stream.read(8), str(file), size)
+            return parse_header(stream.read(length), str(file), size)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error

@@ -1,0 +1,105 @@
+"""What a checkpoint is to the rest of the program: named tensors, known before any is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+from svdconvert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# safetensors' code of an element type -> (bits of an element, torch's name of it).
+ELEMENTS: Mapping[str, tuple[int, str]] = {
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+    "C64": (64, "complex64"),
+    "F32": (32, "float32"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "BF16": (16, "bfloat16"),
+    "F16": (16, "float16"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "I8": (8, "int8"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
+    "F6_E3M2": (6, ""),
+    "F6_E2M3": (6, ""),
+    "F4": (4, "float4_e2m1fn_x2"),
+}
+_CODES = {torch_name: code for code, (_, torch_name) in ELEMENTS.items() if torch_name}
+
+# What can be decomposed: the formats whose values are the weights themselves.
+REAL = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its header describes it; `dtype` is a key of ELEMENTS."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored data."""
+        return (prod(self.shape) * ELEMENTS[self.dtype][0] + 7) // 8
+
+
+class TensorSource(Protocol):
+    """Named tensors, described by headers and read one at a time."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor in the order of the files; nothing is loaded."""
+        ...
+
+    def read(self, name: str) -> "Tensor":
+        """The tensor, memory-mapped where the format allows it. Not to be written to."""
+        ...
+
+    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`."""
+        ...
+
+
+def torch_dtype(code: str) -> "torch.dtype":
+    """torch's dtype of safetensors' code. Raises CheckpointError where torch has none."""
+    import torch
+
+    dtype = getattr(torch, ELEMENTS[code][1], None) if code in ELEMENTS else None
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"element type {code} has no counterpart in torch {torch.__version__}")
+    return dtype
+
+
+def dtype_code(dtype: "torch.dtype") -> str:
+    """safetensors' code of torch's dtype."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _CODES:
+        raise CheckpointError(f"torch dtype {name} cannot be stored in safetensors")
+    return _CODES[name]
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The tensor's own memory as bytes; copies only what is not contiguous."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def pieces(data: memoryview, size: int) -> Iterator[memoryview]:
+    """`data` cut into views of at most `size` bytes."""
+    for start in range(0, len(data), size):
+        yield data[start : start + size]

@@ -1,0 +1,61 @@
+"""Everything that is the user's to mend, as one tree.
+
+SvdConvertError            one sentence: what is wrong, where, and what to do
+├── CheckpointError        a file is missing, damaged or not a checkpoint
+├── TargetError            a target matches nothing, or a matrix cannot be decomposed
+├── RecipeError            an option or recipe key is unknown, missing or ill-typed
+├── UnknownNameError       no method or layout of that name
+├── OutputError            the output directory is taken, read-only or full
+├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
+├── DataError              training data that cannot be used
+└── MissingPackageError    an optional package is not installed
+
+Faults of the program itself are assertions, and never caught.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SvdConvertError(Exception):
+    """Base of every error that the command line prints as one sentence."""
+
+
+class CheckpointError(SvdConvertError):
+    """A file is missing, damaged or not a checkpoint."""
+
+
+class TargetError(SvdConvertError):
+    """A target matches nothing, or a matrix cannot be decomposed."""
+
+
+class RecipeError(SvdConvertError):
+    """An option or recipe key is unknown, missing or ill-typed."""
+
+
+class UnknownNameError(SvdConvertError):
+    """No method or layout has that name."""
+
+
+class OutputError(SvdConvertError):
+    """The output directory is taken, read-only or full."""
+
+
+class ArtifactError(SvdConvertError):
+    """A directory is of the wrong kind, incomplete, or belongs to another base."""
+
+
+class DataError(SvdConvertError):
+    """Training data that cannot be used."""
+
+
+class MissingPackageError(SvdConvertError):
+    """An optional package is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`known: a, b, c; did you mean b?` for the end of a sentence about an unknown `word`."""
+    names = sorted(known)
+    nearest = get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"known: {', '.join(names)}{hint}"

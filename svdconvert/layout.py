@@ -1,0 +1,133 @@
+"""What a model family calls its matrices: on disk, and as modules at run time.
+
+A layout is data. `roles` maps a role ("attn.q") to the pattern of its tensors' names on disk, with
+{layer} where the layer's number stands; `modules` rewrites a name on disk into the path of the
+module at run time where the two differ.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from svdconvert.checkpoint.source import TensorInfo
+from svdconvert.errors import TargetError, UnknownNameError, did_you_mean
+from svdconvert.registry import Registry
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One matrix of a model: its tensor on disk, its role, its layer and its module at run time."""
+
+    name: str
+    role: str
+    layer: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family of checkpoints whose matrices have the same names."""
+
+    model_types: frozenset[str]
+    """Values of config.json's model_type."""
+    roles: Mapping[str, str]
+    """Role -> pattern of tensor names on disk; only Linear weights of the repeated layers."""
+    modules: Sequence[tuple[str, str]] = ()
+    """(prefix on disk, prefix at run time): the first that fits is replaced."""
+    summary: str = ""
+    """One line for `svdconvert list layouts`."""
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        return [
+            (role, re.compile(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)")))
+            for role, pattern in self.roles.items()
+        ]
+
+    def slot(self, name: str) -> Slot | None:
+        """The slot that the tensor `name` fills, None for embeddings, heads, norms and biases."""
+        for role, pattern in self._patterns:
+            if match := pattern.fullmatch(name):
+                return Slot(name, role, int(match["layer"]), self.module(name))
+        return None
+
+    def module(self, name: str) -> str:
+        """The run-time path of the module whose weight the tensor `name` is."""
+        path = name.removesuffix(".weight")
+        for disk, runtime in self.modules:
+            if path.startswith(disk):
+                return runtime + path[len(disk) :]
+        return path
+
+    def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
+        """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
+        found = ((name, self.slot(name)) for name in infos)
+        return {name: slot for name, slot in found if slot is not None}
+
+    def select(self, infos: Mapping[str, TensorInfo], targets: Sequence[str]) -> dict[str, Slot]:
+        """The slots that any of `targets` names, in the checkpoint's order.
+
+        A target is "all-linear", a role or the first part of one ("attn.q", "mlp"), or a glob on
+        tensor names. Raises TargetError where one of them matches nothing.
+        """
+        slots = self.slots(infos)
+        if not slots:
+            raise TargetError("no tensor of the checkpoint has a name of this layout; give another --layout")
+        wanted: set[str] = set()
+        for target in targets:
+            names = {name for name, slot in slots.items() if _names(target, slot)}
+            if not names:
+                raise TargetError(self._no_match(target, infos))
+            wanted |= names
+        return {name: slot for name, slot in slots.items() if name in wanted}
+
+    def _no_match(self, target: str, infos: Iterable[str]) -> str:
+        others = [name for name in infos if fnmatchcase(name, target)]
+        if others:
+            return (
+                f"target {target!r} matches only tensors that are never decomposed, such as {others[0]} "
+                "(embeddings, heads, norms and biases leave as they are)"
+            )
+        groups = {role.split(".")[0] for role in self.roles}
+        return (
+            f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role "
+            f"({did_you_mean(target, {*self.roles, *groups})})"
+        )
+
+
+def _names(target: str, slot: Slot) -> bool:
+    role = slot.role == target or slot.role.startswith(target + ".")
+    return target == ALL_LINEAR or role or fnmatchcase(slot.name, target)
+
+
+LAYOUTS: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", "layout")
+
+
+def find_layout(name: str | None, model_type: str | None, directory: str) -> tuple[str, Layout]:
+    """The layout called `name`, else the one for config.json's `model_type`, with its name.
+
+    Raises UnknownNameError where there is none.
+    """
+    if name is not None:
+        return name, LAYOUTS.get(name)
+    known = {name: LAYOUTS.get(name) for name in LAYOUTS.names()}
+    for found, layout in known.items():
+        if model_type in layout.model_types:
+            return found, layout
+    types = sorted(kind for layout in known.values() for kind in layout.model_types)
+    raise UnknownNameError(
+        f"{directory} has the model type {model_type!r}, which no layout covers "
+        f"({did_you_mean(str(model_type), types)}); if its tensors are named as in one of {', '.join(known)}, "
+        "say so with --layout"
+    )
+
+
+def gated_decoder(prefix: str = "model") -> dict[str, str]:
+    """The roles of a decoder with a gated feed-forward block under the names that Llama gave them."""
+    layer = f"{prefix}.layers.{{layer}}"
+    attention = {f"attn.{part}": f"{layer}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
+    return attention | {f"mlp.{part}": f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}

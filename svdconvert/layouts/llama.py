@@ -1,0 +1,9 @@
+"""Llama and Mistral."""
+
+from svdconvert.layout import Layout, gated_decoder
+
+LAYOUT = Layout(
+    model_types=frozenset({"llama", "mistral"}),
+    roles=gated_decoder(),
+    summary="Llama 1-3, Mistral, SmolLM2 and others that kept their names",
+)
