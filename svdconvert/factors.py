@@ -47,6 +47,11 @@ class Factors:
         core = None if self.core is None else self.core.to(dtype)
         return Factors(self.left_OR.to(dtype).contiguous(), self.right_RI.to(dtype).contiguous(), core)
 
+    def on(self, device: torch.device) -> "Factors":
+        """The same pieces on a device."""
+        core = None if self.core is None else self.core.to(device)
+        return Factors(self.left_OR.to(device), self.right_RI.to(device), core)
+
     def pieces(self) -> dict[str, Tensor]:
         """The stored pieces by their names in an adapter file."""
         named = {"lora_A": self.right_RI, "lora_B": self.left_OR}

@@ -121,7 +121,7 @@ def find_layout(name: str | None, model_type: str | None, directory: str) -> tup
     types = sorted(kind for layout in known.values() for kind in layout.model_types)
     raise UnknownNameError(
         f"{directory} has the model type {model_type!r}, which no layout covers "
-        f"({did_you_mean(str(model_type), types)}); if its tensors are named as in one of {', '.join(known)}, "
+        f"({did_you_mean(str(model_type), types)}); if its tensors are named as in {', '.join(known)}, "
         "say so with --layout"
     )
 

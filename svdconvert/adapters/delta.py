@@ -16,28 +16,30 @@ def subtract(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
     return torch.addmm(weight_OI, left, right, alpha=-scale)
 
 
-def shifted(weight_OI: Tensor, after: Factors, scale: float, before: Factors, scale0: float) -> Tensor:
-    """weight + (scale * after - scale0 * before), one rounding to the dtype of `weight_OI`.
+def shifted(  # noqa: PLR0913 (the formula has these six)
+    weight_OI: Tensor, after: Factors, scale: float, before: Factors, scale0: float, dtype: torch.dtype
+) -> Tensor:
+    """weight + (scale * after - scale0 * before) in float32, one rounding to `dtype`.
 
     The two products are computed apart by the same kernel, and where they agree the weight's own
     bits stay, the sign of a zero included: an untrained adapter changes nothing.
     """
     (left, right), (left0, right0) = after.folded(), before.folded()
-    merged_OI = torch.empty_like(weight_OI)
+    merged_OI = torch.empty_like(weight_OI, dtype=dtype)
     for rows in row_blocks(weight_OI):
         product = _product(left[rows], right, scale)
         change = product.sub_(_product(left0[rows], right0, scale0))
-        moved = weight_OI[rows].float().add_(change).to(weight_OI.dtype)
-        merged_OI[rows] = torch.where(change == 0, weight_OI[rows], moved)
+        moved = weight_OI[rows].float().add_(change).to(dtype)
+        merged_OI[rows] = torch.where(change == 0, weight_OI[rows].to(dtype), moved)
     return merged_OI
 
 
 def restored(residual_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual + scale * product, one rounding to `dtype`."""
+    """residual + scale * product in float32, one rounding to `dtype`."""
     left, right = factors.folded()
-    merged_OI = torch.empty(residual_OI.shape, dtype=dtype)
+    merged_OI = torch.empty_like(residual_OI, dtype=dtype)
     for rows in row_blocks(residual_OI):
-        merged_OI[rows] = _product(left[rows], right, scale).add_(residual_OI[rows].float()).to(dtype)
+        merged_OI[rows] = _product(left[rows], right, scale).add_(residual_OI[rows]).to(dtype)
     return merged_OI
 
 

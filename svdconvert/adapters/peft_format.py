@@ -115,7 +115,9 @@ def open_adapter(directory: Path) -> Adapter:
     """
     if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
         absent = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
-        raise ArtifactError(f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}")
+        raise ArtifactError(
+            f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
+        )
     config = _config(directory, read_json_object(directory / CONFIG))
     source = SafetensorsSource([directory / WEIGHTS])
     modules: dict[str, dict[str, str]] = {}
@@ -137,7 +139,9 @@ def open_adapter(directory: Path) -> Adapter:
 def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
     path = directory / CONFIG
     if values.get("use_dora"):
-        raise ArtifactError(f"{path} is a DoRA adapter, whose magnitudes no plain LoRA can carry; merge it with PEFT")
+        raise ArtifactError(
+            f"{path} is a DoRA adapter, whose magnitudes no plain LoRA can carry; merge it with PEFT"
+        )
     if values.get("fan_in_fan_out"):
         raise ArtifactError(f"{path} is for transposed layers (fan_in_fan_out), which no layout here has")
     try:
@@ -154,7 +158,9 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
             initialised=values.get("init_lora_weights", True),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is not the configuration of a LoRA adapter: {error} is wrong or missing") from error
+        raise ArtifactError(
+            f"{path} is not the configuration of a LoRA adapter: {error} is wrong or missing"
+        ) from error
 
 
 def _targets(value: Any) -> list[str]:

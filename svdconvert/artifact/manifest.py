@@ -83,7 +83,12 @@ class Manifest:
     @property
     def checksums(self) -> dict[str, str]:
         """Checksum of every stored tensor of the model's own files, whatever the file."""
-        return {name: mark for file, marks in self.files.items() if "/" not in file for name, mark in marks.items()}
+        return {
+            name: mark
+            for file, marks in self.files.items()
+            if "/" not in file
+            for name, mark in marks.items()
+        }
 
 
 def is_ours(directory: Path) -> bool:

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.artifact.fingerprint import Fingerprint, config_checksum, headers_checksum, tensor_checksum
-from svdconvert.artifact.manifest import Manifest, Origin
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.checkpoint.sidecars import read_config
+from svdconvert.artifact.manifest import Origin
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.errors import ArtifactError
 
@@ -15,12 +13,6 @@ from svdconvert.errors import ArtifactError
 def fingerprint(config: Mapping[str, Any], source: TensorSource, tensors: Mapping[str, str]) -> Fingerprint:
     """Of a model with the checksums `tensors`."""
     return Fingerprint(config_checksum(config), headers_checksum(source.infos.values()), tensors)
-
-
-def residual_origin(directory: Path, manifest: Manifest, location: str, revision: str | None) -> Origin:
-    """How an adapter names the decomposed directory that it is trained against."""
-    print_ = fingerprint(read_config(directory), open_checkpoint(directory), manifest.checksums)
-    return Origin(location=location, revision=revision, fingerprint=print_)
 
 
 def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], source: TensorSource) -> None:
@@ -31,16 +23,18 @@ def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], sourc
     """
     known = origin.fingerprint
     if known.headers != headers_checksum(source.infos.values()):
-        raise ArtifactError(_other(directory, origin, "other tensor names, shapes or element types"))
+        raise ArtifactError(_other(directory, origin, "it has other tensor names, shapes or element types"))
     if known.config != config_checksum(config):
-        raise ArtifactError(_other(directory, origin, "another config.json"))
+        raise ArtifactError(_other(directory, origin, "it has another config.json"))
     matrices = [name for name in known.tensors if len(source.infos[name].shape) == 2]
     if matrices:
         name = min(matrices, key=lambda name: source.infos[name].nbytes)
         if tensor_checksum(source, name) != known.tensors[name]:
-            raise ArtifactError(_other(directory, origin, f"other values in {name}"))
+            raise ArtifactError(_other(directory, origin, f"it has other values in {name}"))
 
 
 def _other(directory: Path, origin: Origin, difference: str) -> str:
     at = f"{origin.location}@{origin.revision}" if origin.revision else origin.location
-    return f"{directory} is not the model that the adapter was made for ({at}): it has {difference}; give the right one"
+    return (
+        f"{directory} is not the model that the adapter was made for ({at}): {difference}; give the right one"
+    )

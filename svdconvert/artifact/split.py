@@ -2,57 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from svdconvert.adapters.delta import subtract
 from svdconvert.adapters.peft_format import WEIGHTS, AdapterConfig, adapter_infos, key, target_modules
 from svdconvert.artifact.manifest import Matrix
+from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.sizes import parse_size
 from svdconvert.artifact.stream import Outcome, Work
 from svdconvert.checkpoint.shards import PlannedFile, plan_file, plan_shards
 from svdconvert.checkpoint.source import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.errors import TargetError
 from svdconvert.factors import Factors
-from svdconvert.layout import ALL_LINEAR, Layout, Slot
+from svdconvert.layout import Layout, Slot
 from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.truncated import Spectrum
 from svdconvert.method import METHODS, Method, init_folder
-
-FloatName = Literal["float32", "bfloat16", "float16"]
-
-
-@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class SplitOptions:
-    """Every option of `decompose` that shapes its result."""
-
-    method: str = "pissa"
-    """One of `svdconvert list methods`."""
-    rank: Annotated[int, Field(ge=1)] = 64
-    """Rank of every adapter matrix."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """The adapter is scaled by alpha / rank; alpha is the rank unless given."""
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-    """all-linear, roles such as attn or mlp.down, or globs on tensor names."""
-    svd: Literal["fast", "exact"] = "fast"
-    """Randomised with a measured error, or LAPACK's full SVD."""
-    tol: Annotated[float, Field(gt=0)] = 1e-3
-    """How far the residual's norm may lie above the optimum, relatively, before LAPACK takes over."""
-    dtype: FloatName = "float32"
-    """In which the factors are stored."""
-    residual_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """In which the residual is stored; auto is the source's own."""
-    max_shard_size: str = "5GB"
-    """Size of an output shard."""
-    copy_base: bool = False
-    """Write the base too where the method leaves it as it is."""
-    layout: str | None = None
-    """One of `svdconvert list layouts`, where config.json does not say."""
-    seed: int = 0
-    """Of the random numbers."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +28,12 @@ class SplitPlan:
     """What will be written, known from headers alone."""
 
     method: Method
+    layout: str
     options: SplitOptions
     slots: Mapping[str, Slot]
     infos: Mapping[str, TensorInfo]
     shards: tuple[PlannedFile, ...]
     adapter: PlannedFile
-
-    @property
-    def scale(self) -> float:
-        """Of the adapter: alpha / rank."""
-        return (self.options.alpha or self.options.rank) / self.options.rank
 
     @property
     def folder(self) -> str:
@@ -98,24 +62,26 @@ class SplitPlan:
         )
 
 
-def plan_split(source: TensorSource, layout: Layout, options: SplitOptions) -> SplitPlan:
-    """Plan from headers. Raises TargetError for what cannot be decomposed, all complaints at once."""
+def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOptions) -> SplitPlan:
+    """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
     method = METHODS.get(options.method)
     slots = layout.select(source.infos, options.targets)
     _refuse_unfit(source.infos, slots, options.rank)
     outputs = [
-        replace(info, dtype=_residual_code(options, method, info)) if name in slots and method.residual else info
+        replace(info, dtype=_residual_code(options, method, info))
+        if name in slots and method.residual
+        else info
         for name, info in source.infos.items()
     ]
     keep = method.residual or options.copy_base
     shards = plan_shards(outputs, parse_size(options.max_shard_size)) if keep else []
     dtype = dtype_code(getattr(torch, options.dtype))
     pieces: list[TensorInfo] = []
-    for name, slot in slots.items():
-        rows, columns = source.infos[name].shape
+    for tensor, slot in slots.items():
+        rows, columns = source.infos[tensor].shape
         pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, options.rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces)
-    return SplitPlan(method, options, slots, source.infos, tuple(shards), adapter)
+    return SplitPlan(method, name, options, slots, source.infos, tuple(shards), adapter)
 
 
 def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -134,11 +100,13 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], ra
     chosen = [infos[name] for name in slots]
     if odd := [info for info in chosen if info.dtype not in REAL]:
         raise TargetError(
-            f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such targets); "
+            f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such); "
             "convert the checkpoint to bfloat16, float16 or float32 first"
         )
     if odd := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
-        raise TargetError(f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets")
+        raise TargetError(
+            f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets"
+        )
     if odd := [info for info in chosen if min(info.shape) < rank]:
         shapes = ", ".join(f"{info.name} {info.shape}" for info in odd[:3])
         most = min(min(info.shape) for info in odd)
@@ -161,45 +129,60 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
 
 
 def _split_one(plan: SplitPlan, name: str, stored: Tensor, file: str | None, device: torch.device) -> Outcome:
-    slot, options = plan.slots[name], plan.options
-    weight_OI = stored.to(device, torch.float32)
-    solver = Solver(name, options.svd, options.tol, options.seed)
-    factors, row = split_matrix(plan.method, weight_OI, options, solver)
-    tensors = {(plan.adapter.path, key(slot.module, piece)): tensor for piece, tensor in factors.pieces().items()}
-    if plan.method.residual and file is not None:
-        residual, row["error"] = _residual(weight_OI, factors, plan.scale, torch_dtype(plan.residual_dtype(name)))
-        tensors[file, name] = residual
-    elif file is not None:
-        tensors[file, name] = stored
-    info = plan.infos[name]
-    matrix = Matrix(
-        module=slot.module, role=slot.role, shape=(info.shape[0], info.shape[1]), dtype=info.dtype,
-        rank=options.rank, scale=plan.scale, **row,
-    )
+    factors, base_OI, matrix = split_tensor(plan, name, stored.to(device))
+    tensors = {
+        (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
+    }
+    if file is not None:
+        tensors[file, name] = base_OI
     return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
 
 
-def split_matrix(
-    method: Method, weight_OI: Tensor, options: SplitOptions, solver: Solver
-) -> tuple[Factors, dict[str, Any]]:
-    """The factors of one matrix in the dtype in which they are stored, and what was measured.
+def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, Tensor, Matrix]:
+    """The factors as stored, what becomes of the base's matrix, and what was measured.
 
-    Raises TargetError for a matrix that holds NaN or Inf.
+    The factors are rounded first and the residual is computed from the rounded ones, so that its own
+    single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
-    norm = torch.linalg.vector_norm(weight_OI)
-    if not norm.isfinite() and not weight_OI.isfinite().all():
+    slot, info, options = plan.slots[name], plan.infos[name], plan.options
+    weight_OI = stored.float()
+    _refuse_non_finite(name, weight_OI)
+    solver = Solver(name, options.svd, options.tol, options.seed)
+    split = plan.method.split(weight_OI, options.rank, options.scale, solver)
+    factors = split.factors.to(getattr(torch, options.dtype))
+    base_OI, error = stored, 0.0
+    if plan.method.residual:
+        base_OI, error = _residual(weight_OI, factors, options.scale, torch_dtype(plan.residual_dtype(name)))
+    matrix = Matrix(
+        module=slot.module,
+        role=slot.role,
+        shape=(info.shape[0], info.shape[1]),
+        dtype=info.dtype,
+        rank=options.rank,
+        scale=options.scale,
+        error=error,
+        **(_measured(split.spectrum) if split.spectrum else {}),
+    )
+    return factors, base_OI, matrix
+
+
+def _measured(spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        "sigma_first": spectrum.first,
+        "sigma_last": spectrum.last,
+        "energy": spectrum.energy,
+        "excess": spectrum.excess,
+        "engine": spectrum.engine,
+    }
+
+
+def _refuse_non_finite(name: str, weight_OI: Tensor) -> None:
+    # The norm is one cheap pass; only where it is odd are the values looked at.
+    if not torch.linalg.vector_norm(weight_OI).isfinite() and not weight_OI.isfinite().all():
         count = int((~weight_OI.isfinite()).sum())
         raise TargetError(
-            f"{solver.name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out of --targets"
+            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
         )
-    split = method.split(weight_OI, options.rank, (options.alpha or options.rank) / options.rank, solver)
-    row: dict[str, Any] = {}
-    if (spectrum := split.spectrum) is not None:
-        row = {
-            "sigma_first": spectrum.first, "sigma_last": spectrum.last, "energy": spectrum.energy,
-            "excess": spectrum.excess, "engine": spectrum.engine,
-        }
-    return split.factors.to(getattr(torch, options.dtype)), row
 
 
 def _residual(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:

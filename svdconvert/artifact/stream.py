@@ -50,7 +50,12 @@ def stream(work: Work, source: TensorSource, staged: StagedOutput, track: Track)
     done = 0
     for name in order:
         if name not in staged.finished:
-            staged.finish(name, _matrix(work, name, source, staged) if name in work.matrices else _copy(work, name, source, staged))
+            staged.finish(
+                name,
+                _matrix(work, name, source, staged)
+                if name in work.matrices
+                else _copy(work, name, source, staged),
+            )
         done += source.infos[name].nbytes
         track(Progress(name, work.copies.get(name, ""), done, total))
 

@@ -28,7 +28,9 @@ class Extent:
 def header_length(first: bytes, file: str, size: int) -> int:
     """Bytes of JSON that follow the first eight. Raises CheckpointError where they cannot be there."""
     if len(first) < _LENGTH:
-        raise CheckpointError(f"{file} is truncated: {size} bytes are too few for a safetensors header; fetch it again")
+        raise CheckpointError(
+            f"{file} is truncated: {size} bytes are too few for a safetensors header; fetch it again"
+        )
     length = int.from_bytes(first[:_LENGTH], "little")
     if length > _LONGEST or _LENGTH + length > size:
         raise CheckpointError(
@@ -47,15 +49,19 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
     try:
         table = json.loads(text)
         entries = {name: row for name, row in table.items() if name != "__metadata__"}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: the safetensors header is not a JSON object; fetch it again") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: the safetensors header is not a JSON object; fetch it again"
+        ) from error
     start = _LENGTH + len(text)
     extents = [_extent(name, row, start, file) for name, row in entries.items()]
     extents.sort(key=lambda extent: (extent.begin, extent.info.nbytes))
     end = start
     for extent in extents:
         if extent.begin != end:
-            raise CheckpointError(f"{file}: the header lies about the place of {extent.info.name}; fetch it again")
+            raise CheckpointError(
+                f"{file}: the header lies about the place of {extent.info.name}; fetch it again"
+            )
         end += extent.info.nbytes
     if end != size:
         state = "truncated" if end > size else "longer than its header says"
@@ -66,11 +72,15 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
 def _extent(name: str, row: Any, start: int, file: str) -> Extent:
     try:
         dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        whole = all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end))
+        whole = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header's entry for {name} is malformed; fetch the file again") from error
-    if dtype not in ELEMENTS:
-        raise CheckpointError(f"{file}: {name} has the element type {dtype!r}, which safetensors does not define")
+        raise CheckpointError(
+            f"{file}: the header's entry for {name} is malformed; fetch the file again"
+        ) from error
+    if not isinstance(dtype, str) or dtype not in ELEMENTS:
+        raise CheckpointError(
+            f"{file}: {name} has the element type {dtype!r}, which safetensors does not define"
+        )
     info = TensorInfo(name, shape, dtype)
     if not whole or info.nbytes != end - begin:
         raise CheckpointError(f"{file}: the header lies about the size of {name}; fetch the file again")

@@ -80,7 +80,9 @@ def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
 def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
-        changes = ", ".join(f"{key} (was {_brief(before.get(key))}, is {_brief(now.get(key))})" for key in differing)
+        changes = ", ".join(
+            f"{key} (was {_brief(before.get(key))}, is {_brief(now.get(key))})" for key in differing
+        )
         raise OutputError(
             f"{directory} was left by another run: {changes}; repeat that run's command to go on, "
             "or give --overwrite to start anew"

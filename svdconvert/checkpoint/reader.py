@@ -27,7 +27,9 @@ def open_checkpoint(directory: Path) -> TensorSource:
     if not directory.exists():
         raise CheckpointError(f"{directory} does not exist; give a model directory")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; give the directory that holds the model and its config.json")
+        raise CheckpointError(
+            f"{directory} is a file; give the directory that holds the model and its config.json"
+        )
     if (directory / INDEX).exists():
         return SafetensorsSource.indexed(directory)
     if (directory / SINGLE).exists():
@@ -35,7 +37,9 @@ def open_checkpoint(directory: Path) -> TensorSource:
     pickled = [directory / name for name in (PICKLED_INDEX, PICKLED_SINGLE) if (directory / name).exists()]
     if not pickled:
         content = "is empty" if not any(directory.iterdir()) else "holds no model weights"
-        raise CheckpointError(f"{directory} {content}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE} or {PICKLED_INDEX}")
+        raise CheckpointError(
+            f"{directory} {content}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE} or {PICKLED_INDEX}"
+        )
     from svdconvert.checkpoint.pickled import PickledSource
 
     if pickled[0].name == PICKLED_SINGLE:
@@ -50,12 +54,18 @@ def read_index(path: Path) -> Mapping[str, str]:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
+        ) from error
     for name, file in entries.items():
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read")
+            raise CheckpointError(
+                f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read"
+            )
     if absent := [file for file in shard_names(entries) if not (path.parent / file).is_file()]:
-        raise CheckpointError(f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard")
+        raise CheckpointError(
+            f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard"
+        )
     return entries
 
 
@@ -79,7 +89,9 @@ class SafetensorsSource:
                 name = extent.info.name
                 if weight_map is None or weight_map.get(name, file.name) == file.name:
                     self._extents[name] = (file, extent)
-        self.infos: Mapping[str, TensorInfo] = {name: extent.info for name, (_, extent) in self._extents.items()}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: extent.info for name, (_, extent) in self._extents.items()
+        }
 
     @classmethod
     def indexed(cls, directory: Path) -> "SafetensorsSource":
@@ -98,7 +110,7 @@ class SafetensorsSource:
         path, extent = self._extents[name]
         raw = torch.empty(extent.info.nbytes, dtype=torch.uint8)
         if raw.numel():
-            self._fill(path, memoryview(raw.numpy()), extent.begin, name)
+            self._fill(path, raw.numpy().data, extent.begin, name)
         return raw.view(torch_dtype(extent.info.dtype)).reshape(extent.info.shape)
 
     def chunks(self, name: str, size: int) -> Iterator[memoryview]:
@@ -119,7 +131,9 @@ class SafetensorsSource:
             while len(buffer):
                 count = os.preadv(self._open[path], [buffer], offset)
                 if count == 0:
-                    raise CheckpointError(f"{path} was truncated while {name} was read; restore the file and run again")
+                    raise CheckpointError(
+                        f"{path} was truncated while {name} was read; restore the file and run again"
+                    )
                 buffer, offset = buffer[count:], offset + count
         except OSError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error

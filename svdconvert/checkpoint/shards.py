@@ -48,4 +48,7 @@ def index_text(files: Sequence[PlannedFile]) -> str:
     """The text of model.safetensors.index.json for several shards."""
     weight_map = {info.name: file.path for file in files for info in file.infos}
     total = sum(file.nbytes for file in files)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+        + "\n"
+    )

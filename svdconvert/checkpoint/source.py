@@ -96,7 +96,7 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def pieces(data: memoryview, size: int) -> Iterator[memoryview]:

@@ -71,7 +71,9 @@ class StagedOutput:
         return self._journal.finished
 
     def _require_space(self) -> None:
-        present = sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0
+        present = (
+            sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0
+        )
         needed = sum(file.nbytes for file in self._files) + _RESERVE
         free = shutil.disk_usage(_existing(self.path)).free + present
         if needed > free:
@@ -160,9 +162,9 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise OutputError(f"{out} exists and is not empty; choose another -o, or give --overwrite to replace it")
+        raise OutputError(f"{out} exists and is not empty; choose another -o, or --overwrite to replace it")
     if not (out / MARK).is_file():
-        raise OutputError(f"{out} was not written by svdconvert and is not overwritten; remove it yourself or choose another -o")
+        raise OutputError(f"{out} was not written by svdconvert and is not overwritten; choose another -o")
 
 
 @contextmanager
@@ -175,7 +177,7 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"{error.filename or path} cannot be written: {reason}; mend that and give the same command to go on"
+            f"{error.filename or path} cannot be written: {reason}; mend that and run the same command again"
         ) from error
 
 

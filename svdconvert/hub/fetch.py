@@ -52,7 +52,9 @@ def _download(repository: str, revision: str | None) -> Path:
             weights = "*.safetensors"
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[weights, *_SIDECARS]))
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{at} is not in the local cache and the Hub is out of reach; connect, or give a path") from error
+        raise CheckpointError(
+            f"{at} is not in the local cache and the Hub is out of reach; connect, or give a path"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{at} cannot be fetched from the Hub: {_first_line(error)}") from error
 

@@ -25,4 +25,6 @@ class ModelRef:
         name, _, revision = text.partition("@")
         if _REPOSITORY.fullmatch(name):
             return ModelRef(None, name, revision or None)
-        raise CheckpointError(f"{text} does not exist, and is no org/name[@revision] of the Hub; check the path")
+        raise CheckpointError(
+            f"{text} does not exist, and is no org/name[@revision] of the Hub; check the path"
+        )

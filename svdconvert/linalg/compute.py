@@ -6,7 +6,7 @@ from svdconvert.errors import RecipeError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one. Raises RecipeError for an absent one."""
+    """The device called `name`; "auto" is a GPU where there is one. Raises RecipeError where it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

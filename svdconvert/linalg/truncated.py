@@ -84,7 +84,8 @@ def _spectrum(sigma: Tensor, total: float, excess: float, engine: str) -> Spectr
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    return torch.linalg.qr(block).Q
+    basis: Tensor = torch.linalg.qr(block).Q
+    return basis
 
 
 def _top_energy(projection_IK: Tensor, rank: int) -> float:

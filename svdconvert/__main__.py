@@ -1,0 +1,6 @@
+"""python -m svdconvert"""
+
+from svdconvert.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What an adapter directory changes: the factors before training and after, matrix by matrix."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from svdconvert.adapters.peft_format import Adapter, is_adapter, open_adapter
+from svdconvert.artifact.manifest import Manifest, is_ours, read_manifest
+from svdconvert.errors import ArtifactError
+from svdconvert.factors import Factors
+from svdconvert.method import init_folder
+
+# What PEFT calls a start that changes the base.
+_REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva")
+
+
+@dataclass(frozen=True)
+class Change:
+    """An adapter and its start."""
+
+    directory: Path
+    after: Adapter
+    before: Adapter | None
+    """The initial adapter; None where it was zero (a plain LoRA on the untouched base)."""
+    manifest: Manifest | None
+    """Of the directory, or of the residual that was named; None for an adapter of unknown origin."""
+    residual: Path | None = None
+    """The decomposed directory, where it was named or the adapter names it."""
+
+    def start(self, module: str) -> tuple[Factors, float]:
+        """The factors before training, and their scale."""
+        if self.before is not None:
+            return self.before.factors(module), self.before.config.scale(module)
+        end = self.after.factors(module)
+        return Factors(torch.zeros_like(end.left_OR), end.right_RI, end.core), 1.0
+
+    def end(self, module: str) -> tuple[Factors, float]:
+        """The factors after training, and their scale."""
+        return self.after.factors(module), self.after.config.scale(module)
+
+    @property
+    def modules(self) -> list[str]:
+        """The adapted modules, in the order of the adapter's file."""
+        return list(self.after.modules)
+
+    def tensors(self) -> Mapping[str, str]:
+        """Tensor name in the base -> module, from the manifest."""
+        assert self.manifest is not None
+        return {name: matrix.module for name, matrix in self.manifest.matrices.items()}
+
+
+def open_change(directory: Path, *, residual: Path | None = None, init: Path | None = None) -> Change:
+    """Open a DECOMPOSED, TRAINED or LORA directory, or any adapter in PEFT's format.
+
+    `residual` (a DECOMPOSED directory) or `init` (an adapter) is where an adapter trained elsewhere
+    started. Raises ArtifactError where the start is missing or does not fit.
+    """
+    if not directory.is_dir():
+        raise ArtifactError(
+            f"{directory} does not exist; give a directory that decompose or train wrote, or an adapter"
+        )
+    change = _ours(directory, init) if is_ours(directory) else _foreign(directory, residual, init)
+    if change.before is not None:
+        _fits(change.after, change.before)
+    return change
+
+
+def _ours(directory: Path, init: Path | None) -> Change:
+    manifest = read_manifest(directory)
+    if manifest.kind == "merged":
+        raise ArtifactError(f"{directory} is merged already: a plain checkpoint, to be loaded as it is")
+    if manifest.kind == "lora":
+        return Change(directory, open_adapter(directory), None, manifest)
+    start = init or directory / init_folder(manifest.method)
+    if not is_adapter(start):
+        raise ArtifactError(
+            f"{start} is missing, without which the change cannot be told from the start; "
+            "copy it from the decomposed directory or name another with --init"
+        )
+    before = open_adapter(start)
+    after = before if manifest.kind == "decomposed" else open_adapter(directory)
+    return Change(directory, after, before, manifest, directory if manifest.kind == "decomposed" else None)
+
+
+def _foreign(directory: Path, residual: Path | None, init: Path | None) -> Change:
+    if not is_adapter(directory):
+        raise ArtifactError(
+            f"{directory} is neither a directory of svdconvert nor an adapter: there is no svdconvert.json "
+            "and no adapter_config.json; give what decompose, train or PEFT wrote"
+        )
+    after = open_adapter(directory)
+    named = Path(after.config.base) if after.config.base else None
+    if (
+        residual is None
+        and named is not None
+        and is_ours(named)
+        and read_manifest(named).kind == "decomposed"
+    ):
+        residual = named
+    if residual is not None:
+        manifest = read_manifest(residual)
+        if manifest.kind != "decomposed":
+            raise ArtifactError(
+                f"{residual} is a {manifest.kind} directory; --residual wants what decompose wrote"
+            )
+        return Change(
+            directory,
+            after,
+            open_adapter(init or residual / init_folder(manifest.method)),
+            manifest,
+            residual,
+        )
+    if init is not None:
+        return Change(directory, after, open_adapter(init), None)
+    start = str(after.config.initialised).lower()
+    if start.startswith(_REBASED):
+        raise ArtifactError(
+            f"{directory} was started as {start}, which changes the base; name its decomposed directory with "
+            "--residual or its initial adapter with --init"
+        )
+    return Change(directory, after, None, None)
+
+
+def _fits(after: Adapter, before: Adapter) -> None:
+    if absent := sorted(set(after.modules) ^ set(before.modules)):
+        raise ArtifactError(
+            f"{before.directory} is not the start of {after.directory}: {absent[0]} is in one only "
+            f"({len(absent)} such modules); name the right one with --init"
+        )
+    for module in after.modules:
+        for piece, side in (("lora_A", 1), ("lora_B", 0)):
+            now, then = after.shape(module, piece), before.shape(module, piece)
+            if now[side] != then[side]:
+                raise ArtifactError(
+                    f"{before.directory} is not the start of {after.directory}: {module}.{piece} has the "
+                    f"shape {then} and {now}; name the right one with --init"
+                )

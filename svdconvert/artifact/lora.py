@@ -1,0 +1,70 @@
+"""A plain LoRA for the untouched base: scale 1, one rank, no patterns: every engine reads it the same."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.adapters.delta import as_lora
+from svdconvert.adapters.peft_format import WEIGHTS, AdapterConfig, adapter_infos, key
+from svdconvert.artifact.change import Change
+from svdconvert.artifact.fingerprint import checksum
+from svdconvert.artifact.options import LoraOptions
+from svdconvert.checkpoint.shards import PlannedFile, plan_file
+from svdconvert.checkpoint.source import dtype_code, tensor_bytes
+from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.progress import Progress, Track
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What will be written."""
+
+    change: Change
+    rank: int
+    """The largest of the modules; the others are padded with zeros."""
+    dtype: torch.dtype
+    file: PlannedFile
+
+
+def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
+    """Find the ranks by a first pass over the small factors, and plan the file."""
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    rank = max(_exact(change, module)[0].shape[1] for module in change.modules)
+    infos = []
+    for module in change.modules:
+        rows, columns = change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1]
+        infos += adapter_infos(module, {"lora_A": (rank, columns), "lora_B": (rows, rank)}, dtype_code(dtype))
+    return LoraPlan(change, rank, dtype, plan_file(WEIGHTS, infos))
+
+
+def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
+    """Scale 1 (alpha is the rank), no rslora, no patterns; `base` is a Hub id."""
+    return AdapterConfig(rank=plan.rank, alpha=plan.rank, targets=plan.change.after.config.targets, base=base)
+
+
+def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
+    """Write every module's exact factors. Notes go into the journal of `staged`."""
+    for done, module in enumerate(plan.change.modules, 1):
+        if module not in staged.finished:
+            staged.finish(module, _write_module(plan, module, staged))
+        track(Progress(module, plan.file.path, done, len(plan.change.modules)))
+
+
+def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
+    left, right = _exact(plan.change, module)
+    missing = plan.rank - left.shape[1]
+    pieces = {
+        key(module, "lora_A"): torch.nn.functional.pad(right, (0, 0, 0, missing)).to(plan.dtype),
+        key(module, "lora_B"): torch.nn.functional.pad(left, (0, missing)).to(plan.dtype),
+    }
+    for name, piece in pieces.items():
+        staged.write(plan.file.path, name, piece)
+    marks = {name: checksum(tensor_bytes(piece)) for name, piece in pieces.items()}
+    return {"files": {plan.file.path: marks}}
+
+
+def _exact(change: Change, module: str) -> tuple[Tensor, Tensor]:
+    (after, scale), (before, scale0) = change.end(module), change.start(module)
+    return as_lora(after, scale, before, scale0)

@@ -1,0 +1,93 @@
+"""Merge what training changed back into a plain checkpoint, one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from svdconvert.adapters.delta import restored, shifted
+from svdconvert.artifact.change import Change
+from svdconvert.artifact.options import MergeOptions
+from svdconvert.artifact.sizes import parse_size
+from svdconvert.artifact.stream import Outcome, Work
+from svdconvert.checkpoint.shards import PlannedFile, plan_shards
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.errors import ArtifactError
+from svdconvert.layout import Layout
+
+Side = Literal["base", "residual"]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What will be written, known from headers alone."""
+
+    change: Change
+    side: Side
+    modules: Mapping[str, str]
+    """Tensor -> module, of the adapted matrices."""
+    shards: tuple[PlannedFile, ...]
+    dtypes: Mapping[str, str]
+    """Element type of every merged matrix."""
+
+
+def plan_merge(
+    change: Change, source: TensorSource, side: Side, layout: Layout, options: MergeOptions
+) -> MergePlan:
+    """Plan from headers. Raises ArtifactError where the adapter does not fit the model."""
+    by_module = {slot.module: name for name, slot in layout.slots(source.infos).items()}
+    if lost := [module for module in change.modules if module not in by_module]:
+        raise ArtifactError(
+            f"{change.directory} adapts {lost[0]}, which the model does not have as a matrix of its layers "
+            f"({len(lost)} such modules); give the model that it was made for"
+        )
+    modules = {by_module[module]: module for module in change.modules}
+    for name, module in modules.items():
+        _refuse_shape(change, module, source.infos[name])
+    dtypes = {name: _merged_code(change, source.infos[name], options) for name in modules}
+    outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
+    return MergePlan(
+        change, side, modules, tuple(plan_shards(outputs, parse_size(options.max_shard_size))), dtypes
+    )
+
+
+def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:
+    adapted = (change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1])
+    if adapted != info.shape:
+        raise ArtifactError(
+            f"{change.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"
+        )
+
+
+def _merged_code(change: Change, info: TensorInfo, options: MergeOptions) -> str:
+    if options.dtype != "auto":
+        return dtype_code(getattr(torch, options.dtype))
+    known = change.manifest.matrices.get(info.name) if change.manifest else None
+    return known.dtype if known else info.dtype
+
+
+def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str], origin: str) -> Work:
+    """How each tensor of the base or residual is merged or copied."""
+    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    return Work(
+        order=list(copies),
+        matrices=plan.modules,
+        compute=lambda name, stored: Outcome(
+            {(copies[name], name): _merge_one(plan, name, stored.to(device)).cpu()}
+        ),
+        copies=copies,
+        expected=expected,
+        origin=origin,
+    )
+
+
+def _merge_one(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
+    module, dtype = plan.modules[name], torch_dtype(plan.dtypes[name])
+    after, scale = plan.change.end(module)
+    after = after.on(stored.device)
+    if plan.side == "residual":
+        return restored(stored, after, scale, dtype)
+    before, scale0 = plan.change.start(module)
+    return shifted(stored, after, scale, before.on(stored.device), scale0, dtype)

@@ -1,0 +1,77 @@
+"""Every option that shapes a result, once: the command line, recipes and Python calls are made from it.
+
+The text under a field is its help. This file imports no torch, so that `--help` is instant.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Float = Literal["float32", "bfloat16", "float16"]
+AutoFloat = Literal["auto", "float32", "bfloat16", "float16"]
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _commas(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_commas), Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SplitOptions:
+    """The options of `decompose`."""
+
+    method: str = "pissa"
+    """A method; see `svdconvert list methods`."""
+    rank: Annotated[int, Field(ge=1)] = 64
+    """Rank of every adapter matrix."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter is scaled by alpha / rank; the rank itself unless given."""
+    targets: Names = ("all-linear",)
+    """What is decomposed: all-linear, roles (attn, mlp, attn.q), globs on tensor names; by commas."""
+    svd: Literal["fast", "exact"] = "fast"
+    """fast is randomised with a measured error, exact is LAPACK's full SVD."""
+    tol: Annotated[float, Field(gt=0)] = 1e-3
+    """How far the residual's norm may lie above the optimum, relatively, before LAPACK takes over."""
+    dtype: Float = "float32"
+    """In which the factors are stored."""
+    residual_dtype: AutoFloat = "auto"
+    """In which the residual is stored; auto is the source's own."""
+    max_shard_size: str = "5GB"
+    """Size of an output shard, as 5GB, 200MB or 4GiB."""
+    copy_base: bool = False
+    """Write the base too where the method leaves it as it is."""
+    layout: str | None = None
+    """A layout, where config.json's model_type does not say; see `svdconvert list layouts`."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    @property
+    def scale(self) -> float:
+        """Of the adapter: alpha / rank."""
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MergeOptions:
+    """The options of `merge`."""
+
+    side: Literal["auto", "base", "residual"] = "auto"
+    """From which weights; auto is the base where it is given or found, else the residual."""
+    dtype: AutoFloat = "auto"
+    """Of the merged matrices; auto is the base's own."""
+    max_shard_size: str = "5GB"
+    """Size of an output shard, as 5GB, 200MB or 4GiB."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LoraOptions:
+    """The options of `to-lora`."""
+
+    dtype: Float = "float32"
+    """In which the factors are stored."""

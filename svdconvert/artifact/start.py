@@ -1,0 +1,110 @@
+"""Where training starts: which weights are loaded, and the factors beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdconvert.adapters.peft_format import AdapterConfig, adapter_infos, key, open_adapter
+from svdconvert.artifact.fingerprint import checksum
+from svdconvert.artifact.manifest import Manifest, Matrix, Origin
+from svdconvert.artifact.split import SplitPlan, split_tensor
+from svdconvert.checkpoint.shards import PlannedFile, plan_file
+from svdconvert.checkpoint.source import TensorSource, dtype_code, tensor_bytes
+from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.factors import Factors
+from svdconvert.method import init_folder
+from svdconvert.progress import Progress, Track
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """An adapter before training."""
+
+    weights: Path
+    """The directory that is loaded: the residual, or the base."""
+    method: str
+    layout: str
+    config: AdapterConfig
+    base: Origin | None
+    residual: Origin | None
+    matrices: Mapping[str, Matrix]
+    factors: Mapping[str, Factors]
+    """Module -> initial factors."""
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module -> residual, where `weights` holds the base and the method trains against a residual."""
+
+    def pieces(self) -> dict[str, tuple[Factors, float]]:
+        """Module -> (factors, scale)."""
+        return {module: (factors, self.config.scale(module)) for module, factors in self.factors.items()}
+
+
+def start_from_decomposed(
+    directory: Path, manifest: Manifest, weights: Path, residual: Origin | None
+) -> Start:
+    """The start that `decompose` wrote; `weights` is the directory or, without a residual, the base."""
+    adapter = open_adapter(directory / init_folder(manifest.method))
+    return Start(
+        weights=weights,
+        method=manifest.method,
+        layout=manifest.layout,
+        config=adapter.config,
+        base=manifest.base,
+        residual=residual,
+        matrices=manifest.matrices,
+        factors={module: adapter.factors(module) for module in adapter.modules},
+    )
+
+
+def start_from_plain(
+    plan: SplitPlan, source: TensorSource, weights: Path, base: Origin, track: Track
+) -> Start:
+    """Split the matrices of a plain checkpoint in memory, as `decompose` would on disk."""
+    matrices: dict[str, Matrix] = {}
+    factors: dict[str, Factors] = {}
+    replaced: dict[str, Tensor] = {}
+    marks: dict[str, str] = {}
+    total = sum(source.infos[name].nbytes for name in plan.slots)
+    done = 0
+    for name in plan.slots:
+        stored = source.read(name)
+        marks[name] = checksum(tensor_bytes(stored))
+        split, base_OI, matrix = split_tensor(plan, name, stored)
+        matrices[name], factors[matrix.module] = matrix, split
+        if plan.method.residual:
+            replaced[matrix.module] = base_OI
+        done += source.infos[name].nbytes
+        track(Progress(name, "", done, total))
+    return Start(
+        weights=weights,
+        method=plan.options.method,
+        layout=plan.layout,
+        config=plan.adapter_config(),
+        base=replace(base, fingerprint=replace(base.fingerprint, tensors=marks)),
+        residual=None,
+        matrices=matrices,
+        factors=factors,
+        replaced=replaced,
+    )
+
+
+def plan_adapter(path: str, factors: Mapping[str, Factors], dtype: torch.dtype | None = None) -> PlannedFile:
+    """The adapter's file at `path`, in `dtype` or as the factors are."""
+    infos = []
+    for module, parts in factors.items():
+        for piece, tensor in parts.pieces().items():
+            infos += adapter_infos(module, {piece: tuple(tensor.shape)}, dtype_code(dtype or tensor.dtype))
+    return plan_file(path, infos)
+
+
+def write_adapter(staged: StagedOutput, file: PlannedFile, factors: Mapping[str, Factors]) -> dict[str, str]:
+    """Write every piece; checksums by name."""
+    marks: dict[str, str] = {}
+    for module, parts in factors.items():
+        for piece, tensor in parts.pieces().items():
+            name = key(module, piece)
+            staged.write(file.path, name, tensor)
+            marks[name] = checksum(tensor_bytes(tensor))
+    return marks

@@ -1,0 +1,270 @@
+"""The command line: options in, one verb called, one summary or one sentence out.
+
+Verbs are imported inside their commands, so that `--help` loads no torch.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from svdconvert import console
+from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.command import Typed, with_options
+from svdconvert.progress import Track
+from svdconvert.recipe import Recipe, options, read_recipe
+from svdconvert.run import Run
+from svdconvert.training.plan import TrainPlan
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="svdconvert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back.",
+    epilog="Start with: svdconvert decompose org/name -o DIR --plan",
+)
+
+ModelArg = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A model directory, or org/name[@revision] of the Hub.")
+]
+AdapterArg = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="What decompose or train wrote, or any LoRA in PEFT's format."),
+]
+DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote.")]
+OutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="The directory to write; it appears whole or not at all.")
+]
+RecipeOpt = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML file of options; what is typed here wins.")
+]
+PlanOpt = Annotated[
+    bool, typer.Option("--plan", help="Write nothing; print what would be done, from headers alone.")
+]
+OverwriteOpt = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
+]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads of the arithmetic; bytes repeat at a fixed count."),
+]
+DeviceOpt = Annotated[
+    str | None, typer.Option("--device", help="Where the arithmetic runs: auto, cpu, cuda or cuda:N.")
+]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+BaseOpt = Annotated[
+    str | None, typer.Option("--base", help="Where the base is, if not where the manifest says.")
+]
+ResidualOpt = Annotated[
+    str | None,
+    typer.Option("--residual", help="The directory that decompose wrote, for an adapter trained elsewhere."),
+]
+InitOpt = Annotated[str | None, typer.Option("--init", help="The adapter as it was before training.")]
+
+
+class Listing(str, Enum):
+    """What `list` can list."""
+
+    methods = "methods"
+    layouts = "layouts"
+
+
+@app.command(
+    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
+)
+@with_options(SplitOptions)
+def decompose(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Split the target matrices of MODEL into a residual base and an initial adapter."""
+    with console.telling(debug=debug, out=out):
+        from svdconvert.verbs.decompose import decompose as verb
+        from svdconvert.verbs.decompose import plan_decompose
+
+        shared = read_recipe(recipe)
+        chosen, source = (
+            options(SplitOptions, shared, typed),
+            _needed(model or shared.get("model"), "a MODEL"),
+        )
+        if plan:
+            console.show_estimate(source, plan_decompose(source, chosen))
+            return
+        target = _needed(out, "-o DIR")
+        with console.progress("decompose") as track:
+            manifest = verb(source, target, chosen, _run(shared, track, overwrite, threads, device))
+        console.show_decomposed(target, manifest)
+
+
+@app.command(
+    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
+)
+@with_options(TrainPlan)
+def train(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    method: Annotated[
+        str | None, typer.Option(help="How a plain MODEL is split first; pissa unless given.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of a plain MODEL's adapter; 64 unless given.")
+    ] = None,
+    base: BaseOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
+    with console.telling(debug=debug, out=None):
+        from svdconvert.verbs.train import train as verb
+
+        shared = read_recipe(recipe)
+        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
+        given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
+        split, plan = options(SplitOptions, shared, given), options(TrainPlan, shared, typed)
+        run = _run(shared, None, overwrite, threads, None)
+        with console.training() as watch:
+            manifest = verb(source, target, plan, run, split=split, base=base, watch=watch)
+        console.show_trained(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert merge trained -o merged --from base")
+@with_options(MergeOptions)
+def merge(
+    typed: Typed,
+    adapter: AdapterArg,
+    out: OutOpt = None,
+    base: BaseOpt = None,
+    residual: ResidualOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Fold an adapter back into a plain checkpoint."""
+    with console.telling(debug=debug, out=out):
+        from svdconvert.verbs.merge import merge as verb
+
+        shared, target = read_recipe(recipe), _needed(out, "-o DIR")
+        chosen = options(MergeOptions, shared, typed)
+        with console.progress("merge") as track:
+            run = _run(shared, track, overwrite, threads, device)
+            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
+        console.show_merged(target, manifest)
+
+
+@app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
+@with_options(LoraOptions)
+def to_lora(
+    typed: Typed,
+    adapter: AdapterArg,
+    out: OutOpt = None,
+    residual: ResidualOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write what training changed as a standard LoRA for the untouched base."""
+    with console.telling(debug=debug, out=out):
+        from svdconvert.verbs.to_lora import to_lora as verb
+
+        shared, target = read_recipe(recipe), _needed(out, "-o DIR")
+        chosen = options(LoraOptions, shared, typed)
+        with console.progress("to-lora", of_bytes=False) as track:
+            run = _run(shared, track, overwrite, None, None)
+            manifest = verb(adapter, target, chosen, run, residual=residual, init=init)
+        console.show_lora(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert verify pissa --base org/name")
+def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
+    """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
+    with console.telling(debug=debug, out=None):
+        from svdconvert.verbs.verify import verify as verb
+
+        with console.progress("verify", of_bytes=False) as track:
+            report = verb(directory, Run(track=track), base=base)
+        console.show_report(report)
+        if not report.passed:
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: svdconvert inspect trained --json")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
+    json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Say what a directory is, which base it belongs to, and which command comes next."""
+    with console.telling(debug=debug, out=None):
+        from dataclasses import asdict
+
+        from svdconvert.verbs.inspect import inspect as verb
+
+        found = verb(model)
+        console.as_json(asdict(found)) if json else console.show_inspection(found)
+
+
+@app.command(name="list", epilog="Example: svdconvert list methods")
+def list_(what: Annotated[Listing, typer.Argument(help="What to list.")], json: JsonOpt = False) -> None:
+    """List the methods or the layouts."""
+    from svdconvert.verbs.catalogue import layouts, methods
+
+    rows = methods() if what is Listing.methods else layouts()
+    console.as_json(rows) if json else console.listing(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    """Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back."""
+    if version:
+        from importlib.metadata import version as installed
+
+        console.stdout.print(f"svdconvert {installed('svdconvert')}")
+        raise typer.Exit
+
+
+def _needed(value: T | None, what: str) -> T:
+    if value is None:
+        raise typer.BadParameter(f"{what} is missing")
+    return value
+
+
+def _run(
+    shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
+) -> Run:
+    """The circumstances: what was typed, else what the recipe says."""
+    known = Run()
+    return Run(
+        overwrite=overwrite,
+        threads=threads or shared.get("threads"),
+        device=device or shared.get("device") or known.device,
+        track=track or known.track,
+    )
+
+
+def main() -> None:
+    """The entry point of the program."""
+    app()

@@ -1,0 +1,67 @@
+"""Options of a command, made from the fields of its options class: one place for each."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+Typed = Mapping[str, Any]
+"""What was typed; an option that was not is absent."""
+
+_SPELLINGS = {"side": "--from"}  # options that Python does not allow as names
+
+
+def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of `kind`; it receives those typed as its argument `typed`."""
+    described: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters.values()
+        added = [_parameter(name, info) for name, info in described.items()]
+
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in described}
+            command(**values, typed={name: value for name, value in typed.items() if value is not None})
+
+        parameters = [parameter for parameter in own if parameter.name != "typed"]
+        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        call.__signature__ = inspect.Signature([*keyword, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *added]}
+        return call
+
+    return decorate
+
+
+def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
+    spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
+    if info.annotation is bool:
+        spelling = f"{spelling}/--no-{spelling[2:]}"
+    shown = ",".join(info.default) if isinstance(info.default, tuple) else info.default
+    option = typer.Option(
+        spelling,
+        help=info.description,
+        show_default=False if shown is None else str(shown),
+        rich_help_panel="Result",
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_plain(info.annotation) | None, option],
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """The simple type that a command line can read: pydantic checks the rest."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(next(part for part in get_args(annotation) if part is not NoneType))
+    if get_origin(annotation) is tuple:
+        return str
+    return annotation if get_origin(annotation) is Literal or annotation in (int, float, bool) else str

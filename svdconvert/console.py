@@ -1,0 +1,242 @@
+"""The only place that talks: progress, summaries and errors."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.table import Table
+
+from svdconvert.artifact.sizes import size_text
+from svdconvert.errors import SvdConvertError
+from svdconvert.progress import Progress, Track, silent
+
+if TYPE_CHECKING:
+    from svdconvert.artifact.estimate import Estimate
+    from svdconvert.artifact.manifest import Manifest
+    from svdconvert.training.loop import EvalLog, StepLog
+    from svdconvert.verbs.inspect import Inspection
+    from svdconvert.verbs.verify import Report
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+@contextmanager
+def telling(*, debug: bool, out: object = None) -> Iterator[None]:
+    """Turn errors into one sentence and an exit status: 1 refused or failed, 130 interrupted."""
+    try:
+        yield
+    except SvdConvertError as error:
+        if debug:
+            raise
+        _stop(f"svdconvert: {error}", 1)
+    except KeyboardInterrupt:
+        kept = f"; the same command goes on from {out}.partial" if out else ""
+        _stop(f"svdconvert: interrupted{kept}", 130)
+
+
+def _stop(sentence: str, status: int) -> NoReturn:
+    stderr.print(escape(sentence), markup=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
+    """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
+    if not stderr.is_terminal:
+        yield silent
+        return
+    amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        amount,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}"),
+    ]
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(what, total=None, at="")
+
+        def track(step: Progress) -> None:
+            bar.update(task, completed=step.done, total=step.total, at=f"{step.file} {step.name}")
+
+        yield track
+
+
+def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
+    """A short table that says what was done and where it is, and what to type next."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+    )
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
+    stdout.print(table)
+    for number, command in enumerate(commands):
+        stdout.print(f"[dim]{'next' if number == 0 else '  or'}[/dim]  {escape(command)}")
+
+
+def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table with a heading."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    stdout.print(table)
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def warn(sentence: str) -> None:
+    """One sentence on standard error."""
+    stderr.print(escape(f"svdconvert: {sentence}"))
+
+
+def show_estimate(source: object, plan: "Estimate") -> None:
+    """What a decomposition would take."""
+    listing(
+        ("role", "shape", "matrices", "trained parameters"),
+        [(row.role, " x ".join(map(str, row.shape)), row.count, f"{row.parameters:,}") for row in plan.rows],
+    )
+    summary(
+        f"decompose {source} would",
+        {
+            "read": size_text(plan.read),
+            "write": f"{size_text(plan.written)} in {len(plan.files)} files",
+            "peak memory": f"about {size_text(plan.memory)}",
+            "take": f"about {plan.seconds:.0f} s",
+        },
+    )
+
+
+def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
+    """What decompose did."""
+    matrices = list(manifest.matrices.values())
+    energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    exact = sum(matrix.engine == "exact" for matrix in matrices)
+    summary(
+        f"decomposed into {out_dir}",
+        {
+            "method": f"{manifest.method}, rank {manifest.options['rank']}, {len(matrices)} matrices",
+            "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
+            "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
+            "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
+        },
+        [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
+    )
+
+
+def show_merged(out_dir: object, manifest: "Manifest") -> None:
+    """What merge did, and from which weights."""
+    origin = manifest.residual if manifest.options["side"] == "residual" else manifest.base
+    shards = sum("/" not in file for file in manifest.files)
+    summary(
+        f"merged into {out_dir}",
+        {
+            "from": f"the {manifest.options['side']} {origin.location if origin else ''}",
+            "tensors": f"{len(manifest.checksums)} in {shards} files",
+        },
+        [f"svdconvert inspect {out_dir}", f'AutoModelForCausalLM.from_pretrained("{out_dir}")'],
+    )
+
+
+def show_lora(out_dir: object, manifest: "Manifest") -> None:
+    """What to-lora did."""
+    base = manifest.base.location if manifest.base else "the base it was made for"
+    summary(
+        f"converted into {out_dir}",
+        {"LoRA": f"rank {manifest.options['rank']}, scale 1, exact", "for": base},
+        [f'PeftModel.from_pretrained(base, "{out_dir}")'],
+    )
+
+
+def show_report(report: "Report") -> None:
+    """What verify found."""
+    for fault in report.faults[:20]:
+        stderr.print(escape(f"svdconvert: {fault}"))
+    rows: dict[str, object] = {"stored tensors": f"{report.tensors} compared with their checksums"}
+    if report.matrices:
+        rows["base"] = report.base
+        rows["matrices"] = f"{report.matrices} recomputed, largest relative error {report.worst:.2e}"
+        rows["come back exactly"] = f"{report.exact:.4f} of the entries, from the stored files alone"
+    elif report.kind == "decomposed":
+        rows["base"] = "not at hand: only the checksums were compared; say where it is with --base"
+    state = "is as its manifest says" if report.passed else f"has {len(report.faults)} faults"
+    summary(f"{report.directory} {state}", rows)
+
+
+def show_inspection(found: "Inspection") -> None:
+    """What a directory is."""
+    rows: dict[str, object] = {}
+    for name, value in found.details.items():
+        rows[name] = (
+            ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value
+        )
+    summary(f"{found.directory}: {found.summary}", {"kind": found.kind, **rows}, found.next)
+
+
+@contextmanager
+def training() -> Iterator[Callable[["StepLog | EvalLog", int], None]]:
+    """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
+    if not stderr.is_terminal:
+        yield lambda log, steps: None
+        return
+    columns = [
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}"),
+    ]
+    with Bar(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("train", total=None, at="")
+        started, held_out = monotonic(), ""
+
+        def watch(log: "StepLog | EvalLog", steps: int) -> None:
+            nonlocal held_out
+            if hasattr(log, "eval_loss"):
+                held_out = f"held-out {log.eval_loss:.4f}"
+                bar.update(task, completed=log.step, total=steps, at=held_out)
+            else:
+                speed = log.tokens / max(monotonic() - started, 1e-9)
+                at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
+                bar.update(task, completed=log.step, total=steps, at=at)
+
+        yield watch
+
+
+def show_trained(out_dir: object, manifest: "Manifest") -> None:
+    """How the loss went."""
+    lines = [json.loads(line) for line in (Path(str(out_dir)) / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    summary(
+        f"trained into {out_dir}",
+        {
+            "steps": len(losses),
+            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}",
+            "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
+            "rate": manifest.options["lr"],
+        },
+        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"],
+    )

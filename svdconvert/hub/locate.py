@@ -1,0 +1,58 @@
+"""Models at hand: where the user says, else where a manifest says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdconvert.artifact.manifest import Origin
+from svdconvert.artifact.origin import fingerprint, same_model
+from svdconvert.checkpoint.reader import open_checkpoint
+from svdconvert.checkpoint.sidecars import read_config
+from svdconvert.checkpoint.source import TensorSource
+from svdconvert.errors import CheckpointError
+from svdconvert.hub.fetch import Snapshot, fetch
+
+
+@dataclass(frozen=True)
+class Home:
+    """A model on this machine, open."""
+
+    snapshot: Snapshot
+    source: TensorSource
+    config: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.snapshot.path
+
+    def origin(self, checksums: Mapping[str, str] | None = None) -> Origin:
+        """How a manifest names it, with the checksums of the tensors that were read."""
+        print_ = fingerprint(self.config, self.source, checksums or {})
+        return Origin(location=self.snapshot.location, revision=self.snapshot.revision, fingerprint=print_)
+
+
+def open_home(model: str) -> Home:
+    """Fetch and open a model. Raises CheckpointError where it is not there or damaged."""
+    snapshot = fetch(model)
+    return Home(snapshot, open_checkpoint(snapshot.path), read_config(snapshot.path))
+
+
+def locate(origin: Origin | None, given: str | None) -> Home | None:
+    """The model of `origin` at the place `given`, else where the manifest says; None where it is not there.
+
+    Raises ArtifactError where what is there is another model, CheckpointError where `given` is wrong.
+    """
+    if given is None:
+        if origin is None:
+            return None
+        try:
+            home = open_home(f"{origin.location}@{origin.revision}" if origin.revision else origin.location)
+        except CheckpointError:
+            return None
+    else:
+        home = open_home(given)
+    if origin is not None:
+        same_model(origin, home.path, home.config, home.source)
+    return home

@@ -1,0 +1,99 @@
+"""Recipes: the options of a whole run in one YAML file, and how they meet the command line.
+
+    model: org/name
+    seed: 1
+    decompose: {method: pissa, rank: 16}
+    train: {data: train.jsonl, steps: 100}
+
+What is typed on the command line wins. An unknown key is an error that lists the known ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.errors import RecipeError, did_you_mean
+from svdconvert.training.plan import TrainPlan
+
+T = TypeVar("T")
+
+SECTIONS: Mapping[str, type] = {
+    "decompose": SplitOptions,
+    "train": TrainPlan,
+    "merge": MergeOptions,
+    "to_lora": LoraOptions,
+}
+SHARED = ("model", "seed", "threads", "device")
+_SPELLINGS = {"from": "side"}  # what Python does not allow as a name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: shared keys, and a mapping per verb."""
+
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def get(self, key: str) -> Any:
+        """A shared key, None where the recipe does not have it."""
+        return self.shared.get(key)
+
+
+def read_recipe(path: Path | None) -> Recipe:
+    """Read and check a recipe's keys. Raises RecipeError for what is not known."""
+    if path is None:
+        return Recipe()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not a mapping of keys; it wants {', '.join([*SHARED, *SECTIONS])}")
+    content = _plain(content)
+    _refuse_unknown(content, [*SHARED, *SECTIONS], str(path))
+    sections = {}
+    for name, kind in SECTIONS.items():
+        section = content.pop(name, None) or {}
+        if not isinstance(section, dict):
+            raise RecipeError(f"{path}: {name} is not a mapping of options")
+        sections[name] = _plain(section)
+        _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
+    return Recipe(content, sections)
+
+
+def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
+    """The options of one verb: what was typed, else the recipe, else the defaults.
+
+    Raises RecipeError for a value out of range or of the wrong type.
+    """
+    section = next(name for name, known in SECTIONS.items() if known is kind)
+    known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
+    shared = {key: value for key, value in recipe.shared.items() if key in known}
+    given = {key: value for key, value in typed.items() if value is not None}
+    try:
+        return TypeAdapter(kind).validate_python({**shared, **recipe.sections.get(section, {}), **given})
+    except ValidationError as error:
+        raise RecipeError(_sentence(section, error)) from error
+
+
+def _sentence(section: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    wrong = f" is {first['input']!r}: " if place else ": "
+    return f"{section}{': ' + place if place else ''}{wrong}{message}"
+
+
+def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+    names = {str(key).replace("-", "_"): value for key, value in values.items()}
+    return {_SPELLINGS.get(key, key): value for key, value in names.items()}
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise RecipeError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

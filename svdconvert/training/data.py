@@ -1,0 +1,267 @@
+"""Training data: rows from a file or the Hub, as tokens with the loss on the responses alone."""
+
+import csv
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from svdconvert.errors import DataError
+from svdconvert.training.plan import TrainPlan
+from svdconvert.training.prompts import Passage, Row, choose_fields, passage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is not in the loss."""
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""The readers of `datasets` by the ending of a file."""
+
+# ORG/NAME or NAME, and a configuration behind a colon.
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One row: two int32 tensors of T entries. A label is the token of its own position, or IGNORED."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that are in the loss; the first of a row has nothing to be predicted from."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a plan trains on."""
+
+    train: list[Example]
+    held_out: list[Example]
+    dropped: int
+    """Rows without a token in the loss: the response is empty, or max_length cuts it off."""
+
+
+def load_examples(plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> Examples:
+    """Read and encode all that the plan names. Raises DataError where something cannot be used."""
+    if plan.data is None:
+        raise DataError("there is nothing to train on: give data a file or a Hub data set")
+    rows = _encoded(plan.data, plan, tokenizer)
+    if plan.eval_data is not None:
+        held_out = _encoded(plan.eval_data, plan, tokenizer)
+    else:
+        cut = len(rows) - plan.eval_rows
+        if cut <= 0:
+            raise DataError(f"{plan.data}: eval_rows holds out {plan.eval_rows} of its {len(rows)} rows")
+        rows, held_out = rows[:cut], rows[cut:]
+    train = _kept(rows, plan.data, plan)
+    tested = _kept(held_out, plan.eval_data or plan.data, plan) if held_out else []
+    return Examples(train, tested, len(rows) + len(held_out) - len(train) - len(tested))
+
+
+def _encoded(data: str, plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> list[Example | None]:
+    rows = read_rows(data, plan.split)
+    try:
+        return encode(rows, tokenizer, plan)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from error
+
+
+def _kept(rows: Sequence[Example | None], data: str, plan: TrainPlan) -> list[Example]:
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise DataError(
+            f"{data}: not one of {len(rows)} rows has a response within max_length {plan.max_length}"
+        )
+    return kept
+
+
+def read_rows(data: str, split: str = "train") -> Iterable[Row]:
+    """The rows of a .jsonl, .json (a list or lines), .parquet or .csv file, or of a Hub data set's split.
+
+    A path wins over a Hub id of the same name. Raises DataError where it is neither, or has no rows.
+    """
+    path = Path(data)
+    if path.suffix in READERS or path.exists():
+        rows = _read_file(path, split)
+    elif HUB_ID.fullmatch(data):
+        rows = _read_hub(data, split)
+    else:
+        raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
+    if len(rows) == 0:
+        raise DataError(f"{data}: it has no rows")
+    return cast(Iterable[Row], rows)
+
+
+def _read_file(path: Path, split: str) -> Any:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: {'a directory, give a file in it' if path.is_dir() else 'there is no such file'}"
+        )
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    # A file is the split that is asked for, so that a slice of it can be.
+    files = {split.partition("[")[0]: str(path)}
+    with tempfile.TemporaryDirectory() as cache:
+        # In memory, as its tokens will be: nothing of a local file is to stay in the user's cache.
+        options = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
+        if path.suffix == ".csv":
+            options |= _columns_as_text(path)
+        return _load(str(path), READERS[path.suffix], **options)
+
+
+def _columns_as_text(path: Path) -> dict[str, Any]:
+    """CSV knows no types: without these options 072 would arrive as the number 72, and None as nothing."""
+    from datasets import Features, Value
+
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        header = next(csv.reader(lines))
+    return {"features": Features({column: Value("string") for column in header}), "keep_default_na": False}
+
+
+def _read_hub(data: str, split: str) -> Any:
+    name, _, config = data.partition(":")
+    return _load(data, name, name=config or None, split=split)
+
+
+def _load(shown: str, *args: Any, **options: Any) -> Any:
+    """datasets.load_dataset, silent, with its failures as a DataError about `shown`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        with _no_progress_bars():
+            return load_dataset(*args, **options)
+    except (DatasetsError, ValueError, OSError) as error:
+        # A DatasetGenerationError says only that the reading failed; its cause says why.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split())
+        # What `datasets` says of an empty list and of the like.
+        reason = "it has no rows" if "corresponds to no data" in reason else reason
+        raise DataError(f"{shown}: {reason}") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+def encode(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", plan: TrainPlan
+) -> list[Example | None]:
+    """One entry a row, in order; None for a row without a token in the loss.
+
+    The first row decides which fields are trained on. Raises DataError, which names the row, where one does
+    not have them.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
+    encoded: list[Example | None] = []
+    fields: tuple[str, ...] = ()
+    for number, row in enumerate(rows, start=1):
+        try:
+            fields = fields or choose_fields(row, plan)
+            text = passage(row, fields, plan, tokenizer)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        encoded.append(_example(text, tokenizer, plan.max_length))
+    return encoded
+
+
+def _example(text: Passage, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example | None:
+    if all(start == end for start, end in text.spans):
+        return None
+    ids, learnt = _tokens(text, tokenizer)
+    eos = tokenizer.eos_token_id
+    # A chat template ends a turn with a mark of its own, which may not be the end-of-sequence token.
+    last = ids[-1] if ids else None
+    if last == eos:
+        learnt[-1] = True
+    elif not (text.chat and last in tokenizer.added_tokens_decoder):
+        ids.append(eos)
+        learnt.append(True)
+    input_ids = torch.tensor(ids[:max_length], dtype=torch.int32)
+    labels = input_ids.masked_fill(~torch.tensor(learnt[:max_length]), IGNORED)
+    example = Example(input_ids, labels)
+    return example if example.loss_tokens else None
+
+
+def _tokens(text: Passage, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
+    """Tokens of prompt and response as one text, and which of them are in the loss.
+
+    A token that straddles the border counts as prompt, because it begins there: it is not what a model can
+    answer to the prompt.
+    """
+    # A template that writes the BOS token itself is not to get a second one from the tokenizer.
+    special = not text.chat and not (tokenizer.bos_token and text.text.startswith(str(tokenizer.bos_token)))
+    if not tokenizer.is_fast:
+        return _tokens_without_offsets(text, tokenizer, special)
+    # verbose=False: the warning about texts longer than the model is not for us, who cut them.
+    encoding = tokenizer(text.text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    begins = [begin for begin, _ in encoding["offset_mapping"]]
+    return list(encoding["input_ids"]), [any(a <= begin < b for a, b in text.spans) for begin in begins]
+
+
+def _tokens_without_offsets(
+    text: Passage, tokenizer: "PreTrainedTokenizerBase", special: bool
+) -> tuple[list[int], list[bool]]:
+    """`_tokens` for tokenizers in Python: where the tokens of all and of a part of the text differ."""
+
+    def tokens(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def before(border: int) -> int:
+        head = tokens(text.text[:border])
+        if special and head and head[-1] == tokenizer.eos_token_id:
+            head.pop()
+        same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(head))
+        return same if same == len(head) else same + 1
+
+    ids = tokens(text.text)
+    learnt = [False] * len(ids)
+    for begin, end in text.spans:
+        for index in range(before(begin), len(ids) if end == len(text.text) else before(end)):
+            learnt[index] = True
+    return ids, learnt
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token to pad with. Any will do, because attention goes by length."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels, int64 (rows, longest row), padded on the right.
+
+    The mask comes from the lengths, never from `pad_id`: where that is the end-of-sequence token too, as in
+    many models, the real one stays attended.
+    """
+    ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
+    labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
+    return {"input_ids": ids.long(), "attention_mask": mask.long(), "labels": labels.long()}

@@ -1,0 +1,92 @@
+"""How an adapter is trained: every number that shapes the result, and none that does not."""
+
+from dataclasses import replace
+from math import ceil
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from typing_extensions import Self
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class TrainPlan:
+    """The `train` section of a recipe. A value out of range raises pydantic's ValidationError."""
+
+    data: str | None = None
+    """What is trained on: a .jsonl, .json, .parquet or .csv file, or a Hub data set ORG/NAME[:CONFIG]."""
+    eval_data: str | None = None
+    """What the held-out loss is measured on, found like `data`."""
+    eval_rows: Count = 0
+    """Hold out the last N rows of `data`, where there is no `eval_data`."""
+    split: str = "train"
+    """Split of a Hub data set. A slice such as train[:1000] cuts files too."""
+    prompt_field: str | None = None
+    """Name of the prompt's field, where it is not one of the known ones."""
+    response_field: str | None = None
+    """Name of the response's field, where it is not one of the known ones."""
+    template: str | None = None
+    """What is put around a prompt: a text with {prompt} in it, "chat" for the tokenizer's own, or "none"."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row; what is longer is cut off at its end."""
+
+    lr: Rate | None = None
+    """Highest learning rate; the method's own where it is not given."""
+    steps: Positive | None = None
+    """Optimizer steps."""
+    epochs: Rate | None = None
+    """Passes over the data, in place of `steps`; one where neither is given."""
+    batch_size: Positive = 4
+    """Rows in one forward pass of one process."""
+    accumulate: Positive = 1
+    """Forward passes of one process in one step."""
+    warmup: Share = 0.03
+    """Share of the steps in which the rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes on after the warm-up."""
+    weight_decay: Weight = 0.0
+    """AdamW's weight decay."""
+    clip: Weight = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    dropout: Share = 0.0
+    """Dropout before the adapter; the model's own is off."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or none; auto takes bf16 where the device is fast at it."""
+    device: str = "auto"
+    """auto, cpu, or a device of torch's such as cuda or cuda:1."""
+    eval_every: Positive | None = None
+    """Steps from one held-out loss to the next; the first and the last are measured in any case."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of the rows and of dropout."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs exclude each other: give one")
+        if (self.prompt_field is None) != (self.response_field is None):
+            raise ValueError("prompt_field and response_field belong together: give both")
+        if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
+            raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
+        return self
+
+    def with_rate(self, rate: float) -> "TrainPlan":
+        """This plan with the learning rate `rate`, unless it has one of its own."""
+        return self if self.lr is not None else replace(self, lr=rate)
+
+    def steps_per_epoch(self, rows: int, processes: int = 1) -> int:
+        """Steps in which `processes` processes see `rows` rows once; the last may be a smaller one."""
+        return ceil(rows / (self.batch_size * self.accumulate * processes))
+
+    def total_steps(self, rows: int, processes: int = 1) -> int:
+        """Optimizer steps of the whole run on `rows` rows."""
+        if self.steps is not None:
+            return self.steps
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return ceil(epochs * self.steps_per_epoch(rows, processes))

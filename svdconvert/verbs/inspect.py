@@ -1,0 +1,162 @@
+"""svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdconvert.adapters.peft_format import AdapterConfig, is_adapter, open_adapter
+from svdconvert.artifact.manifest import Manifest, Origin, is_ours, read_manifest
+from svdconvert.errors import UnknownNameError
+from svdconvert.hub.locate import open_home
+from svdconvert.layout import find_layout
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a directory is."""
+
+    directory: str
+    kind: str
+    """checkpoint, decomposed, trained, merged, lora, adapter or unfinished."""
+    summary: str
+    """One sentence."""
+    next: list[str]
+    """Commands that make sense now."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Say what a directory (or a model of the Hub) is. Raises SvdConvertError where it is nothing known."""
+    path = Path(model)
+    if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
+        return _unfinished(path)
+    if is_ours(path):
+        return _ours(path, read_manifest(path))
+    if is_adapter(path):
+        return _adapter(path)
+    return _checkpoint(str(model))
+
+
+def _unfinished(path: Path) -> Inspection:
+    out = str(path).removesuffix(".partial")
+    return Inspection(
+        str(path),
+        "unfinished",
+        f"what an unfinished run left for {out}",
+        [f"the command that was to write {out}"],
+    )
+
+
+def _ours(path: Path, manifest: Manifest) -> Inspection:
+    summary, commands = {
+        "decomposed": (
+            f"a residual base and its initial {manifest.method} adapter; not usable without the adapter",
+            [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
+        ),
+        "trained": (
+            f"a {manifest.method} adapter, trained",
+            [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        ),
+        "merged": (
+            "a merged plain checkpoint; load it as any other",
+            [f'AutoModelForCausalLM.from_pretrained("{path}")', f"svdconvert verify {path}"],
+        ),
+        "lora": (
+            "a plain LoRA for the untouched base",
+            [f'PeftModel.from_pretrained(base, "{path}")', f"svdconvert merge {path} -o MERGED"],
+        ),
+    }[manifest.kind]
+    if manifest.kind == "decomposed" and not any("/" not in file for file in manifest.files):
+        summary = f"an initial {manifest.method} adapter for the untouched base"
+    details = {
+        "method": manifest.method,
+        "layout": manifest.layout,
+        "base": _place(manifest.base),
+        "residual": _place(manifest.residual),
+        "svdconvert": manifest.svdconvert,
+        "options": dict(manifest.options),
+        **_matrix_details(manifest),
+    }
+    return Inspection(str(path), manifest.kind, summary, commands, details)
+
+
+def _place(origin: Origin | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    found = bool(origin.revision) or Path(origin.location).is_dir()
+    return {"location": origin.location, "revision": origin.revision, "found": found}
+
+
+def _matrix_details(manifest: Manifest) -> dict[str, Any]:
+    matrices = manifest.matrices.values()
+    if not matrices:
+        return {}
+    energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    return {
+        "matrices": len(matrices),
+        "roles": dict(Counter(matrix.role for matrix in matrices)),
+        "parameters": sum(sum(matrix.shape) * matrix.rank for matrix in matrices),
+        "mean energy": sum(energies) / len(energies) if energies else None,
+        "largest error": max(matrix.error for matrix in matrices),
+    }
+
+
+def _adapter(path: Path) -> Inspection:
+    adapter = open_adapter(path)
+    config = adapter.config
+    details = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.rslora,
+        "modules": len(adapter.modules),
+        "base": config.base,
+        "initialised": config.initialised,
+    }
+    return Inspection(
+        str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
+    )
+
+
+def _adapter_summary(config: AdapterConfig) -> str:
+    named = f"names {config.base} as its base" if config.base else "names no base"
+    return f"a {config.peft_type} adapter of rank {config.rank} in PEFT's format, which {named}"
+
+
+def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
+    base = config.base or "MODEL"
+    if config.base and is_ours(Path(config.base)):
+        return [
+            f"svdconvert to-lora {path} -o LORA --residual {base}",
+            f"svdconvert merge {path} -o MERGED --residual {base}",
+        ]
+    return [
+        f"svdconvert merge {path} -o MERGED --base {base}",
+        f"svdconvert to-lora {path} -o LORA --residual DECOMPOSED  (if it was trained against a residual)",
+    ]
+
+
+def _checkpoint(model: str) -> Inspection:
+    home = open_home(model)
+    infos = home.source.infos
+    details: dict[str, Any] = {
+        "model_type": home.config.get("model_type"),
+        "tensors": len(infos),
+        "bytes": sum(info.nbytes for info in infos.values()),
+        "element types": dict(Counter(info.dtype for info in infos.values())),
+    }
+    try:
+        name, layout = find_layout(None, home.config.get("model_type"), model)
+    except UnknownNameError as error:
+        return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
+    slots = layout.slots(infos)
+    details |= {
+        "layout": name,
+        "matrices": len(slots),
+        "roles": dict(Counter(slot.role for slot in slots.values())),
+    }
+    commands = [
+        f"svdconvert decompose {model} -o DECOMPOSED --plan",
+        f"svdconvert decompose {model} -o DECOMPOSED",
+    ]
+    return Inspection(model, "checkpoint", f"a plain checkpoint of the {name} layout", commands, details)

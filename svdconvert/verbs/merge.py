@@ -1,0 +1,127 @@
+"""svdconvert merge: base or residual and adapter become a plain checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from svdconvert.artifact.change import Change, open_change
+from svdconvert.artifact.manifest import Manifest
+from svdconvert.artifact.merging import Side, merge_work, plan_merge
+from svdconvert.artifact.options import MergeOptions
+from svdconvert.artifact.stream import file_checksums, source_checksums, stream
+from svdconvert.checkpoint.sidecars import finish_model
+from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.errors import ArtifactError
+from svdconvert.hub.locate import Home, locate, open_home
+from svdconvert.layout import find_layout
+from svdconvert.linalg.compute import pick_device, use_threads
+from svdconvert.method import METHODS
+from svdconvert.run import Run
+
+
+def merge(  # noqa: PLR0913 (three places that override the manifest's)
+    adapter: str | Path,
+    out: str | Path,
+    options: MergeOptions | None = None,
+    run: Run | None = None,
+    *,
+    base: str | None = None,
+    residual: str | None = None,
+    init: str | None = None,
+) -> Manifest:
+    """Fold a trained (or untrained) adapter back into a plain checkpoint, in `out`.
+
+    `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA; `base`, `residual` and
+    `init` say where its parts lie, where that is not where the manifest says. Raises
+    SvdConvertError with one sentence.
+    """
+    options, run = options or MergeOptions(), run or Run()
+    change = open_change(Path(adapter), residual=_path(residual), init=_path(init))
+    side, home = _choose(change, options.side, base, residual)
+    name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
+    plan = plan_merge(change, home.source, side, layout, options)
+    device, threads = pick_device(run.device), use_threads(run.threads)
+    identity = {
+        "verb": "merge",
+        "options": asdict(options),
+        "from": side,
+        "weights": asdict(home.origin()),
+        "adapter": str(change.directory.absolute()),
+        "threads": threads,
+    }
+    with StagedOutput(Path(out), plan.shards, identity=identity, overwrite=run.overwrite) as staged:
+        stream(
+            merge_work(plan, device, _expected(change, side), str(home.path)), home.source, staged, run.track
+        )
+        finish_model(home.path, staged.path, plan.shards)
+        seen = home.origin(source_checksums(staged))
+        return Manifest(
+            kind="merged",
+            layout=name,
+            method=change.manifest.method if change.manifest else "lora",
+            base=seen if side == "base" else change.manifest.base if change.manifest else None,
+            residual=seen if side == "residual" else None,
+            options=asdict(options) | {"side": side},
+            files=file_checksums(staged),
+            threads=threads,
+        ).write(staged.path)
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
+
+
+def _known_layout(change: Change) -> str | None:
+    return change.manifest.layout if change.manifest else None
+
+
+def _choose(change: Change, side: str, base: str | None, residual: str | None) -> tuple[Side, Home]:
+    """The base where it is given or found, else the residual; `side` other than "auto" insists."""
+    if side in ("auto", "base"):
+        home = locate(change.manifest.base if change.manifest else None, base)
+        if home is not None:
+            return "base", home
+        if side == "base" or not _has_residual(change):
+            place = change.manifest.base.location if change.manifest and change.manifest.base else "unknown"
+            raise ArtifactError(
+                f"the base of {change.directory} is not at hand ({place}); say where it is with --base"
+            )
+    if not _has_residual(change):
+        raise ArtifactError(
+            f"{change.directory} has no residual base: its method leaves the base as it is; use --from base"
+        )
+    return "residual", _residual_home(change, residual)
+
+
+def _has_residual(change: Change) -> bool:
+    return (
+        change.manifest is not None
+        and change.manifest.kind != "lora"
+        and METHODS.get(change.manifest.method).residual
+    )
+
+
+def _residual_home(change: Change, given: str | None) -> Home:
+    assert change.manifest is not None
+    if change.residual is not None:
+        return open_home(str(change.residual))
+    home = locate(change.manifest.residual, given)
+    if home is None:
+        place = change.manifest.residual.location if change.manifest.residual else "none was written"
+        raise ArtifactError(
+            f"neither the base nor the residual of {change.directory} is at hand ({place}); "
+            "say where one is with --base or --residual"
+        )
+    return home
+
+
+def _expected(change: Change, side: Side) -> Mapping[str, str]:
+    """The checksums that the weights must have, as far as they are known."""
+    manifest = change.manifest
+    if manifest is None:
+        return {}
+    if side == "base":
+        return manifest.base.fingerprint.tensors if manifest.base else {}
+    if manifest.kind == "decomposed":
+        return manifest.checksums
+    return manifest.residual.fingerprint.tensors if manifest.residual else {}

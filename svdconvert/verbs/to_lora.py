@@ -1,0 +1,52 @@
+"""svdconvert to-lora: what training changed, as a plain LoRA for the untouched base."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from svdconvert.adapters.peft_format import CONFIG
+from svdconvert.artifact.change import Change, open_change
+from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
+from svdconvert.artifact.manifest import Manifest
+from svdconvert.artifact.options import LoraOptions
+from svdconvert.artifact.stream import file_checksums
+from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.run import Run
+
+
+def to_lora(
+    adapter: str | Path,
+    out: str | Path,
+    options: LoraOptions | None = None,
+    run: Run | None = None,
+    *,
+    residual: str | None = None,
+    init: str | None = None,
+) -> Manifest:
+    """Write what training changed as a standard PEFT LoRA for the untouched base, exact, in `out`.
+
+    The change s B A - s0 B0 A0 is a product of rank 2R. Only the two small adapters are read, no
+    base. Raises SvdConvertError with one sentence.
+    """
+    options, run = options or LoraOptions(), run or Run()
+    change = open_change(
+        Path(adapter), residual=Path(residual) if residual else None, init=Path(init) if init else None
+    )
+    plan = plan_lora(change, options)
+    identity = {"verb": "to-lora", "options": asdict(options), "adapter": str(change.directory.absolute())}
+    with StagedOutput(Path(out), [plan.file], identity=identity, overwrite=run.overwrite) as staged:
+        write_lora(plan, staged, run.track)
+        (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())
+        manifest = change.manifest
+        return Manifest(
+            kind="lora",
+            layout=manifest.layout if manifest else "",
+            method=manifest.method if manifest else "lora",
+            base=manifest.base if manifest else None,
+            options=asdict(options) | {"rank": plan.rank},
+            files=file_checksums(staged),
+        ).write(staged.path)
+
+
+def _hub_base(change: Change) -> str | None:
+    base = change.manifest.base if change.manifest else None
+    return base.location if base and base.revision else None

@@ -1,0 +1,135 @@
+"""Tiny random checkpoints for every layout: two layers, grouped queries, rectangular matrices, decaying spectra.
+
+Made by stock transformers, so that their names on disk are those of real models of the family.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+VOCABULARY = 61
+HIDDEN = 32
+ONE_FILE = "5GB"
+SHARDED = "8KB"
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _gemma3(**values: Any) -> Gemma3Config:
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**values, sliding_window=16),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=58,
+        boi_token_index=59,
+        eoi_token_index=60,
+        tie_word_embeddings=values.get("tie_word_embeddings", True),
+    )
+
+
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "gemma3": _gemma3,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+"""model_type -> the configuration of a tiny model of it."""
+
+
+def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint may differ)
+    model_type: str,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = ONE_FILE,
+    tied: bool | None = None,
+    pickled: bool = False,
+) -> Path:
+    """Write a tiny checkpoint of `model_type` into `directory` and return it.
+
+    `tied` is as the family does it unless given; `pickled` writes pytorch_model.bin instead.
+    """
+    values = _TEXT if tied is None else _TEXT | {"tie_word_embeddings": tied}
+    config = CONFIGS[model_type](**values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sum(model_type.encode()))
+        model = AutoModelForCausalLM.from_config(config)
+        fill(model)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    if pickled:
+        _pickle(directory)
+    return directory
+
+
+def fill(model: PreTrainedModel) -> None:
+    """Random values everywhere: no norm is one and no bias zero, so that nothing lost goes unnoticed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(decaying(*parameter.shape))
+                parameter[::5, ::7] = -0.0
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def decaying(rows: int, columns: int) -> Tensor:
+    """A random matrix with singular values 2 / k: what is left out at a low rank matters."""
+    left, right = torch.randn(rows, rows), torch.randn(columns, columns)
+    count = min(rows, columns)
+    sigma = 2.0 / torch.arange(1, count + 1)
+    return torch.linalg.qr(left).Q[:, :count] * sigma @ torch.linalg.qr(right).Q[:count]
+
+
+def _pickle(directory: Path) -> None:
+    """Turn the safetensors files of `directory` into the .bin files that came before them."""
+    for file in sorted(directory.glob("*.safetensors")):
+        torch.save(load_file(file), directory / _pickled_name(file.name))
+        file.unlink()
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {name: _pickled_name(file) for name, file in content["weight_map"].items()}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(content))
+        index.unlink()
+
+
+def _pickled_name(file: str) -> str:
+    return "pytorch_" + file.replace(".safetensors", ".bin")
