@@ -189,6 +189,8 @@ def _residual(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     """The residual as stored, and the relative error that its one rounding makes."""
     exact_OI = subtract(weight_OI, factors, scale)
     rounded_OI = exact_OI.to(dtype)
-    lost = torch.linalg.vector_norm(exact_OI.sub_(rounded_OI))
+    if rounded_OI is exact_OI:
+        return rounded_OI, 0.0
     norm = torch.linalg.vector_norm(weight_OI)
+    lost = torch.linalg.vector_norm(exact_OI.sub_(rounded_OI))
     return rounded_OI, float(lost / norm) if norm > 0 else 0.0

@@ -53,7 +53,7 @@ def read_index(path: Path) -> Mapping[str, str]:
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
         ) from error

@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object. Raises CheckpointError where it does not."""
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}; restore the file") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object; restore the file")

@@ -134,7 +134,7 @@ def _columns_as_text(path: Path) -> dict[str, Any]:
 
 def _read_hub(data: str, split: str) -> Any:
     name, _, config = data.partition(":")
-    return _load(data, name, name=config or None, split=split)
+    return _load(f"{data}, taken for a Hub data set", name, name=config or None, split=split)
 
 
 def _load(shown: str, *args: Any, **options: Any) -> Any:

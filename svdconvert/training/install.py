@@ -38,7 +38,7 @@ def _complaints(modules: Mapping[str, nn.Module], pieces: Pieces, trains: frozen
         if module is None:
             yield f"{path}: the model has no such module"
         elif not isinstance(module, nn.Linear):
-            yield f"{path}: is a {type(module).__name__}, not a linear layer"
+            yield f"{path}: is not a linear layer but {type(module).__name__}"
         else:
             wrong = _misfit(module, factors, trains)
             if wrong:

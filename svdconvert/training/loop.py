@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
 from math import ceil, cos, isfinite, pi
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,10 +91,12 @@ def _takes_bf16(precision: str, device: torch.device) -> bool:
 def learning_rate(plan: TrainPlan, step: int, total: int) -> float:
     """The rate of step `step` of 1 to `total`: a linear rise over the warm-up, then the plan's schedule.
 
-    These are transformers' schedules one step on: theirs give the first step the rate 0 and so waste it.
+    Without a warm-up these are transformers' schedules. With one, theirs give the first step the rate 0 and
+    so waste it; these are one step ahead.
     """
     assert plan.lr is not None, "the plan has no rate: TrainPlan.with_rate fills in the method's"
-    warm = ceil(plan.warmup * total)
+    # The last step of the warm-up has the full rate, so one such step is no warm-up at all.
+    warm = max(1, ceil(plan.warmup * total))
     if step <= warm:
         return plan.lr * step / warm
     gone = (step - warm) / (total + 1 - warm)
@@ -175,8 +178,8 @@ class _Trainer:
         processes = self.accelerator.num_processes
         epoch, place = divmod(step - 1, self.plan.steps_per_epoch(len(rows), processes))
         size = self.plan.batch_size * self.plan.accumulate * processes
-        order = _order(len(rows), self.plan.seed, epoch)[place * size : (place + 1) * size]
-        return [rows[index] for index in order.tolist()]
+        order = _order(len(rows), self.plan.seed, epoch)
+        return [rows[index] for index in order[place * size : (place + 1) * size]]
 
     def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         """This process's share of `rows`.
@@ -249,10 +252,12 @@ class _Trainer:
 
 
 @lru_cache(maxsize=1)
-def _order(rows: int, seed: int, epoch: int) -> Tensor:
-    # A seed of its own for every epoch, so that no step depends on those before it.
-    generator = torch.Generator().manual_seed(seed + 2**32 * epoch)
-    return torch.randperm(rows, generator=generator)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(rows))
+    # A seed of its own for every epoch, so that no step depends on those before it. Python hashes it as a
+    # whole; torch's generators take 32 bits of theirs.
+    Random(f"{seed} {epoch}").shuffle(order)
+    return order
 
 
 def _selects_positions(model: nn.Module) -> bool:

@@ -114,8 +114,8 @@ def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if isinstance(value, str):
         return value
-    what = f"no {field}" if value is None else f"a {type(value).__name__}, not text, as its {field}"
-    raise DataError(f"it has {what}; its fields are {', '.join(k for k, v in row.items() if v is not None)}")
+    what = f"it has no {field}" if value is None else f"its {field} is not text but {type(value).__name__}"
+    raise DataError(f"{what}; its fields are {', '.join(k for k, v in row.items() if v is not None)}")
 
 
 def _messages(row: Row) -> list[dict[str, Any]]:

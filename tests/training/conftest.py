@@ -14,7 +14,7 @@ CHARACTERS = sorted(string.ascii_letters + string.digits + " \n:#,.?<>|'/=+-[]{}
 VOCABULARY = {token: number for number, token in enumerate(["<s>", "</s>", "<end>", *CHARACTERS, ":x"])}
 # Every turn ends in a mark that is not the end-of-sequence token, as Gemma's do.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<end>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 

@@ -101,7 +101,7 @@ def test_a_row_without_its_field_is_named_with_what_it_has(tokenizer: Any) -> No
 
 
 def test_a_field_that_is_not_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="row 1: it has a int, not text, as its answer"):
+    with pytest.raises(DataError, match="row 1: its answer is not text but int"):
         encode([{"question": "a", "answer": 3}], tokenizer, PLAIN)
 
 
@@ -212,9 +212,10 @@ def test_a_chat_template_without_an_end_mark_gets_the_end_of_sequence_token(toke
 def test_an_answer_that_later_turns_change_is_left_out_of_the_loss(tokenizer: Any) -> None:
     # As Qwen3's template does: only the last turn keeps its thoughts.
     tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{% if loop.last %}hm,{% endif %}{{ m.content }}<end>{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]"
+        "{% if loop.last and m.role == 'assistant' %}hm,{% endif %}{{ m.content }}<end>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
-    ).replace("loop.last", "loop.last and m.role == 'assistant'")
+    )
     assert learnt(one(chat("hi", "ho", "ha", "he"), tokenizer), tokenizer) == "hm,he<end>"
 
 
