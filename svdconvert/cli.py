@@ -13,6 +13,7 @@ from svdconvert import console
 from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
 from svdconvert.command import Typed, with_options
 from svdconvert.progress import Track
+from svdconvert.ranks import find_ranks
 from svdconvert.recipe import Recipe, options, read_recipe
 from svdconvert.run import Run
 from svdconvert.training.plan import TrainPlan
@@ -190,6 +191,7 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         with console.progress("to-lora", of_bytes=False) as track:
             run = _run(shared, track, overwrite, None, None)
+            run.ranks.alone("to-lora")
             manifest = verb(adapter, target, chosen, run, residual=residual, init=init)
         console.show_lora(target, manifest)
 
@@ -229,7 +231,7 @@ def list_(what: Annotated[Listing, typer.Argument(help="What to list.")], json: 
     from svdconvert.verbs.catalogue import layouts, methods
 
     rows = methods() if what is Listing.methods else layouts()
-    console.as_json(rows) if json else console.listing(list(rows[0]), [list(row.values()) for row in rows])
+    console.as_json(rows) if json else console.catalogue(rows)
 
 
 @app.callback(invoke_without_command=True)
@@ -261,7 +263,9 @@ def _run(
         overwrite=overwrite,
         threads=threads or shared.get("threads"),
         device=device or shared.get("device") or known.device,
+        ranks=find_ranks(),
         track=track or known.track,
+        say=console.say,
     )
 
 

@@ -41,11 +41,12 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
     if info.annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
-    shown = ",".join(info.default) if isinstance(info.default, tuple) else info.default
+    default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
+    shown = "" if default is None or default is False else f" Default: {default}."
     option = typer.Option(
         spelling,
-        help=info.description,
-        show_default=False if shown is None else str(shown),
+        help=f"{info.description}{shown}",
+        show_default=False,
         rich_help_panel="Result",
     )
     return inspect.Parameter(

@@ -1,10 +1,13 @@
 """The only place that talks: progress, summaries and errors."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,29 +42,68 @@ stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
+class Terminated(BaseException):
+    """SIGTERM, as a scheduler or a launcher sends it."""
+
+
 @contextmanager
 def telling(*, debug: bool, out: object = None) -> Iterator[None]:
-    """Turn errors into one sentence and an exit status: 1 refused or failed, 130 interrupted."""
+    """Turn errors into one sentence and an exit status: 1 refused or failed, 130 Ctrl-C, 143 SIGTERM."""
+    with _terminable():
+        try:
+            yield
+        except SvdConvertError as error:
+            if debug:
+                raise
+            _stop(str(error), 1)
+        except KeyboardInterrupt:
+            _stop(f"interrupted{_kept(out)}", 130)
+        except Terminated:
+            _stop(f"terminated{_kept(out)}", 143)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that what it left is said."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    if current_thread() is not main_thread():
+        yield  # only the main thread may set handlers; there is none to set in a test's thread
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except SvdConvertError as error:
-        if debug:
-            raise
-        _stop(f"svdconvert: {error}", 1)
-    except KeyboardInterrupt:
-        kept = f"; the same command goes on from {out}.partial" if out else ""
-        _stop(f"svdconvert: interrupted{kept}", 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _kept(out: object) -> str:
+    here = out is not None and Path(f"{out}.partial").exists()
+    return f"; the same command goes on from {out}.partial" if here else ""
 
 
 def _stop(sentence: str, status: int) -> NoReturn:
-    stderr.print(escape(sentence), markup=True)
+    stderr.print(escape(f"svdconvert: {sentence}"))
     raise typer.Exit(status)
+
+
+def say(sentence: str) -> None:
+    """One sentence on standard error, from the leading rank."""
+    if not _follows():
+        stderr.print(escape(f"svdconvert: {sentence}"))
+
+
+def _follows() -> bool:
+    """True in a rank that leaves talking to the leading one; errors it tells itself."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
 def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
     """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
-    if not stderr.is_terminal:
+    if _follows() or not stderr.is_terminal:
         yield silent
         return
     amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
@@ -83,6 +125,8 @@ def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
 
 def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
     """A short table that says what was done and where it is, and what to type next."""
+    if _follows():
+        return
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
     )
@@ -102,14 +146,20 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     stdout.print(table)
 
 
+def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
+    """What there is, each with its name and summary on one line and the rest below it."""
+    width = max(len(str(next(iter(row.values())))) for row in rows) + 2
+    for row in rows:
+        (_, name), (_, what), *others = row.items()
+        stdout.print(f"[bold]{escape(str(name)):{width}}[/bold]{escape(str(what))}")
+        for label, value in others:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            stdout.print(f"{'':{width}}[dim]{escape(label)}:[/dim] {escape(shown)}")
+
+
 def as_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-
-
-def warn(sentence: str) -> None:
-    """One sentence on standard error."""
-    stderr.print(escape(f"svdconvert: {sentence}"))
 
 
 def show_estimate(source: object, plan: "Estimate") -> None:
@@ -187,18 +237,27 @@ def show_report(report: "Report") -> None:
 
 def show_inspection(found: "Inspection") -> None:
     """What a directory is."""
-    rows: dict[str, object] = {}
-    for name, value in found.details.items():
-        rows[name] = (
-            ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value
-        )
-    summary(f"{found.directory}: {found.summary}", {"kind": found.kind, **rows}, found.next)
+    rows = {name.replace("_", " "): _readable(value) for name, value in found.details.items() if value}
+    summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
+
+
+def _readable(value: object) -> str:
+    """A value of an inspection as people write it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_readable, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager
 def training() -> Iterator[Callable[["StepLog | EvalLog", int], None]]:
     """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
-    if not stderr.is_terminal:
+    if _follows() or not stderr.is_terminal:
         yield lambda log, steps: None
         return
     columns = [

@@ -1,8 +1,14 @@
 """How a verb runs, as opposed to what it makes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from svdconvert.progress import Track, silent
+from svdconvert.ranks import Ranks
+
+
+def unsaid(sentence: str) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,5 +21,9 @@ class Run:
     """Threads of the arithmetic; bytes are repeatable at a fixed count. None: as torch chooses."""
     device: str = "auto"
     """Where the arithmetic runs: cpu, cuda, cuda:N, or auto."""
+    ranks: Ranks = Ranks()
+    """The processes that share the work; see `find_ranks`."""
     track: Track = silent
     """Told of every finished tensor."""
+    say: Callable[[str], None] = unsaid
+    """Told in a sentence what a user should know at once."""

@@ -29,7 +29,7 @@ def shifted(  # noqa: PLR0913 (the formula has these six)
     for rows in row_blocks(weight_OI):
         product = _product(left[rows], right, scale)
         change = product.sub_(_product(left0[rows], right0, scale0))
-        moved = weight_OI[rows].float().add_(change).to(dtype)
+        moved = (weight_OI[rows] + change).to(dtype)
         merged_OI[rows] = torch.where(change == 0, weight_OI[rows].to(dtype), moved)
     return merged_OI
 

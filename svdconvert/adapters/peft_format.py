@@ -7,7 +7,7 @@ metadata exactly {"format": "pt"}, configuration sorted by key.
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def open_adapter(directory: Path) -> Adapter:
             f"({len(others)} such tensors); train without it, or merge with the program that wrote it"
         )
     _complete(directory, modules)
+    config = config if config.targets else replace(config, targets=sorted(modules))
     return Adapter(directory, config, source, modules)
 
 
@@ -148,7 +149,7 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
         return AdapterConfig(
             rank=int(values["r"]),
             alpha=float(values["lora_alpha"]),
-            targets=_targets(values["target_modules"]),
+            targets=_targets(values),
             base=values.get("base_model_name_or_path"),
             peft_type=str(values["peft_type"]),
             rslora=bool(values.get("use_rslora")),
@@ -163,8 +164,11 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
         ) from error
 
 
-def _targets(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(target) for target in value]
+def _targets(values: Mapping[str, Any]) -> list[str]:
+    """The list of targets, empty where it does not tell alone which modules are adapted."""
+    chosen = values["target_modules"]
+    narrowed = values.get("layers_to_transform") is not None or values.get("exclude_modules")
+    return [] if isinstance(chosen, str) or narrowed else [str(target) for target in chosen]
 
 
 def _complete(directory: Path, modules: Mapping[str, Mapping[str, str]]) -> None:

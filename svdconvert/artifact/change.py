@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,15 @@ class Change:
     def end(self, module: str) -> tuple[Factors, float]:
         """The factors after training, and their scale."""
         return self.after.factors(module), self.after.config.scale(module)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that reads it must find again when it goes on."""
+        start = self.before.source.stamp() if self.before else {}
+        return {
+            "location": str(self.directory.absolute()),
+            "files": dict(self.after.source.stamp()),
+            "start": dict(start),
+        }
 
     @property
     def modules(self) -> list[str]:

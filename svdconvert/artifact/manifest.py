@@ -91,6 +91,19 @@ class Manifest:
         }
 
 
+def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """What must be the same when an interrupted run goes on: anything that could change its bytes."""
+    import torch
+
+    return {
+        "verb": verb,
+        "svdconvert": version("svdconvert"),
+        "torch": torch.__version__,
+        "options": dict(options),
+        "threads": threads,
+    }
+
+
 def is_ours(directory: Path) -> bool:
     """True where a complete directory of svdconvert stands."""
     return (directory / MARK).is_file()
@@ -111,7 +124,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         return _manifest(values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); restore the file") from error
 
 

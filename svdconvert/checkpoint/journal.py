@@ -1,7 +1,8 @@
 """What a run has finished, so that the same command can go on after a kill.
 
-A JSON-lines file: first the run's identity (verb, options, source, version), then one line for each
-finished item, written after the item's bytes. The open file is locked: two runs cannot share it.
+A JSON-lines file for each rank: first the run's identity (verb, options, source, version), then one
+line for each finished item, written after the item's bytes. The open file is locked: two runs cannot
+share it.
 """
 
 import fcntl
@@ -56,6 +57,20 @@ class Journal:
         self._stream.flush()
 
 
+def journals(directory: Path) -> list[Path]:
+    """The journals of all ranks in a staging directory."""
+    return sorted(directory.glob("journal*.jsonl"))
+
+
+def read_journal(path: Path) -> tuple[Mapping[str, Any], dict[str, Record]]:
+    """(identity, finished items) of a journal; both empty where there is none."""
+    if not path.exists():
+        return {}, {}
+    with path.open("rb") as stream:
+        lines, _ = _whole_lines(stream)
+    return (lines[0] if lines else {}), {line["item"]: line["record"] for line in lines[1:]}
+
+
 def _lock(stream: IO[bytes], directory: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,15 +93,24 @@ def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
 
 
 def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
-    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if differing:
+    was, is_ = _flat(before), _flat(now)
+    if differing := sorted(key for key in {*was, *is_} if was.get(key) != is_.get(key)):
         changes = ", ".join(
-            f"{key} (was {_brief(before.get(key))}, is {_brief(now.get(key))})" for key in differing
+            f"{key} was {_brief(was.get(key))} and is {_brief(is_.get(key))}" for key in differing[:3]
         )
         raise OutputError(
             f"{directory} was left by another run: {changes}; repeat that run's command to go on, "
             "or give --overwrite to start anew"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"options": {"rank": 1}} -> {"options.rank": 1}, so that a difference has a name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _brief(value: Any) -> str:

@@ -7,7 +7,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.source import TensorInfo, dtype_code, pieces, tensor_bytes
+from svdconvert.checkpoint.source import TensorInfo, dtype_code, file_stamp, pieces, tensor_bytes
 from svdconvert.errors import CheckpointError
 
 
@@ -16,6 +16,7 @@ class PickledSource:
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._files = files
         for file in files:
             self._tensors.update(_load(file))
         for name, place in (weight_map or {}).items():
@@ -29,6 +30,10 @@ class PickledSource:
     def read(self, name: str) -> Tensor:
         """The tensor as mapped from the file."""
         return self._tensors[name].detach()
+
+    def stamp(self) -> Mapping[str, list[int]]:
+        """Size and time of change of every file."""
+        return file_stamp(self._files)
 
     def chunks(self, name: str, size: int) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`."""

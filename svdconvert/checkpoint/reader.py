@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.source import TensorInfo, TensorSource, torch_dtype
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, file_stamp, torch_dtype
 from svdconvert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class SafetensorsSource:
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
         self._extents: dict[str, tuple[Path, Extent]] = {}
         self._open: dict[Path, int] = {}
+        self._files = files
         for file in files:
             for extent in read_header(file):
                 name = extent.info.name
@@ -123,6 +124,10 @@ class SafetensorsSource:
             self._fill(path, piece, offset, name)
             yield piece
             offset, left = offset + len(piece), left - len(piece)
+
+    def stamp(self) -> Mapping[str, list[int]]:
+        """Size and time of change of every file."""
+        return file_stamp(self._files)
 
     def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
         try:

@@ -1,8 +1,9 @@
 """What a checkpoint is to the rest of the program: named tensors, known before any is read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from svdconvert.errors import CheckpointError
@@ -71,6 +72,23 @@ class TensorSource(Protocol):
     def chunks(self, name: str, size: int) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`."""
         ...
+
+    def stamp(self) -> Mapping[str, list[int]]:
+        """What changes when a file of the source is changed."""
+        ...
+
+
+def file_stamp(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size in bytes and time of the last change in nanoseconds, by file name; links are followed.
+
+    Raises CheckpointError where a file is gone.
+    """
+    try:
+        return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read: {error.strerror}; restore the file"
+        ) from error
 
 
 def torch_dtype(code: str) -> "torch.dtype":

@@ -13,16 +13,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.header import build_header
-from svdconvert.checkpoint.journal import Journal, Record
+from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
 from svdconvert.checkpoint.source import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.errors import OutputError, SvdConvertError
+from svdconvert.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MARK = "svdconvert.json"
-_JOURNAL = "journal.jsonl"
+JOURNAL = "journal.jsonl"
+ALONE = Ranks()
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
 
 
@@ -30,45 +32,66 @@ class StagedOutput:
     """The output directory while it is being made; a context manager.
 
     Leaving the context without an error gives the directory its name. An error leaves the staging
-    directory for the same command to go on from, or nothing where no tensor was finished.
+    directory for the same command to go on from, or nothing where no tensor was finished. With several
+    ranks each writes its own tensors into the same files; the leading one lays out and finishes.
     """
 
     def __init__(
-        self, out: Path, files: Sequence[PlannedFile], *, identity: Mapping[str, Any], overwrite: bool = False
+        self,
+        out: Path,
+        files: Sequence[PlannedFile],
+        *,
+        identity: Mapping[str, Any],
+        overwrite: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Plan `files` below `out`. Nothing is touched until the context is entered."""
-        self.out = out
-        self.path = out.with_name(out.name + ".partial")
+        self.out, self.ranks = out, ranks
+        self.path = partial(out)
+        self.finished: dict[str, Record] = {}
+        """What was noted about each finished item, by earlier runs too; by other ranks after `gather`."""
         self._files, self._identity, self._overwrite = files, identity, overwrite
         self._places: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
         self._open: dict[str, int] = {}
         self._journal: Journal | None = None
 
     def __enter__(self) -> "StagedOutput":
-        check_free(self.out, overwrite=self._overwrite)
+        if self.ranks.leads:
+            check_free(self.out, overwrite=self._overwrite)
+            self._require_space()
         existed = self.path.exists()
-        self._require_space()
         with explained(self.path):
             try:
-                self._stage()
+                if self.ranks.leads:
+                    self._lead()
+                self.ranks.wait()
+                if not self.ranks.leads:
+                    self._join()
             except BaseException:
-                self._abandon(keep=existed)
+                self._abandon(keep=existed or not self.ranks.leads)
                 raise
         return self
 
-    def _stage(self) -> None:
+    def _lead(self) -> None:
+        """Take the staging directory and what an earlier run finished, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.path / _JOURNAL, self._identity, anew=self._overwrite)
-        if not self._journal.finished:
-            _clear(self.path, except_for=_JOURNAL)
+        self._journal = Journal(self.path / JOURNAL, self._identity, anew=self._overwrite)
+        if self._overwrite or not (self._journal.finished or len(journals(self.path)) > 1):
+            _clear(self.path, except_for=JOURNAL)
+        for path in journals(self.path)[1:]:
+            for item, record in read_journal(path)[1].items():
+                self._journal.finish(item, record)
+            path.unlink()
+        self.finished |= self._journal.finished
         for file in self._files:
-            self._lay_out(file)
+            self._lay_out(file, create=True)
 
-    @property
-    def finished(self) -> Mapping[str, Record]:
-        """What was noted about each finished item, by an earlier run too."""
-        assert self._journal is not None
-        return self._journal.finished
+    def _join(self) -> None:
+        """Open what the leading rank laid out."""
+        self.finished |= read_journal(self.path / JOURNAL)[1]
+        self._journal = Journal(self.path / f"journal-{self.ranks.index}.jsonl", self._identity, anew=True)
+        for file in self._files:
+            self._lay_out(file, create=False)
 
     def _require_space(self) -> None:
         present = (
@@ -82,16 +105,18 @@ class StagedOutput:
                 "make room or choose another -o"
             )
 
-    def _lay_out(self, file: PlannedFile) -> None:
+    def _lay_out(self, file: PlannedFile, *, create: bool) -> None:
         path = self.path / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
         header, offsets = build_header(file.infos)
         for info in file.infos:
             self._places[file.path, info.name] = (offsets[info.name], info)
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         self._open[file.path] = descriptor
-        os.ftruncate(descriptor, len(header) + file.nbytes)
-        os.pwrite(descriptor, header, 0)
+        if create:
+            os.ftruncate(descriptor, len(header) + file.nbytes)
+            os.pwrite(descriptor, header, 0)
 
     def write(self, file: str, name: str, tensor: "Tensor") -> None:
         """Put a tensor at its place. Its shape and dtype are those of the plan."""
@@ -116,23 +141,40 @@ class StagedOutput:
         assert self._journal is not None
         with explained(self.path):
             self._journal.finish(item, record)
+        self.finished[item] = record
+
+    def sync(self, file: str) -> None:
+        """Put what is written of a file on the disk itself."""
+        with explained(self.path / file):
+            os.fsync(self._open[file])
+
+    def gather(self) -> None:
+        """Wait for all ranks and take in what they finished."""
+        self.ranks.wait()
+        for path in journals(self.path) if self.ranks.count > 1 else []:
+            self.finished |= read_journal(path)[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with explained(self.path):
-            if error is None:
-                self._complete()
+            if error is not None:
+                self._abandon(keep=bool(self.finished) or self.ranks.count > 1)
+                if isinstance(error, OSError):
+                    raise error
                 return
-            self._abandon(keep=bool(self.finished))
-            if isinstance(error, OSError):
-                raise error
+            self.ranks.wait()
+            if self.ranks.leads:
+                self._complete()
+            self._close()
+            self.ranks.wait()
 
     def _complete(self) -> None:
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        for file in self._files:
+            self.sync(file.path)
         self._close()
-        (self.path / _JOURNAL).unlink()
+        for path in journals(self.path):
+            path.unlink()
         aside = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -151,6 +193,16 @@ class StagedOutput:
             os.close(self._open.popitem()[1])
         if self._journal is not None:
             self._journal.close()
+
+
+def partial(out: Path) -> Path:
+    """The staging directory of `out`."""
+    return out.with_name(out.name + ".partial")
+
+
+def recorded(out: Path, key: str) -> Any:
+    """What an unfinished run for `out` noted of itself under `key`; None where there is none."""
+    return read_journal(partial(out) / JOURNAL)[0].get(key)
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:

@@ -1,7 +1,7 @@
 """Models at hand: where the user says, else where a manifest says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ class Home:
     def path(self) -> Path:
         """Its directory."""
         return self.snapshot.path
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that reads it must find again when it goes on."""
+        return {
+            "location": self.snapshot.location,
+            "files": dict(self.source.stamp()),
+            **asdict(self.origin()),
+        }
 
     def origin(self, checksums: Mapping[str, str] | None = None) -> Origin:
         """How a manifest names it, with the checksums of the tensors that were read."""

@@ -5,10 +5,14 @@ import torch
 from svdconvert.errors import RecipeError
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one. Raises RecipeError where it is absent."""
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """The device called `name`; "auto" is the GPU of this host's rank `local`, else the CPU.
+
+    Raises RecipeError where it is absent.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

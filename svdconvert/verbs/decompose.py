@@ -5,12 +5,12 @@ from pathlib import Path
 
 from svdconvert.adapters.peft_format import CONFIG as ADAPTER_CONFIG
 from svdconvert.artifact.estimate import Estimate, estimate
-from svdconvert.artifact.manifest import Manifest, Matrix, Origin
+from svdconvert.artifact.manifest import Manifest, Matrix, Origin, run_identity
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import SplitPlan, plan_split, split_work
 from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.checkpoint.writer import StagedOutput, recorded
 from svdconvert.hub.locate import Home, open_home
 from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
@@ -26,16 +26,20 @@ def decompose(
     """
     options, run = options or SplitOptions(), run or Run()
     home, plan = _prepare(str(model), options)
-    base = home.origin()
-    device, threads = pick_device(run.device), use_threads(run.threads)
-    identity = {"verb": "decompose", "options": asdict(options), "base": asdict(base), "threads": threads}
-    with StagedOutput(Path(out), plan.files, identity=identity, overwrite=run.overwrite) as staged:
-        stream(split_work(plan, device), home.source, staged, run.track)
-        if plan.shards:
-            finish_model(home.path, staged.path, plan.shards)
-        (staged.path / plan.folder / ADAPTER_CONFIG).write_text(plan.adapter_config().text())
-        seen = home.origin(source_checksums(staged))
-        return _manifest(staged, plan, seen, threads).write(staged.path)
+    device = pick_device(run.device, run.ranks.local)
+    threads = use_threads(run.threads or recorded(Path(out), "threads"))
+    identity = run_identity("decompose", asdict(options), threads) | {"model": home.identity()}
+    with StagedOutput(
+        Path(out), plan.files, identity=identity, overwrite=run.overwrite, ranks=run.ranks
+    ) as staged:
+        stream(split_work(plan, device), home.source, staged, run)
+        manifest = _manifest(staged, plan, home.origin(source_checksums(staged)), threads)
+        if run.ranks.leads:
+            if plan.shards:
+                finish_model(home.path, staged.path, plan.shards)
+            (staged.path / plan.folder / ADAPTER_CONFIG).write_text(plan.adapter_config().text())
+            manifest.write(staged.path)
+    return manifest
 
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
@@ -56,7 +60,7 @@ def _manifest(staged: StagedOutput, plan: SplitPlan, base: Origin, threads: int)
         method=plan.options.method,
         base=base,
         options=asdict(plan.options),
-        matrices={name: Matrix(**note) for name, note in notes(staged).items()},
+        matrices={name: Matrix(**note) for name, note in notes(staged, plan.slots).items()},
         files=file_checksums(staged),
         threads=threads,
     )

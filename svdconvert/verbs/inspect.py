@@ -1,15 +1,18 @@
 """svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from svdconvert.adapters.peft_format import AdapterConfig, is_adapter, open_adapter
 from svdconvert.artifact.manifest import Manifest, Origin, is_ours, read_manifest
+from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.locate import open_home
 from svdconvert.layout import find_layout
+from svdconvert.training.plan import TrainPlan
 
 
 @dataclass(frozen=True)
@@ -49,43 +52,53 @@ def _unfinished(path: Path) -> Inspection:
 
 
 def _ours(path: Path, manifest: Manifest) -> Inspection:
-    summary, commands = {
-        "decomposed": (
-            f"a residual base and its initial {manifest.method} adapter; not usable without the adapter",
-            [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
-        ),
-        "trained": (
-            f"a {manifest.method} adapter, trained",
-            [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
-        ),
-        "merged": (
-            "a merged plain checkpoint; load it as any other",
-            [f'AutoModelForCausalLM.from_pretrained("{path}")', f"svdconvert verify {path}"],
-        ),
-        "lora": (
-            "a plain LoRA for the untouched base",
-            [f'PeftModel.from_pretrained(base, "{path}")', f"svdconvert merge {path} -o MERGED"],
-        ),
-    }[manifest.kind]
-    if manifest.kind == "decomposed" and not any("/" not in file for file in manifest.files):
-        summary = f"an initial {manifest.method} adapter for the untouched base"
     details = {
+        "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
         "layout": manifest.layout,
         "base": _place(manifest.base),
         "residual": _place(manifest.residual),
-        "svdconvert": manifest.svdconvert,
-        "options": dict(manifest.options),
+        "options": _chosen(manifest),
         **_matrix_details(manifest),
     }
-    return Inspection(str(path), manifest.kind, summary, commands, details)
+    return Inspection(str(path), manifest.kind, _what(manifest), _commands(path, manifest), details)
 
 
-def _place(origin: Origin | None) -> dict[str, Any] | None:
+def _what(manifest: Manifest) -> str:
+    if manifest.kind == "merged":
+        return "a merged plain checkpoint, to be loaded as any other"
+    if manifest.kind == "lora":
+        return "a plain LoRA for the untouched base"
+    if manifest.kind == "trained":
+        return f"a trained {manifest.method} adapter"
+    if not manifest.checksums:
+        return f"an initial {manifest.method} adapter for the untouched base"
+    return f"a residual base with its initial {manifest.method} adapter; not to be used without the adapter"
+
+
+def _commands(path: Path, manifest: Manifest) -> list[str]:
+    return {
+        "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
+        "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        "merged": [f'AutoModelForCausalLM.from_pretrained("{path}")', f"svdconvert verify {path}"],
+        "lora": [f'PeftModel.from_pretrained(base, "{path}")', f"svdconvert merge {path} -o MERGED"],
+    }[manifest.kind]
+
+
+def _place(origin: Origin | None) -> str | None:
     if origin is None:
         return None
-    found = bool(origin.revision) or Path(origin.location).is_dir()
-    return {"location": origin.location, "revision": origin.revision, "found": found}
+    if origin.revision:
+        return f"{origin.location}@{origin.revision}"
+    return origin.location if Path(origin.location).is_dir() else f"{origin.location} (not there)"
+
+
+def _chosen(manifest: Manifest) -> dict[str, Any]:
+    """The options that are not as they are by default."""
+    kinds = {"decomposed": SplitOptions, "trained": TrainPlan, "merged": MergeOptions, "lora": LoraOptions}
+    usual = {entry.name: entry.default for entry in fields(kinds[manifest.kind])}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {name: value for name, value in manifest.options.items() if plain.get(name) != value}
 
 
 def _matrix_details(manifest: Manifest) -> dict[str, Any]:
@@ -96,9 +109,9 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
     return {
         "matrices": len(matrices),
         "roles": dict(Counter(matrix.role for matrix in matrices)),
-        "parameters": sum(sum(matrix.shape) * matrix.rank for matrix in matrices),
-        "mean energy": sum(energies) / len(energies) if energies else None,
-        "largest error": max(matrix.error for matrix in matrices),
+        "adapter_parameters": sum(sum(matrix.shape) * matrix.rank for matrix in matrices),
+        "mean_energy": sum(energies) / len(energies) if energies else None,
+        "largest_error": max(matrix.error for matrix in matrices),
     }
 
 
@@ -111,7 +124,7 @@ def _adapter(path: Path) -> Inspection:
         "rslora": config.rslora,
         "modules": len(adapter.modules),
         "base": config.base,
-        "initialised": config.initialised,
+        "started_as": config.initialised if isinstance(config.initialised, str) else None,
     }
     return Inspection(
         str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
@@ -142,8 +155,8 @@ def _checkpoint(model: str) -> Inspection:
     details: dict[str, Any] = {
         "model_type": home.config.get("model_type"),
         "tensors": len(infos),
-        "bytes": sum(info.nbytes for info in infos.values()),
-        "element types": dict(Counter(info.dtype for info in infos.values())),
+        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "element_types": dict(Counter(info.dtype for info in infos.values())),
     }
     try:
         name, layout = find_layout(None, home.config.get("model_type"), model)

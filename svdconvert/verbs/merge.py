@@ -5,12 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from svdconvert.artifact.change import Change, open_change
-from svdconvert.artifact.manifest import Manifest
+from svdconvert.artifact.manifest import Manifest, run_identity
 from svdconvert.artifact.merging import Side, merge_work, plan_merge
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.checkpoint.writer import StagedOutput, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.layout import find_layout
@@ -40,22 +40,20 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     side, home = _choose(change, options.side, base, residual)
     name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
     plan = plan_merge(change, home.source, side, layout, options)
-    device, threads = pick_device(run.device), use_threads(run.threads)
-    identity = {
-        "verb": "merge",
-        "options": asdict(options),
+    device = pick_device(run.device, run.ranks.local)
+    threads = use_threads(run.threads or recorded(Path(out), "threads"))
+    identity = run_identity("merge", asdict(options), threads) | {
         "from": side,
-        "weights": asdict(home.origin()),
-        "adapter": str(change.directory.absolute()),
-        "threads": threads,
+        "weights": home.identity(),
+        "adapter": change.identity(),
     }
-    with StagedOutput(Path(out), plan.shards, identity=identity, overwrite=run.overwrite) as staged:
-        stream(
-            merge_work(plan, device, _expected(change, side), str(home.path)), home.source, staged, run.track
-        )
-        finish_model(home.path, staged.path, plan.shards)
+    work = merge_work(plan, device, _expected(change, side), str(home.path))
+    with StagedOutput(
+        Path(out), plan.shards, identity=identity, overwrite=run.overwrite, ranks=run.ranks
+    ) as staged:
+        stream(work, home.source, staged, run)
         seen = home.origin(source_checksums(staged))
-        return Manifest(
+        manifest = Manifest(
             kind="merged",
             layout=name,
             method=change.manifest.method if change.manifest else "lora",
@@ -64,7 +62,11 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
             options=asdict(options) | {"side": side},
             files=file_checksums(staged),
             threads=threads,
-        ).write(staged.path)
+        )
+        if run.ranks.leads:
+            finish_model(home.path, staged.path, plan.shards)
+            manifest.write(staged.path)
+    return manifest
 
 
 def _path(text: str | None) -> Path | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from svdconvert.adapters.peft_format import CONFIG
 from svdconvert.artifact.change import Change, open_change
 from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
-from svdconvert.artifact.manifest import Manifest
+from svdconvert.artifact.manifest import Manifest, run_identity
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.artifact.stream import file_checksums
-from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.checkpoint.writer import StagedOutput, recorded
+from svdconvert.linalg.compute import use_threads
 from svdconvert.run import Run
 
 
@@ -32,7 +33,8 @@ def to_lora(
         Path(adapter), residual=Path(residual) if residual else None, init=Path(init) if init else None
     )
     plan = plan_lora(change, options)
-    identity = {"verb": "to-lora", "options": asdict(options), "adapter": str(change.directory.absolute())}
+    threads = use_threads(run.threads or recorded(Path(out), "threads"))
+    identity = run_identity("to-lora", asdict(options), threads) | {"adapter": change.identity()}
     with StagedOutput(Path(out), [plan.file], identity=identity, overwrite=run.overwrite) as staged:
         write_lora(plan, staged, run.track)
         (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())

@@ -1,0 +1,126 @@
+"""Applying and converting what an adapter changes, against plain float64 arithmetic."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdconvert.adapters import delta
+from svdconvert.adapters.delta import as_lora, restored, row_blocks, shifted, subtract
+from svdconvert.factors import Factors
+from tests.stock import same_bits
+
+ROWS, COLUMNS, RANK = 40, 24, 3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def factors(seed: int, rank: int = RANK, core: str = "none") -> Factors:
+    draw = torch.Generator().manual_seed(seed)
+    cores = {"none": None, "vector": torch.randn(rank, generator=draw), "square": torch.randn(rank, rank, generator=draw)}
+    left, right = torch.randn(ROWS, rank, generator=draw), torch.randn(rank, COLUMNS, generator=draw)
+    return Factors(left, right, cores[core])
+
+
+def weight(dtype: torch.dtype = torch.float32) -> Tensor:
+    made = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(5)).to(dtype)
+    made[::3, ::4] = -0.0
+    return made
+
+
+def product(pieces: Factors, scale: float) -> Tensor:
+    left, right = (piece.double() for piece in pieces.folded())
+    return scale * left @ right
+
+
+@pytest.fixture(params=[delta._BLOCK, 7 * COLUMNS], ids=["one block", "many blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices in one block of rows, and in several with a remainder."""
+    monkeypatch.setattr(delta, "_BLOCK", request.param)
+
+
+@pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
+def test_blocks_of_rows_cover_a_matrix_once_and_are_bounded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta, "_BLOCK", size)
+    slices = list(row_blocks(weight()))
+    assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(ROWS))
+    assert all((rows.stop - rows.start) * COLUMNS <= max(size, COLUMNS) for rows in slices)
+
+
+@pytest.mark.parametrize("core", ["none", "vector", "square"])
+def test_subtracting_leaves_the_residual(core: str) -> None:
+    before, pieces = weight(), factors(1, core=core)
+    found = subtract(before, pieces, 0.5)
+    assert torch.allclose(found.double(), before.double() - product(pieces, 0.5), atol=1e-5)
+    assert same_bits(before, weight())
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("core", ["none", "vector", "square"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> None:
+    before, start, end = weight(dtype), factors(1, core=core), factors(2, core=core)
+    found = shifted(before, end, 0.5, start, 2.0, dtype)
+    wanted = before.double() + product(end, 0.5) - product(start, 2.0)
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-5)
+    assert same_bits(before, weight(dtype)), "the weight itself was changed"
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_untrained_adapter_changes_no_bit(dtype: torch.dtype, scale: float) -> None:
+    before, start = weight(dtype), factors(1)
+    copy = Factors(start.left_OR.clone(), start.right_RI.clone())
+    found = shifted(before, copy, scale, start, scale, dtype)
+    assert same_bits(found, weight(dtype))
+    assert found[0, 0] == 0 and found[0, 0].signbit()
+
+
+def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
+    before, start = weight(torch.bfloat16), factors(1)
+    right = start.right_RI.clone()
+    right[:, 5] += 1
+    found = shifted(before, Factors(start.left_OR, right), 1.0, start, 1.0, torch.bfloat16)
+    others = [column for column in range(COLUMNS) if column != 5]
+    assert same_bits(found[:, others].contiguous(), before[:, others].contiguous())
+    assert not torch.equal(found[:, 5], before[:, 5])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_restored_with_one_rounding(dtype: torch.dtype) -> None:
+    residual, pieces = weight(), factors(1)
+    found = restored(residual, pieces, 0.5, dtype)
+    wanted = residual.double() + product(pieces, 0.5)
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-5)
+    assert same_bits(residual, weight())
+
+
+@pytest.mark.parametrize("core", ["none", "vector", "square"])
+@pytest.mark.parametrize(("scale", "scale0"), [(1.0, 1.0), (0.5, 2.0)])
+def test_a_lora_of_twice_the_rank_is_the_whole_change(core: str, scale: float, scale0: float) -> None:
+    start, end = factors(1, core=core), factors(2, core=core)
+    left, right = as_lora(end, scale, start, scale0)
+    assert left.shape == (ROWS, 2 * RANK) and right.shape == (2 * RANK, COLUMNS)
+    wanted = product(end, scale) - product(start, scale0)
+    assert torch.allclose(left.double() @ right.double(), wanted, atol=1e-5)
+
+
+def test_a_zero_start_or_a_frozen_a_needs_no_second_half() -> None:
+    start, end = factors(1), factors(2)
+    zero = Factors(torch.zeros_like(start.left_OR), start.right_RI)
+    left, right = as_lora(end, 0.5, zero, 3.0)
+    assert left.shape[1] == RANK
+    assert torch.allclose(left.double() @ right.double(), product(end, 0.5), atol=1e-6)
+    frozen = Factors(end.left_OR, start.right_RI)
+    left, right = as_lora(frozen, 0.5, start, 2.0)
+    assert left.shape[1] == RANK
+    assert torch.allclose(left.double() @ right.double(), product(frozen, 0.5) - product(start, 2.0), atol=1e-5)
+
+
+def test_a_start_of_another_rank_is_subtracted_too() -> None:
+    start, end = factors(1, rank=2), factors(2, rank=5)
+    left, right = as_lora(end, 1.0, start, 1.0)
+    assert left.shape[1] == 7
+    assert torch.allclose(left.double() @ right.double(), product(end, 1.0) - product(start, 1.0), atol=1e-5)

@@ -1,0 +1,39 @@
+"""Tiny checkpoints that can read: a tokenizer of words beside the weights, and sums to train on."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+# Whatever else is in a text, the prompt's template above all, is <unk>.
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "+", "=", *map(str, range(10)), "is", "what", "?"]
+
+
+def readable(checkpoint: Path, directory: Path) -> Path:
+    """A copy of a tiny checkpoint with a tokenizer."""
+    shutil.copytree(checkpoint, directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token a word, <s> in front; ends in </s>."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(directory)
+
+
+def write_sums(path: Path, rows: int = 12) -> Path:
+    """Questions and answers as .jsonl."""
+    pairs = [(number % 5, number % 3) for number in range(rows)]
+    sums = [{"question": f"what is {a} + {b} ?", "answer": f"{a} + {b} = {a + b}"} for a, b in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    return path
