@@ -38,6 +38,7 @@ class Recipe:
 
     shared: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    path: Path | None = None
 
     def get(self, key: str) -> Any:
         """A shared key, None where the recipe does not have it."""
@@ -63,7 +64,7 @@ def read_recipe(path: Path | None) -> Recipe:
             raise RecipeError(f"{path}: {name} is not a mapping of options")
         sections[name] = _plain(section)
         _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
-    return Recipe(content, sections)
+    return Recipe(content, sections, path)
 
 
 def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
@@ -78,15 +79,12 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(kind).validate_python({**shared, **recipe.sections.get(section, {}), **given})
     except ValidationError as error:
-        raise RecipeError(_sentence(section, error)) from error
-
-
-def _sentence(section: str, error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    wrong = f" is {first['input']!r}: " if place else ": "
-    return f"{section}{': ' + place if place else ''}{wrong}{message}"
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        place = section if recipe.path is None or key in given else f"{recipe.path}: {section}"
+        message = first["msg"].removeprefix("Value error, ")
+        wrong = f"{key} is {first['input']!r}: {message}" if key else message
+        raise RecipeError(f"{place}: {wrong}") from error
 
 
 def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:

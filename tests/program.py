@@ -34,7 +34,7 @@ def succeeded(*arguments: object) -> Ended:
 
 
 def refused(*arguments: object, words: Iterable[object]) -> str:
-    """Run one command that must end with status 1 and one sentence that holds `words`; return the sentence."""
+    """Run one command that must end with status 1 and a sentence that holds `words`; return it."""
     ended = svdconvert(*arguments)
     assert ended.status == 1, ended
     assert ended.out == ""

@@ -35,7 +35,11 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 def tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files of a directory, by the library."""
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same_bytes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:

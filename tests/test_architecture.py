@@ -14,7 +14,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the ground up. A room is a file or folder of the package; it imports lower floors and itself.
 FLOORS = (
     {"errors"},
-    {"progress"},
+    {"progress", "ranks"},
     {"checkpoint", "factors", "registry", "run"},
     {"linalg"},
     {"layout", "method"},
@@ -22,8 +22,8 @@ FLOORS = (
     {"artifact", "models"},
     {"layouts", "methods", "training", "hub"},
     {"recipe"},
-    {"verbs", "console"},
-    {"command"},
+    {"verbs"},
+    {"console", "command"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -32,7 +32,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PLUG_INS = ("layouts", "methods", "verbs")
 # Heavy or remote: package -> the only rooms that may import it.
 ONLY_IN = {
-    "accelerate": {"training", "models"},
+    "accelerate": {"training", "models", "ranks"},
     "huggingface_hub": {"hub"},
     "peft": set(),
     "rich": {"console"},
@@ -70,7 +70,9 @@ def test_every_room_has_a_floor() -> None:
 def test_a_module_imports_only_lower_floors_and_its_own_room() -> None:
     known = [(file, own, other) for file, own, other in neighbours() if {own, other} <= FLOOR.keys()]
     assert len(known) > 100
-    assert [(file.name, other) for file, own, other in known if other != own and FLOOR[other] >= FLOOR[own]] == []
+    assert [
+        (file.name, other) for file, own, other in known if other != own and FLOOR[other] >= FLOOR[own]
+    ] == []
 
 
 def test_a_plug_in_does_not_know_its_neighbours() -> None:
@@ -95,11 +97,15 @@ def test_functions_are_short() -> None:
 
 def test_the_library_never_prints() -> None:
     nodes = [(file, node) for file in FILES for node in ast.walk(ast.parse(file.read_text()))]
-    names = [(file.name, node.lineno) for file, node in nodes if isinstance(node, ast.Name) and node.id == "print"]
+    names = [
+        (file.name, node.lineno) for file, node in nodes if isinstance(node, ast.Name) and node.id == "print"
+    ]
     assert names == []
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    program = "import sys, svdconvert.cli; sys.exit(str({'torch', 'transformers', 'datasets'} & {*sys.modules}))"
+    program = (
+        "import sys, svdconvert.cli; sys.exit(str({'torch', 'transformers', 'datasets'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr == "set()\n"

@@ -40,7 +40,9 @@ def roundings(dtype: torch.dtype) -> float:
 @every_method
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("scale", [1.0, 2.0, 0.25])
-def test_a_split_matrix_adds_up_to_the_best_residual(method: str, shape: tuple[int, int], scale: float) -> None:
+def test_a_split_matrix_adds_up_to_the_best_residual(
+    method: str, shape: tuple[int, int], scale: float
+) -> None:
     weight_OI = torch.randn(shape)
     split = METHODS.get(method).split(weight_OI, RANK, scale, Solver("w", tol=1e-6))
     product_OI = split.factors.dense(scale)
@@ -70,7 +72,9 @@ def test_what_is_stored_adds_up_to_the_base(
         whole = after[name].float()
         if METHODS.get(method).residual:
             whole = whole + start.factors(matrix.module).dense(matrix.scale)
-        lost = torch.linalg.vector_norm(whole - before[name].float()) / torch.linalg.vector_norm(before[name].float())
+        lost = torch.linalg.vector_norm(whole - before[name].float()) / torch.linalg.vector_norm(
+            before[name].float()
+        )
         assert float(lost) == pytest.approx(matrix.error, rel=0.1, abs=3e-7)
         assert lost <= roundings(dtype)
 
@@ -102,7 +106,9 @@ def test_merging_the_start_from_the_base_gives_the_base_byte_for_byte(  # noqa: 
     manifest = merge(decomposed(base, method=method), tmp_path / "out")
     before = tensors(base)
     slots = [name for name in before if name.endswith("q_proj.weight")]
-    assert all((before[name] == 0).any() and before[name][before[name] == 0].signbit().all() for name in slots)
+    assert all(
+        (before[name] == 0).any() and before[name][before[name] == 0].signbit().all() for name in slots
+    )
     assert manifest.options["side"] == "base"
     assert same_bytes(tensors(tmp_path / "out"), before)
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
@@ -117,7 +123,9 @@ def test_merging_the_start_from_the_residual_gives_the_base_within_one_rounding(
     base = checkpoint(family, dtype=dtype)
     merge(decomposed(base, method=method), tmp_path / "out", MergeOptions(side="residual"))
     before, after = tensors(base), tensors(tmp_path / "out")
-    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: t.dtype for name, t in before.items()
+    }
     for name, tensor in before.items():
         largest = tensor.float().abs().max()
         assert (after[name].float() - tensor.float()).abs().max() <= 2 * roundings(dtype) * largest, name
@@ -130,7 +138,11 @@ def test_from_a_float32_residual_every_entry_comes_back(  # noqa: PLR0913
     method: str, family: str, dtype: torch.dtype, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     base = checkpoint(family, dtype=dtype)
-    merge(decomposed(base, method=method, residual_dtype="float32"), tmp_path / "out", MergeOptions(side="residual"))
+    merge(
+        decomposed(base, method=method, residual_dtype="float32"),
+        tmp_path / "out",
+        MergeOptions(side="residual"),
+    )
     before, after = tensors(base), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(after[name].dtype == dtype and torch.equal(after[name], before[name]) for name in before)
@@ -189,7 +201,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(
     decompose(base, tmp_path / "other", SplitOptions(method=method, rank=RANK, seed=1))
     assert digests(tmp_path / "again") == digests(first)
     drawn = {matrix.engine for matrix in read_manifest(first).matrices.values()} & {None, "fast"}
-    start, other = (load_file(start_of(path) / "adapter_model.safetensors") for path in (first, tmp_path / "other"))
+    start, other = (
+        load_file(start_of(path) / "adapter_model.safetensors") for path in (first, tmp_path / "other")
+    )
     assert any(not same_bits(start[name], other[name]) for name in start) == bool(drawn)
     assert drawn, "no randomness in this test"
 

@@ -113,13 +113,17 @@ def test_a_target_that_matches_nothing_is_refused_even_beside_one_that_does(
 
 def test_a_checkpoint_of_other_names_is_refused() -> None:
     with pytest.raises(TargetError, match="give another --layout"):
-        LAYOUTS.get("llama").select({"h.0.attn.weight": TensorInfo("h.0.attn.weight", (2, 2), "F32")}, ["all-linear"])
+        LAYOUTS.get("llama").select(
+            {"h.0.attn.weight": TensorInfo("h.0.attn.weight", (2, 2), "F32")}, ["all-linear"]
+        )
 
 
 def test_an_unknown_layout_or_model_type_is_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"no layout 'lama'; known: gemma, .*; did you mean llama\?"):
         find_layout("lama", None, "dir")
-    with pytest.raises(UnknownNameError, match=r"dir has the model type 'qwen4'.*did you mean qwen[23]\?.*--layout"):
+    with pytest.raises(
+        UnknownNameError, match=r"dir has the model type 'qwen4'.*did you mean qwen[23]\?.*--layout"
+    ):
         find_layout(None, "qwen4", "dir")
     with pytest.raises(UnknownNameError, match="model type None"):
         find_layout(None, None, "dir")

@@ -1,7 +1,6 @@
 """What cannot be done is refused in one sentence, with status 1, and nothing is left or lost."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +73,9 @@ def store(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
 
 
 def put(value: float) -> Damage:
-    return store(lambda weight: weight.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value).to(weight)))
+    return store(
+        lambda weight: weight.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value).to(weight))
+    )
 
 
 def rewrite(file: str, text: str) -> Damage:
@@ -90,12 +91,15 @@ def poison(model: Path) -> None:
     """A .bin that would run code where it is unpickled."""
     for file in model.glob("model*"):
         file.unlink()
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"a": pytest.fixture}))
+    torch.save({TARGET: shutil.rmtree}, model / "pytorch_model.bin")
 
 
 DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "missing directory": (shutil.rmtree, ["model does not exist", "check the path"]),
-    "empty directory": (lambda model: [file.unlink() for file in model.iterdir()], ["model is empty", "expected"]),
+    "empty directory": (
+        lambda model: [file.unlink() for file in model.iterdir()],
+        ["model is empty", "expected"],
+    ),
     "truncated shard": (cut, [FIRST, "is truncated", AGAIN]),
     "header that lies about its length": (lie, [FIRST, "its header claims 10000000 bytes", AGAIN]),
     "header that is not JSON": (garble, [FIRST, "header is not a JSON object", AGAIN]),
@@ -104,16 +108,26 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         [INDEX, "model-00099.safetensors", "fetch the missing shard"],
     ),
     "index that names an absent tensor": (place("model.ghost", "{first}"), [INDEX, "model.ghost", FIRST]),
-    "index that names a path outside": (place(TARGET, "../secret"), [INDEX, TARGET, "'../secret'", "outside"]),
+    "index that names a path outside": (
+        place(TARGET, "../secret"),
+        [INDEX, TARGET, "'../secret'", "outside"],
+    ),
     "index that is not JSON": (rewrite(INDEX, "{"), [INDEX, AGAIN]),
     "config.json that is not JSON": (rewrite("config.json", "{oops"), ["config.json", "restore the file"]),
-    "config.json that is missing": (lambda model: (model / "config.json").unlink(), ["config.json is missing"]),
+    "config.json that is missing": (
+        lambda model: (model / "config.json").unlink(),
+        ["config.json is missing"],
+    ),
     "model type without a layout": (retype, ["'lama'", "did you mean llama?", "--layout"]),
-    "NaN in a target": (put(float("nan")), [TARGET, "1 values that are NaN or Inf", "repair"]),
-    "Inf in a target": (put(float("-inf")), [TARGET, "1 values that are NaN or Inf", "repair"]),
     "int8 target": (store(lambda weight: weight.to(torch.int8)), [TARGET, "stored as I8", "convert"]),
-    "fp8 target": (store(lambda weight: weight.to(torch.float8_e4m3fn)), [TARGET, "stored as F8_E4M3", "convert"]),
-    "target that is no matrix": (store(lambda weight: weight[None].contiguous()), [TARGET, "(1, 32, 32)", "targets"]),
+    "fp8 target": (
+        store(lambda weight: weight.to(torch.float8_e4m3fn)),
+        [TARGET, "stored as F8_E4M3", "convert"],
+    ),
+    "target that is no matrix": (
+        store(lambda weight: weight[None].contiguous()),
+        [TARGET, "(1, 32, 32)", "targets"],
+    ),
     "pickle that runs code": (poison, ["pytorch_model.bin", "was not unpickled", "safetensors"]),
 }
 
@@ -130,11 +144,23 @@ def test_a_damaged_model_is_refused_and_nothing_is_left(damage: str, model: Path
 OPTIONS: dict[str, tuple[list[object], list[str]]] = {
     "unknown method": (["--method", "pizza"], ["no method 'pizza'", "known: lora, ", "did you mean pissa?"]),
     "unknown layout": (["--layout", "lama"], ["no layout 'lama'", "qwen", "did you mean llama?"]),
-    "rank above the matrix's own": (["--rank", 33], ["rank 33", "self_attn.k_proj.weight (16, 32)", "--rank 16 or less"]),
+    "rank above the matrix's own": (
+        ["--rank", 33],
+        ["rank 33", "self_attn.k_proj.weight (16, 32)", "--rank 16 or less"],
+    ),
     "rank of zero": (["--rank", 0], ["decompose: rank is 0", "greater than or equal to 1"]),
-    "target that matches nothing": (["--targets", "attn.w"], ["'attn.w' matches no matrix", "did you mean attn"]),
-    "one of two targets matches nothing": (["--targets", "mlp,*.c_attn.*"], ["'*.c_attn.*' matches no matrix"]),
-    "target that is never decomposed": (["--targets", "*embed*"], ["model.embed_tokens.weight", "never decomposed"]),
+    "target that matches nothing": (
+        ["--targets", "attn.w"],
+        ["'attn.w' matches no matrix", "did you mean attn"],
+    ),
+    "one of two targets matches nothing": (
+        ["--targets", "mlp,*.c_attn.*"],
+        ["'*.c_attn.*' matches no matrix"],
+    ),
+    "target that is never decomposed": (
+        ["--targets", "*embed*"],
+        ["model.embed_tokens.weight", "never decomposed"],
+    ),
     "size that is none": (["--max-shard-size", "5 bananas"], ["'5 bananas' is not a size", "5GB"]),
     "device that is not there": (["--device", "cuda:9"], ["cuda:9"]),
     "device that is unknown": (["--device", "abacus"], ["abacus"]),
@@ -148,8 +174,22 @@ def test_an_option_that_makes_no_sense_is_refused_and_nothing_is_left(
 ) -> None:
     arguments, words = OPTIONS[option]
     before = content(tmp_path)
-    refused("decompose", model, "-o", tmp_path / "out", *arguments, words=words)
+    refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, *arguments, words=words)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_target_with_a_value_that_is_no_number_is_refused(value: str, model: Path, tmp_path: Path) -> None:
+    whole = holder(model).read_bytes()
+    put(float(value))(model)
+    command = ("decompose", model, "-o", tmp_path / "out", "--rank", 4)
+    refused(*command, words=[TARGET, "1 values that are NaN or Inf", "repair the checkpoint"])
+    # It is seen when its turn comes: what was done before it waits for the same command.
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out.partial"}
+    holder(model).write_bytes(whole)
+    succeeded(*command)
+    succeeded("decompose", model, "-o", tmp_path / "anew", "--rank", 4)
+    assert content(tmp_path / "out") == content(tmp_path / "anew")
 
 
 RECIPES: dict[str, tuple[str, list[str]]] = {
@@ -183,13 +223,15 @@ def test_a_full_output_directory_keeps_its_content(extra: list[str], model: Path
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     before = content(tmp_path)
     words = [tmp_path / "out", "was not written by svdconvert" if extra else "is not empty", "another -o"]
-    refused("decompose", model, "-o", tmp_path / "out", *extra, words=words)
+    refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, *extra, words=words)
     assert content(tmp_path) == before
 
 
 def test_an_output_that_is_a_file_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, words=["out exists and is not a directory"])
+    refused(
+        "decompose", model, "-o", tmp_path / "out", "--rank", 4, words=["out exists and is not a directory"]
+    )
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -48,7 +48,12 @@ _TEXT: dict[str, Any] = {
 
 def _gemma3(**values: Any) -> Gemma3Config:
     vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     return Gemma3Config(
         text_config=Gemma3TextConfig(**values, sliding_window=16),

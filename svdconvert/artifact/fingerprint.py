@@ -9,7 +9,7 @@ import xxhash
 
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 
-CHUNK = 16_000_000
+CHUNK = 4_000_000
 """Bytes of an untouched tensor in memory at a time."""
 
 # What loaders and savers rewrite without changing the model.

@@ -6,10 +6,13 @@ docs/manifest.md.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.artifact.fingerprint import Fingerprint
 from svdconvert.checkpoint.sidecars import read_json_object
@@ -123,23 +126,13 @@ def read_manifest(directory: Path) -> Manifest:
             "use the version that wrote it"
         )
     try:
-        return _manifest(values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); restore the file") from error
+        return _reader().validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; restore the file") from error
 
 
-def _manifest(values: dict[str, Any]) -> Manifest:
-    known = {entry.name for entry in fields(Manifest)}
-    values = {key: value for key, value in values.items() if key in known}
-    values["base"] = _origin(values["base"])
-    values["residual"] = _origin(values["residual"])
-    values["matrices"] = {
-        name: Matrix(**{**row, "shape": tuple(row["shape"])}) for name, row in values["matrices"].items()
-    }
-    return Manifest(**values)
-
-
-def _origin(row: dict[str, Any] | None) -> Origin | None:
-    if row is None:
-        return None
-    return Origin(**{**row, "fingerprint": Fingerprint(**row["fingerprint"])})
+@cache
+def _reader() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)

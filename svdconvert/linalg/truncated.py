@@ -97,8 +97,9 @@ def _top_energy(projection_IK: Tensor, rank: int) -> float:
 def _excess(energies: list[float], total: float) -> float:
     """Estimated relative excess of the residual's norm, from the gains of the last two sweeps.
 
-    The gains shrink about geometrically, so what is still to come is the last gain times q / (1 - q)
-    with q the ratio of the last two. An estimate, not a bound.
+    The gains shrink about geometrically, so what is still to come is the last gain times q / (1 - q).
+    They shrink more slowly with every sweep, so q is not the ratio of the last two but its square root:
+    with the ratio itself the estimate was up to 3 times too small on real weights. Not a bound.
     """
     residual = max(total - energies[-1], 0.0)
     if residual <= total * _FLOOR**2:
@@ -108,7 +109,7 @@ def _excess(energies: list[float], total: float) -> float:
     gain, before = energies[-1] - energies[-2], energies[-2] - energies[-3]
     if gain <= 0.0 or before <= 0.0:
         return 0.0 if residual > total * 1e-7 else inf
-    ratio = min(gain / before, 0.95)
+    ratio = min(sqrt(gain / before), 0.975)
     missing = gain * ratio / (1.0 - ratio)
     optimum = residual - missing
     return inf if optimum <= 0.0 else sqrt(residual / optimum) - 1.0

@@ -15,7 +15,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def factors(seed: int, rank: int = RANK, core: str = "none") -> Factors:
     draw = torch.Generator().manual_seed(seed)
-    cores = {"none": None, "vector": torch.randn(rank, generator=draw), "square": torch.randn(rank, rank, generator=draw)}
+    cores = {
+        "none": None,
+        "vector": torch.randn(rank, generator=draw),
+        "square": torch.randn(rank, rank, generator=draw),
+    }
     left, right = torch.randn(ROWS, rank, generator=draw), torch.randn(rank, COLUMNS, generator=draw)
     return Factors(left, right, cores[core])
 
@@ -38,7 +42,9 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
-def test_blocks_of_rows_cover_a_matrix_once_and_are_bounded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_cover_a_matrix_once_and_are_bounded(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delta, "_BLOCK", size)
     slices = list(row_blocks(weight()))
     assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(ROWS))
@@ -116,7 +122,9 @@ def test_a_zero_start_or_a_frozen_a_needs_no_second_half() -> None:
     frozen = Factors(end.left_OR, start.right_RI)
     left, right = as_lora(frozen, 0.5, start, 2.0)
     assert left.shape[1] == RANK
-    assert torch.allclose(left.double() @ right.double(), product(frozen, 0.5) - product(start, 2.0), atol=1e-5)
+    assert torch.allclose(
+        left.double() @ right.double(), product(frozen, 0.5) - product(start, 2.0), atol=1e-5
+    )
 
 
 def test_a_start_of_another_rank_is_subtracted_too() -> None:

@@ -33,7 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def peft_model(base: Path, **settings: Any) -> PeftModel:
     """A tiny model with an adapter that stock PEFT started with random values."""
-    values = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]} | settings
+    values = {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    } | settings
     torch.manual_seed(3)
     return get_peft_model(plain(base), LoraConfig(**values, init_lora_weights=False, task_type="CAUSAL_LM"))
 
@@ -69,7 +73,9 @@ def test_scales_and_pieces_are_those_of_stock_peft(name: str, checkpoint: Build,
         found = adapter.factors(module)
         assert adapter.config.scale(module) == pytest.approx(layer.scaling["default"])
         assert found.rank == layer.r["default"]
-        assert torch.allclose(found.dense(adapter.config.scale(module)), layer.get_delta_weight("default"), atol=1e-6)
+        assert torch.allclose(
+            found.dense(adapter.config.scale(module)), layer.get_delta_weight("default"), atol=1e-6
+        )
         assert adapter.shape(module, "lora_B") == tuple(found.left_OR.shape)
 
 
@@ -82,8 +88,16 @@ def test_stock_peft_reads_the_configuration_that_is_written(alpha: float, tmp_pa
     (tmp_path / "adapter_config.json").write_text(config.text())
     known = LoraConfig.from_pretrained(tmp_path)
     assert (known.r, known.lora_alpha, known.target_modules) == (4, alpha, {"q_proj", "v_proj"})
-    assert (known.rank_pattern, known.alpha_pattern, known.use_rslora) == ({"q_proj": 2}, {"q_proj": 3.0}, True)
-    assert (known.base_model_name_or_path, known.init_lora_weights, known.inference_mode) == ("org/name", True, True)
+    assert (known.rank_pattern, known.alpha_pattern, known.use_rslora) == (
+        {"q_proj": 2},
+        {"q_proj": 3.0},
+        True,
+    )
+    assert (known.base_model_name_or_path, known.init_lora_weights, known.inference_mode) == (
+        "org/name",
+        True,
+        True,
+    )
     assert (known.lora_dropout, known.bias, known.task_type) == (0.1, "none", "CAUSAL_LM")
     lines = config.text().splitlines()
     assert lines == json.dumps(json.loads(config.text()), indent=2, sort_keys=True).splitlines()
@@ -100,12 +114,17 @@ def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
     assert open_adapter(directory).config == written
 
 
-@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.", "ignore:Adapter .default.. 2 LoRA")
+@pytest.mark.filterwarnings(
+    "ignore:Setting .save_embedding_layers. to .True.", "ignore:Adapter .default.. 2 LoRA"
+)
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True, "base": "qwen2", "target_modules": ["q_proj"]}, "lora_B.bias, which is no low-rank factor"),
+        (
+            {"lora_bias": True, "base": "qwen2", "target_modules": ["q_proj"]},
+            "lora_B.bias, which is no low-rank factor",
+        ),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight, which is no low-rank factor"),
         ({"bias": "lora_only", "base": "qwen2"}, "bias, which is no low-rank factor"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.*, which is no low-rank factor"),
@@ -115,7 +134,9 @@ def test_nothing_of_an_adapter_is_ever_dropped(
     checkpoint: Build, tmp_path: Path, settings: dict[str, Any], complaint: str
 ) -> None:
     base = checkpoint(settings.get("base", "llama"), dtype=torch.float32)
-    peft_model(base, **{name: value for name, value in settings.items() if name != "base"}).save_pretrained(tmp_path)
+    peft_model(base, **{name: value for name, value in settings.items() if name != "base"}).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ArtifactError, match=complaint):
         open_adapter(tmp_path)
 
@@ -140,7 +161,9 @@ def test_a_missing_file_is_refused_by_name(saved: Callable[..., Path], name: str
 
 
 @pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": None}, {"r": []}])
-def test_a_configuration_that_makes_no_sense_is_refused(saved: Callable[..., Path], values: dict[str, Any]) -> None:
+def test_a_configuration_that_makes_no_sense_is_refused(
+    saved: Callable[..., Path], values: dict[str, Any]
+) -> None:
     with pytest.raises(ArtifactError, match="not the configuration of a LoRA adapter"):
         open_adapter(edit(saved(), **values))
 
@@ -165,7 +188,9 @@ def test_a_truncated_adapter_is_refused(saved: Callable[..., Path]) -> None:
         open_adapter(directory)
 
 
-LINEARS = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("attn.q_proj", "attn.k_proj", "mlp.up_proj")]
+LINEARS = [
+    f"layers.{layer}.{part}" for layer in (0, 1) for part in ("attn.q_proj", "attn.k_proj", "mlp.up_proj")
+]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +202,9 @@ LINEARS = [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("attn.q_pro
         ([*LINEARS[:3], "layers.1.mlp.up_proj"], ["layers.0.attn.k_proj", "layers.0.attn.q_proj", "up_proj"]),
     ],
 )
-def test_targets_are_short_where_they_select_exactly_what_is_chosen(chosen: list[str], targets: list[str]) -> None:
+def test_targets_are_short_where_they_select_exactly_what_is_chosen(
+    chosen: list[str], targets: list[str]
+) -> None:
     assert target_modules(chosen, LINEARS) == targets
 
 
@@ -189,7 +216,9 @@ def test_targets_that_are_no_list_become_the_modules_of_the_file(
     assert adapter.config.targets == sorted(adapter.modules)
 
 
-@pytest.mark.parametrize("values", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.self_attn.q_proj"]}])
+@pytest.mark.parametrize(
+    "values", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.self_attn.q_proj"]}]
+)
 def test_targets_that_other_settings_narrow_become_the_modules_of_the_file(
     values: dict[str, Any], saved: Callable[..., Path]
 ) -> None:

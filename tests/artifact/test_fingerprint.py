@@ -40,7 +40,10 @@ def test_a_checksum_is_xxh3_whatever_the_pieces() -> None:
 @pytest.mark.parametrize(
     ("change", "same"),
     [
-        ({"transformers_version": "9", "_name_or_path": "x", "use_cache": False, "torch_dtype": "float16"}, True),
+        (
+            {"transformers_version": "9", "_name_or_path": "x", "use_cache": False, "torch_dtype": "float16"},
+            True,
+        ),
         ({"dtype": "float32", "rope": {"dtype": "y", "theta": 1.0}}, True),
         ({"hidden_size": 33}, False),
         ({"rope": {"theta": 2.0}}, False),
@@ -55,7 +58,11 @@ def test_a_config_is_the_same_but_for_what_savers_rewrite(change: dict[str, Any]
 def test_headers_are_names_shapes_and_dtypes_in_any_order() -> None:
     one, two = TensorInfo("a", (2, 3), "F32"), TensorInfo("b", (6,), "F32")
     assert headers_checksum([one, two]) == headers_checksum([two, one])
-    for other in (TensorInfo("c", (2, 3), "F32"), TensorInfo("a", (3, 2), "F32"), TensorInfo("a", (2, 3), "I32")):
+    for other in (
+        TensorInfo("c", (2, 3), "F32"),
+        TensorInfo("a", (3, 2), "F32"),
+        TensorInfo("a", (2, 3), "I32"),
+    ):
         assert headers_checksum([other, two]) != headers_checksum([one, two])
 
 
@@ -85,8 +92,14 @@ def test_a_model_is_recognised_and_another_is_not(model: tuple[Path, Origin], ch
     directory, origin = model
     recognised(directory, origin)
     recognised(checkpoint("llama", shard=SHARDED), origin)
-    for other in (checkpoint("qwen3"), checkpoint("llama", dtype=torch.float32), checkpoint("llama", tied=True)):
-        with pytest.raises(ArtifactError, match=r"is not the model .*\(here\): it has other tensor names, shapes"):
+    for other in (
+        checkpoint("qwen3"),
+        checkpoint("llama", dtype=torch.float32),
+        checkpoint("llama", tied=True),
+    ):
+        with pytest.raises(
+            ArtifactError, match=r"is not the model .*\(here\): it has other tensor names, shapes"
+        ):
             recognised(other, origin)
 
 

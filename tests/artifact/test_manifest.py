@@ -57,7 +57,9 @@ def test_the_checksums_of_the_model_leave_the_adapter_out() -> None:
         ({"base": 3}, "is damaged"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+def test_a_manifest_that_makes_no_sense_is_refused(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
     MANIFEST.write(tmp_path)
     path = tmp_path / "svdconvert.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -69,7 +71,9 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[
 def test_a_manifest_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
     MANIFEST.write(tmp_path)
     path = tmp_path / "svdconvert.json"
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key})
+    )
     with pytest.raises(ArtifactError, match=f"is damaged .*{key}"):
         read_manifest(tmp_path)
 

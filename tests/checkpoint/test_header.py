@@ -18,7 +18,9 @@ from svdconvert.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 GOOD = json.loads(save(TENSORS)[8:].split(b"}}")[0] + b"}}")
-CODES = [code for code, (_, name) in ELEMENTS.items() if isinstance(getattr(torch, name or "-", None), torch.dtype)]
+CODES = [
+    code for code, (_, name) in ELEMENTS.items() if isinstance(getattr(torch, name or "-", None), torch.dtype)
+]
 
 
 def parse(raw: bytes) -> dict[str, TensorInfo]:
@@ -53,13 +55,21 @@ def test_every_element_type_is_read_as_the_library_wrote_it(code: str) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_the_library_reads_what_is_built(code: str) -> None:
-    infos = [TensorInfo("z", (3, 4), code), TensorInfo("empty", (0, 7), code), TensorInfo("two words é", (2,), code)]
+    infos = [
+        TensorInfo("z", (3, 4), code),
+        TensorInfo("empty", (0, 7), code),
+        TensorInfo("two words é", (2,), code),
+    ]
     head, offsets = build_header(infos)
     raw = head + bytes(sum(info.nbytes for info in infos))
     known = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in deserialize(raw)}
     assert list(parse(raw)) == ["z", "empty", "two words é"]
     assert known == {info.name: (info.shape, info.dtype) for info in infos}
-    assert offsets == {"z": len(head), "empty": len(head) + infos[0].nbytes, "two words é": len(head) + infos[0].nbytes}
+    assert offsets == {
+        "z": len(head),
+        "empty": len(head) + infos[0].nbytes,
+        "two words é": len(head) + infos[0].nbytes,
+    }
 
 
 def test_metadata_is_exactly_the_format_and_the_header_is_padded(tmp_path: Path) -> None:
@@ -113,7 +123,9 @@ def agrees_with_the_library(raw: bytes) -> None:
     except CheckpointError:
         return
     known = load(raw)
-    assert {name: info.shape for name, info in found.items()} == {name: tuple(t.shape) for name, t in known.items()}
+    assert {name: info.shape for name, info in found.items()} == {
+        name: tuple(t.shape) for name, t in known.items()
+    }
 
 
 VALUES = st.one_of(st.integers(-2, 40), st.sampled_from([None, True, "F32", "BF16", 1.0, 2**70, [], {}]))

@@ -29,7 +29,9 @@ TENSORS = {
 def shards(tmp_path: Path) -> Path:
     """A directory with two shards, "a" in the first and "b" in the second."""
     for number, name in enumerate("ab", 1):
-        save_file({name: torch.full((4, 4), float(number))}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+        save_file(
+            {name: torch.full((4, 4), float(number))}, tmp_path / f"model-0000{number}-of-00002.safetensors"
+        )
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     write_index(tmp_path, weight_map)
     return tmp_path
@@ -107,11 +109,15 @@ def test_an_index_that_names_an_absent_shard_is_refused(shards: Path) -> None:
 
 def test_an_index_that_names_an_absent_tensor_is_refused(shards: Path) -> None:
     write_index(shards, {"a": "model-00001-of-00002.safetensors", "lost": "model-00002-of-00002.safetensors"})
-    with pytest.raises(CheckpointError, match="places lost in model-00002-of-00002.safetensors, which does not"):
+    with pytest.raises(
+        CheckpointError, match="places lost in model-00002-of-00002.safetensors, which does not"
+    ):
         open_checkpoint(shards)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 100_000]
+)
 def test_an_index_that_is_none_is_refused(shards: Path, text: str) -> None:
     (shards / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="not a checkpoint index"):

@@ -38,7 +38,16 @@ def test_a_shard_is_within_the_limit_or_holds_one_tensor(sizes: list[int], limit
 def test_wide_elements_come_first_and_else_the_order_stays() -> None:
     codes = ["BF16", "F32", "U8", "F16", "I64", "F32", "BF16", "F8_E4M3"]
     mixed = [TensorInfo(f"t{number}", (3,), code) for number, code in enumerate(codes)]
-    assert [info.name for info in plan_file("f", mixed).infos] == ["t4", "t1", "t5", "t0", "t3", "t6", "t2", "t7"]
+    assert [info.name for info in plan_file("f", mixed).infos] == [
+        "t4",
+        "t1",
+        "t5",
+        "t0",
+        "t3",
+        "t6",
+        "t2",
+        "t7",
+    ]
 
 
 def test_the_index_counts_bytes_and_places_every_tensor() -> None:

@@ -49,7 +49,11 @@ def test_what_a_loader_wants_is_copied_and_nothing_else(tmp_path: Path) -> None:
         ({"dtype": "bfloat16"}, ["BF16", "F32"], {"dtype": "float32"}),
         ({"dtype": "float32"}, ["BF16", "I64"], {"dtype": "bfloat16"}),
         ({"torch_dtype": "float16"}, ["F32"], {"torch_dtype": "float32"}),
-        ({"dtype": "float16", "torch_dtype": "float16"}, ["F32"], {"dtype": "float32", "torch_dtype": "float32"}),
+        (
+            {"dtype": "float16", "torch_dtype": "float16"},
+            ["F32"],
+            {"dtype": "float32", "torch_dtype": "float32"},
+        ),
         ({"model_type": "llama"}, ["F16"], {"model_type": "llama", "dtype": "float16"}),
         ({"dtype": "bfloat16"}, ["F16", "BF16"], {"dtype": "bfloat16"}),
         ({"dtype": "float32"}, ["F64"], {"dtype": "float64"}),

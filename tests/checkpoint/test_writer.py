@@ -31,7 +31,9 @@ TENSORS = {
 
 def plan(*names: str, file: str = "model.safetensors") -> PlannedFile:
     chosen = {name: TENSORS[name] for name in names or TENSORS}
-    infos = [TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in chosen.items()]
+    infos = [
+        TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in chosen.items()
+    ]
     return plan_file(file, infos)
 
 
@@ -60,7 +62,9 @@ def listing(directory: Path) -> list[str]:
 
 
 def test_the_library_reads_what_is_written_in_any_order(out: Path) -> None:
-    with staged(out, plan("half", "wide"), plan("empty", "turned", "scalar", file="sub/b.safetensors")) as output:
+    with staged(
+        out, plan("half", "wide"), plan("empty", "turned", "scalar", file="sub/b.safetensors")
+    ) as output:
         write_all(output, "sub/b.safetensors", ["scalar", "turned", "empty"])
         write_all(output, "model.safetensors", ["wide", "half"])
         assert not out.exists()
@@ -213,7 +217,10 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(
     out: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     make_room = full(monkeypatch, after)
-    with pytest.raises(OutputError, match="out.partial.* cannot be written: No space left"), staged(out) as output:
+    with (
+        pytest.raises(OutputError, match="out.partial.* cannot be written: No space left"),
+        staged(out) as output,
+    ):
         write_all(output, names=["half", "wide", "turned", "scalar", "empty"])
     assert listing(out.parent) == (["out.partial"] if after > 1 else [])
     make_room()
@@ -225,7 +232,9 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(
 
 def test_a_short_write_is_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
-    monkeypatch.setattr(writer.os, "pwrite", lambda file, data, offset: real(file, memoryview(data)[:200], offset))
+    monkeypatch.setattr(
+        writer.os, "pwrite", lambda file, data, offset: real(file, memoryview(data)[:200], offset)
+    )
     big = torch.randn(100, 10)
     with StagedOutput(out, [plan_file("f", [TensorInfo("big", (100, 10), "F32")])], identity={}) as output:
         output.write("f", "big", big)

@@ -87,7 +87,7 @@ def test_the_fast_engine_is_as_good_as_its_tolerance(
 ) -> None:
     weight = matrix(kind, *shape) * scale
     found = fast(weight, tol)
-    assert truth(kind, *shape).excess(found, scale) < 1.5 * tol
+    assert truth(kind, *shape).excess(found, scale) < tol
     assert orthonormal(found.left_OR) and orthonormal(found.right_RI.T)
     assert (found.sigma_R[:-1] >= found.sigma_R[1:]).all()
     assert (found.left_OR.shape[1], found.sigma_R.shape, found.right_RI.shape[0]) == (RANK, (RANK,), RANK)
@@ -105,12 +105,14 @@ def test_singular_values_are_right(kind: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["slow", "power", "random"])
-def test_the_estimated_excess_is_of_the_true_ones_size(kind: str, shape: tuple[int, int], tol: float) -> None:
+def test_the_estimated_excess_is_above_the_true_one_and_of_its_size(
+    kind: str, shape: tuple[int, int], tol: float
+) -> None:
     weight = matrix(kind, *shape)
     found = fast(weight, tol)
     assert found.spectrum.excess < tol
     true = truth(kind, *shape).excess(found)
-    assert true / 8 < found.spectrum.excess < true * 3
+    assert true < found.spectrum.excess < 8 * true
 
 
 @pytest.mark.parametrize("kind", SPECTRA)

@@ -197,6 +197,13 @@ def test_every_answer_of_a_chat_is_learnt_with_its_end_mark(tokenizer: Any) -> N
     assert learnt(example, tokenizer) == "ho<end>he<end>"
 
 
+def test_a_greeting_that_answers_nothing_is_not_learnt(tokenizer: Any) -> None:
+    greeting = {"messages": [{"role": "assistant", "content": "hello"}, *chat("hi", "ho")["messages"]]}
+    example = one(greeting, tokenizer)
+    assert "[assistant]hello<end>" in text(example, tokenizer)
+    assert learnt(example, tokenizer) == "ho<end>"
+
+
 def test_a_chat_ends_with_its_last_answer(tokenizer: Any) -> None:
     assert text(one(chat("hi", "ho", "bye"), tokenizer), tokenizer).endswith("]ho<end>")
 

@@ -88,6 +88,23 @@ def test_the_first_loss_is_transformers_own(make_model: MakeModel) -> None:
     assert log.tokens == sum(row.loss_tokens for row in rows)
 
 
+def test_the_steps_are_those_of_a_loop_written_out(make_model: MakeModel) -> None:
+    rows, model, reference = examples(4), adapted(make_model()), adapted(make_model())
+    trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    expected = []
+    for _ in range(4):
+        loss = reference(**collate(rows, 0)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    logs = run(model, replace(PLAN, schedule="constant", clip=0.0), train=rows)
+    assert losses(logs) == pytest.approx(expected, rel=1e-5)
+    for name, tensor in weights(reference).items():
+        torch.testing.assert_close(weights(model)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_the_held_out_loss_is_the_mean_over_tokens_not_over_batches(make_model: MakeModel) -> None:
     rows, model = examples(5), adapted(make_model())
     expected = model(**collate(rows, 0)).loss.item()

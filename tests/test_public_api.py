@@ -1,0 +1,79 @@
+"""What `import svdconvert` offers is written down here: a change of it is a decision."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import svdconvert
+from tests.conftest import Build
+
+NAMES = [
+    "LoraOptions",
+    "Manifest",
+    "MergeOptions",
+    "Run",
+    "SplitOptions",
+    "SvdConvertError",
+    "TrainPlan",
+    "decompose",
+    "inspect",
+    "merge",
+    "read_manifest",
+    "to_lora",
+    "train",
+    "verify",
+]
+PARAMETERS = {
+    "decompose": ["model", "out", "options", "run"],
+    "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
+    "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
+    "to_lora": ["adapter", "out", "options", "run", "*residual", "*init"],
+    "verify": ["directory", "run", "*base"],
+    "inspect": ["model"],
+    "read_manifest": ["directory"],
+}
+
+
+def test_the_exported_names_are_these() -> None:
+    assert svdconvert.__all__ == NAMES
+    for name in NAMES:
+        home = getattr(svdconvert, name)
+        assert home.__name__ == name
+        assert home.__module__.startswith("svdconvert.")
+        assert home.__doc__
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_functions_take_these_parameters(name: str) -> None:
+    parameters = inspect.signature(getattr(svdconvert, name)).parameters.values()
+    found = ["*" * (entry.kind is entry.KEYWORD_ONLY) + entry.name for entry in parameters]
+    assert found == PARAMETERS[name]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'decompse'"):
+        svdconvert.decompse  # noqa: B018
+
+
+def test_importing_the_package_is_instant() -> None:
+    program = "import sys, svdconvert; sys.exit(str({'torch', 'pydantic', 'typer'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == "set()\n"
+
+
+def test_a_whole_chain_in_python(checkpoint: Build, tmp_path: Path) -> None:
+    options = svdconvert.SplitOptions(method="pissa", rank=4, targets=("attn", "mlp.down"))
+    made = svdconvert.decompose(
+        checkpoint("llama"), tmp_path / "pissa", options, svdconvert.Run(device="cpu")
+    )
+    assert len(made.matrices) == 10
+    assert svdconvert.read_manifest(tmp_path / "pissa") == made
+    assert svdconvert.verify(tmp_path / "pissa").passed
+    assert svdconvert.merge(tmp_path / "pissa", tmp_path / "merged").kind == "merged"
+    assert svdconvert.to_lora(tmp_path / "pissa", tmp_path / "lora").kind == "lora"
+    assert svdconvert.inspect(tmp_path / "lora").kind == "lora"
+    with pytest.raises(svdconvert.SvdConvertError):
+        svdconvert.verify(tmp_path)

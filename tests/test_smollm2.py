@@ -1,0 +1,128 @@
+"""A real pretrained model: SmolLM2-135M-Instruct in bfloat16, five shards."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdconvert.artifact.manifest import Manifest, read_manifest
+from svdconvert.artifact.merging import MergeOptions
+from svdconvert.artifact.split import SplitOptions
+from svdconvert.checkpoint.reader import open_checkpoint
+from svdconvert.verbs.decompose import decompose
+from svdconvert.verbs.merge import merge
+from tests.stock import same_bits
+
+RANK = 16
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "smollm2.py"
+Half = tuple[Path, Manifest]
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """The model, downloaded once into the project's cache."""
+    recipe = runpy.run_path(str(RECIPE))
+    try:
+        return recipe["ensure_smollm2"](recipe["cache_dir"]() / "smollm2-135m")
+    except (SystemExit, OSError) as error:
+        pytest.skip(f"SmolLM2 cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def decomposed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Half:
+    out = tmp_path_factory.mktemp("smollm2") / "out"
+    return out, decompose(model, out, SplitOptions(rank=RANK, max_shard_size="60MB"))
+
+
+def came_back(model: Path, merged: Path, manifest: Manifest) -> float:
+    """Share of the target entries whose bits are those of the model."""
+    before, after = open_checkpoint(model), open_checkpoint(merged)
+    same = total = 0
+    for name in manifest.matrices:
+        pair = before.read(name).view(torch.int16), after.read(name).view(torch.int16)
+        same, total = same + int((pair[0] == pair[1]).sum()), total + pair[0].numel()
+    return same / total
+
+
+def test_merging_from_the_base_gives_every_tensor_byte_for_byte(
+    model: Path, decomposed: Half, tmp_path: Path
+) -> None:
+    merge(decomposed[0], tmp_path / "merged", MergeOptions(max_shard_size="60MB"))
+    before, after = open_checkpoint(model), open_checkpoint(tmp_path / "merged")
+    assert before.infos.keys() == after.infos.keys()
+    assert all(same_bits(before.read(name), after.read(name)) for name in before.infos)
+
+
+def test_of_a_bfloat16_residual_most_entries_come_back(model: Path, decomposed: Half, tmp_path: Path) -> None:
+    out, manifest = decomposed
+    assert len(manifest.matrices) == 210
+    merge(out, tmp_path / "merged", MergeOptions(side="residual"))
+    assert came_back(model, tmp_path / "merged", manifest) >= 0.86
+    assert max(matrix.error for matrix in manifest.matrices.values()) < 2.0**-8
+
+
+def test_of_a_float32_residual_all_entries_come_back(model: Path, tmp_path: Path) -> None:
+    options = SplitOptions(rank=RANK, residual_dtype="float32", targets=("model.layers.[0-3].*",))
+    manifest = decompose(model, tmp_path / "out", options)
+    merge(tmp_path / "out", tmp_path / "merged", MergeOptions(side="residual"))
+    assert len(manifest.matrices) == 28
+    assert came_back(model, tmp_path / "merged", manifest) == 1.0
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("layer", [0, 15, 29])
+def test_a_decomposition_is_as_good_as_its_tolerance(
+    layer: int, part: str, model: Path, decomposed: Half
+) -> None:
+    out, manifest = decomposed
+    name = f"model.layers.{layer}.{part}.weight"
+    known = manifest.matrices[name]
+    sigma = torch.linalg.svdvals(open_checkpoint(model).read(name).double())
+    optimum = torch.linalg.vector_norm(sigma[RANK:])
+    assert torch.linalg.vector_norm(residual(out, name)) / optimum - 1 < read_manifest(out).options["tol"]
+    assert known.sigma_first == pytest.approx(float(sigma[0]), rel=1e-4)
+    assert known.sigma_last == pytest.approx(float(sigma[RANK - 1]), rel=0.05)
+    assert known.energy == pytest.approx(float(sigma[:RANK].square().sum() / sigma.square().sum()), rel=0.02)
+
+
+def residual(out: Path, name: str) -> Tensor:
+    return open_checkpoint(out).read(name).double()
+
+
+def test_the_estimate_of_every_matrix_is_within_the_tolerance(decomposed: Half) -> None:
+    matrices = decomposed[1].matrices.values()
+    assert {matrix.engine for matrix in matrices} == {"fast"}
+    assert all(matrix.excess is not None and 0 <= matrix.excess < 1e-3 for matrix in matrices)
+
+
+def test_shards_are_no_larger_than_asked(decomposed: Half) -> None:
+    shards = sorted(decomposed[0].glob("model-*.safetensors"))
+    assert len(shards) == 5
+    assert all(shard.stat().st_size < 60e6 + 50_000 for shard in shards)
+
+
+def test_residual_and_start_say_what_the_base_says(model: Path, decomposed: Half) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = (
+        "The capital of France is Paris. Water boils at one hundred degrees, and the sun rises in the east."
+    )
+    tokens = AutoTokenizer.from_pretrained(decomposed[0])(text, return_tensors="pt")
+    base, rest = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, decomposed[0])
+    )
+    with torch.no_grad():
+        wanted, alone = base(**tokens).logits, rest(**tokens).logits
+        start = PeftModel.from_pretrained(rest, decomposed[0], subfolder="pissa_init").eval()
+        found = start(**tokens).logits
+    assert off(found, wanted) < 0.01 < 0.5 < off(alone, wanted)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Mean distance, in standard deviations of what is wanted."""
+    return float((found - wanted).abs().mean() / wanted.std())
