@@ -22,7 +22,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`tiny.build` without the directory; the same arguments give the same directory. Not to be written to."""
+    """`tiny.build` without the directory, made once for the same arguments. Not to be written to."""
     made: dict[str, Path] = {}
 
     def make(model_type: str, **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What stock transformers and PEFT say of a directory, and what training elsewhere would make of an adapter."""
+"""What stock transformers and PEFT say of a directory, and what training elsewhere makes of an adapter."""
 
 import shutil
 from collections.abc import Mapping

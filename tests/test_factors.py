@@ -39,13 +39,10 @@ def test_folding_changes_no_piece() -> None:
     assert torch.equal(factors.left_OR, LEFT) and torch.equal(factors.right_RI, RIGHT)
 
 
-@pytest.mark.parametrize(
-    ("core", "names"),
-    [("none", {"lora_A", "lora_B"}), ("vector", {"lora_A", "lora_B", "lora_S"}), ("square", {"lora_A", "lora_B", "lora_R"})],
-)  # fmt: skip
+@pytest.mark.parametrize(("core", "names"), [("none", set()), ("vector", {"lora_S"}), ("square", {"lora_R"})])
 def test_pieces_go_by_their_names_in_a_file_and_come_back(core: str, names: set[str]) -> None:
     factors = Factors(LEFT, RIGHT, CORES[core])
-    assert factors.pieces().keys() == names
+    assert factors.pieces().keys() == {"lora_A", "lora_B"} | names
     assert factors.pieces()["lora_A"].shape == (3, 5)
     assert Factors.of(factors.pieces()) == factors
 

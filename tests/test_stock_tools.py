@@ -1,6 +1,7 @@
 """Stock transformers and PEFT read what is written, and mean the same by it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,23 @@ def test_bin_sources_become_the_same_safetensors(
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path / "merged").items())
     assert not list((tmp_path / "out").glob("*.bin*"))
     assert holds(plain(tmp_path / "merged"), tmp_path / "merged", "qwen2")
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_matrices_that_share_their_memory_in_a_bin_file_are_split_apart(
+    method: str, checkpoint: Build, tmp_path: Path
+) -> None:
+    shared = shutil.copytree(checkpoint("llama", dtype=torch.float32, pickled=True), tmp_path / "shared")
+    weights = torch.load(shared / "pytorch_model.bin")
+    for name in [name for name in weights if "layers.1.mlp" in name]:
+        weights[name] = weights[name.replace("layers.1", "layers.0")]
+    torch.save(weights, shared / "pytorch_model.bin")
+    decompose(shared, tmp_path / "out", SplitOptions(rank=4, method=method))
+    merge(
+        tmp_path / "out", tmp_path / "merged", MergeOptions(side="base" if method == "lora" else "residual")
+    )
+    for name, tensor in tensors(tmp_path / "merged").items():
+        assert torch.allclose(tensor, weights[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize("limit", ["9KB", "1MB"])

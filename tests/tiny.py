@@ -1,6 +1,7 @@
-"""Tiny random checkpoints for every layout: two layers, grouped queries, rectangular matrices, decaying spectra.
+"""Tiny random checkpoints for every layout.
 
-Made by stock transformers, so that their names on disk are those of real models of the family.
+Two layers, grouped queries, rectangular matrices, decaying spectra. Made by stock transformers, so that
+their names on disk are those of real models of the family.
 """
 
 import json

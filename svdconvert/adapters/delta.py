@@ -10,10 +10,10 @@ from svdconvert.factors import Factors
 _BLOCK = 1 << 20  # elements of a matrix in work at a time: 4 MB in float32, which stays in cache
 
 
-def subtract(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
-    """weight - scale * product in float32, (O, I): the residual before it is rounded."""
+def subtract_(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
+    """weight - scale * product in float32, (O, I), in place: the residual before it is rounded."""
     left, right = factors.folded()
-    return torch.addmm(weight_OI, left, right, alpha=-scale)
+    return weight_OI.addmm_(left, right, alpha=-scale)
 
 
 def shifted(  # noqa: PLR0913 (the formula has these six)

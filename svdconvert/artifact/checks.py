@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import restored, row_blocks
+from svdconvert.adapters.delta import row_blocks
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import tensor_checksum
 from svdconvert.artifact.manifest import Manifest, Matrix
 from svdconvert.checkpoint.reader import SafetensorsSource
 from svdconvert.checkpoint.source import TensorSource, torch_dtype
+from svdconvert.factors import Factors
 from svdconvert.linalg.core import singular_values
 
 _ROUNDING = 2e-6
@@ -52,28 +54,41 @@ def check_matrix(change: Change, name: str, base: TensorSource, residual: Tensor
     assert change.manifest is not None
     matrix = change.manifest.matrices[name]
     weight_OI = base.read(name)
-    factors, scale = change.start(matrix.module)
     stored_OI = weight_OI if residual is None else residual.read(name)
-    dtype = torch_dtype(matrix.dtype)
-    merged_OI = restored(stored_OI, factors, scale, torch.float32)
-    error = _relative(merged_OI, weight_OI)
-    exact = int((merged_OI.to(dtype) == weight_OI).sum())
+    factors, scale = change.start(matrix.module)
+    sums = _compare(weight_OI, stored_OI, factors, scale, torch_dtype(matrix.dtype))
+    error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
     left, right = factors.folded()
-    sigma = singular_values(left, right) * scale
-    faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, sigma)]
+    faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, singular_values(left, right) * scale)]
     if residual is not None:
-        faults += _energy_fault(matrix, stored_OI, weight_OI)
-    return MatrixCheck(name, error, exact, weight_OI.numel(), tuple(faults))
+        faults += _energy_fault(matrix, 1.0 - sums.rest / sums.whole if sums.whole else 1.0)
+    return MatrixCheck(name, error, sums.exact, weight_OI.numel(), tuple(faults))
 
 
-def _relative(found_OI: Tensor, wanted_OI: Tensor) -> float:
-    """||found - wanted||_F / ||wanted||_F, in blocks of rows."""
-    lost = whole = 0.0
-    for rows in row_blocks(wanted_OI):
-        wanted = wanted_OI[rows].float()
-        lost += float(torch.linalg.vector_norm(found_OI[rows] - wanted)) ** 2
-        whole += float(torch.linalg.vector_norm(wanted)) ** 2
-    return float((lost / whole) ** 0.5) if whole else float(lost > 0)
+@dataclass(slots=True)
+class _Sums:
+    """Squared norms over a matrix, and how many entries come back exactly."""
+
+    lost: float = 0.0
+    rest: float = 0.0
+    whole: float = 0.0
+    exact: int = 0
+
+
+def _compare(
+    weight_OI: Tensor, stored_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype
+) -> _Sums:
+    """Merge and compare in blocks of rows, which bound the float32 copies."""
+    sums = _Sums()
+    left, right = factors.folded()
+    for rows in row_blocks(weight_OI):
+        wanted, stored = weight_OI[rows].float(), stored_OI[rows].float()
+        merged = torch.addmm(stored, left[rows], right, alpha=scale)
+        sums.exact += int((merged.to(dtype) == weight_OI[rows]).sum())
+        sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
+        sums.rest += float(torch.linalg.vector_norm(stored)) ** 2
+        sums.whole += float(torch.linalg.vector_norm(wanted)) ** 2
+    return sums
 
 
 def _error_fault(matrix: Matrix, error: float) -> Iterator[str]:
@@ -90,11 +105,6 @@ def _sigma_faults(matrix: Matrix, sigma: Tensor) -> Iterator[str]:
             yield f"{label} singular value {found:.5g} instead of {claimed:.5g}"
 
 
-def _energy_fault(matrix: Matrix, residual_OI: Tensor, weight_OI: Tensor) -> Iterator[str]:
-    if matrix.energy is None:
-        return
-    rest = float(torch.linalg.vector_norm(residual_OI, dtype=torch.float64)) ** 2
-    whole = float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)) ** 2
-    energy = 1.0 - rest / whole if whole else 1.0
-    if abs(energy - matrix.energy) > 1e-3:
+def _energy_fault(matrix: Matrix, energy: float) -> Iterator[str]:
+    if matrix.energy is not None and abs(energy - matrix.energy) > 1e-3:
         yield f"captured energy {energy:.5g} instead of {matrix.energy:.5g}"

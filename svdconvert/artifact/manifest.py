@@ -6,7 +6,7 @@ docs/manifest.md.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -125,6 +125,8 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} has format {values.get('format')!r} and this svdconvert reads {FORMAT}; "
             "use the version that wrote it"
         )
+    if absent := [entry.name for entry in fields(Manifest) if entry.name not in values]:
+        raise ArtifactError(f"{path} is damaged at {absent[0]}, which is missing; restore the file")
     try:
         return _reader().validate_python(values)
     except ValidationError as error:

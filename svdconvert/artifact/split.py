@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import subtract
+from svdconvert.adapters.delta import subtract_
 from svdconvert.adapters.peft_format import WEIGHTS, AdapterConfig, adapter_infos, key, target_modules
 from svdconvert.artifact.manifest import Matrix
 from svdconvert.artifact.options import SplitOptions
@@ -141,6 +141,8 @@ def _split_one(plan: SplitPlan, name: str, stored: Tensor, file: str | None, dev
 def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, Tensor, Matrix]:
     """The factors as stored, what becomes of the base's matrix, and what was measured.
 
+    A float32 matrix is worked on in place: `stored` is not to be used afterwards.
+
     The factors are rounded first and the residual is computed from the rounded ones, so that its own
     single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
@@ -152,7 +154,7 @@ def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, T
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
     if plan.method.residual:
-        base_OI, error = _residual(weight_OI, factors, options.scale, torch_dtype(plan.residual_dtype(name)))
+        base_OI, error = _residual_(weight_OI, factors, options.scale, torch_dtype(plan.residual_dtype(name)))
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
@@ -185,12 +187,12 @@ def _refuse_non_finite(name: str, weight_OI: Tensor) -> None:
         )
 
 
-def _residual(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The residual as stored, and the relative error that its one rounding makes."""
-    exact_OI = subtract(weight_OI, factors, scale)
+def _residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The residual as stored, and the relative error that its one rounding makes; works in place."""
+    norm = torch.linalg.vector_norm(weight_OI)
+    exact_OI = subtract_(weight_OI, factors, scale)
     rounded_OI = exact_OI.to(dtype)
     if rounded_OI is exact_OI:
         return rounded_OI, 0.0
-    norm = torch.linalg.vector_norm(weight_OI)
     lost = torch.linalg.vector_norm(exact_OI.sub_(rounded_OI))
     return rounded_OI, float(lost / norm) if norm > 0 else 0.0

@@ -28,8 +28,8 @@ class PickledSource:
         }
 
     def read(self, name: str) -> Tensor:
-        """The tensor as mapped from the file."""
-        return self._tensors[name].detach()
+        """A copy of what is mapped from the file: writing to the map would keep its pages in memory."""
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
     def stamp(self) -> Mapping[str, list[int]]:
         """Size and time of change of every file."""

@@ -66,7 +66,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> "Tensor":
-        """The tensor, memory-mapped where the format allows it. Not to be written to."""
+        """The tensor in memory of its own."""
         ...
 
     def chunks(self, name: str, size: int) -> Iterator[memoryview]:

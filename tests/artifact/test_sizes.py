@@ -30,7 +30,14 @@ def test_anything_else_is_refused_showing_how(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1234567, "1.23 MB"), (10**9, "1.00 GB"), (5 * 10**12, "5.00 TB"), (10**16, "10000.00 TB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1234567, "1.23 MB"),
+        (10**9, "1.00 GB"),
+        (5 * 10**12, "5.00 TB"),
+        (10**16, "10000.00 TB"),
+    ],
+)
 def test_sizes_are_printed_short(count: int, text: str) -> None:
     assert size_text(count) == text

@@ -3,9 +3,9 @@
 import json
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub import split_torch_state_dict_into_shards
 
 from svdconvert.checkpoint.shards import index_text, plan_file, plan_shards
 from svdconvert.checkpoint.source import TensorInfo

@@ -62,7 +62,7 @@ def test_what_merge_and_to_lora_wrote(checkpoint: Build, decomposed: Build, tmp_
     succeeded("merge", out, "-o", tmp_path / "merged")
     succeeded("to-lora", out, "-o", tmp_path / "lora")
     assert (inspect(tmp_path / "merged").kind, inspect(tmp_path / "lora").kind) == ("merged", "lora")
-    assert inspect(tmp_path / "lora").details["options"] == {"rank": 8}
+    assert inspect(tmp_path / "lora").details["options"] == {"rank": 4}
 
 
 def test_an_adapter_of_pefts_says_where_it_belongs(

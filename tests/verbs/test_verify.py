@@ -24,11 +24,11 @@ def pissa(checkpoint: Build, decomposed: Build, tmp_path: Path) -> Path:
 
 
 def flip(file: Path, name: str) -> None:
-    """Change one bit in the middle of a tensor, and nothing else of the file."""
+    """Change the last bit of one value in the middle of a tensor, and nothing else of the file."""
     raw = bytearray(file.read_bytes())
     header = int.from_bytes(raw[:8], "little")
     begin, end = json.loads(raw[8 : 8 + header])[name]["data_offsets"]
-    raw[8 + header + (begin + end) // 2] ^= 1
+    raw[8 + header + (begin + end) // 8 * 4] ^= 1
     file.write_bytes(raw)
 
 
