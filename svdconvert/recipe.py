@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, type] = {
 }
 SHARED = ("model", "seed", "threads", "device")
 _SPELLINGS = {"from": "side"}  # what Python does not allow as a name
+_EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}  # what is typed takes the place of the other
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
     shared = {key: value for key, value in recipe.shared.items() if key in known}
     given = {key: value for key, value in typed.items() if value is not None}
+    written = {**shared, **recipe.sections.get(section, {})}
+    for key in given.keys() & _EXCLUSIVE.keys():
+        written.pop(_EXCLUSIVE[key], None)
     try:
-        return TypeAdapter(kind).validate_python({**shared, **recipe.sections.get(section, {}), **given})
+        return TypeAdapter(kind).validate_python({**written, **given})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""

@@ -60,21 +60,21 @@ def test_a_split_matrix_adds_up_to_the_best_residual(
 @every_dtype
 @every_family
 @every_method
-def test_what_is_stored_adds_up_to_the_base(
-    method: str, family: str, dtype: torch.dtype, checkpoint: Build, decomposed: Build
+@pytest.mark.parametrize("factors", ["float32", "bfloat16"])
+def test_what_is_stored_adds_up_to_the_base_within_one_rounding(  # noqa: PLR0913
+    factors: str, method: str, family: str, dtype: torch.dtype, checkpoint: Build, decomposed: Build
 ) -> None:
     base = checkpoint(family, dtype=dtype)
-    out = decomposed(base, method=method)
+    out = decomposed(base, method=method, dtype=factors)
     before, manifest, start = tensors(base), read_manifest(out), open_adapter(start_of(out))
     after = tensors(out) or before
     assert len(manifest.matrices) == 14
     for name, matrix in manifest.matrices.items():
-        whole = after[name].float()
+        whole, wanted = after[name].float(), before[name].float()
         if METHODS.get(method).residual:
             whole = whole + start.factors(matrix.module).dense(matrix.scale)
-        lost = torch.linalg.vector_norm(whole - before[name].float()) / torch.linalg.vector_norm(
-            before[name].float()
-        )
+        lost = torch.linalg.vector_norm(whole - wanted) / torch.linalg.vector_norm(wanted)
+        assert start.factors(matrix.module).left_OR.dtype == getattr(torch, factors)
         assert float(lost) == pytest.approx(matrix.error, rel=0.1, abs=3e-7)
         assert lost <= roundings(dtype)
 

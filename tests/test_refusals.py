@@ -187,7 +187,9 @@ def test_a_target_with_a_value_that_is_no_number_is_refused(value: str, model: P
     # It is seen when its turn comes: what was done before it waits for the same command.
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out.partial"}
     holder(model).write_bytes(whole)
-    succeeded(*command)
+    # What was done belongs to the checkpoint as it was.
+    refused(*command, words=["out.partial", "was left by another run", holder(model).name, "--overwrite"])
+    succeeded(*command, "--overwrite")
     succeeded("decompose", model, "-o", tmp_path / "anew", "--rank", 4)
     assert content(tmp_path / "out") == content(tmp_path / "anew")
 

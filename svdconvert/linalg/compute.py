@@ -1,6 +1,9 @@
 """Where and with how many threads the arithmetic runs."""
 
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from svdconvert.errors import RecipeError
 
@@ -26,3 +29,22 @@ def use_threads(count: int | None) -> int:
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def multiplies_bfloat16(matrix: Tensor) -> bool:
+    """True where a float32 matrix holds bfloat16 numbers and its device multiplies those faster.
+
+    The numbers are looked at in a sample of rows: what rests on the answer is checked by its result.
+    """
+    step = max(1, matrix.shape[0] // 16)
+    sample = matrix[::step]
+    return _fast_bfloat16(matrix.device.type) and bool((sample.bfloat16().float() == sample).all())
+
+
+@cache
+def _fast_bfloat16(device: str) -> bool:
+    # What the processor says of itself and no stopwatch: the answer decides bits, so it must repeat.
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)

@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from svdconvert.linalg.truncated import OVERSAMPLING, Triplets, exact_top, fast_top
+from svdconvert.linalg.truncated import Triplets, exact_top, fast_top, gram_top, space_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,12 @@ class Solver:
     def top(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` largest singular triplets.
 
-        The fast engine gives way to LAPACK where it does not reach `tol`, or where the rank is so
-        near the matrix's own that it would save nothing.
+        The fast engine solves a matrix whole where the rank is near its own, and gives way to LAPACK
+        where it does not reach `tol`.
         """
-        small = 4 * (rank + OVERSAMPLING) > 3 * min(weight_OI.shape)
-        if self.svd == "fast" and not small:
+        if self.svd == "fast":
+            if min(weight_OI.shape) <= space_needed(rank):
+                return gram_top(weight_OI, rank)
             found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
             if found is not None:
                 return found

@@ -1,0 +1,86 @@
+"""Whole processes, measured: seconds, and the peak of their anonymous memory."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SVDCONVERT = [sys.executable, "-m", "svdconvert"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a command."""
+
+    seconds: float
+    memory: int
+    """Peak anonymous memory of the process and its children, in bytes."""
+    said: str
+    """What it printed."""
+
+
+def run(command: Sequence[object], threads: int | None = None) -> Measured:
+    """Run a command to its end; its memory is looked at every few milliseconds."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    started = time.perf_counter()
+    words = [str(word) for word in command]
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    peak, seconds = 0, 0.0
+    while process.poll() is None:
+        peak = max(peak, anonymous_memory(process.pid))
+        time.sleep(0.005)
+    seconds = time.perf_counter() - started
+    said = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}:\n{said}")
+    return Measured(seconds, peak, said)
+
+
+def anonymous_memory(pid: int) -> int:
+    """RssAnon of a process and its children: memory-mapped files do not count."""
+    try:
+        family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        return sum(_rss_anon(member) for member in family)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _rss_anon(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def in_turn(runs: dict[str, Callable[[], Measured]], repeat: int) -> dict[str, list[Measured]]:
+    """A B C A B C ...: what is compared meets the same moods of the machine."""
+    found: dict[str, list[Measured]] = {name: [] for name in runs}
+    for _ in range(repeat):
+        for name, once in runs.items():
+            found[name].append(once())
+    return found
+
+
+def median(measured: Sequence[Measured]) -> float:
+    """Median of the seconds."""
+    return statistics.median(each.seconds for each in measured)
+
+
+def ratio(above: Sequence[Measured], below: Sequence[Measured]) -> float:
+    """Median of the ratios, pair by pair."""
+    return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
+
+
+def peak(measured: Sequence[Measured]) -> int:
+    """Largest memory of all runs."""
+    return max(each.memory for each in measured)

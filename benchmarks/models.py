@@ -1,0 +1,97 @@
+"""Llama-layout checkpoints of chosen sizes, with the spectra of trained weights: a power law over a flat bulk.
+
+python benchmarks/models.py OUT --size 300m
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIZES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 2000},
+    "300m": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+}
+HEADS, GROUPS = 32, 4
+
+
+def main() -> None:
+    """Write one model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="300m")
+    arguments = parser.parse_args()
+    print(ensure_model(arguments.out, arguments.size))
+
+
+def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
+    """The model at `out`, written unless it is there."""
+    if (out / "config.json").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    values = SIZES[size]
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(_shards(values, generator)):
+        file = f"model-{number + 1:05}-of-{values['num_hidden_layers'] + 1:05}.safetensors"
+        save_file(shard, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    heads = HEADS if values["hidden_size"] >= 2048 else 8
+    config = values | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "num_attention_heads": heads,
+        "num_key_value_heads": GROUPS,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return out
+
+
+def _shards(values: dict[str, int], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Embedding, head and norm; then a shard for each layer."""
+    hidden, wide, vocabulary = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    narrow = hidden // (HEADS if hidden >= 2048 else 8) * GROUPS
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden)}
+    shapes |= {"self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    yield {
+        "model.embed_tokens.weight": _bulk(vocabulary, hidden, generator).to(torch.bfloat16),
+        "lm_head.weight": _bulk(vocabulary, hidden, generator).to(torch.bfloat16),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+    }
+    for layer in range(values["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shard = {f"{prefix}{name}.weight": _trained(*shape, generator) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shard[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        yield shard
+
+
+def _bulk(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator) * 0.02
+
+
+def _trained(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """A flat bulk and, above it, singular values that fall as 1 / sqrt(k)."""
+    rank = min(rows, columns, 512)
+    sigma = 0.06 * (rows**0.5 + columns**0.5) * torch.arange(1, rank + 1).float().pow(-0.5)
+    left = torch.randn(rows, rank, generator=generator) / rows**0.5
+    right = torch.randn(rank, columns, generator=generator) / columns**0.5
+    return torch.addmm(_bulk(rows, columns, generator), left * sigma, right).to(torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Memory, merging, interruption and ranks: what streaming promises, measured.
+
+    python benchmarks/streaming.py --room /tmp/room [--size 1b] [--repeat 3]
+
+The room holds the models (3 GB for 1b) and is kept between runs; outputs are removed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from measure import SVDCONVERT, TORCHRUN, Measured, in_turn, median, peak, ratio, run
+from models import ensure_model
+from rich.console import Console
+from rich.table import Table
+
+RANK = 64
+PEFT_MERGE = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+residual, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(residual)
+PeftModel.from_pretrained(model, residual, subfolder="pissa_init").merge_and_unload().save_pretrained(out)
+"""
+ARITHMETIC = """
+import sys, time, json, torch
+from pathlib import Path
+from svdconvert.artifact.change import open_change
+from svdconvert.adapters.delta import shifted
+from svdconvert.artifact.manifest import read_manifest
+path = Path(sys.argv[1])
+change, seconds = open_change(path), 0.0
+for matrix in read_manifest(path).matrices.values():
+    weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
+    after, scale = change.end(matrix.module)
+    started = time.perf_counter()
+    shifted(weight, after, scale, after, scale, weight.dtype)
+    seconds += time.perf_counter() - started
+print(json.dumps(seconds))
+"""
+
+console = Console()
+
+
+def main() -> None:
+    """Run every part, or the ones named."""
+    parts = {"memory": memory, "merge": merge, "kill": kill, "ranks": ranks}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--room", type=Path, required=True)
+    parser.add_argument("--size", default="1b", choices=["tiny", "300m", "1b"])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", choices=parts, nargs="*", default=list(parts))
+    arguments = parser.parse_args()
+    for part in arguments.only:
+        parts[part](arguments.room, arguments.size, arguments.repeat)
+
+
+def split(room: Path, size: str) -> tuple[Path, Path]:
+    """The model and its decomposed directory, made once."""
+    model, out = ensure_model(room / size, size), room / f"{size}-pissa"
+    if not out.exists():
+        run([*SVDCONVERT, "decompose", model, "-o", out, "--rank", RANK])
+    return model, out
+
+
+def fresh(out: Path, command: Callable[[], Measured]) -> Callable[[], Measured]:
+    """The command, with its output removed before."""
+
+    def once() -> Measured:
+        shutil.rmtree(out, ignore_errors=True)
+        return command()
+
+    return once
+
+
+def memory(room: Path, size: str, repeat: int) -> None:
+    """Peak anonymous memory of every verb, on a small model and on the large one of the same width."""
+    table = Table("verb", "300m", size, "growth", title="Peak anonymous memory, MB")
+    bare = run([sys.executable, "-c", "import svdconvert.verbs.decompose, svdconvert.cli"]).memory
+    table.add_row("bare import", f"{bare / 1e6:.0f}", f"{bare / 1e6:.0f}", "")
+    out = room / "out"
+    for verb in ("decompose", "merge", "to-lora", "verify"):
+        found = []
+        for name in ("300m", size):
+            model, decomposed = split(room, name)
+            source = [model, "--rank", RANK] if verb == "decompose" else [decomposed]
+            target = [] if verb == "verify" else ["-o", out]
+            runs = {verb: fresh(out, lambda c=[*SVDCONVERT, verb, *source, *target]: run(c))}
+            found.append(peak(in_turn(runs, repeat)[verb]))
+        table.add_row(verb, *(f"{each / 1e6:.0f}" for each in found), f"{found[1] / found[0] - 1:+.1%}")
+    shutil.rmtree(out, ignore_errors=True)
+    console.print(table)
+    largest = 2048 * 5632 * 4
+    console.print(
+        f"The largest target is {largest / 1e6:.0f} MB in float32; the promise is bare import plus 6 of it."
+    )
+
+
+def merge(room: Path, size: str, repeat: int) -> None:
+    """svdconvert merge beside PEFT's merge_and_unload + save_pretrained, and beside cp of the same bytes."""
+    model, decomposed = split(room, size)
+    out, copy = room / "merged", room / "copy"
+    runs = {
+        "svdconvert merge": fresh(out, lambda: run([*SVDCONVERT, "merge", decomposed, "-o", out])),
+        "PEFT": fresh(copy, lambda: run([sys.executable, "-c", PEFT_MERGE, decomposed, copy])),
+        "cp of the base": fresh(copy, lambda: run(["cp", "-rL", model, copy])),
+    }
+    found = in_turn(runs, repeat)
+    table = Table("", "seconds", "memory, MB", "against PEFT", title=f"Merging {size}, rank {RANK}")
+    for name, measured in found.items():
+        against = f"{ratio(measured, found['PEFT']):.2f}"
+        table.add_row(name, f"{median(measured):.2f}", f"{peak(measured) / 1e6:.0f}", against)
+    console.print(table)
+    arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, decomposed]).said)
+    start = run([sys.executable, "-c", "import svdconvert.verbs.merge, svdconvert.cli"]).seconds
+    floor = median(found["cp of the base"]) + arithmetic
+    console.print(
+        f"Account: cp {median(found['cp of the base']):.2f} s + arithmetic {arithmetic:.2f} s = {floor:.2f} s; "
+        f"merge without its start of {start:.2f} s takes {(median(found['svdconvert merge']) - start) / floor:.2f} of that."
+    )
+    for path in (out, copy):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def kill(room: Path, size: str, repeat: int) -> None:
+    """What one kill in the middle costs."""
+    model, _ = split(room, size)
+    out = room / "killed"
+    command = [*SVDCONVERT, "decompose", model, "-o", out, "--rank", RANK]
+    whole, pieces = [], []
+    for _ in range(repeat):
+        shutil.rmtree(out, ignore_errors=True)
+        whole.append(run(command).seconds)
+        shutil.rmtree(out, ignore_errors=True)
+        started = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+        time.sleep(whole[-1] / 2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        run(command)
+        pieces.append(time.perf_counter() - started)
+    shutil.rmtree(out, ignore_errors=True)
+    lost = sorted(b - a for a, b in zip(whole, pieces, strict=True))[repeat // 2]
+    console.print(
+        f"Undisturbed {sorted(whole)[repeat // 2]:.1f} s; one kill in the middle costs {lost:.1f} s."
+    )
+
+
+def ranks(room: Path, size: str, repeat: int) -> None:
+    """One rank against two, one thread each."""
+    model, _ = split(room, size)
+    out = room / "ranks"
+    tail = ["-m", "svdconvert", "decompose", model, "-o", out, "--rank", RANK, "--threads", 1]
+    runs = {
+        f"{count} ranks": fresh(out, lambda count=count: run([*TORCHRUN, count, *tail], threads=1))
+        for count in (1, 2)
+    }
+    found = in_turn(runs, repeat)
+    shutil.rmtree(out, ignore_errors=True)
+    gain = ratio(found["1 ranks"], found["2 ranks"])
+    console.print(
+        f"1 rank {median(found['1 ranks']):.1f} s, 2 ranks {median(found['2 ranks']):.1f} s: {gain:.2f} times as fast."
+    )
+
+
+if __name__ == "__main__":
+    main()

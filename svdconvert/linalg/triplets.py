@@ -1,0 +1,69 @@
+"""What a truncated decomposition is.  O: rows, I: columns, R: rank."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdconvert.linalg.orthonormal import orthonormal
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What is known of a truncation: singular values, energies and how it was made."""
+
+    first: float
+    """Largest singular value of the kept components."""
+    last: float
+    """Smallest singular value of the kept components."""
+    energy: float
+    """Share of ||W||_F^2 that the kept components hold."""
+    excess: float
+    """Estimate of ||W - W_r||_F over its optimum, minus one; of the minor slice ||W_r||_F over its
+    optimum, minus one; 0 where the SVD is exact."""
+    engine: str
+    """"fast" or "exact"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Triplets:
+    """left_OR @ diag(sigma_R) @ right_RI, singular values descending."""
+
+    left_OR: Tensor
+    sigma_R: Tensor
+    right_RI: Tensor
+    spectrum: Spectrum
+
+    def turned(self) -> "Triplets":
+        """The triplets of the transposed matrix."""
+        return Triplets(self.right_RI.T, self.sigma_R, self.left_OR.T, self.spectrum)
+
+
+def total_energy(weight_OI: Tensor) -> float:
+    """||W||_F^2: squares are added up within a row in the matrix's own dtype, rows in float64."""
+    return float(torch.linalg.vector_norm(weight_OI, dim=1).double().square().sum())
+
+
+def spectrum_of(sigma_R: Tensor, total: float, excess: float, engine: str) -> Spectrum:
+    """The record of a slice with the singular values `sigma_R` of a matrix with the energy `total`."""
+    kept = float(sigma_R.double().square().sum())
+    first, last = (float(sigma_R[0]), float(sigma_R[-1])) if len(sigma_R) else (0.0, 0.0)
+    return Spectrum(first, last, kept / total if total else 1.0, excess, engine)
+
+
+def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(left_LR, sigma_R, mix_RR) with block = left @ diag(sigma) @ mix.T, L >= R, in the block's dtype.
+
+    eigh of the R x R Gram matrix in float64 in place of an SVD: from a float32 block it loses nothing
+    until sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
+    """
+    wide_LR = block_LR.double()
+    squares, mix = torch.linalg.eigh(wide_LR.T @ wide_LR)
+    squares, mix = squares.flip(0), mix.flip(1)
+    if not float(squares[-1]) > 1e-12 * float(squares[0]):
+        left, sigma, right = torch.linalg.svd(wide_LR, full_matrices=False)
+        left = orthonormal(left.to(block_LR.dtype))
+        return left, sigma.to(block_LR.dtype), right.T.to(block_LR.dtype)
+    sigma = squares.sqrt()
+    left_LR = wide_LR @ (mix / sigma)
+    return left_LR.to(block_LR.dtype), sigma.to(block_LR.dtype), mix.to(block_LR.dtype)
