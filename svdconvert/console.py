@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -154,7 +155,9 @@ def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
         stdout.print(f"[bold]{escape(str(name)):{width}}[/bold]{escape(str(what))}")
         for label, value in others:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            stdout.print(f"{'':{width}}[dim]{escape(label)}:[/dim] {escape(shown)}")
+            room = max(20, stdout.width - width)
+            for line in wrap(f"{label}: {shown}", room, subsequent_indent="  "):
+                stdout.print(f"{'':{width}}[dim]{escape(line)}[/dim]")
 
 
 def as_json(value: Any) -> None:
@@ -183,6 +186,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
     """What decompose did."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    loads = not any(matrix.role.startswith("experts.") for matrix in matrices)
     exact = sum(matrix.engine == "exact" for matrix in matrices)
     summary(
         f"decomposed into {out_dir}",
@@ -190,6 +194,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "method": f"{manifest.method}, rank {manifest.options['rank']}, {len(matrices)} matrices",
             "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
             "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
+            "stock PEFT": None if loads else "cannot load the factors of single experts; merge can",
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],

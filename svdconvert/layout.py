@@ -1,8 +1,8 @@
 """What a model family calls its matrices: on disk, and as modules at run time.
 
 A layout is data. `roles` maps a role ("attn.q") to the pattern of its tensors' names on disk, with
-{layer} where the layer's number stands; `modules` rewrites a name on disk into the path of the
-module at run time where the two differ.
+{layer} where the layer's number stands and {expert} where an expert's does; `modules` rewrites a name
+on disk into the path of the module at run time where the two differ.
 """
 
 import re
@@ -16,6 +16,7 @@ from svdconvert.errors import TargetError, UnknownNameError, did_you_mean
 from svdconvert.registry import Registry
 
 ALL_LINEAR = "all-linear"
+_NUMBER = re.compile(r"\\\{(layer|expert)\\\}")  # as re.escape leaves {layer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Slot:
     role: str
     layer: int
     module: str
+    expert: int | None = None
+    """Number of the expert, in a mixture of them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Layout:
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
         return [
-            (role, re.compile(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)")))
+            (role, re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(pattern))))
             for role, pattern in self.roles.items()
         ]
 
@@ -52,7 +55,10 @@ class Layout:
         """The slot that the tensor `name` fills, None for embeddings, heads, norms and biases."""
         for role, pattern in self._patterns:
             if match := pattern.fullmatch(name):
-                return Slot(name, role, int(match["layer"]), self.module(name))
+                expert = match.groupdict().get("expert")
+                return Slot(
+                    name, role, int(match["layer"]), self.module(name), int(expert) if expert else None
+                )
         return None
 
     def module(self, name: str) -> str:
@@ -126,8 +132,14 @@ def find_layout(name: str | None, model_type: str | None, directory: str) -> tup
     )
 
 
+def attention(prefix: str = "model") -> dict[str, str]:
+    """The roles of self-attention under the names that Llama gave them."""
+    layer = f"{prefix}.layers.{{layer}}"
+    return {f"attn.{part}": f"{layer}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
+
+
 def gated_decoder(prefix: str = "model") -> dict[str, str]:
     """The roles of a decoder with a gated feed-forward block under the names that Llama gave them."""
     layer = f"{prefix}.layers.{{layer}}"
-    attention = {f"attn.{part}": f"{layer}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
-    return attention | {f"mlp.{part}": f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    feed_forward = {f"mlp.{part}": f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    return attention(prefix) | feed_forward

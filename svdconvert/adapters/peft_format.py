@@ -21,6 +21,9 @@ from svdconvert.factors import Factors
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
+PER_EXPERT = "LORA_PER_EXPERT"
+"""The type of adapters with factors for single experts: transformers fuses experts at run time, and stock
+PEFT, which knows only the fused tensors, refuses the type instead of leaving such factors out."""
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
 

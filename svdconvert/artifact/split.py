@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.delta import subtract_
-from svdconvert.adapters.peft_format import WEIGHTS, AdapterConfig, adapter_infos, key, target_modules
+from svdconvert.adapters.peft_format import (
+    PER_EXPERT,
+    WEIGHTS,
+    AdapterConfig,
+    adapter_infos,
+    key,
+    target_modules,
+)
 from svdconvert.artifact.manifest import Matrix
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.sizes import parse_size
@@ -41,6 +48,11 @@ class SplitPlan:
         return init_folder(self.options.method)
 
     @property
+    def per_expert(self) -> bool:
+        """True where single experts of a mixture are adapted."""
+        return any(slot.expert is not None for slot in self.slots.values())
+
+    @property
     def files(self) -> list[PlannedFile]:
         """Everything that is laid out."""
         return [*self.shards, self.adapter]
@@ -58,7 +70,7 @@ class SplitPlan:
             rank=self.options.rank,
             alpha=self.options.alpha or self.options.rank,
             targets=target_modules(chosen.values(), [*chosen.values(), *others]),
-            peft_type=self.method.peft_type,
+            peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
         )
 
 

@@ -20,8 +20,8 @@ Apply = Callable[[Tensor], Tensor]
 
 
 def block_width(rank: int) -> int:
-    """Columns of a block for a rank: a third or so, in sixteens, as matrix units like them."""
-    return min(max(16 * ceil(rank / 48), 16), 64)
+    """Columns of a block for a rank: half of it, in sixteens, as matrix units like them."""
+    return min(16 * ceil(rank / 32), 64)
 
 
 def first_width(rank: int) -> int:
@@ -33,13 +33,13 @@ def first_width(rank: int) -> int:
 class Krylov:
     """A growing orthonormal basis and the operator's restriction to it."""
 
-    def __init__(self, apply: Apply, start_NB: Tensor, limit: int) -> None:
-        """`limit` is the most columns."""
+    def __init__(self, apply: Apply, start_NB: Tensor, limit: int, core: torch.dtype) -> None:
+        """`limit` is the most columns, `core` the dtype of the small eigenvalue problems."""
         order, self.block = start_NB.shape
         self.limit = limit // self.block * self.block
         self._apply = apply
         self._basis_KN = start_NB.new_empty(self.limit, order)
-        self._core_KK = torch.zeros(self.limit, self.limit, dtype=torch.float64)
+        self._core_KK = start_NB.new_zeros(self.limit, self.limit, dtype=core)
         self._values: dict[int, Tensor] = {}
         self._next_NB: Tensor | None = start_NB
         self._rest_NB = start_NB
@@ -59,15 +59,16 @@ class Krylov:
         image_NB = self._apply(self._next_NB)
         basis_KN = self._basis_KN[:new]
         shares_KB = basis_KN @ image_NB
-        self._core_KK[:new, old:new] = shares_KB.double()
+        self._core_KK[:new, old:new] = shares_KB
         self._rest_NB = torch.addmm(image_NB, basis_KN.T, shares_KB, alpha=-1)
         self._next_NB, self.width = None, new
 
     def values(self, width: int) -> Tensor:
-        """Eigenvalues of the operator restricted to the first `width` columns, descending, float64."""
-        if width not in self._values:
-            self._values[width] = torch.linalg.eigvalsh(self._core(width), UPLO="U").flip(0)
-        return self._values[width]
+        """Eigenvalues of the operator restricted to the first `width` columns, descending."""
+        found = self._values.get(width)
+        if found is None:
+            found = self._values[width] = torch.linalg.eigvalsh(self._core(width), UPLO="U").flip(0)
+        return found
 
     def vectors(self, rank: int) -> Tensor:
         """(N, rank): the Ritz vectors of the `rank` largest eigenvalues, the largest first."""

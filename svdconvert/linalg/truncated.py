@@ -32,7 +32,7 @@ from svdconvert.linalg.triplets import Spectrum, Triplets, spectrum_of, thin_svd
 __all__ = ["OVERSAMPLING", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top", "space_needed"]
 
 OVERSAMPLING = 16
-_POWERS = 4
+_POWERS = 3
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
 _COARSE = 1e-3  # the least share outside that products in bfloat16 can be trusted with
@@ -95,7 +95,8 @@ class _Search:
         """Grow the space until the estimate is below the tolerance; None where it does not get there."""
         short = self.weight_LS.shape[1]
         limit = min(3 * short // 4, max(1024, 12 * self.rank))
-        krylov = Krylov(self._apply, warm_start(self._apply, start_SB, _POWERS), limit)
+        core = torch.float32 if self.coarse else torch.float64
+        krylov = Krylov(self._apply, warm_start(self._apply, start_SB, _POWERS), limit, core)
         blocks = first_width(self.rank) // krylov.block
         while krylov.width + blocks * krylov.block <= krylov.limit:
             for _ in range(blocks):
@@ -120,7 +121,7 @@ class _Search:
     def _costs(self, krylov: Krylov) -> list[float]:
         """Shares of the energy outside the best rank-R part of the last three spaces."""
         widths = [krylov.width - back * krylov.block for back in (2, 1, 0)]
-        return [1.0 - float(krylov.values(width)[: self.rank].sum()) for width in widths]
+        return [1.0 - float(krylov.values(width)[: self.rank].double().sum()) for width in widths]
 
     def _excess(self, costs: list[float], lost: float) -> float:
         if lost < _NOISE:

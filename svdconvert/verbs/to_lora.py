@@ -3,13 +3,14 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from svdconvert.adapters.peft_format import CONFIG
+from svdconvert.adapters.peft_format import CONFIG, PER_EXPERT
 from svdconvert.artifact.change import Change, open_change
 from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
 from svdconvert.artifact.manifest import Manifest, run_identity
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.artifact.stream import file_checksums
 from svdconvert.checkpoint.writer import StagedOutput, recorded
+from svdconvert.errors import ArtifactError
 from svdconvert.linalg.compute import use_threads
 from svdconvert.run import Run
 
@@ -32,6 +33,11 @@ def to_lora(
     change = open_change(
         Path(adapter), residual=Path(residual) if residual else None, init=Path(init) if init else None
     )
+    if change.after.config.peft_type == PER_EXPERT:
+        raise ArtifactError(
+            f"{change.directory} adapts experts one by one, and no LoRA that stock PEFT loads can say that "
+            "(transformers fuses experts at run time); use merge, or decompose with --targets attn"
+        )
     plan = plan_lora(change, options)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("to-lora", asdict(options), threads) | {"adapter": change.identity()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svdconvert.adapters.peft_format import CONFIG, WEIGHTS
+from svdconvert.adapters.peft_format import CONFIG, PER_EXPERT, WEIGHTS
 from svdconvert.artifact.manifest import Manifest, is_ours, read_manifest
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import plan_split
@@ -61,6 +61,11 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     check_free(target, overwrite=run.overwrite)
     threads = use_threads(run.threads)
     start = _start(str(model), split or SplitOptions(), base, run)
+    if start.config.peft_type == PER_EXPERT:
+        raise ArtifactError(
+            f"{model} adapts experts one by one, which transformers fuses at run time, out of the trainer's reach; "
+            "decompose with --targets attn, or train it elsewhere"
+        )
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
     tokenizer = load_tokenizer(start.weights)
     examples = load_examples(plan, tokenizer)

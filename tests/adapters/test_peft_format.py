@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from svdconvert.adapters.peft_format import AdapterConfig, open_adapter, target_modules
@@ -77,6 +78,17 @@ def test_scales_and_pieces_are_those_of_stock_peft(name: str, checkpoint: Build,
             found.dense(adapter.config.scale(module)), layer.get_delta_weight("default"), atol=1e-6
         )
         assert adapter.shape(module, "lora_B") == tuple(found.left_OR.shape)
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj", "proj", "_proj", "attn.q_proj", r".*\.q_proj", "a.0.attn", "q_proj|k_proj"]
+)
+@pytest.mark.parametrize("module", ["a.0.attn.q_proj", "a.0.attn.k_proj", "q_proj", "a.0.attn"])
+def test_a_pattern_fits_a_module_where_peft_says_so(key: str, module: str) -> None:
+    ranks = {key: 2}
+    wanted = ranks.get(get_pattern_key(ranks.keys(), module), 4)
+    config = AdapterConfig(rank=4, alpha=8, targets=[], rank_pattern=ranks)
+    assert config.scale(module) == 8 / wanted
 
 
 @pytest.mark.parametrize("alpha", [8, 8.0, 2.5])

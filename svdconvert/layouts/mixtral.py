@@ -1,0 +1,16 @@
+"""Mixtral: experts w1 (gate), w3 (up), w2 (down), each a tensor of its own; the router leaves as it is."""
+
+from svdconvert.layout import Layout, attention
+
+_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
+
+LAYOUT = Layout(
+    model_types=frozenset({"mixtral"}),
+    roles=attention()
+    | {
+        "experts.gate": f"{_EXPERT}.w1.weight",
+        "experts.up": f"{_EXPERT}.w3.weight",
+        "experts.down": f"{_EXPERT}.w2.weight",
+    },
+    summary="Mixtral, expert by expert",
+)
