@@ -1,4 +1,4 @@
-"""Llama-layout checkpoints of chosen sizes, with the spectra of trained weights: a power law over a flat bulk.
+"""Llama-layout checkpoints of chosen sizes, with spectra like trained weights: a power law over a flat bulk.
 
 python benchmarks/models.py OUT --size 300m
 """

@@ -102,7 +102,7 @@ def memory(room: Path, size: str, repeat: int) -> None:
     console.print(table)
     largest = 2048 * 5632 * 4
     console.print(
-        f"The largest target is {largest / 1e6:.0f} MB in float32; the promise is bare import plus 6 of it."
+        f"Promised: bare import plus 6 times the largest target, {largest / 1e6:.0f} MB in float32."
     )
 
 
@@ -124,9 +124,10 @@ def merge(room: Path, size: str, repeat: int) -> None:
     arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, decomposed]).said)
     start = run([sys.executable, "-c", "import svdconvert.verbs.merge, svdconvert.cli"]).seconds
     floor = median(found["cp of the base"]) + arithmetic
+    share = (median(found["svdconvert merge"]) - start) / floor
     console.print(
         f"Account: cp {median(found['cp of the base']):.2f} s + arithmetic {arithmetic:.2f} s = {floor:.2f} s; "
-        f"merge without its start of {start:.2f} s takes {(median(found['svdconvert merge']) - start) / floor:.2f} of that."
+        f"merge without its start of {start:.2f} s takes {share:.2f} of that."
     )
     for path in (out, copy):
         shutil.rmtree(path, ignore_errors=True)
@@ -168,9 +169,8 @@ def ranks(room: Path, size: str, repeat: int) -> None:
     found = in_turn(runs, repeat)
     shutil.rmtree(out, ignore_errors=True)
     gain = ratio(found["1 ranks"], found["2 ranks"])
-    console.print(
-        f"1 rank {median(found['1 ranks']):.1f} s, 2 ranks {median(found['2 ranks']):.1f} s: {gain:.2f} times as fast."
-    )
+    one, two = median(found["1 ranks"]), median(found["2 ranks"])
+    console.print(f"1 rank {one:.1f} s, 2 ranks {two:.1f} s: {gain:.2f} times as fast.")
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_a_target_with_a_value_that_is_no_number_is_refused(value: str, model: P
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out.partial"}
     holder(model).write_bytes(whole)
     # What was done belongs to the checkpoint as it was.
-    refused(*command, words=["out.partial", "was left by another run", holder(model).name, "--overwrite"])
+    refused(*command, words=["out.partial", "has changed since", holder(model).name, "--overwrite"])
     succeeded(*command, "--overwrite")
     succeeded("decompose", model, "-o", tmp_path / "anew", "--rank", 4)
     assert content(tmp_path / "out") == content(tmp_path / "anew")

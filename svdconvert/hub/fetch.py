@@ -40,23 +40,36 @@ def fetch(model: str) -> Snapshot:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     at = f"{repository}@{revision}" if revision else repository
     try:
-        try:
-            files = list_repo_files(repository, revision=revision)
-            weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
-        except OfflineModeIsEnabled:
-            weights = "*.safetensors"
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[weights, *_SIDECARS]))
+        wanted = [_weights(repository, revision), *_SIDECARS]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{at} is not in the local cache and the Hub is out of reach; connect, or give a path"
+            f"{at} is no local directory, not in the local cache, and the Hub is out of reach; "
+            "mend the path or connect"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{at} cannot be fetched from the Hub: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{at} is no local directory and cannot be fetched from the Hub: {_first_line(error)}"
+        ) from error
+
+
+def _weights(repository: str, revision: str | None) -> str:
+    """Which of the repository's weights are fetched: safetensors where there are any."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = list_repo_files(repository, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # out of reach, in whatever way its HTTP client says so: the cache may have it
+        return "*.safetensors"
+    return "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
 
 
 def _first_line(error: Exception) -> str:

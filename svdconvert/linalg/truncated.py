@@ -9,7 +9,7 @@ Where W holds bfloat16 numbers and the processor multiplies them faster, the spa
 bfloat16; the last product is in float32, and so is the energy that the result is judged by.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -17,15 +17,7 @@ from torch import Tensor
 
 from svdconvert.linalg.compute import multiplies_bfloat16
 from svdconvert.linalg.exact import exact_top
-from svdconvert.linalg.krylov import (
-    Krylov,
-    block_width,
-    blocks_needed,
-    first_width,
-    missing,
-    relative_excess,
-    warm_start,
-)
+from svdconvert.linalg.krylov import Krylov, Outlook, Ritz, block_width, first_width, warm_start
 from svdconvert.linalg.orthonormal import orthonormal
 from svdconvert.linalg.triplets import Spectrum, Triplets, spectrum_of, thin_svd, total_energy
 
@@ -35,6 +27,8 @@ OVERSAMPLING = 16
 _POWERS = 3
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
+_FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
+_COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
 _COARSE = 1e-3  # the least share outside that products in bfloat16 can be trusted with
 
 
@@ -68,7 +62,7 @@ def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Gener
     if total == 0.0:
         return _nothing(weight_OI, rank)
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
-    if multiplies_bfloat16(weight_OI):
+    if tol > _COARSE_TOL and multiplies_bfloat16(weight_OI):
         low_LS = weight_OI.to(torch.bfloat16)
         found = _Search(weight_OI, low_LS, rank, tol, total).run(start_SB)
         if found is not None:
@@ -93,51 +87,50 @@ class _Search:
 
     def run(self, start_SB: Tensor) -> Triplets | None:
         """Grow the space until the estimate is below the tolerance; None where it does not get there."""
-        short = self.weight_LS.shape[1]
-        limit = min(3 * short // 4, max(1024, 12 * self.rank))
+        limit = min(3 * self.weight_LS.shape[1] // 4, max(1024, 12 * self.rank))
         core = torch.float32 if self.coarse else torch.float64
-        krylov = Krylov(self._apply, warm_start(self._apply, start_SB, _POWERS), limit, core)
+        krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit, core)
         blocks = first_width(self.rank) // krylov.block
         while krylov.width + blocks * krylov.block <= krylov.limit:
-            for _ in range(blocks):
-                krylov.grow()
-            costs = self._costs(krylov)
-            guess = self._excess(costs, missing(costs))
-            if guess < self.tol:
-                found = self._finish(krylov, costs)
+            krylov.grow(blocks)
+            ritz = krylov.ritz(self.rank)
+            outlook = self.outlook(ritz)
+            if self.converged(outlook.excess(), outlook.missing):
+                found = self.finish(krylov.vectors(ritz), outlook)
                 if found.spectrum.excess < self.tol:
                     return found
                 if self.coarse:
                     return None
-            blocks = blocks_needed(costs, guess, self.tol)
+            blocks = outlook.blocks_to(self.tol)
         return None
 
-    def _apply(self, block_SB: Tensor) -> Tensor:
+    def apply(self, block_SB: Tensor) -> Tensor:
         """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
         norm, low = self.total**0.5, self.low_LS.dtype
         image_LB = self.low_LS @ (block_SB / norm).to(low)
         return (self.low_LS.T @ image_LB).float() / norm
 
-    def _costs(self, krylov: Krylov) -> list[float]:
-        """Shares of the energy outside the best rank-R part of the last three spaces."""
-        widths = [krylov.width - back * krylov.block for back in (2, 1, 0)]
-        return [1.0 - float(krylov.values(width)[: self.rank].double().sum()) for width in widths]
+    def outlook(self, ritz: Ritz) -> Outlook:
+        """The cost is the share of the energy outside the best rank-R part of the space."""
+        kept, before, coming = (float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.coming_R))
+        return Outlook.of(1.0 - before, 1.0 - kept, coming)
 
-    def _excess(self, costs: list[float], lost: float) -> float:
-        if lost < _NOISE:
-            return 0.0
-        return relative_excess(max(costs[-1], _NOISE), lost)
+    def converged(self, excess: float, missing: float) -> bool:
+        """True where the excess is below the tolerance, or what is missing is float32's own rounding."""
+        return excess < self.tol or missing < _NOISE
 
-    def _finish(self, krylov: Krylov, costs: list[float]) -> Triplets:
-        basis_SR = orthonormal(krylov.vectors(self.rank))
-        found = _project(self.weight_LS, basis_SR, self.total, 0.0, "fast")
-        outside, lost = 1.0 - found.spectrum.energy, missing(costs)
-        if outside < _STEEP:
-            product = (found.left_OR * found.sigma_R) @ found.right_RI
-            outside = total_energy(self.weight_LS - product) / self.total
+    def finish(self, vectors_SR: Tensor, outlook: Outlook) -> Triplets:
+        """The factors, and the excess with the energy outside as they leave it."""
+        found = _project(self.weight_LS, orthonormal(vectors_SR), self.total, 0.0, "fast")
+        outside = 1.0 - found.spectrum.energy
         if self.coarse:
-            lost = inf if outside < _COARSE else lost + max(outside - costs[-1], 0.0)
-        excess = self._excess([outside], lost)
+            excess = outlook.excess(outside) if outside > _COARSE else inf
+        else:
+            if outside < _STEEP:
+                product = (found.left_OR * found.sigma_R) @ found.right_RI
+                outside = total_energy(self.weight_LS - product) / self.total
+            floor = outside < _FLOOR**2 or outlook.missing < _NOISE
+            excess = 0.0 if floor else replace(outlook, cost=outside).excess()
         spectrum = spectrum_of(found.sigma_R, self.total, excess, "fast")
         return Triplets(found.left_OR, found.sigma_R, found.right_RI, spectrum)
 

@@ -143,7 +143,7 @@ def _load(shown: str, *args: Any, **options: Any) -> Any:
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
-        with _no_progress_bars():
+        with _silent():
             return load_dataset(*args, **options)
     except (DatasetsError, ValueError, OSError) as error:
         # A DatasetGenerationError says only that the reading failed; its cause says why.
@@ -155,14 +155,20 @@ def _load(shown: str, *args: Any, **options: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def _silent() -> Iterator[None]:
+    """Without bars, and without the log of what becomes our own sentence."""
+    import logging
+
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silent = are_progress_bars_disabled()
+    silent, logger = are_progress_bars_disabled(), logging.getLogger("datasets")
+    level = logger.level
     disable_progress_bars()
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if not silent:
             enable_progress_bars()
 

@@ -10,7 +10,7 @@ from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import SplitPlan, plan_split, split_work
 from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput, recorded
+from svdconvert.checkpoint.writer import StagedOutput, check_free, recorded
 from svdconvert.hub.locate import Home, open_home
 from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
@@ -25,6 +25,7 @@ def decompose(
     `model` is a directory or org/name[@revision]. Raises SvdConvertError with one sentence.
     """
     options, run = options or SplitOptions(), run or Run()
+    check_free(Path(out), overwrite=run.overwrite)
     home, plan = _prepare(str(model), options)
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))

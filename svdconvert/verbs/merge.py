@@ -10,7 +10,7 @@ from svdconvert.artifact.merging import Side, merge_work, plan_merge
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput, recorded
+from svdconvert.checkpoint.writer import StagedOutput, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.layout import find_layout
@@ -36,6 +36,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     SvdConvertError with one sentence.
     """
     options, run = options or MergeOptions(), run or Run()
+    check_free(Path(out), overwrite=run.overwrite)
     change = open_change(Path(adapter), residual=_path(residual), init=_path(init))
     side, home = _choose(change, options.side, base, residual)
     name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))

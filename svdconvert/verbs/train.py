@@ -63,7 +63,7 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     start = _start(str(model), split or SplitOptions(), base, run)
     if start.config.peft_type == PER_EXPERT:
         raise ArtifactError(
-            f"{model} adapts experts one by one, which transformers fuses at run time, out of the trainer's reach; "
+            f"{model} adapts experts one by one, which transformers fuses at run time, beyond the trainer; "
             "decompose with --targets attn, or train it elsewhere"
         )
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
