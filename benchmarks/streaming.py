@@ -126,7 +126,7 @@ def merge(room: Path, size: str, repeat: int) -> None:
     floor = median(found["cp of the base"]) + arithmetic
     share = (median(found["svdconvert merge"]) - start) / floor
     console.print(
-        f"Account: cp {median(found['cp of the base']):.2f} s + arithmetic {arithmetic:.2f} s = {floor:.2f} s; "
+        f"Account: cp {floor - arithmetic:.2f} s + arithmetic {arithmetic:.2f} s = {floor:.2f} s; "
         f"merge without its start of {start:.2f} s takes {share:.2f} of that."
     )
     for path in (out, copy):

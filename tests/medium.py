@@ -22,7 +22,8 @@ def build(directory: Path, *, layers: int, hidden: int = 128, wide: int = 352, v
     _write(directory, shards)
     values = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-        "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": True,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(values))

@@ -12,7 +12,8 @@ from svdconvert.adapters.peft_format import open_adapter
 from svdconvert.artifact.manifest import read_manifest
 from svdconvert.artifact.merging import MergeOptions
 from svdconvert.artifact.split import SplitOptions
-from svdconvert.layout import LAYOUTS
+from svdconvert.checkpoint.reader import open_checkpoint
+from svdconvert.layout import find_layout
 from svdconvert.linalg.solver import Solver
 from svdconvert.method import METHODS
 from svdconvert.progress import Progress
@@ -21,14 +22,14 @@ from svdconvert.verbs.decompose import decompose
 from svdconvert.verbs.merge import merge
 from svdconvert.verbs.to_lora import to_lora
 from tests.stock import adapted, logits, plain, same_bits, same_bytes, start_of, tensors, trained_from
-from tests.tiny import SHARDED
+from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES, SHARDED
 
-MODEL_TYPES = sorted(kind for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types)
 RANK = 4
 Build = Callable[..., Path]
 
 every_method = pytest.mark.parametrize("method", METHODS.names())
 every_family = pytest.mark.parametrize("family", MODEL_TYPES)
+every_peft_family = pytest.mark.parametrize("family", PEFT_MODEL_TYPES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -68,7 +69,9 @@ def test_what_is_stored_adds_up_to_the_base_within_one_rounding(  # noqa: PLR091
     out = decomposed(base, method=method, dtype=factors)
     before, manifest, start = tensors(base), read_manifest(out), open_adapter(start_of(out))
     after = tensors(out) or before
-    assert len(manifest.matrices) == 14
+    assert (
+        manifest.matrices.keys() == find_layout(None, family, "")[1].slots(open_checkpoint(base).infos).keys()
+    )
     for name, matrix in manifest.matrices.items():
         whole, wanted = after[name].float(), before[name].float()
         if METHODS.get(method).residual:
@@ -89,11 +92,11 @@ def test_tensors_that_are_no_targets_leave_as_they_are(
     manifest = decompose(base, tmp_path / "out", options)
     before, after = tensors(base), tensors(tmp_path / "out")
     assert after.keys() == before.keys()
-    assert len(manifest.matrices) == 8
+    assert {matrix.role.split(".")[0] for matrix in manifest.matrices.values()} == {"attn"}
     others = before.keys() - manifest.matrices.keys()
     assert same_bytes({name: after[name] for name in others}, {name: before[name] for name in others})
     moved = [name for name in manifest.matrices if not same_bits(before[name], after[name])]
-    assert len(moved) == (8 if METHODS.get(method).residual else 0)
+    assert len(moved) == (len(manifest.matrices) if METHODS.get(method).residual else 0)
 
 
 @every_dtype
@@ -148,7 +151,7 @@ def test_from_a_float32_residual_every_entry_comes_back(  # noqa: PLR0913
     assert all(after[name].dtype == dtype and torch.equal(after[name], before[name]) for name in before)
 
 
-@every_family
+@every_peft_family
 @every_method
 def test_base_and_lora_are_what_merge_makes_of_a_trained_adapter(
     method: str, family: str, checkpoint: Build, decomposed: Build, tmp_path: Path
@@ -205,7 +208,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(
         load_file(start_of(path) / "adapter_model.safetensors") for path in (first, tmp_path / "other")
     )
     assert any(not same_bits(start[name], other[name]) for name in start) == bool(drawn)
-    assert drawn, "no randomness in this test"
 
 
 def digests(directory: Path) -> dict[str, str]:

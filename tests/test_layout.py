@@ -12,8 +12,8 @@ from svdconvert.checkpoint.source import TensorInfo, TensorSource
 from svdconvert.errors import TargetError, UnknownNameError
 from svdconvert.layout import LAYOUTS, Layout, find_layout
 from tests import tiny
+from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES
 
-MODEL_TYPES = sorted(kind for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types)
 Build = Callable[..., Path]
 
 
@@ -30,7 +30,7 @@ def test_every_model_type_has_a_tiny_model_and_one_layout() -> None:
     assert sorted(tiny.CONFIGS) == MODEL_TYPES
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", PEFT_MODEL_TYPES)
 def test_slots_are_exactly_the_linear_layers_of_the_decoder(model_type: str, checkpoint: Build) -> None:
     source, layout = opened(checkpoint(model_type), model_type)
     slots = layout.slots(source.infos)
@@ -49,8 +49,10 @@ def test_slots_are_exactly_the_linear_layers_of_the_decoder(model_type: str, che
 def test_no_two_roles_claim_one_tensor_and_every_role_is_there(model_type: str, checkpoint: Build) -> None:
     source, layout = opened(checkpoint(model_type), model_type)
     slots = layout.slots(source.infos)
-    places = [(slot.role, slot.layer) for slot in slots.values()]
-    assert sorted(places) == sorted((role, layer) for role in layout.roles for layer in (0, 1))
+    places = {(slot.role, slot.layer, slot.expert) for slot in slots.values()}
+    assert len(places) == len(slots)
+    assert {role for role, _, _ in places} == set(layout.roles)
+    assert {layer for _, layer, _ in places} == {0, 1}
     for name in source.infos:
         assert sum(pattern.fullmatch(name) is not None for _, pattern in layout._patterns) <= 1
     assert len({slot.module for slot in slots.values()}) == len(slots)

@@ -22,11 +22,10 @@ from svdconvert.verbs.decompose import decompose
 from svdconvert.verbs.merge import merge
 from svdconvert.verbs.to_lora import to_lora
 from tests.stock import TOKENS, WEIGHTS, adapted, logits, plain, tensors, trained_from
-from tests.test_layout import MODEL_TYPES
-from tests.tiny import SHARDED
+from tests.tiny import PEFT_MODEL_TYPES, SHARDED
 
 Build = Callable[..., Path]
-every_family = pytest.mark.parametrize("family", MODEL_TYPES)
+every_family = pytest.mark.parametrize("family", PEFT_MODEL_TYPES)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
@@ -39,7 +38,7 @@ def holds(model: torch.nn.Module, directory: Path, family: str) -> bool:
     loaded = dict(model.named_modules())
     stored = tensors(directory)
     pairs = [(loaded[slot.module].weight, stored[name]) for name in stored if (slot := layout.slot(name))]
-    assert len(pairs) == 14
+    assert pairs
     return all(mine.dtype == its.dtype and torch.equal(mine, its) for mine, its in pairs)
 
 

@@ -20,12 +20,16 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
+
+from svdconvert.layout import LAYOUTS
 
 VOCABULARY = 61
 HIDDEN = 32
@@ -67,17 +71,39 @@ def _gemma3(**values: Any) -> Gemma3Config:
     )
 
 
+def _mixtral(**values: Any) -> MixtralConfig:
+    return MixtralConfig(**values, num_local_experts=3, num_experts_per_tok=2)
+
+
+def _qwen3_moe(**values: Any) -> Qwen3MoeConfig:
+    """The second layer is dense: both kinds of names lie in one checkpoint."""
+    return Qwen3MoeConfig(
+        **values, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20, mlp_only_layers=[1]
+    )
+
+
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "mixtral": _mixtral,
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
     "gemma3": _gemma3,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": _qwen3_moe,
 }
 """model_type -> the configuration of a tiny model of it."""
+
+MODEL_TYPES = sorted(kind for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types)
+PEFT_MODEL_TYPES = sorted(
+    kind
+    for layout in map(LAYOUTS.get, LAYOUTS.names())
+    for kind in layout.model_types
+    if not any(role.startswith("experts.") for role in layout.roles)
+)
+"""Without mixtures of experts, whose single experts stock PEFT cannot adapt."""
 
 
 def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint may differ)

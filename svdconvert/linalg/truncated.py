@@ -24,7 +24,7 @@ from svdconvert.linalg.triplets import Spectrum, Triplets, spectrum_of, thin_svd
 __all__ = ["OVERSAMPLING", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top", "space_needed"]
 
 OVERSAMPLING = 16
-_POWERS = 3
+_POWERS = 4
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
