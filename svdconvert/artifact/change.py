@@ -14,7 +14,7 @@ from svdconvert.factors import Factors
 from svdconvert.method import init_folder
 
 # What PEFT calls a start that changes the base.
-_REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva")
+_REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)

@@ -68,15 +68,18 @@ class StagedOutput:
                 if not self.ranks.leads:
                     self._join()
             except BaseException:
-                self._abandon(keep=existed or not self.ranks.leads)
+                # Without a journal it was never ours: another run may have it.
+                self._abandon(keep=existed or self._journal is None or not self.ranks.leads)
                 raise
         return self
 
     def _lead(self) -> None:
         """Take the staging directory and what an earlier run finished, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.path / JOURNAL, self._identity, anew=self._overwrite)
-        if self._overwrite or not (self._journal.finished or len(journals(self.path)) > 1):
+        # A file that was removed or cut took its finished tensors with it.
+        anew = self._overwrite or not all(_laid_out(self.path / file.path, file) for file in self._files)
+        self._journal = Journal(self.path / JOURNAL, self._identity, anew=anew)
+        if anew or not (self._journal.finished or len(journals(self.path)) > 1):
             _clear(self.path, except_for=JOURNAL)
         for path in journals(self.path)[1:]:
             for item, record in read_journal(path)[1].items():
@@ -196,7 +199,9 @@ class StagedOutput:
 
 
 def partial(out: Path) -> Path:
-    """The staging directory of `out`."""
+    """The staging directory of `out`. Raises OutputError where that has no name of its own."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out} is not a directory that can be made; give -o a name of its own")
     return out.with_name(out.name + ".partial")
 
 
@@ -231,6 +236,12 @@ def explained(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{error.filename or path} cannot be written: {reason}; mend that and run the same command again"
         ) from error
+
+
+def _laid_out(path: Path, file: PlannedFile) -> bool:
+    """True where the file stands with the size of the plan."""
+    header, _ = build_header(file.infos)
+    return path.is_file() and path.stat().st_size == len(header) + file.nbytes
 
 
 def _clear(directory: Path, *, except_for: str) -> None:

@@ -1,7 +1,7 @@
 """svdconvert train: an initial adapter becomes a trained one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,11 +61,6 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     check_free(target, overwrite=run.overwrite)
     threads = use_threads(run.threads)
     start = _start(str(model), split or SplitOptions(), base, run)
-    if start.config.peft_type == PER_EXPERT:
-        raise ArtifactError(
-            f"{model} adapts experts one by one, which transformers fuses at run time, beyond the trainer; "
-            "decompose with --targets attn, or train it elsewhere"
-        )
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
     tokenizer = load_tokenizer(start.weights)
     examples = load_examples(plan, tokenizer)
@@ -82,20 +77,36 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
         }
         (staged.path / CONFIG).write_text(replace(start.config, base=_hub_weights(start)).text())
         (staged.path / folder / CONFIG).write_text(start.config.text())
-        return Manifest(
-            kind="trained",
-            layout=start.layout,
-            method=start.method,
-            base=start.base,
-            residual=start.residual,
-            options=asdict(plan),
-            matrices=start.matrices,
-            files=files,
-            threads=threads,
-        ).write(staged.path)
+        return _manifest(start, plan, files, threads).write(staged.path)
+
+
+def _manifest(
+    start: Start, plan: TrainPlan, files: Mapping[str, Mapping[str, str]], threads: int
+) -> Manifest:
+    return Manifest(
+        kind="trained",
+        layout=start.layout,
+        method=start.method,
+        base=start.base,
+        residual=start.residual,
+        options=asdict(plan),
+        matrices=start.matrices,
+        files=files,
+        threads=threads,
+    )
 
 
 def _start(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
+    start = _found_start(model, split, base, run)
+    if start.config.peft_type == PER_EXPERT:
+        raise ArtifactError(
+            f"{model} adapts experts one by one, which transformers fuses at run time, beyond the trainer; "
+            "decompose with --targets attn, or train it elsewhere"
+        )
+    return start
+
+
+def _found_start(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
     snapshot = fetch(model)
     if not is_ours(snapshot.path):
         home = open_home(model)

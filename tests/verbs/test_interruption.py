@@ -111,6 +111,17 @@ def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
     assert "are done" not in said
 
 
+def test_a_file_that_was_removed_from_the_unfinished_output_is_made_again(
+    model: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finish(start("decompose", model, "-o", whole, "--rank", 8))
+    _interrupted(model, out)
+    (partial(out) / "model.safetensors").unlink()
+    finish(start("decompose", model, "-o", out, "--rank", 8))
+    assert sums(out) == sums(whole)
+
+
 def test_a_second_run_for_the_same_output_is_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = start("decompose", model, "-o", out, "--rank", 8)
