@@ -35,6 +35,7 @@ class Journal:
                 _same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
             self.finished = {line["item"]: line["record"] for line in lines[1:]}
             self._stream.truncate(end)
+            self._identity = identity
             if not lines:
                 self._append(identity)
         except BaseException:
@@ -45,6 +46,12 @@ class Journal:
         """Note that the bytes of `item` are written."""
         self._append({"item": item, "record": record})
         self.finished[item] = record
+
+    def forget(self) -> None:
+        """Begin again: nothing is finished."""
+        self._stream.truncate(0)
+        self.finished.clear()
+        self._append(self._identity)
 
     def close(self) -> None:
         """Put the journal on disk and let go of it."""

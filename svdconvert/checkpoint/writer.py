@@ -76,10 +76,12 @@ class StagedOutput:
     def _lead(self) -> None:
         """Take the staging directory and what an earlier run finished, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self.path / JOURNAL, self._identity, anew=self._overwrite)
         # A file that was removed or cut took its finished tensors with it.
-        anew = self._overwrite or not all(_laid_out(self.path / file.path, file) for file in self._files)
-        self._journal = Journal(self.path / JOURNAL, self._identity, anew=anew)
-        if anew or not (self._journal.finished or len(journals(self.path)) > 1):
+        whole = all(_laid_out(self.path / file.path, file) for file in self._files)
+        if not whole:
+            self._journal.forget()
+        if self._overwrite or not whole or not (self._journal.finished or len(journals(self.path)) > 1):
             _clear(self.path, except_for=JOURNAL)
         for path in journals(self.path)[1:]:
             for item, record in read_journal(path)[1].items():

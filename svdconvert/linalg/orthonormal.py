@@ -32,7 +32,8 @@ def ordered(block_NB: Tensor) -> Tensor:
     squares, mix = torch.linalg.eigh(wide_NB.T @ wide_NB)
     if not float(squares[0]) > _THIN * float(squares[-1]):
         return householder(block_NB)
-    return (wide_NB @ (mix / squares.sqrt()).flip(1)).to(block_NB.dtype)
+    basis: Tensor = (wide_NB @ (mix / squares.sqrt()).flip(1)).to(block_NB.dtype)
+    return basis
 
 
 def householder(block_NB: Tensor) -> Tensor:

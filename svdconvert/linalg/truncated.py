@@ -108,7 +108,8 @@ class _Search:
         """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
         norm, low = self.total**0.5, self.low_LS.dtype
         image_LB = self.low_LS @ (block_SB / norm).to(low)
-        return (self.low_LS.T @ image_LB).float() / norm
+        applied: Tensor = (self.low_LS.T @ image_LB).float() / norm
+        return applied
 
     def outlook(self, ritz: Ritz) -> Outlook:
         """The cost is the share of the energy outside the best rank-R part of the space."""
