@@ -1,15 +1,13 @@
 """Where and with how many threads the arithmetic runs."""
 
-import ctypes
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from svdconvert.errors import RecipeError
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def pick_device(name: str, local: int = 0) -> torch.device:
@@ -29,24 +27,10 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 
 
 def use_threads(count: int | None) -> int:
-    """Use `count` threads in this process, or as many as torch chose; return the number in use.
-
-    Freed memory is kept for the next tensor from here on.
-    """
-    _keep_memory()
+    """Use `count` threads in this process, or as many as torch chose; return the number in use."""
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
-
-
-@cache
-def _keep_memory() -> None:
-    # glibc gives a large block back to the system when it is freed, and takes the next one page by page:
-    # a fifth of the processor's time in a decomposition. Other C libraries have no mallopt, or keep it.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def multiplies_bfloat16(matrix: Tensor) -> bool:
@@ -66,3 +50,17 @@ def _fast_bfloat16(device: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let float32 products of bfloat16 numbers run on the units that multiply those.
+
+    Such products are exact in float32, and are added up in it; other numbers would be rounded.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.orthonormal import complement, ordered
+from svdconvert.linalg.triplets import Triplets
 
 _CENTRE = 2.0  # with it the estimate was 0.9 to 2.2 times the truth on trained and on made-up matrices
+_NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
 
 Apply = Callable[[Tensor], Tensor]
 """(N, B) -> (N, B): a symmetric positive operator, in float32."""
@@ -31,6 +33,16 @@ def first_width(rank: int) -> int:
     """Columns at which a space for a rank is looked at first."""
     block = block_width(rank)
     return block * (ceil(rank / block) + (3 if block == 16 else 2))
+
+
+def space_needed(rank: int) -> int:
+    """The shorter side from which on the fast engine saves something: three halves of its first space."""
+    return 3 * first_width(rank) // 2
+
+
+def most_columns(order: int, rank: int) -> int:
+    """Columns from which on a space costs more than it saves."""
+    return min(3 * order // 4, max(1024, 12 * rank))
 
 
 def warm_start(apply: Apply, start_NB: Tensor, powers: int) -> Tensor:
@@ -58,7 +70,7 @@ class Ritz:
 class Krylov:
     """A growing orthonormal basis and the operator's restriction to it."""
 
-    def __init__(self, apply: Apply, start_NB: Tensor, limit: int, core: torch.dtype) -> None:
+    def __init__(self, apply: Apply, start_NB: Tensor, limit: int, core: torch.dtype = torch.float64) -> None:
         """`limit` is the most columns, `core` the dtype of the small eigenvalue problems."""
         order, self.block = start_NB.shape
         self.limit = limit // self.block * self.block
@@ -114,7 +126,7 @@ class Krylov:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the cost of a truncation is, and how far it may still fall."""
+    """What a truncation costs, as a share of ||W||_F^2, and how far the cost may still fall."""
 
     cost: float
     missing: float
@@ -133,14 +145,44 @@ class Outlook:
         return Outlook(cost, _CENTRE * coming / (1.0 - ratio), ratio)
 
     def excess(self, measured: float | None = None) -> float:
-        """sqrt(cost / optimum) - 1 with the cost as measured, where it was."""
+        """sqrt(cost / optimum) - 1, with the cost as the result leaves it where that was measured."""
         cost = self.cost if measured is None else measured
         lost = self.missing + max(cost - self.cost, 0.0)
-        return sqrt(cost / (cost - lost)) - 1.0 if 0.0 <= lost < cost else inf
+        if lost < _NOISE:
+            return 0.0
+        return sqrt(cost / (cost - lost)) - 1.0 if lost < cost else inf
 
     def blocks_to(self, tol: float) -> int:
         """How many blocks more will bring the excess under `tol`, by the same series; 1 to 6."""
         excess = self.excess()
-        if not (0.0 < self.ratio < 1.0 and 0.0 < excess < inf):
+        if not (0.0 < self.ratio < 1.0 and tol < excess < inf):
             return 1
         return min(max(ceil(log(tol / excess) / log(self.ratio)), 1), 6)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a space is grown until it holds a truncation that is good enough."""
+
+    rank: int
+    tol: float
+    outlook: Callable[[Ritz], Outlook]
+    finish: Callable[[Tensor, Outlook], Triplets]
+    """(vectors_NR, outlook) -> the factors, with the excess that is measured on them."""
+    attempts: int = 8
+    """How often a result may miss what the space promised."""
+
+    def run(self, krylov: Krylov) -> Triplets | None:
+        """The truncation, or None where the space was full first."""
+        blocks, attempts = first_width(self.rank) // krylov.block, self.attempts
+        while krylov.width + blocks * krylov.block <= krylov.limit and attempts:
+            krylov.grow(blocks)
+            ritz = krylov.ritz(self.rank)
+            outlook = self.outlook(ritz)
+            if outlook.excess() < self.tol:
+                found = self.finish(krylov.vectors(ritz), outlook)
+                if found.spectrum.excess < self.tol:
+                    return found
+                attempts -= 1
+            blocks = outlook.blocks_to(self.tol)
+        return None

@@ -7,7 +7,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from svdconvert.linalg.truncated import Triplets, exact_top, fast_top, gram_top, space_needed
+from svdconvert.linalg.exact import exact_middle, exact_minor, exact_random, exact_top
+from svdconvert.linalg.krylov import space_needed
+from svdconvert.linalg.minor import fast_minor
+from svdconvert.linalg.triplets import Triplets
+from svdconvert.linalg.truncated import fast_top, gram_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +20,12 @@ class Solver:
 
     name: str
     """The tensor's name: part of the seed, so that the order of work changes nothing."""
-    svd: Literal["fast", "exact"] = "fast"
+    svd: Literal["fast", "exact", "exact64"] = "fast"
+    """exact is LAPACK in float32, exact64 in float64."""
     tol: float = 1e-3
     seed: int = 0
+    stored: Tensor | None = None
+    """The tensor as the checkpoint has it, where that is at hand: saves the fast engine a copy."""
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
@@ -31,10 +38,34 @@ class Solver:
         The fast engine solves a matrix whole where the rank is near its own, and gives way to LAPACK
         where it does not reach `tol`.
         """
+        found = None
         if self.svd == "fast":
             if min(weight_OI.shape) <= space_needed(rank):
                 return gram_top(weight_OI, rank)
-            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
-            if found is not None:
-                return found
-        return exact_top(weight_OI, rank)
+            low = self._low(weight_OI)
+            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator(), stored=low)
+        return found or exact_top(weight_OI, rank, self._dtype)
+
+    def minor(self, weight_OI: Tensor, rank: int) -> Triplets:
+        """The `rank` smallest singular triplets, by the same rules."""
+        found = None
+        if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):
+            found = fast_minor(weight_OI, rank, tol=self.tol, generator=self.generator())
+        return found or exact_minor(weight_OI, rank, self._dtype)
+
+    def middle(self, weight_OI: Tensor, rank: int) -> Triplets:
+        """The `rank` triplets in the middle of the spectrum, for ablations."""
+        return exact_middle(weight_OI, rank, self._dtype)
+
+    def random(self, weight_OI: Tensor, rank: int) -> Triplets:
+        """`rank` triplets drawn without replacement, for ablations."""
+        return exact_random(weight_OI, rank, self.generator(), self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if self.svd == "exact64" else torch.float32
+
+    def _low(self, weight_OI: Tensor) -> Tensor | None:
+        stored = self.stored
+        fits = stored is not None and stored.dtype == torch.bfloat16 and stored.shape == weight_OI.shape
+        return stored if fits else None

@@ -71,3 +71,13 @@ def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sigma = squares.sqrt()
     left_LR = wide_LR @ (mix / sigma)
     return left_LR.to(block_LR.dtype), sigma.to(block_LR.dtype), mix.to(block_LR.dtype)
+
+
+def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
+    """The SVD of W Q Q^T, from the product W Q and the SVD of its thin result.
+
+    L, S: the longer and the shorter side, Q the basis.
+    """
+    left_LR, sigma_R, mix_RR = thin_svd(weight_LS @ basis_SR)
+    right_RS = (basis_SR @ mix_RR).T
+    return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

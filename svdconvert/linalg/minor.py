@@ -1,0 +1,114 @@
+"""The smallest singular triplets of a matrix, without all the others.
+
+L: the longer side, S: the shorter, R: rank, B: columns of a block.
+
+The smallest of W are the largest of its inverse, so the engine of the top slice runs on
+(W^T W)^-1 = R^-1 R^-T, two triangular solves with the factor R of W = Q R, which costs far less than
+an SVD. The cost of a truncation is now the energy inside it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from svdconvert.linalg.compute import exact_products, multiplies_bfloat16
+from svdconvert.linalg.krylov import (
+    Krylov,
+    Outlook,
+    Ritz,
+    Search,
+    block_width,
+    most_columns,
+    warm_start,
+)
+from svdconvert.linalg.orthonormal import ordered, orthonormal
+from svdconvert.linalg.triplets import Triplets, project, total_energy
+
+_POWERS = 4
+_PIVOT = 1e-7  # of the largest: what stands for a pivot that rounding has made up
+_FLOOR = 1e-12  # share of the energy that is float32's own rounding
+_ROUNDING = 4e-7  # of the largest sigma^2: float32's rounding of the Gram matrix, in each of the others
+
+
+def fast_minor(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
+    """The `rank` smallest triplets of a float32 matrix, or None where `tol` was not reached.
+
+    `tol` bounds the estimated excess of their norm over the smallest one possible.
+    """
+    if weight_OI.shape[0] < weight_OI.shape[1]:
+        found = fast_minor(weight_OI.T, rank, tol=tol, generator=generator)
+        return found.turned() if found else None
+    total = total_energy(weight_OI)
+    if total == 0.0:
+        return None
+    start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
+    if 2 * weight_OI.shape[0] >= 3 * weight_OI.shape[1] and multiplies_bfloat16(weight_OI):
+        found = _by_gram(weight_OI, rank, total, start_SB, tol)
+        if found is not None:
+            return found
+    return _Minor(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
+
+
+def _by_gram(weight_LS: Tensor, rank: int, total: float, start_SB: Tensor, tol: float) -> Triplets | None:
+    """With the Cholesky factor of W^T W, where QR would be the most of the work.
+
+    Worth it for a long matrix of bfloat16 numbers: their products are exact in float32, so that the fast
+    units lose nothing. A square one is mostly too ill-conditioned; what that costs is counted as noise.
+    """
+    with exact_products():
+        gram_SS = (weight_LS.T @ weight_LS).div_(total)
+    factor_SS, failed = torch.linalg.cholesky_ex(gram_SS)
+    if int(failed):
+        return None
+    images_SB = gram_SS @ ordered(gram_SS @ start_SB)
+    largest = float(torch.linalg.vector_norm(images_SB, dim=0).max())
+    return _Minor(weight_LS, factor_SS, rank, total, rank * _ROUNDING * largest).search(start_SB, tol)
+
+
+def _qr_factor(weight_LS: Tensor, total: float) -> Tensor:
+    """R^T / ||W|| (lower) of W = Q R, with pivots that can be divided by."""
+    upper_SS = torch.linalg.qr(weight_LS, mode="r").R
+    factor_SS: Tensor = (upper_SS / total**0.5).T.contiguous()
+    pivots = factor_SS.diagonal()
+    least = _PIVOT * float(pivots.abs().max())
+    pivots.copy_(torch.where(pivots.abs() < least, least, pivots))
+    return factor_SS
+
+
+@dataclass(frozen=True)
+class _Minor:
+    """A matrix, the lower triangular factor of its scaled Gram matrix, and what is wanted of it."""
+
+    weight_LS: Tensor
+    factor_SS: Tensor
+    rank: int
+    total: float
+    noise: float = 0.0
+    """Share of the energy that the factor's rounding may have hidden."""
+
+    def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
+        """The truncation, or None where the estimate stayed above the tolerance."""
+        limit = most_columns(self.factor_SS.shape[0], self.rank)
+        krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit)
+        return Search(self.rank, tol, self.outlook, self.finish).run(krylov)
+
+    def apply(self, block_SB: Tensor) -> Tensor:
+        """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""
+        half_SB = torch.linalg.solve_triangular(self.factor_SS, block_SB, upper=False)
+        image_SB: Tensor = torch.linalg.solve_triangular(self.factor_SS.T, half_SB, upper=True)
+        return image_SB
+
+    def outlook(self, ritz: Ritz) -> Outlook:
+        """The cost is the share of the energy inside the R best directions of the space."""
+        now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.coming_R).reciprocal()
+        cost = float(now.sum())
+        return Outlook.of(float(ritz.before_R.reciprocal().sum()), cost, cost - float(then.sum()))
+
+    def finish(self, vectors_SR: Tensor, outlook: Outlook) -> Triplets:
+        """The factors, and the excess with the energy inside as they have it."""
+        found = project(self.weight_LS, orthonormal(vectors_SR), self.total, 0.0, "fast")
+        inside = found.spectrum.energy
+        outlook = replace(outlook, missing=outlook.missing + self.noise)
+        excess = outlook.excess(inside) if inside > _FLOOR else 0.0
+        return replace(found, spectrum=replace(found.spectrum, excess=excess))
