@@ -1,6 +1,6 @@
 """Do small matrices gain from being worked on in batches?  The parts of a decomposition, both ways.
 
-    python benchmarks/batches.py [--threads 2] [--repeat 9]
+python benchmarks/batches.py [--threads 2] [--repeat 9]
 """
 
 import argparse
@@ -18,7 +18,9 @@ SHAPES = ((96, 256, 24, 64), (768, 2048, 80, 8), (1536, 4096, 80, 4))
 
 def main() -> None:
     """Print one row for each shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=9)
     arguments = parser.parse_args()

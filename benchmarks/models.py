@@ -41,7 +41,7 @@ def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
         file = f"model-{number + 1:05}-of-{values['num_hidden_layers'] + 1:05}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     heads = HEADS if values["hidden_size"] >= 2048 else 8
     config = values | {
         "architectures": ["LlamaForCausalLM"],
@@ -74,7 +74,9 @@ def _shards(values: dict[str, int], generator: torch.Generator) -> Iterator[dict
     }
     for layer in range(values["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        shard = {f"{prefix}{name}.weight": _trained(*shape, generator) for name, shape in shapes.items()}
+        shard = {
+            f"{prefix}{name}.weight": trained_matrix(*shape, generator) for name, shape in shapes.items()
+        }
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shard[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         yield shard
@@ -84,7 +86,7 @@ def _bulk(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.randn(rows, columns, generator=generator) * 0.02
 
 
-def _trained(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def trained_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A flat bulk and, above it, singular values that fall as 1 / sqrt(k)."""
     rank = min(rows, columns, 512)
     sigma = 0.06 * (rows**0.5 + columns**0.5) * torch.arange(1, rank + 1).float().pow(-0.5)

@@ -34,7 +34,7 @@ ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
 from svdconvert.artifact.change import open_change
-from svdconvert.adapters.delta import shifted
+from svdconvert.adapters.delta import shifted_
 from svdconvert.artifact.manifest import read_manifest
 path = Path(sys.argv[1])
 change, seconds = open_change(path), 0.0
@@ -42,7 +42,7 @@ for matrix in read_manifest(path).matrices.values():
     weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
     after, scale = change.end(matrix.module)
     started = time.perf_counter()
-    shifted(weight, after, scale, after, scale, weight.dtype)
+    shifted_(weight, after, scale, after, scale, weight.dtype)
     seconds += time.perf_counter() - started
 print(json.dumps(seconds))
 """

@@ -16,16 +16,17 @@ def subtract_(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
     return weight_OI.addmm_(left, right, alpha=-scale)
 
 
-def shifted(  # noqa: PLR0913 (the formula has these six)
+def shifted_(  # noqa: PLR0913 (the formula has these six)
     weight_OI: Tensor, after: Factors, scale: float, before: Factors, scale0: float, dtype: torch.dtype
 ) -> Tensor:
     """weight + (scale * after - scale0 * before) in float32, one rounding to `dtype`.
 
     The two products are computed apart by the same kernel, and where they agree the weight's own
-    bits stay, the sign of a zero included: an untrained adapter changes nothing.
+    bits stay, the sign of a zero included: an untrained adapter changes nothing. In place where the dtype
+    stays.
     """
     (left, right), (left0, right0) = after.folded(), before.folded()
-    merged_OI = torch.empty_like(weight_OI, dtype=dtype)
+    merged_OI = _room(weight_OI, dtype)
     for rows in row_blocks(weight_OI):
         product = _product(left[rows], right, scale)
         change = product.sub_(_product(left0[rows], right0, scale0))
@@ -34,13 +35,17 @@ def shifted(  # noqa: PLR0913 (the formula has these six)
     return merged_OI
 
 
-def restored(residual_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual + scale * product in float32, one rounding to `dtype`."""
+def restored_(residual_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
+    """residual + scale * product in float32, one rounding to `dtype`; in place where the dtype stays."""
     left, right = factors.folded()
-    merged_OI = torch.empty_like(residual_OI, dtype=dtype)
+    merged_OI = _room(residual_OI, dtype)
     for rows in row_blocks(residual_OI):
         merged_OI[rows] = _product(left[rows], right, scale).add_(residual_OI[rows]).to(dtype)
     return merged_OI
+
+
+def _room(matrix_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix_OI if matrix_OI.dtype == dtype else torch.empty_like(matrix_OI, dtype=dtype)
 
 
 def row_blocks(matrix_OI: Tensor) -> Iterator[slice]:

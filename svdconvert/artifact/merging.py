@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import restored, shifted
+from svdconvert.adapters.delta import restored_, shifted_
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.sizes import parse_size
@@ -88,6 +88,6 @@ def _merge_one(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
     after, scale = plan.change.end(module)
     after = after.on(stored.device)
     if plan.side == "residual":
-        return restored(stored, after, scale, dtype)
+        return restored_(stored, after, scale, dtype)
     before, scale0 = plan.change.start(module)
-    return shifted(stored, after, scale, before.on(stored.device), scale0, dtype)
+    return shifted_(stored, after, scale, before.on(stored.device), scale0, dtype)

@@ -71,8 +71,10 @@ def stream(work: Work, source: TensorSource, staged: StagedOutput, run: Run) -> 
         for name in left:
             if name in work.matrices:
                 tensor, mark = ahead(name)
-                behind.matrix(name, mark, work.compute(name, tensor))
+                outcome = work.compute(name, tensor)
                 del tensor
+                behind.matrix(name, mark, outcome)
+                del outcome
             else:
                 behind.copy(name)
             done += sizes[name]

@@ -56,14 +56,24 @@ def _by_gram(weight_LS: Tensor, rank: int, total: float, start_SB: Tensor, tol: 
     Worth it for a long matrix of bfloat16 numbers: their products are exact in float32, so that the fast
     units lose nothing. A square one is mostly too ill-conditioned; what that costs is counted as noise.
     """
-    with exact_products():
-        gram_SS = (weight_LS.T @ weight_LS).div_(total)
-    factor_SS, failed = torch.linalg.cholesky_ex(gram_SS)
+    upper_SS, failed = torch.linalg.cholesky_ex(_upper_gram(weight_LS).div_(total), upper=True)
     if int(failed):
         return None
-    images_SB = gram_SS @ ordered(gram_SS @ start_SB)
-    largest = float(torch.linalg.vector_norm(images_SB, dim=0).max())
-    return _Minor(weight_LS, factor_SS, rank, total, rank * _ROUNDING * largest).search(start_SB, tol)
+    images_SB = upper_SS @ ordered(upper_SS.T @ (upper_SS @ start_SB))
+    largest = float(torch.linalg.vector_norm(images_SB, dim=0).max()) ** 2
+    return _Minor(weight_LS, upper_SS.T, rank, total, rank * _ROUNDING * largest).search(start_SB, tol)
+
+
+def _upper_gram(weight_LS: Tensor) -> Tensor:
+    """W^T W, of which only the blocks on and above the diagonal are computed; the rest is anything."""
+    short = weight_LS.shape[1]
+    gram_SS = weight_LS.new_empty(short, short)
+    step = -(-short // 8)
+    with exact_products():
+        for first in range(0, short, step):
+            rows = slice(first, first + step)
+            gram_SS[rows, first:] = weight_LS[:, rows].T @ weight_LS[:, first:]
+    return gram_SS
 
 
 def _qr_factor(weight_LS: Tensor, total: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters import delta
-from svdconvert.adapters.delta import as_lora, restored, row_blocks, shifted, subtract_
+from svdconvert.adapters.delta import as_lora, restored_, row_blocks, shifted_, subtract_
 from svdconvert.factors import Factors
 from tests.stock import same_bits
 
@@ -64,7 +64,7 @@ def test_subtracting_leaves_the_residual(core: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> None:
     before, start, end = weight(dtype), factors(1, core=core), factors(2, core=core)
-    found = shifted(before, end, 0.5, start, 2.0, dtype)
+    found = shifted_(before.clone(), end, 0.5, start, 2.0, dtype)
     wanted = before.double() + product(end, 0.5) - product(start, 2.0)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-5)
@@ -77,7 +77,7 @@ def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> N
 def test_an_untrained_adapter_changes_no_bit(dtype: torch.dtype, scale: float) -> None:
     before, start = weight(dtype), factors(1)
     copy = Factors(start.left_OR.clone(), start.right_RI.clone())
-    found = shifted(before, copy, scale, start, scale, dtype)
+    found = shifted_(before.clone(), copy, scale, start, scale, dtype)
     assert same_bits(found, weight(dtype))
     assert found[0, 0] == 0 and found[0, 0].signbit()
 
@@ -86,7 +86,7 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
     before, start = weight(torch.bfloat16), factors(1)
     right = start.right_RI.clone()
     right[:, 5] += 1
-    found = shifted(before, Factors(start.left_OR, right), 1.0, start, 1.0, torch.bfloat16)
+    found = shifted_(before.clone(), Factors(start.left_OR, right), 1.0, start, 1.0, torch.bfloat16)
     others = [column for column in range(COLUMNS) if column != 5]
     assert same_bits(found[:, others].contiguous(), before[:, others].contiguous())
     assert not torch.equal(found[:, 5], before[:, 5])
@@ -96,7 +96,7 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_residual_is_restored_with_one_rounding(dtype: torch.dtype) -> None:
     residual, pieces = weight(), factors(1)
-    found = restored(residual, pieces, 0.5, dtype)
+    found = restored_(residual.clone(), pieces, 0.5, dtype)
     wanted = residual.double() + product(pieces, 0.5)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-5)
