@@ -67,7 +67,10 @@ ResidualOpt = Annotated[
     str | None,
     typer.Option("--residual", help="The directory that decompose wrote, for an adapter trained elsewhere."),
 ]
-InitOpt = Annotated[str | None, typer.Option("--init", help="The adapter as it was before training.")]
+InitOpt = Annotated[
+    str | None,
+    typer.Option("--init", help="The adapter before training; none: it started at zero."),
+]
 
 
 class Listing(str, Enum):

@@ -21,7 +21,7 @@ from svdconvert.layout import find_layout
 from svdconvert.verbs.decompose import decompose
 from svdconvert.verbs.merge import merge
 from svdconvert.verbs.to_lora import to_lora
-from tests.stock import TOKENS, WEIGHTS, adapted, logits, plain, tensors, trained_from
+from tests.stock import TOKENS, WEIGHTS, adapted, logits, plain, same_bytes, tensors, trained_from
 from tests.tiny import PEFT_MODEL_TYPES, SHARDED
 
 Build = Callable[..., Path]
@@ -162,6 +162,16 @@ def test_stock_pissa_is_converted_with_its_initial_adapter_and_refused_without(
     assert not (tmp_path / "lora").exists()
     to_lora(adapter, tmp_path / "lora", init=str(tmp_path / "init"))
     assert close(logits(adapted(base, tmp_path / "lora")), logits(model), 3e-5)
+
+
+def test_an_adapter_that_does_not_say_where_it_started_is_refused(
+    checkpoint: Build, decomposed: Build, tmp_path: Path
+) -> None:
+    lost = shutil.copytree(decomposed(checkpoint("llama")) / "pissa_init", tmp_path / "lost")
+    with pytest.raises(ArtifactError, match="does not say where it started.*--residual.*--init none"):
+        to_lora(lost, tmp_path / "lora")
+    to_lora(lost, tmp_path / "lora", init="none")
+    assert same_bytes(tensors(tmp_path / "lora"), tensors(lost))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -17,6 +17,10 @@ from svdconvert.method import init_folder
 _REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
+NO_START = "none"
+"""What --init says of an adapter that started at zero, on the untouched base."""
+
+
 @dataclass(frozen=True)
 class Change:
     """An adapter and its start."""
@@ -61,17 +65,19 @@ class Change:
         return {name: matrix.module for name, matrix in self.manifest.matrices.items()}
 
 
-def open_change(directory: Path, *, residual: Path | None = None, init: Path | None = None) -> Change:
+def open_change(directory: Path, *, residual: str | None = None, init: str | None = None) -> Change:
     """Open a DECOMPOSED, TRAINED or LORA directory, or any adapter in PEFT's format.
 
-    `residual` (a DECOMPOSED directory) or `init` (an adapter) is where an adapter trained elsewhere
-    started. Raises ArtifactError where the start is missing or does not fit.
+    `residual` (a DECOMPOSED directory) or `init` (an adapter, or "none") is where an adapter trained
+    elsewhere started. Raises ArtifactError where the start is missing or does not fit.
     """
     if not directory.is_dir():
         raise ArtifactError(
             f"{directory} does not exist; give a directory that decompose or train wrote, or an adapter"
         )
-    change = _ours(directory, init) if is_ours(directory) else _foreign(directory, residual, init)
+    start = Path(init) if init not in (None, NO_START) else None
+    base = Path(residual) if residual is not None else None
+    change = _ours(directory, start) if is_ours(directory) else _foreign(directory, base, start)
     if change.before is not None:
         _fits(change.after, change.before)
     return change

@@ -1,6 +1,8 @@
 """A plain LoRA for the untouched base: scale 1, one rank, no patterns: every engine reads it the same."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 import torch
@@ -14,7 +16,27 @@ from svdconvert.artifact.options import LoraOptions
 from svdconvert.checkpoint.shards import PlannedFile, plan_file
 from svdconvert.checkpoint.source import dtype_code, tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.linalg.core import left_out, rank_within, share_out, singular_values, truncated
 from svdconvert.progress import Progress, Track
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is kept of the changes, and how much is lost."""
+
+    ranks: Mapping[str, int]
+    """By module."""
+    errors: Mapping[str, float]
+    """||change - kept||_F / ||change||_F by module, exact."""
+    error: float
+    """The same over all modules together."""
+
+    def note(self) -> dict[str, Any]:
+        """For the manifest."""
+        modules = {
+            module: {"rank": rank, "error": self.errors[module]} for module, rank in self.ranks.items()
+        }
+        return {"error": self.error, "modules": modules}
 
 
 @dataclass(frozen=True)
@@ -26,17 +48,44 @@ class LoraPlan:
     """The largest of the modules; the others are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
+    truncation: Truncation | None = None
+    """None where the LoRA is exact."""
 
 
 def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
     """Find the ranks by a first pass over the small factors, and plan the file."""
     dtype: torch.dtype = getattr(torch, options.dtype)
-    rank = max(_exact(change, module)[0].shape[1] for module in change.modules)
+    truncation = _truncation(change, options)
+    if truncation is None:
+        rank = max(_exact(change, module)[0].shape[1] for module in change.modules)
+    else:
+        rank = max(1, *truncation.ranks.values())
     infos = []
     for module in change.modules:
         rows, columns = change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1]
         infos += adapter_infos(module, {"lora_A": (rank, columns), "lora_B": (rows, rank)}, dtype_code(dtype))
-    return LoraPlan(change, rank, dtype, plan_file(WEIGHTS, infos))
+    return LoraPlan(change, rank, dtype, plan_file(WEIGHTS, infos), truncation)
+
+
+def _truncation(change: Change, options: LoraOptions) -> Truncation | None:
+    """The ranks that the options ask for: one module's factors in memory at a time."""
+    if options.rank is options.tol is options.rank_budget is None:
+        return None
+    sigmas = {
+        module: singular_values(*(side.double() for side in _exact(change, module)))
+        for module in change.modules
+    }
+    if options.rank_budget is not None:
+        ranks = share_out(sigmas, options.rank_budget)
+    elif options.tol is not None:
+        ranks = {module: rank_within(sigma, options.tol) for module, sigma in sigmas.items()}
+    else:
+        ranks = {module: min(options.rank or 1, len(sigma)) for module, sigma in sigmas.items()}
+    lost = {module: left_out(sigma, ranks[module]) for module, sigma in sigmas.items()}
+    whole = {module: left_out(sigma, 0) for module, sigma in sigmas.items()}
+    errors = {module: lost[module] / whole[module] if whole[module] else 0.0 for module in sigmas}
+    all_of_it = hypot(*whole.values())
+    return Truncation(ranks, errors, hypot(*lost.values()) / all_of_it if all_of_it else 0.0)
 
 
 def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
@@ -45,7 +94,7 @@ def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
 
 
 def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
-    """Write every module's exact factors. Notes go into the journal of `staged`."""
+    """Write every module's factors. Notes go into the journal of `staged`."""
     for done, module in enumerate(plan.change.modules, 1):
         if module not in staged.finished:
             staged.finish(module, _write_module(plan, module, staged))
@@ -54,6 +103,8 @@ def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
 
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
     left, right = _exact(plan.change, module)
+    if plan.truncation is not None:
+        left, right = truncated(left, right, plan.truncation.ranks[module])
     missing = plan.rank - left.shape[1]
     pieces = {
         key(module, "lora_A"): torch.nn.functional.pad(right, (0, 0, 0, missing)).to(plan.dtype),

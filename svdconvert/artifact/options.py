@@ -5,8 +5,9 @@ The text under a field is its help. This file imports no torch, so that `--help`
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from typing_extensions import Self
 
 Float = Literal["float32", "bfloat16", "float16"]
 AutoFloat = Literal["auto", "float32", "bfloat16", "float16"]
@@ -75,3 +76,16 @@ class LoraOptions:
 
     dtype: Float = "float32"
     """In which the factors are stored."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Truncate every matrix to this rank, with the least error; without it the LoRA is exact."""
+    tol: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Truncate every matrix to the least rank that leaves out at most this share of its change's norm."""
+    rank_budget: Annotated[int, Field(ge=1)] | None = None
+    """Truncate to ranks that add up to this, shared out so that the least is left out over all matrices."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        given = [name for name in ("rank", "tol", "rank_budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        return self

@@ -37,7 +37,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     """
     options, run = options or MergeOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    change = open_change(Path(adapter), residual=_path(residual), init=_path(init))
+    change = open_change(Path(adapter), residual=residual, init=init)
     side, home = _choose(change, options.side, base, residual)
     name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
     plan = plan_merge(change, home.source, side, layout, options)
@@ -68,10 +68,6 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
             finish_model(home.path, staged.path, plan.shards)
             manifest.write(staged.path)
     return manifest
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text is not None else None
 
 
 def _known_layout(change: Change) -> str | None:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from svdconvert.adapters.peft_format import CONFIG, PER_EXPERT
-from svdconvert.artifact.change import Change, open_change
+from svdconvert.artifact.change import NO_START, Change, open_change
 from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
 from svdconvert.artifact.manifest import Manifest, run_identity
 from svdconvert.artifact.options import LoraOptions
@@ -24,15 +24,15 @@ def to_lora(
     residual: str | None = None,
     init: str | None = None,
 ) -> Manifest:
-    """Write what training changed as a standard PEFT LoRA for the untouched base, exact, in `out`.
+    """Write what training changed as a standard PEFT LoRA for the untouched base in `out`.
 
-    The change s B A - s0 B0 A0 is a product of rank 2R. Only the two small adapters are read, no
+    The change s B A - s0 B0 A0 is a product of rank 2R, written as it is unless the options truncate it;
+    what that loses is in the manifest, by module and over all. Only the two small adapters are read, no
     base. Raises SvdConvertError with one sentence.
     """
     options, run = options or LoraOptions(), run or Run()
-    change = open_change(
-        Path(adapter), residual=Path(residual) if residual else None, init=Path(init) if init else None
-    )
+    change = open_change(Path(adapter), residual=residual, init=init)
+    _refuse_unknown_start(change, init)
     if change.after.config.peft_type == PER_EXPERT:
         raise ArtifactError(
             f"{change.directory} adapts experts one by one, and no LoRA that stock PEFT loads can say that "
@@ -45,14 +45,26 @@ def to_lora(
         write_lora(plan, staged, run.track)
         (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())
         manifest = change.manifest
+        truncation = {"truncation": plan.truncation.note()} if plan.truncation else {}
         return Manifest(
             kind="lora",
             layout=manifest.layout if manifest else "",
             method=manifest.method if manifest else "lora",
             base=manifest.base if manifest else None,
-            options=asdict(options) | {"rank": plan.rank},
+            options=asdict(options) | {"rank": plan.rank} | truncation,
             files=file_checksums(staged),
         ).write(staged.path)
+
+
+def _refuse_unknown_start(change: Change, init: str | None) -> None:
+    """Refuse an adapter that may be a residual's, for all that it says: its conversion would be wrong."""
+    named = change.after.config.base
+    on_a_plain_base = named is not None and Path(named).is_dir()
+    if change.manifest is None and change.before is None and init != NO_START and not on_a_plain_base:
+        raise ArtifactError(
+            f"{change.directory} does not say where it started; name what decompose wrote with "
+            f"--residual, its initial adapter with --init, or --init {NO_START} for a LoRA that started at zero"
+        )
 
 
 def _hub_base(change: Change) -> str | None:

@@ -108,7 +108,7 @@ def _start(model: str, split: SplitOptions, base: str | None, run: Run) -> Start
 
 def _found_start(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
     snapshot = fetch(model)
-    if not is_ours(snapshot.path):
+    if not is_ours(snapshot.path) or read_manifest(snapshot.path).kind == "merged":
         home = open_home(model)
         name, layout = find_layout(split.layout, home.config.get("model_type"), str(home.path))
         return start_from_plain(

@@ -66,7 +66,7 @@ class Truth:
         return residual / optimum - 1 if optimum > 1e-5 * self.norm else residual / self.norm
 
     def minor_excess(self, found: Triplets) -> float:
-        """Norm of the minor slice over the smallest possible, minus one; where that is noise, its relative norm.
+        """Norm of the minor slice over the smallest possible, minus one; or its relative norm.
 
         Of the part of the matrix in the slice's directions on the shorter side.
         """
