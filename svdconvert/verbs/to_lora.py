@@ -63,7 +63,7 @@ def _refuse_unknown_start(change: Change, init: str | None) -> None:
     if change.manifest is None and change.before is None and init != NO_START and not on_a_plain_base:
         raise ArtifactError(
             f"{change.directory} does not say where it started; name what decompose wrote with "
-            f"--residual, its initial adapter with --init, or --init {NO_START} for a LoRA that started at zero"
+            f"--residual, its initial adapter with --init, or --init {NO_START} for one that started at zero"
         )
 
 
