@@ -3,6 +3,7 @@
 Verbs are imported inside their commands, so that `--help` loads no torch.
 """
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -57,6 +58,9 @@ ThreadsOpt = Annotated[
 ]
 DeviceOpt = Annotated[
     str | None, typer.Option("--device", help="Where the arithmetic runs: auto, cpu, cuda or cuda:N.")
+]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run the code that the model brings.")
 ]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
@@ -132,6 +136,7 @@ def train(
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
+    trust_remote_code: TrustOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
@@ -142,7 +147,7 @@ def train(
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         split, plan = options(SplitOptions, shared, given), options(TrainPlan, shared, typed)
-        run = _run(shared, None, overwrite, threads, None)
+        run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with console.training() as watch:
             manifest = verb(source, target, plan, run, split=split, base=base, watch=watch)
         console.show_trained(target, manifest)
@@ -158,6 +163,7 @@ def merge(
     residual: ResidualOpt = None,
     init: InitOpt = None,
     recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
@@ -166,9 +172,15 @@ def merge(
     """Fold an adapter back into a plain checkpoint."""
     with console.telling(debug=debug, out=out):
         from svdconvert.verbs.merge import merge as verb
+        from svdconvert.verbs.merge import prepare_merge
 
-        shared, target = read_recipe(recipe), _needed(out, "-o DIR")
+        shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
+        if plan:
+            found = prepare_merge(adapter, chosen, base=base, residual=residual, init=init)
+            console.show_merging(adapter, found)
+            return
+        target = _needed(out, "-o DIR")
         with console.progress("merge") as track:
             run = _run(shared, track, overwrite, threads, device)
             manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
@@ -195,7 +207,6 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         with console.progress("to-lora", of_bytes=False) as track:
             run = _run(shared, track, overwrite, None, None)
-            run.ranks.alone("to-lora")
             manifest = verb(adapter, target, chosen, run, residual=residual, init=init)
         console.show_lora(target, manifest)
 

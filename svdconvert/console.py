@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from svdconvert.artifact.manifest import Manifest
     from svdconvert.training.loop import EvalLog, StepLog
     from svdconvert.verbs.inspect import Inspection
+    from svdconvert.verbs.merge import Merging
     from svdconvert.verbs.verify import Report
 
 stdout = Console(highlight=False, soft_wrap=True)
@@ -198,6 +199,19 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
+    )
+
+
+def show_merging(adapter: object, found: "Merging") -> None:
+    """What a merge would read and write."""
+    summary(
+        f"merge {adapter} would",
+        {
+            "take": f"the {found.plan.side} {found.home.snapshot.location}",
+            "merge": f"{len(found.plan.modules)} matrices",
+            "read": size_text(found.read),
+            "write": f"{size_text(found.written)} in {len(found.plan.shards)} files",
+        },
     )
 
 

@@ -1,5 +1,6 @@
 """Where and with how many threads the arithmetic runs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -56,8 +57,13 @@ def _fast_bfloat16(device: str) -> bool:
 def exact_products() -> Iterator[None]:
     """Let float32 products of bfloat16 numbers run on the units that multiply those.
 
-    Such products are exact in float32, and are added up in it; other numbers would be rounded.
+    Such products are exact in float32, and are added up in it; other numbers would be rounded. torch has
+    one setting for the whole process, so it is left alone in any thread but the main one, beside which
+    others may multiply.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -1,12 +1,12 @@
 """svdconvert merge: base or residual and adapter become a plain checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svdconvert.artifact.change import Change, open_change
 from svdconvert.artifact.manifest import Manifest, run_identity
-from svdconvert.artifact.merging import Side, merge_work, plan_merge
+from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
@@ -37,10 +37,8 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     """
     options, run = options or MergeOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    change = open_change(Path(adapter), residual=residual, init=init)
-    side, home = _choose(change, options.side, base, residual)
-    name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
-    plan = plan_merge(change, home.source, side, layout, options)
+    found = prepare_merge(adapter, options, base=base, residual=residual, init=init)
+    change, side, home, plan = found.change, found.plan.side, found.home, found.plan
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("merge", asdict(options), threads) | {
@@ -56,7 +54,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
         seen = home.origin(source_checksums(staged))
         manifest = Manifest(
             kind="merged",
-            layout=name,
+            layout=found.layout,
             method=change.manifest.method if change.manifest else "lora",
             base=seen if side == "base" else change.manifest.base if change.manifest else None,
             residual=seen if side == "residual" else None,
@@ -68,6 +66,41 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
             finish_model(home.path, staged.path, plan.shards)
             manifest.write(staged.path)
     return manifest
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A merge before it is done, known from headers alone."""
+
+    layout: str
+    change: Change
+    home: Home
+    plan: MergePlan
+
+    @property
+    def read(self) -> int:
+        """Bytes of the weights that are read."""
+        return sum(info.nbytes for info in self.home.source.infos.values())
+
+    @property
+    def written(self) -> int:
+        """Bytes of tensors that are written."""
+        return sum(shard.nbytes for shard in self.plan.shards)
+
+
+def prepare_merge(
+    adapter: str | Path,
+    options: MergeOptions,
+    *,
+    base: str | None = None,
+    residual: str | None = None,
+    init: str | None = None,
+) -> Merging:
+    """Find the parts of a merge and plan it. Writes nothing."""
+    change = open_change(Path(adapter), residual=residual, init=init)
+    side, home = _choose(change, options.side, base, residual)
+    name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
+    return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
 
 
 def _known_layout(change: Change) -> str | None:

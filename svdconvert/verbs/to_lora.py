@@ -31,6 +31,7 @@ def to_lora(
     base. Raises SvdConvertError with one sentence.
     """
     options, run = options or LoraOptions(), run or Run()
+    run.ranks.alone("to-lora")
     change = open_change(Path(adapter), residual=residual, init=init)
     _refuse_unknown_start(change, init)
     if change.after.config.peft_type == PER_EXPERT:

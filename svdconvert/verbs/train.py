@@ -1,7 +1,7 @@
 """svdconvert train: an initial adapter becomes a trained one."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import use_threads
 from svdconvert.method import METHODS, init_folder
 from svdconvert.run import Run
-from svdconvert.training.data import Examples, load_examples, padding_id
+from svdconvert.training.data import load_examples, padding_id
 from svdconvert.training.install import harvest, install
 from svdconvert.training.loop import EvalLog, StepLog, fit, make_accelerator
 from svdconvert.training.network import load_network, load_tokenizer, replace_weights
@@ -58,11 +58,12 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     where the base is, for methods that leave it as it is. Raises SvdConvertError with one sentence.
     """
     run, target = run or Run(), Path(out)
+    run.ranks.alone("train")
     check_free(target, overwrite=run.overwrite)
     threads = use_threads(run.threads)
     start = _start(str(model), split or SplitOptions(), base, run)
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
-    tokenizer = load_tokenizer(start.weights)
+    tokenizer = load_tokenizer(start.weights, trust_remote_code=run.trust_remote_code)
     examples = load_examples(plan, tokenizer)
     folder = init_folder(start.method)
     initial = plan_adapter(f"{folder}/{WEIGHTS}", start.factors)
@@ -70,7 +71,11 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     with StagedOutput(
         target, [trained, initial], identity={"verb": "train"}, overwrite=run.overwrite
     ) as staged:
-        network = _fitted(start, examples, plan, padding_id(tokenizer), staged.path / METRICS, watch)
+        accelerator = make_accelerator(plan)
+        network = _network(start, plan, accelerator.mixed_precision, run)
+        logs = fit(network, examples.train, examples.held_out, plan, accelerator, padding_id(tokenizer))
+        steps = plan.total_steps(len(examples.train), accelerator.num_processes)
+        _log(logs, staged.path / METRICS, steps, watch)
         files = {
             initial.path: write_adapter(staged, initial, start.factors),
             trained.path: write_adapter(staged, trained, harvest(network)),
@@ -131,21 +136,22 @@ def _found_start(model: str, split: SplitOptions, base: str | None, run: Run) ->
     return start_from_decomposed(snapshot.path, manifest, found.path, None)
 
 
-def _fitted(  # noqa: PLR0913 (everything that training needs meets here)
-    start: Start, examples: Examples, plan: TrainPlan, pad_id: int, metrics: Path, watch: Watch
-) -> nn.Module:
-    accelerator = make_accelerator(plan)
+def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Module:
     # Under autocast the frozen weights stay as they are stored; without it all is float32.
-    network = load_network(start.weights, torch.float32 if accelerator.mixed_precision == "no" else None)
+    dtype = torch.float32 if autocast == "no" else None
+    network = load_network(start.weights, dtype, trust_remote_code=run.trust_remote_code)
     replace_weights(network, start.replaced)
     install(network, start.pieces(), METHODS.get(start.method).trains, plan.dropout)
-    steps = plan.total_steps(len(examples.train), accelerator.num_processes)
+    return network
+
+
+def _log(logs: Iterator[StepLog | EvalLog], metrics: Path, steps: int, watch: Watch) -> None:
+    """Write every log as a line of JSON, as it comes."""
     with metrics.open("w", encoding="utf-8") as lines:
-        for log in fit(network, examples.train, examples.held_out, plan, accelerator, pad_id):
+        for log in logs:
             lines.write(json.dumps(asdict(log)) + "\n")
             lines.flush()
             watch(log, steps)
-    return network
 
 
 def _hub_weights(start: Start) -> str | None:

@@ -1,0 +1,128 @@
+"""Ways to find the top slice of one matrix at equal accuracy: columns, flops, milliseconds, error.
+
+    python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1]
+
+Every way is run until its residual is within --tol of the optimum (known here from eigenvalues), so that
+nothing but the way differs; the last line is the engine as shipped, which has to judge for itself. The
+time is the processor's own (one thread unless told otherwise), which other processes hardly disturb.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import torch
+from models import trained_matrix
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from svdconvert.linalg.krylov import Krylov, warm_start
+from svdconvert.linalg.truncated import fast_top
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=5632)
+    parser.add_argument("--columns", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--tol", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    weight = trained_matrix(arguments.rows, arguments.columns, torch.Generator().manual_seed(0)).float()
+    trial = Trial(weight, arguments.rank, arguments.tol)
+    table = Table(title=f"{arguments.rows} x {arguments.columns}, rank {arguments.rank}")
+    for head in ("way", "sweeps in", "columns", "GFLOP", "ms", "above the optimum"):
+        table.add_column(head, justify="left" if head == "way" else "right")
+    for row in trial.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+class Trial:
+    """One matrix and its optimum."""
+
+    def __init__(self, weight_LS: Tensor, rank: int, tol: float) -> None:
+        wide = weight_LS.double()
+        values = torch.linalg.eigvalsh(wide.T @ wide).flip(0)
+        self.weight_LS, self.rank, self.tol = weight_LS, rank, tol
+        self.total, self.best = float(values.sum()), float(values[rank:].sum())
+        self.low = {torch.float32: weight_LS, torch.bfloat16: weight_LS.bfloat16()}
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Every way, with both dtypes of the sweeps."""
+        for dtype in (torch.float32, torch.bfloat16):
+            yield self._row("subspace iteration, rank columns (PEFT's)", dtype, self.rank, subspace=True)
+            yield self._row("subspace iteration, 16 columns more", dtype, self.rank + 16, subspace=True)
+            yield self._row("Krylov, 144 columns a block, no powers", dtype, self.rank + 16, powers=0)
+            yield self._row("Krylov, 64 columns a block, no powers", dtype, 64, powers=0)
+            yield self._row("Krylov, 64 columns a block, 4 powers", dtype, 64, powers=4)
+            yield self._row("Krylov, 32 columns a block, 4 powers", dtype, 32, powers=4)
+        started = time.thread_time()
+        found = fast_top(self.weight_LS, self.rank, tol=self.tol, generator=self._generator())
+        milliseconds = (time.thread_time() - started) * 1e3
+        assert found is not None
+        outside = (1.0 - found.spectrum.energy) * self.total
+        error = (outside / self.best) ** 0.5 - 1.0
+        yield (
+            "as shipped",
+            "",
+            "",
+            "",
+            f"{milliseconds:.0f}",
+            f"{error:.1e} ({found.spectrum.excess:.1e} claimed)",
+        )
+
+    def _row(
+        self, name: str, dtype: torch.dtype, width: int, *, powers: int = 0, subspace: bool = False
+    ) -> tuple[str, ...]:
+        start = torch.randn(self.weight_LS.shape[1], width, generator=self._generator())
+        attempts = range(2, 41)
+        for steps in attempts:
+            self.columns, started = 0, time.thread_time()
+            basis = (
+                self._iterated(start, steps, dtype) if subspace else self._space(start, steps, powers, dtype)
+            )
+            projected = self.weight_LS @ basis
+            milliseconds = (time.thread_time() - started) * 1e3
+            outside = self.total - float(projected.double().square().sum())
+            error = (outside / self.best) ** 0.5 - 1.0
+            if error < self.tol:
+                break
+        flops = 2e-9 * self.weight_LS.numel() * (self.columns + self.rank)
+        columns = f"{self.columns} + {self.rank}"
+        return name, str(dtype)[6:], columns, f"{flops:.1f}", f"{milliseconds:.0f}", f"{error:.1e}"
+
+    def _apply(self, dtype: torch.dtype, block: Tensor) -> Tensor:
+        self.columns += 2 * block.shape[1]
+        low = self.low[dtype]
+        return (low.T @ (low @ block.to(dtype))).float() / self.total
+
+    def _iterated(self, start: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+        """Householder QR after every sweep, then Rayleigh and Ritz, as torch.svd_lowrank does."""
+        block = start
+        for _ in range(steps):
+            block = torch.linalg.qr(self._apply(dtype, block)).Q
+        core = torch.linalg.eigh((self.weight_LS @ block).T @ (self.weight_LS @ block))
+        self.columns += block.shape[1]
+        return block @ core.eigenvectors[:, -self.rank :]
+
+    def _space(self, start: Tensor, steps: int, powers: int, dtype: torch.dtype) -> Tensor:
+        def apply(block: Tensor) -> Tensor:
+            return self._apply(dtype, block)
+
+        blocks = -(-self.rank // start.shape[1]) + steps - 1
+        krylov = Krylov(apply, warm_start(apply, start, powers), blocks * start.shape[1])
+        krylov.grow(blocks)
+        return torch.linalg.qr(krylov.vectors(krylov.ritz(self.rank))).Q
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+
+if __name__ == "__main__":
+    main()
