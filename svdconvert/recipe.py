@@ -52,6 +52,8 @@ def read_recipe(path: Path | None) -> Recipe:
         return Recipe()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist; give --recipe a YAML file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -45,6 +45,10 @@ class Change:
         """The factors after training, and their scale."""
         return self.after.factors(module), self.after.config.scale(module)
 
+    def places(self) -> list[Path]:
+        """The directories that it is read from."""
+        return [self.directory, *([self.before.directory] if self.before else [])]
+
     def identity(self) -> dict[str, Any]:
         """What a run that reads it must find again when it goes on."""
         start = self.before.source.stamp() if self.before else {}

@@ -116,9 +116,13 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory. Raises ArtifactError where it is missing or of another format."""
     path = directory / MARK
     if not path.is_file():
-        partial = directory.name.endswith(".partial")
-        why = "is what an unfinished run left; repeat that command to finish it" if partial else "has none"
-        raise ArtifactError(f"{directory} {why}: a directory of svdconvert holds {MARK}")
+        if not directory.is_dir():
+            raise ArtifactError(f"{directory} does not exist; give a directory that svdconvert wrote")
+        if directory.name.endswith(".partial"):
+            raise ArtifactError(
+                f"{directory} is what an unfinished run left; repeat that command to finish it"
+            )
+        raise ArtifactError(f"{directory} was not written by svdconvert: it holds no {MARK}")
     values = read_json_object(path)
     if values.get("format") != FORMAT:
         raise ArtifactError(

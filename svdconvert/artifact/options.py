@@ -15,12 +15,13 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _commas(value: Any) -> Any:
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
+    parts = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if not parts or "" in parts:
+        raise ValueError("a target is empty; give all-linear, roles or globs")
+    return parts
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_commas), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_commas)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -78,6 +78,8 @@ def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOp
     """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
     method = METHODS.get(options.method)
     slots = layout.select(source.infos, options.targets)
+    if options.layout is not None:
+        _refuse_half_a_layout(name, layout, source)
     _refuse_unfit(source.infos, slots, options.rank)
     outputs = [
         replace(info, dtype=_residual_code(options, method, info))
@@ -106,6 +108,16 @@ def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> s
     if options.residual_dtype != "auto":
         return dtype_code(getattr(torch, options.residual_dtype))
     return "F32" if method.minor else info.dtype
+
+
+def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
+    """A layout that was insisted on and fits in part would leave matrices out without a word."""
+    known = {slot.role for slot in layout.slots(source.infos).values()}
+    if missing := [role for role in layout.roles if role not in known]:
+        raise TargetError(
+            f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
+            "add a layout for this family, which is one file (see the README)"
+        )
 
 
 def _refuse_unfit(infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], rank: int) -> None:

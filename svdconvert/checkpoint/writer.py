@@ -212,6 +212,14 @@ def recorded(out: Path, key: str) -> Any:
     return read_journal(partial(out) / JOURNAL)[0].get(key)
 
 
+def check_apart(out: Path, *inputs: Path | None) -> None:
+    """Raise OutputError where `out` is, holds or lies in a directory that is read."""
+    target = out.resolve()
+    for place in (path.resolve() for path in inputs if path is not None):
+        if target == place or target in place.parents or place in target.parents:
+            raise OutputError(f"{out} overlaps {place}, which is read; choose an -o of its own")
+
+
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless `out` is absent, an empty directory, or ours to overwrite."""
     if not out.exists():

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
 def load_network(directory: Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a directory in `dtype`, or as config.json says where that is None.
 
@@ -31,6 +34,10 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> "PreT
     """The tokenizer of a directory. Raises CheckpointError where there is none."""
     from transformers import AutoTokenizer
 
+    if not any((directory / name).exists() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"{directory} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy its files into the directory"
+        )
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, directory, trust_remote_code=trust_remote_code)
     return tokenizer
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from svdconvert.adapters.peft_format import CONFIG as ADAPTER_CONFIG
 from svdconvert.artifact.estimate import Estimate, estimate
-from svdconvert.artifact.manifest import Manifest, Matrix, Origin, run_identity
+from svdconvert.artifact.manifest import Manifest, Matrix, Origin, is_ours, read_manifest, run_identity
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import SplitPlan, plan_split, split_work
 from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput, check_free, recorded
+from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
+from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, open_home
 from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
@@ -27,6 +28,7 @@ def decompose(
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
     home, plan = _prepare(str(model), options)
+    check_apart(Path(out), home.path)
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("decompose", asdict(options), threads) | {"model": home.identity()}
@@ -49,6 +51,8 @@ def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Es
 
 
 def _prepare(model: str, options: SplitOptions) -> tuple[Home, SplitPlan]:
+    if is_ours(Path(model)) and (kind := read_manifest(Path(model)).kind) != "merged":
+        raise ArtifactError(f"{model} is a {kind} directory; decompose wants a plain checkpoint")
     home = open_home(model)
     name, layout = find_layout(options.layout, home.config.get("model_type"), str(home.path))
     return home, plan_split(home.source, name, layout, options)

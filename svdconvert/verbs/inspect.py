@@ -137,7 +137,7 @@ def _adapter_summary(config: AdapterConfig) -> str:
 
 
 def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
-    base = config.base or "MODEL"
+    base = config.base if config.base and Path(config.base).is_dir() else "MODEL"
     if config.base and is_ours(Path(config.base)):
         return [
             f"svdconvert to-lora {path} -o LORA --residual {base}",

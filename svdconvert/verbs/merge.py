@@ -10,7 +10,7 @@ from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
-from svdconvert.checkpoint.writer import StagedOutput, check_free, recorded
+from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.layout import find_layout
@@ -39,6 +39,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     check_free(Path(out), overwrite=run.overwrite)
     found = prepare_merge(adapter, options, base=base, residual=residual, init=init)
     change, side, home, plan = found.change, found.plan.side, found.home, found.plan
+    check_apart(Path(out), home.path, *change.places())
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("merge", asdict(options), threads) | {

@@ -9,7 +9,7 @@ from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
 from svdconvert.artifact.manifest import Manifest, run_identity
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.artifact.stream import file_checksums
-from svdconvert.checkpoint.writer import StagedOutput, recorded
+from svdconvert.checkpoint.writer import StagedOutput, check_apart, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.compute import use_threads
 from svdconvert.run import Run
@@ -34,6 +34,7 @@ def to_lora(
     run.ranks.alone("to-lora")
     change = open_change(Path(adapter), residual=residual, init=init)
     _refuse_unknown_start(change, init)
+    check_apart(Path(out), *change.places())
     if change.after.config.peft_type == PER_EXPERT:
         raise ArtifactError(
             f"{change.directory} adapts experts one by one, and no LoRA that stock PEFT loads can say that "

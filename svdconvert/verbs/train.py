@@ -19,7 +19,7 @@ from svdconvert.artifact.start import (
     start_from_plain,
     write_adapter,
 )
-from svdconvert.checkpoint.writer import StagedOutput, check_free
+from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate, open_home
@@ -62,9 +62,12 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     check_free(target, overwrite=run.overwrite)
     threads = use_threads(run.threads)
     start = _start(str(model), split or SplitOptions(), base, run)
+    check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
     tokenizer = load_tokenizer(start.weights, trust_remote_code=run.trust_remote_code)
     examples = load_examples(plan, tokenizer)
+    if examples.dropped:
+        run.say(f"{examples.dropped} rows are left out: nothing to learn within max_length {plan.max_length}")
     folder = init_folder(start.method)
     initial = plan_adapter(f"{folder}/{WEIGHTS}", start.factors)
     trained = plan_adapter(WEIGHTS, start.factors, torch.float32)
