@@ -85,7 +85,7 @@ def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_one_is_refused_and_an_unfinished_one_is_called_so(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="has none: a directory of svdconvert holds svdconvert.json"):
+    with pytest.raises(ArtifactError, match="was not written by svdconvert: it holds no svdconvert.json"):
         read_manifest(tmp_path)
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(ArtifactError, match="unfinished run"):

@@ -145,4 +145,4 @@ def test_merged_and_converted_directories_are_verified_too(
 
 def test_a_directory_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "x.bin")
-    refused("verify", tmp_path, words=[tmp_path, "holds svdconvert.json"])
+    refused("verify", tmp_path, words=[tmp_path, "holds no svdconvert.json"])
