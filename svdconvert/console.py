@@ -232,9 +232,11 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
 def show_lora(out_dir: object, manifest: "Manifest") -> None:
     """What to-lora did."""
     base = manifest.base.location if manifest.base else "the base it was made for"
+    cut = manifest.options.get("truncation")
+    loss = f"leaves out {cut['error']:.2e} of the change's norm" if cut else "exact"
     summary(
         f"converted into {out_dir}",
-        {"LoRA": f"rank {manifest.options['rank']}, scale 1, exact", "for": base},
+        {"LoRA": f"rank {manifest.options['rank']}, scale 1, {loss}", "for": base},
         [f'PeftModel.from_pretrained(base, "{out_dir}")'],
     )
 

@@ -30,7 +30,8 @@ SECTIONS: Mapping[str, type] = {
 }
 SHARED = ("model", "seed", "threads", "device")
 _SPELLINGS = {"from": "side"}  # what Python does not allow as a name
-_EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}  # what is typed takes the place of the other
+# Options of which only one can be given: what is typed takes the place of what the recipe has.
+_EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     shared = {key: value for key, value in recipe.shared.items() if key in known}
     given = {key: value for key, value in typed.items() if value is not None}
     written = {**shared, **recipe.sections.get(section, {})}
-    for key in given.keys() & _EXCLUSIVE.keys():
-        written.pop(_EXCLUSIVE[key], None)
+    if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
+        written = {key: value for key, value in written.items() if key not in rivals}
     try:
         return TypeAdapter(kind).validate_python({**written, **given})
     except ValidationError as error:

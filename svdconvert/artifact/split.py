@@ -173,7 +173,9 @@ def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, T
     slot, info, options = plan.slots[name], plan.infos[name], plan.options
     weight_OI = stored.float()
     _refuse_non_finite(name, weight_OI)
-    solver = Solver(name, options.svd, options.tol, options.seed)
+    # What is stored in bf16 is multiplied as it is; a float32 matrix is worked on in place.
+    as_stored = stored if stored.dtype != torch.float32 else None
+    solver = Solver(name, options.svd, options.tol, options.seed, as_stored)
     split = plan.method.split(weight_OI, options.rank, options.scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
