@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test check check-format check-lint check-types check-architecture clean
+.PHONY: help demo install test soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 # test: run the tests, two at a time; each worker gets one thread of torch's
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# soak: kill every verb twenty times, at moments of chance, and compare the bytes
+soak: install
+	SVDCONVERT_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/verbs/test_interruption.py
 
 # check: everything that can be said about the code without running it
 check: check-format check-lint check-types check-architecture
