@@ -140,7 +140,7 @@ def train(
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
-    with console.telling(debug=debug, out=None):
+    with console.telling(debug=debug, out=out):
         from svdconvert.verbs.train import train as verb
 
         shared = read_recipe(recipe)

@@ -1,9 +1,13 @@
 """Who is who when several processes share one output (torchrun, accelerate launch)."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from svdconvert.errors import RecipeError, SvdConvertError
+
+_LOST = "another rank died, so this one stops; run the same command again to go on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,18 @@ class Ranks:
         try:
             torch.distributed.barrier()
         except RuntimeError as error:
-            raise SvdConvertError(
-                "another rank died, so this one stops; run the same command again to go on"
-            ) from error
+            raise SvdConvertError(_LOST) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what the ranks do with each other. Raises SvdConvertError where one of them died."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo speaks of the peer; NCCL's errors have a class of their own.
+            if self.count == 1 or not ("peer" in str(error) or "Dist" in type(error).__name__):
+                raise
+            raise SvdConvertError(_LOST) from error
 
 
 def find_ranks() -> Ranks:

@@ -58,12 +58,12 @@ def tensor_checksum(source: TensorSource, name: str) -> str:
 
 def config_checksum(config: Mapping[str, Any]) -> str:
     """Of the configuration without what changes from one save to the next."""
-    return _digest(_stable(config))
+    return digest(_stable(config))
 
 
 def headers_checksum(infos: Iterable[TensorInfo]) -> str:
     """Of all names, shapes and element types, whatever the shards."""
-    return _digest(sorted((info.name, list(info.shape), info.dtype) for info in infos))
+    return digest(sorted((info.name, list(info.shape), info.dtype) for info in infos))
 
 
 def _stable(value: Any) -> Any:
@@ -72,5 +72,6 @@ def _stable(value: Any) -> Any:
     return {key: _stable(inner) for key, inner in value.items() if key not in _VOLATILE}
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Checksum of what JSON can hold."""
     return str(xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))

@@ -102,13 +102,17 @@ def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
 def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     was, is_ = _flat(before), _flat(now)
     if differing := sorted(key for key in {*was, *is_} if was.get(key) != is_.get(key)):
-        if files := [key for key in differing if ".files." in key or ".start." in key]:
+        # An option that changed explains whatever else did.
+        options = [key for key in differing if key.startswith(("options.", "split."))]
+        files = [key for key in differing if ".files." in key or ".start." in key]
+        if files and not options:
             name = files[0].split(".", 2)[-1]
             raise OutputError(
                 f"{name} has changed since {directory} was begun; restore it, or start anew with --overwrite"
             )
         changes = ", ".join(
-            f"{key} was {_brief(was.get(key))} and is {_brief(is_.get(key))}" for key in differing[:3]
+            f"{key} was {_brief(was.get(key))} and is {_brief(is_.get(key))}"
+            for key in (options or differing)[:3]
         )
         raise OutputError(
             f"{directory} was left by another run: {changes}; repeat that run's command to go on, "

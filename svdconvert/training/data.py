@@ -1,33 +1,25 @@
-"""Training data: rows from a file or the Hub, as tokens with the loss on the responses alone."""
+"""Training data: rows as tokens, with the loss on the responses alone."""
 
-import csv
-import re
-import tempfile
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from xxhash import xxh3_64
 
 from svdconvert.errors import DataError
 from svdconvert.training.plan import TrainPlan
 from svdconvert.training.prompts import Passage, Row, choose_fields, passage
+from svdconvert.training.rows import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label of a token that is not in the loss."""
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""The readers of `datasets` by the ending of a file."""
-
-# ORG/NAME or NAME, and a configuration behind a colon.
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,18 +40,21 @@ class Examples:
     """What a plan trains on."""
 
     train: list[Example]
-    held_out: list[Example]
-    dropped: int
+    held_out: list[Example] = field(default_factory=list)
+    dropped: int = 0
     """Rows without a token in the loss: the response is empty, or max_length cuts it off."""
+    marks: dict[str, str] = field(default_factory=dict)
+    """Checksum of all rows as read, by the name of the data."""
 
 
 def load_examples(plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> Examples:
     """Read and encode all that the plan names. Raises DataError where something cannot be used."""
     if plan.data is None:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
-    rows = _encoded(plan.data, plan, tokenizer)
+    marks: dict[str, str] = {}
+    rows = _encoded(plan.data, plan, tokenizer, marks)
     if plan.eval_data is not None:
-        held_out = _encoded(plan.eval_data, plan, tokenizer)
+        held_out = _encoded(plan.eval_data, plan, tokenizer, marks)
     else:
         cut = len(rows) - plan.eval_rows
         if cut <= 0:
@@ -67,15 +62,25 @@ def load_examples(plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> Exam
         rows, held_out = rows[:cut], rows[cut:]
     train = _kept(rows, plan.data, plan)
     tested = _kept(held_out, plan.eval_data or plan.data, plan) if held_out else []
-    return Examples(train, tested, len(rows) + len(held_out) - len(train) - len(tested))
+    return Examples(train, tested, len(rows) + len(held_out) - len(train) - len(tested), marks)
 
 
-def _encoded(data: str, plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> list[Example | None]:
-    rows = read_rows(data, plan.split)
+def _encoded(
+    data: str, plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase", marks: dict[str, str]
+) -> list[Example | None]:
+    found, mark = read_rows(data, plan.split), xxh3_64()
+
+    def marked() -> Iterator[Row]:
+        for row in found:
+            mark.update(json.dumps(row, default=str).encode())
+            yield row
+
     try:
-        return encode(rows, tokenizer, plan)
+        rows = encode(marked(), tokenizer, plan)
     except DataError as error:
         raise DataError(f"{data}: {error}") from error
+    marks[data] = mark.hexdigest()
+    return rows
 
 
 def _kept(rows: Sequence[Example | None], data: str, plan: TrainPlan) -> list[Example]:
@@ -85,92 +90,6 @@ def _kept(rows: Sequence[Example | None], data: str, plan: TrainPlan) -> list[Ex
             f"{data}: not one of {len(rows)} rows has a response within max_length {plan.max_length}"
         )
     return kept
-
-
-def read_rows(data: str, split: str = "train") -> Iterable[Row]:
-    """The rows of a .jsonl, .json (a list or lines), .parquet or .csv file, or of a Hub data set's split.
-
-    A path wins over a Hub id of the same name. Raises DataError where it is neither, or has no rows.
-    """
-    path = Path(data)
-    if path.suffix in READERS or path.exists():
-        rows = _read_file(path, split)
-    elif HUB_ID.fullmatch(data):
-        rows = _read_hub(data, split)
-    else:
-        raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
-    if len(rows) == 0:
-        raise DataError(f"{data}: it has no rows")
-    return cast(Iterable[Row], rows)
-
-
-def _read_file(path: Path, split: str) -> Any:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: {'a directory, give a file in it' if path.is_dir() else 'there is no such file'}"
-        )
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(READERS)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    # A file is the split that is asked for, so that a slice of it can be.
-    files = {split.partition("[")[0]: str(path)}
-    with tempfile.TemporaryDirectory() as cache:
-        # In memory, as its tokens will be: nothing of a local file is to stay in the user's cache.
-        options = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
-        if path.suffix == ".csv":
-            options |= _columns_as_text(path)
-        return _load(str(path), READERS[path.suffix], **options)
-
-
-def _columns_as_text(path: Path) -> dict[str, Any]:
-    """CSV knows no types: without these options 072 would arrive as the number 72, and None as nothing."""
-    from datasets import Features, Value
-
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
-        header = next(csv.reader(lines))
-    return {"features": Features({column: Value("string") for column in header}), "keep_default_na": False}
-
-
-def _read_hub(data: str, split: str) -> Any:
-    name, _, config = data.partition(":")
-    return _load(f"{data}, taken for a Hub data set", name, name=config or None, split=split)
-
-
-def _load(shown: str, *args: Any, **options: Any) -> Any:
-    """datasets.load_dataset, silent, with its failures as a DataError about `shown`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
-
-    try:
-        with _silent():
-            return load_dataset(*args, **options)
-    except (DatasetsError, ValueError, OSError) as error:
-        # A DatasetGenerationError says only that the reading failed; its cause says why.
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        reason = " ".join(str(cause or error).split())
-        # What `datasets` says of an empty list and of the like.
-        reason = "it has no rows" if "corresponds to no data" in reason else reason
-        raise DataError(f"{shown}: {reason}") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without bars, and without the log of what becomes our own sentence."""
-    import logging
-
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silent, logger = are_progress_bars_disabled(), logging.getLogger("datasets")
-    level = logger.level
-    disable_progress_bars()
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not silent:
-            enable_progress_bars()
 
 
 def encode(
@@ -261,13 +180,11 @@ def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, int64 (rows, longest row), padded on the right.
+    """input_ids and labels, int64 (rows, longest row), padded on the right.
 
-    The mask comes from the lengths, never from `pad_id`: where that is the end-of-sequence token too, as in
-    many models, the real one stays attended.
+    There is no attention mask: what a causal model computes for a token does not depend on what follows it,
+    so padding is never seen, whatever token it is made of.
     """
     ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
     labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORED)
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-    return {"input_ids": ids.long(), "attention_mask": mask.long(), "labels": labels.long()}
+    return {"input_ids": ids.long(), "labels": labels.long()}

@@ -1,8 +1,8 @@
-"""How an adapter is trained: every number that shapes the result, and none that does not."""
+"""How an adapter is trained, and what is kept of the way."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,9 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints")
+"""The options that make no difference to what is trained: they may change when a run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -57,14 +60,27 @@ class TrainPlan:
     dropout: Share = 0.0
     """Dropout before the adapter; the model's own is off."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocast or none; auto takes bf16 where the device is fast at it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """bf16 or fp16 autocast, or none; auto takes bf16 where the device is fast at it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
     device: str = "auto"
     """auto, cpu, or a device of torch's such as cuda or cuda:1."""
     eval_every: Positive | None = None
     """Steps from one held-out loss to the next; the first and the last are measured in any case."""
+    patience: Positive | None = None
+    """Stop when the held-out loss was not the least for N measurements."""
+    keep_best: bool = False
+    """Write the adapter of the least held-out loss, not that of the last step."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the rows and of dropout."""
+
+    save_every: Positive = 50
+    """Steps from one checkpoint to the next, from which an interrupted run goes on."""
+    save_limit: Positive = 2
+    """How many checkpoints are kept, of the newest."""
+    keep_checkpoints: bool = False
+    """Leave the checkpoints in the output's folder checkpoints."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -74,11 +90,17 @@ class TrainPlan:
             raise ValueError("prompt_field and response_field belong together: give both")
         if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
             raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
+        if (self.patience or self.keep_best) and not (self.eval_data or self.eval_rows):
+            raise ValueError("patience and keep_best go by the held-out loss: give eval_data or eval_rows")
         return self
 
     def with_rate(self, rate: float) -> "TrainPlan":
         """This plan with the learning rate `rate`, unless it has one of its own."""
         return self if self.lr is not None else replace(self, lr=rate)
+
+    def shaping(self) -> dict[str, Any]:
+        """The options that shape the result, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_IN_THE_RESULT}
 
     def steps_per_epoch(self, rows: int, processes: int = 1) -> int:
         """Steps in which `processes` processes see `rows` rows once; the last may be a smaller one."""

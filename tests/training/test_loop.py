@@ -11,10 +11,13 @@ from transformers import LlamaForCausalLM
 
 from svdconvert.errors import RecipeError, SvdConvertError
 from svdconvert.factors import Factors
-from svdconvert.training.data import IGNORED, Example, collate
+from svdconvert.training.data import IGNORED, Example, Examples, collate
 from svdconvert.training.install import harvest, install
-from svdconvert.training.loop import EvalLog, StepLog, fit, learning_rate, make_accelerator
+from svdconvert.training.loop import EvalLog, StepLog, fit
+from svdconvert.training.machine import make_accelerator
+from svdconvert.training.objective import NextToken
 from svdconvert.training.plan import TrainPlan
+from svdconvert.training.schedule import learning_rate
 
 MakeModel = Callable[..., LlamaForCausalLM]
 PLAN = TrainPlan(lr=1e-2, steps=4, batch_size=4, precision="fp32", device="cpu", warmup=0.0)
@@ -53,8 +56,8 @@ def adapted(model: LlamaForCausalLM, dropout: float = 0.0) -> LlamaForCausalLM:
 
 
 def run(model: LlamaForCausalLM, plan: TrainPlan = PLAN, **options: Any) -> list[StepLog | EvalLog]:
-    train, held_out = options.get("train", examples(12)), options.get("held_out", [])
-    return list(fit(model, train, held_out, plan, None, options.get("pad_id", 2)))
+    rows = Examples(options.get("train", examples(12)), options.get("held_out", []))
+    return list(fit(model, rows, NextToken(options.get("pad_id", 2)), plan, None, options.get("checkpoints")))
 
 
 def losses(logs: list[StepLog | EvalLog]) -> list[float]:
@@ -118,10 +121,11 @@ def test_a_model_that_cannot_choose_positions_gets_the_same_loss(
     chosen = run(adapted(make_model()))
     whole = LlamaForCausalLM.forward
 
-    def forward(self: Any, input_ids: Any, attention_mask: Any) -> Any:
-        return whole(self, input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self: Any, input_ids: Any) -> Any:
+        return whole(self, input_ids=input_ids)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
     assert losses(run(adapted(make_model()))) == pytest.approx(losses(chosen), rel=1e-5)
 
 
@@ -322,7 +326,9 @@ def test_the_model_gets_its_settings_back(precision: str, ends: str, make_model:
     model.lm_head.eval()
     attributes, forward = set(vars(model)), model.forward
     rate = 1e30 if ends == "in an error" else 1e-2
-    logs = fit(model, examples(12), [], replace(PLAN, precision=precision, lr=rate, steps=40), None, 0)
+    logs = fit(
+        model, Examples(examples(12)), NextToken(0), replace(PLAN, precision=precision, lr=rate, steps=40)
+    )
     next(logs)
     assert model.config.use_cache is False
     if ends == "early":

@@ -18,7 +18,7 @@ from svdconvert.training.plan import TrainPlan
         ({"warmup": 1.0}, "warmup"),
         ({"clip": -1.0}, "clip"),
         ({"dropout": 1.0}, "dropout"),
-        ({"precision": "fp16"}, "precision"),
+        ({"precision": "fp8"}, "precision"),
         ({"schedule": "step"}, "schedule"),
         ({"seed": -1}, "seed"),
         ({"learning_rate": 1e-4}, "learning_rate"),

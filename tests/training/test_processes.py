@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from svdconvert.training.data import IGNORED, Example
-from svdconvert.training.loop import _Trainer
+from svdconvert.training.objective import NextToken
 from svdconvert.training.plan import TrainPlan
+from svdconvert.training.trainer import Trainer
 
 PLAN = TrainPlan(batch_size=2, accumulate=2)
 ROWS = [
@@ -16,10 +17,10 @@ ROWS = [
 ]
 
 
-def trainer(process: int, processes: int) -> _Trainer:
+def trainer(process: int, processes: int) -> Trainer:
     shared = SimpleNamespace(process_index=process, num_processes=processes, device=torch.device("cpu"))
     absent = cast(Any, None)
-    return _Trainer(absent, absent, absent, True, PLAN, cast(Any, shared), pad_id=0)
+    return Trainer(absent, absent, absent, NextToken(0), PLAN, cast(Any, shared))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
