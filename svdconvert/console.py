@@ -34,7 +34,7 @@ from svdconvert.progress import Progress, Track, silent
 
 if TYPE_CHECKING:
     from svdconvert.artifact.estimate import Estimate
-    from svdconvert.artifact.manifest import Manifest
+    from svdconvert.artifact.manifest import Manifest, Matrix
     from svdconvert.training.loop import EvalLog, StepLog
     from svdconvert.verbs.inspect import Inspection
     from svdconvert.verbs.merge import Merging
@@ -169,8 +169,11 @@ def as_json(value: Any) -> None:
 def show_estimate(source: object, plan: "Estimate") -> None:
     """What a decomposition would take."""
     listing(
-        ("role", "shape", "matrices", "trained parameters"),
-        [(row.role, " x ".join(map(str, row.shape)), row.count, f"{row.parameters:,}") for row in plan.rows],
+        ("role", "shape", "rank", "matrices", "trained parameters"),
+        [
+            (row.role, " x ".join(map(str, row.shape)), row.rank, row.count, f"{row.parameters:,}")
+            for row in plan.rows
+        ],
     )
     summary(
         f"decompose {source} would",
@@ -192,7 +195,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
     summary(
         f"decomposed into {out_dir}",
         {
-            "method": f"{manifest.method}, rank {manifest.options['rank']}, {len(matrices)} matrices",
+            "method": f"{manifest.method}, rank {_ranks(matrices)}, {len(matrices)} matrices",
             "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
             "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
             "stock PEFT": None if loads else "cannot load the factors of single experts; merge can",
@@ -200,6 +203,12 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
     )
+
+
+def _ranks(matrices: Sequence["Matrix"]) -> str:
+    """4, or 4 to 16 where patterns give several."""
+    least, most = min(matrix.rank for matrix in matrices), max(matrix.rank for matrix in matrices)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def show_merging(adapter: object, found: "Merging") -> None:

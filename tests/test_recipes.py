@@ -45,7 +45,7 @@ def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path
 def test_pissas_published_setting_is_as_published() -> None:
     recipe = read_recipe(ROOT / "pissa-llama-2-7b-metamath.yaml")
     split, plan = options(SplitOptions, recipe, {}), options(TrainPlan, recipe, {})
-    assert (split.rank, split.scale, split.targets) == (128, 1.0, ("all-linear",))
+    assert (split.rank, split.alpha, split.targets) == (128, None, ("all-linear",))
     assert (plan.lr, plan.batch_size * plan.accumulate, plan.max_length) == (2e-5, 128, 512)
     assert (plan.schedule, plan.warmup, plan.weight_decay, plan.precision) == ("cosine", 0.03, 0.0, "bf16")
     assert plan.total_steps(100_000) == 782

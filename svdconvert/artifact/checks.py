@@ -58,11 +58,20 @@ def check_matrix(change: Change, name: str, base: TensorSource, residual: Tensor
     factors, scale = change.start(matrix.module)
     sums = _compare(weight_OI, stored_OI, factors, scale, torch_dtype(matrix.dtype))
     error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
-    left, right = factors.folded()
-    faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, singular_values(left, right) * scale)]
+    faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]
     if residual is not None:
         faults += _energy_fault(matrix, 1.0 - sums.rest / sums.whole if sums.whole else 1.0)
     return MatrixCheck(name, error, sums.exact, weight_OI.numel(), tuple(faults))
+
+
+def _slice_sigma(factors: Factors, scale: float) -> Tensor:
+    """The singular values of the slice that the factors were made of.
+
+    A trained core between frozen sides (LoRA-XS) is no part of it.
+    """
+    if factors.core is not None and factors.core.dim() == 2:
+        return singular_values(factors.left_OR.float(), factors.right_RI.float())
+    return singular_values(*factors.folded()) * scale
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ class Row:
     """The matrices of one role."""
 
     role: str
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
+    rank: int
     count: int
     parameters: int
 
@@ -38,22 +39,32 @@ class Estimate:
 
 def estimate(plan: SplitPlan) -> Estimate:
     """Sizes are exact, memory and time are estimates."""
-    rank = plan.options.rank
-    groups = Counter((slot.role, plan.infos[name].shape) for name, slot in plan.slots.items())
-    rows = [Row(role, shape, count, count * rank * sum(shape)) for (role, shape), count in groups.items()]
-    shapes = [plan.infos[name].shape for name in plan.slots]
+    groups = Counter(
+        (slot.role, _shape(plan, name), plan.scalings[name].rank) for name, slot in plan.slots.items()
+    )
+    rows = [
+        Row(role, shape, rank, count, count * plan.method.trained_values(*shape, rank))
+        for (role, shape, rank), count in groups.items()
+    ]
+    shapes = [_shape(plan, name) for name in plan.slots]
     read = sum(info.nbytes for info in plan.infos.values())
     written = sum(file.nbytes for file in plan.files)
     largest = max(rows * columns for rows, columns in shapes) * 4
-    work = sum(_flops(rows, columns, rank, exact=plan.options.svd == "exact") for rows, columns in shapes)
+    exact = plan.options.svd == "exact" or plan.method.slice in ("middle", "random")
+    work = sum(row.count * _flops(*row.shape, row.rank, exact=exact) for row in rows)
     return Estimate(
-        rows=sorted(rows, key=lambda row: row.role),
+        rows=sorted(rows, key=lambda row: (row.role, row.rank)),
         read=read,
         written=written,
         files=[file.path for file in plan.files],
-        memory=300_000_000 + largest * (10 if plan.options.svd == "exact" else 4),
+        memory=300_000_000 + largest * (10 if exact else 4),
         seconds=_START + work / _flops_per_second() + (read + written) / _DISK,
     )
+
+
+def _shape(plan: SplitPlan, name: str) -> tuple[int, int]:
+    rows, columns = plan.infos[name].shape
+    return rows, columns
 
 
 def _flops(rows: int, columns: int, rank: int, *, exact: bool) -> float:

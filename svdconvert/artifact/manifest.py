@@ -67,6 +67,8 @@ class Manifest:
     base: Origin | None
     residual: Origin | None = None
     """The residual base: absent where the method leaves the base as it is."""
+    rebased: bool = False
+    """True where the adapter belongs to a residual, W - scale * B A; False where to the base itself."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Every option that shaped the result."""
     matrices: Mapping[str, Matrix] = field(default_factory=dict)

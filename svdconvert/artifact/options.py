@@ -3,6 +3,7 @@
 The text under a field is its help. This file imports no torch, so that `--help` is instant.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -21,7 +22,19 @@ def _commas(value: Any) -> Any:
     return parts
 
 
+def _pairs(value: Any) -> Any:
+    """ "attn=16,mlp.down=64" as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in value.split(",")]
+    if any(not name.strip() for name, _, _ in pairs):
+        raise ValueError("write it as TARGET=NUMBER,TARGET=NUMBER, with roles or globs for TARGET")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_commas)]
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -30,10 +43,20 @@ class SplitOptions:
 
     method: str = "pissa"
     """A method; see `svdconvert list methods`."""
-    rank: Annotated[int, Field(ge=1)] = 64
+    init: str | None = None
+    """How the method starts, where it knows several ways (lora-fa: svd or random)."""
+    rank: Rank = 64
     """Rank of every adapter matrix."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """The adapter is scaled by alpha / rank; the rank itself unless given."""
+    alpha: Alpha | None = None
+    """The adapter is scaled by alpha / rank; alpha is the rank itself unless given."""
+    rank_pattern: Annotated[Mapping[str, Rank] | None, BeforeValidator(_pairs)] = None
+    """Other ranks for roles or globs, as attn=16,mlp.down=64; the last that fits holds."""
+    alpha_pattern: Annotated[Mapping[str, Alpha] | None, BeforeValidator(_pairs)] = None
+    """Other alphas for roles or globs, likewise."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapter in training, for adapter_config.json."""
     targets: Names = ("all-linear",)
     """What is decomposed: all-linear, roles (attn, mlp, attn.q), globs on tensor names; by commas."""
     svd: Literal["fast", "exact"] = "fast"
@@ -52,11 +75,6 @@ class SplitOptions:
     """A layout, where config.json's model_type does not say; see `svdconvert list layouts`."""
     seed: int = 0
     """Of the random numbers."""
-
-    @property
-    def scale(self) -> float:
-        """Of the adapter: alpha / rank."""
-        return (self.alpha or self.rank) / self.rank
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

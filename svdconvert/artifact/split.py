@@ -18,6 +18,7 @@ from svdconvert.adapters.peft_format import (
 )
 from svdconvert.artifact.manifest import Matrix
 from svdconvert.artifact.options import SplitOptions
+from svdconvert.artifact.scaling import Scaling, as_pattern, scalings
 from svdconvert.artifact.sizes import parse_size
 from svdconvert.artifact.stream import Outcome, Work
 from svdconvert.checkpoint.shards import PlannedFile, plan_file, plan_shards
@@ -26,7 +27,7 @@ from svdconvert.errors import TargetError
 from svdconvert.factors import Factors
 from svdconvert.layout import Layout, Slot
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.truncated import Spectrum
+from svdconvert.linalg.triplets import Spectrum
 from svdconvert.method import METHODS, Method, init_folder
 
 
@@ -38,6 +39,8 @@ class SplitPlan:
     layout: str
     options: SplitOptions
     slots: Mapping[str, Slot]
+    scalings: Mapping[str, Scaling]
+    """Rank and scale, by tensor."""
     infos: Mapping[str, TensorInfo]
     shards: tuple[PlannedFile, ...]
     adapter: PlannedFile
@@ -66,21 +69,34 @@ class SplitPlan:
         linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
         chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
         others = linears - set(chosen)
+        rank, alpha = self.options.rank, float(self.options.alpha or self.options.rank)
+        ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
+        alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
         return AdapterConfig(
-            rank=self.options.rank,
-            alpha=self.options.alpha or self.options.rank,
+            rank=rank,
+            alpha=alpha,
             targets=target_modules(chosen.values(), [*chosen.values(), *others]),
             peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
+            rslora=self.options.rslora,
+            rank_pattern=as_pattern(ranks, rank),
+            alpha_pattern=as_pattern(alphas, alpha),
+            dropout=self.options.dropout,
         )
 
 
 def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOptions) -> SplitPlan:
     """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
-    method = METHODS.get(options.method)
+    method = METHODS.get(options.method).started(options.init)
+    if method.split is None:
+        raise TargetError(
+            f"{options.method} trains the weights themselves and has nothing to decompose; "
+            f"use svdconvert train MODEL --method {options.method}"
+        )
     slots = layout.select(source.infos, options.targets)
     if options.layout is not None:
         _refuse_half_a_layout(name, layout, source)
-    _refuse_unfit(source.infos, slots, options.rank)
+    scaled = scalings(layout, source.infos, slots, options)
+    _refuse_unfit(source.infos, scaled)
     outputs = [
         replace(info, dtype=_residual_code(options, method, info))
         if name in slots and method.residual
@@ -93,9 +109,9 @@ def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOp
     pieces: list[TensorInfo] = []
     for tensor, slot in slots.items():
         rows, columns = source.infos[tensor].shape
-        pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, options.rank), dtype)
+        pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces)
-    return SplitPlan(method, name, options, slots, source.infos, tuple(shards), adapter)
+    return SplitPlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
 
 
 def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -120,8 +136,8 @@ def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> No
         )
 
 
-def _refuse_unfit(infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], rank: int) -> None:
-    chosen = [infos[name] for name in slots]
+def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
+    chosen = [infos[name] for name in scaled]
     if odd := [info for info in chosen if info.dtype not in REAL]:
         raise TargetError(
             f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such); "
@@ -131,7 +147,8 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], ra
         raise TargetError(
             f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets"
         )
-    if odd := [info for info in chosen if min(info.shape) < rank]:
+    if odd := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
+        rank = max(scaled[info.name].rank for info in odd)
         shapes = ", ".join(f"{info.name} {info.shape}" for info in odd[:3])
         most = min(min(info.shape) for info in odd)
         raise TargetError(
@@ -171,23 +188,25 @@ def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, T
     single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
     slot, info, options = plan.slots[name], plan.infos[name], plan.options
+    rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
     weight_OI = stored.float()
     _refuse_non_finite(name, weight_OI)
     # What is stored in bf16 is multiplied as it is; a float32 matrix is worked on in place.
     as_stored = stored if stored.dtype != torch.float32 else None
     solver = Solver(name, options.svd, options.tol, options.seed, as_stored)
-    split = plan.method.split(weight_OI, options.rank, options.scale, solver)
+    assert plan.method.split is not None, "plan_split refuses methods without an adapter"
+    split = plan.method.split(weight_OI, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
     if plan.method.residual:
-        base_OI, error = _residual_(weight_OI, factors, options.scale, torch_dtype(plan.residual_dtype(name)))
+        base_OI, error = _residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
         shape=(info.shape[0], info.shape[1]),
         dtype=info.dtype,
-        rank=options.rank,
-        scale=options.scale,
+        rank=rank,
+        scale=scale,
         error=error,
         **(_measured(split.spectrum) if split.spectrum else {}),
     )

@@ -27,6 +27,8 @@ class Start:
     """The directory that is loaded: the residual, or the base."""
     method: str
     layout: str
+    rebased: bool
+    """True where the weights are a residual, or `replaced` makes them one."""
     config: AdapterConfig
     base: Origin | None
     residual: Origin | None
@@ -50,6 +52,7 @@ def start_from_decomposed(
         weights=weights,
         method=manifest.method,
         layout=manifest.layout,
+        rebased=manifest.rebased,
         config=adapter.config,
         base=manifest.base,
         residual=residual,
@@ -81,6 +84,7 @@ def start_from_plain(
         weights=weights,
         method=plan.options.method,
         layout=plan.layout,
+        rebased=plan.method.residual,
         config=plan.adapter_config(),
         base=replace(base, fingerprint=replace(base.fingerprint, tensors=marks)),
         residual=None,

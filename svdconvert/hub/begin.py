@@ -9,7 +9,6 @@ from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate, open_home
 from svdconvert.layout import find_layout
-from svdconvert.method import METHODS
 from svdconvert.run import Run
 
 
@@ -41,7 +40,7 @@ def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Start
         raise ArtifactError(
             f"{snapshot.path} is a {manifest.kind} directory; train wants what decompose wrote, or a model"
         )
-    if METHODS.get(manifest.method).residual:
+    if manifest.rebased:
         home = open_home(model)
         return start_from_decomposed(home.path, manifest, home.path, home.origin(manifest.checksums))
     found = locate(manifest.base, base)

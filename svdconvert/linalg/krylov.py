@@ -181,7 +181,7 @@ class Search:
             outlook = self.outlook(ritz)
             if outlook.excess() < self.tol:
                 found = self.finish(krylov.vectors(ritz), outlook)
-                if found.spectrum.excess < self.tol:
+                if (found.spectrum.excess or 0.0) < self.tol:
                     return found
                 attempts -= 1
             blocks = outlook.blocks_to(self.tol)

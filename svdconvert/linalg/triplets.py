@@ -18,9 +18,9 @@ class Spectrum:
     """Smallest singular value of the kept components."""
     energy: float
     """Share of ||W||_F^2 that the kept components hold."""
-    excess: float
+    excess: float | None
     """Estimate of ||W - W_r||_F over its optimum, minus one; of the minor slice ||W_r||_F over its
-    optimum, minus one; 0 where the SVD is exact."""
+    optimum, minus one; 0 where the SVD is exact, None where there is none."""
     engine: str
     """"fast" or "exact"."""
 
@@ -48,7 +48,7 @@ def total_energy(weight_OI: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight_OI, dim=along).double().square().sum())
 
 
-def spectrum_of(sigma_R: Tensor, total: float, excess: float, engine: str) -> Spectrum:
+def spectrum_of(sigma_R: Tensor, total: float, excess: float | None, engine: str) -> Spectrum:
     """The record of a slice with the singular values `sigma_R` of a matrix with the energy `total`."""
     kept = float(sigma_R.double().square().sum())
     first, last = (float(sigma_R[0]), float(sigma_R[-1])) if len(sigma_R) else (0.0, 0.0)

@@ -2,16 +2,13 @@
 
 from torch import Tensor
 
-from svdconvert.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.method import Method, Split
+from svdconvert.method import Method, Split, shared_out
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
-    """B = U_r sqrt(S_r / scale), A = sqrt(S_r / scale) V_r^T."""
-    top = solver.top(weight_OI, rank)
-    root_R = (top.sigma_R / scale).sqrt()
-    return Split(Factors(top.left_OR * root_R, root_R[:, None] * top.right_RI), top.spectrum)
+    """B = U_r sqrt(S_r / scale), A = sqrt(S_r / scale) V_r^T of the largest triplets."""
+    return shared_out(solver.top(weight_OI, rank), scale)
 
 
 METHOD = Method(
@@ -20,5 +17,6 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
+    slice="top",
     learning_rate=2e-5,
 )

@@ -1,9 +1,10 @@
 """svdconvert list: what methods and layouts there are."""
 
+from collections.abc import Callable
 from typing import Any
 
 from svdconvert.layout import LAYOUTS
-from svdconvert.method import METHODS
+from svdconvert.method import METHODS, Method
 
 
 def methods() -> list[dict[str, Any]]:
@@ -11,18 +12,34 @@ def methods() -> list[dict[str, Any]]:
     rows = []
     for name in METHODS.names():
         method = METHODS.get(name)
+        loads = "no adapter" if method.split is None else "yes" if method.peft_type == "LORA" else "no"
         rows.append(
             {
                 "method": name,
                 "what it does": method.summary,
+                "slice": _by_start(method, lambda way: way.slice),
                 "trains": ", ".join(sorted(method.trains)),
-                "base": "residual" if method.residual else "untouched",
-                "stock PEFT loads it": "yes" if method.peft_type == "LORA" else "no",
+                "values of an O x I matrix": method.trained_formula,
+                "base": _by_start(method, _base),
+                "stock PEFT loads it": loads,
                 "rate": method.learning_rate,
                 "paper": method.paper,
             }
         )
     return rows
+
+
+def _by_start(method: Method, told: Callable[[Method], str]) -> str:
+    """What is told of a method, or of each way to start it where it knows several."""
+    if not method.others:
+        return told(method)
+    return ", ".join(f"{told(way)} (init {way.init})" for way in (method, *method.others))
+
+
+def _base(method: Method) -> str:
+    if method.split is None:
+        return "trained"
+    return "residual" if method.residual else "untouched"
 
 
 def layouts() -> list[dict[str, Any]]:

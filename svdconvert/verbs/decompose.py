@@ -64,6 +64,7 @@ def _manifest(staged: StagedOutput, plan: SplitPlan, base: Origin, threads: int)
         layout=plan.layout,
         method=plan.options.method,
         base=base,
+        rebased=plan.method.residual,
         options=asdict(plan.options),
         matrices={name: Matrix(**note) for name, note in notes(staged, plan.slots).items()},
         files=file_checksums(staged),

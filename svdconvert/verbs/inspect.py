@@ -12,6 +12,7 @@ from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.locate import open_home
 from svdconvert.layout import find_layout
+from svdconvert.method import METHODS
 from svdconvert.training.plan import TrainPlan
 
 
@@ -105,11 +106,12 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
     matrices = manifest.matrices.values()
     if not matrices:
         return {}
+    method = METHODS.get(manifest.method)
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
     return {
         "matrices": len(matrices),
         "roles": dict(Counter(matrix.role for matrix in matrices)),
-        "adapter_parameters": sum(sum(matrix.shape) * matrix.rank for matrix in matrices),
+        "trained_parameters": sum(method.trained_values(*matrix.shape, matrix.rank) for matrix in matrices),
         "mean_energy": sum(energies) / len(energies) if energies else None,
         "largest_error": max(matrix.error for matrix in matrices),
     }

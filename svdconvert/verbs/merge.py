@@ -15,7 +15,6 @@ from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
-from svdconvert.method import METHODS
 from svdconvert.run import Run
 
 
@@ -127,11 +126,7 @@ def _choose(change: Change, side: str, base: str | None, residual: str | None) -
 
 
 def _has_residual(change: Change) -> bool:
-    return (
-        change.manifest is not None
-        and change.manifest.kind != "lora"
-        and METHODS.get(change.manifest.method).residual
-    )
+    return change.manifest is not None and change.manifest.kind != "lora" and change.manifest.rebased
 
 
 def _residual_home(change: Change, given: str | None) -> Home:

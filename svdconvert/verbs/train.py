@@ -138,6 +138,7 @@ def _manifest(
         method=start.method,
         base=start.base,
         residual=start.residual,
+        rebased=start.rebased,
         options=plan.shaping(),
         matrices=start.matrices,
         files=files,

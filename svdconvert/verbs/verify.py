@@ -10,7 +10,6 @@ from svdconvert.artifact.manifest import Manifest, read_manifest
 from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.hub.locate import locate
-from svdconvert.method import METHODS
 from svdconvert.progress import Progress
 from svdconvert.run import Run
 
@@ -72,7 +71,7 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
 
 def _matrices(path: Path, manifest: Manifest, base: TensorSource, run: Run) -> Iterator[MatrixCheck]:
     change = open_change(path)
-    residual = open_checkpoint(path) if METHODS.get(manifest.method).residual else None
+    residual = open_checkpoint(path) if manifest.rebased else None
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
     for name in manifest.matrices:

@@ -38,7 +38,7 @@ def test_what_decompose_wrote(checkpoint: Build, tmp_path: Path) -> None:
     assert (found.kind, found.details["base"]) == ("decomposed", str(model))
     assert "not to be used without the adapter" in found.summary
     assert found.details["options"] == {"rank": 4, "targets": ["attn"]}
-    assert found.details["adapter_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (16 + 32))
+    assert found.details["trained_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (16 + 32))
     assert 0 < found.details["mean_energy"] < 1
     assert found.next[0] == f"svdconvert train {out} -o TRAINED --data FILE"
 
@@ -103,7 +103,7 @@ def test_as_json_and_as_text_it_says_the_same(checkpoint: Build, decomposed: Bui
     assert found["details"]["matrices"] == 14
     text = succeeded("inspect", out).out
     assert f"{out} is a residual base with its initial pissa adapter" in text
-    assert f"{found['details']['adapter_parameters']:,}" in text
+    assert f"{found['details']['trained_parameters']:,}" in text
     assert all(command in text for command in found["next"])
     assert "None" not in text
 

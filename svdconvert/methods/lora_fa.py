@@ -1,0 +1,39 @@
+"""LoRA-FA: A is frozen, so that training keeps x A^T of every layer and not x (arXiv:2308.03303).
+
+It starts from the principal triplets against a residual, with all singular values in B, or as LoRA does
+from a random A and a zero B beside the untouched base.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from svdconvert.factors import Factors
+from svdconvert.linalg.solver import Solver
+from svdconvert.method import Method, Split, kaiming
+
+
+def from_svd(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """B = U_r S_r / scale, A = V_r^T, whose rows are orthonormal."""
+    top = solver.top(weight_OI, rank)
+    return Split(Factors(top.left_OR * (top.sigma_R / scale), top.right_RI), top.spectrum)
+
+
+def from_chance(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """A as LoRA draws it, B zero."""
+    return Split(Factors(torch.zeros(len(weight_OI), rank), kaiming(weight_OI, rank, solver)))
+
+
+_SVD = Method(
+    summary="trains B alone, so that training keeps little of the activations",
+    paper="arXiv:2308.03303",
+    split=from_svd,
+    trains=frozenset({"lora_B"}),
+    residual=True,
+    slice="top",
+    learning_rate=2e-4,
+    init="svd",
+)
+_RANDOM = replace(_SVD, split=from_chance, residual=False, slice="none", init="random")
+METHOD = replace(_SVD, others=(_RANDOM,))

@@ -1,0 +1,22 @@
+"""MiLoRA's ablation: the triplets in the middle of the spectrum (arXiv:2406.09044)."""
+
+from torch import Tensor
+
+from svdconvert.linalg.solver import Solver
+from svdconvert.method import Method, Split, shared_out
+
+
+def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """As MiLoRA, of the triplets (n - r) // 2 and on, where n is the shorter side."""
+    return shared_out(solver.middle(weight_OI, rank), scale)
+
+
+METHOD = Method(
+    summary="trains singular triplets in the middle of the spectrum, an ablation",
+    paper="arXiv:2406.09044",
+    split=split,
+    trains=frozenset({"lora_A", "lora_B"}),
+    residual=True,
+    slice="middle",
+    learning_rate=3e-4,
+)

@@ -1,0 +1,22 @@
+"""MiLoRA: train the minor singular triplets, keep the principal ones as they are (arXiv:2406.09044)."""
+
+from torch import Tensor
+
+from svdconvert.linalg.solver import Solver
+from svdconvert.method import Method, Split, shared_out
+
+
+def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """B = U_r sqrt(S_r / scale), A = sqrt(S_r / scale) V_r^T of the smallest triplets."""
+    return shared_out(solver.minor(weight_OI, rank), scale)
+
+
+METHOD = Method(
+    summary="trains the r smallest singular triplets against the residual",
+    paper="arXiv:2406.09044",
+    split=split,
+    trains=frozenset({"lora_A", "lora_B"}),
+    residual=True,
+    slice="minor",
+    learning_rate=3e-4,
+)

@@ -1,0 +1,33 @@
+"""OLoRA: train the first columns of Q and rows of R in W = Q R, freeze the rest (arXiv:2406.01775)."""
+
+import torch
+from torch import Tensor
+
+from svdconvert.factors import Factors
+from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.triplets import spectrum_of, total_energy
+from svdconvert.method import Method, Split
+
+
+def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """B = Q_r, A = R_r / scale.
+
+    The first r columns of Q depend on the first r columns of W alone, and R_r = Q_r^T W: what is not needed
+    of the factorisation is not computed.
+    """
+    left_OR = torch.linalg.qr(weight_OI[:, :rank]).Q
+    right_RI = left_OR.T @ weight_OI
+    sigma_R = torch.linalg.svdvals(right_RI)
+    spectrum = spectrum_of(sigma_R, total_energy(weight_OI), None, "exact")
+    return Split(Factors(left_OR, right_RI / scale), spectrum)
+
+
+METHOD = Method(
+    summary="trains the first columns of Q and rows of R in W = Q R",
+    paper="arXiv:2406.01775",
+    split=split,
+    trains=frozenset({"lora_A", "lora_B"}),
+    residual=True,
+    slice="first columns",
+    learning_rate=2e-4,
+)

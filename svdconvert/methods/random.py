@@ -1,0 +1,22 @@
+"""MiLoRA's ablation: triplets drawn by chance (arXiv:2406.09044)."""
+
+from torch import Tensor
+
+from svdconvert.linalg.solver import Solver
+from svdconvert.method import Method, Split, shared_out
+
+
+def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """As MiLoRA, of triplets drawn without replacement, by the seed and the tensor's name."""
+    return shared_out(solver.random(weight_OI, rank), scale)
+
+
+METHOD = Method(
+    summary="trains singular triplets drawn by chance, an ablation",
+    paper="arXiv:2406.09044",
+    split=split,
+    trains=frozenset({"lora_A", "lora_B"}),
+    residual=True,
+    slice="random",
+    learning_rate=3e-4,
+)

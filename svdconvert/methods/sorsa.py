@@ -1,0 +1,29 @@
+"""SORSA: train the principal triplets with their singular values apart (arXiv:2409.00055).
+
+A and B start with orthonormal rows and columns, and the trainer's penalty keeps them near that.
+"""
+
+from torch import Tensor
+
+from svdconvert.factors import Factors
+from svdconvert.linalg.solver import Solver
+from svdconvert.method import Method, Split
+
+
+def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """B = U_r, S = S_r / scale, A = V_r^T."""
+    top = solver.top(weight_OI, rank)
+    return Split(Factors(top.left_OR, top.right_RI, top.sigma_R / scale), top.spectrum)
+
+
+METHOD = Method(
+    summary="trains the r largest triplets, U, S and V apart, U and V orthonormal",
+    paper="arXiv:2409.00055",
+    split=split,
+    trains=frozenset({"lora_A", "lora_B", "lora_S"}),
+    residual=True,
+    slice="top",
+    peft_type="SORSA",
+    learning_rate=3e-5,
+    penalty=0.2,
+)

@@ -1,0 +1,45 @@
+"""Every method and every way it can start, and the families that they are tested on."""
+
+from typing import Any
+
+import pytest
+
+from svdconvert.method import METHODS, Method
+from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES
+
+
+def _ways() -> dict[str, Method]:
+    found = {}
+    for name in METHODS.names():
+        method = METHODS.get(name)
+        if method.split is not None:
+            found[name] = method
+            found |= {f"{name} {other.init}": other for other in method.others}
+    return found
+
+
+WAYS = _ways()
+"""The methods with an adapter, by "method" or "method init"."""
+REBASED = [way for way, method in WAYS.items() if method.residual]
+# Every method on families whose paths differ from the names on disk and do not.
+# The others differ in names and in what is left alone, which two methods find.
+_FEW = ("llama", "gemma3")
+_BROAD = ("pissa", "lora")
+
+
+def chosen(way: str) -> dict[str, Any]:
+    """The options that choose it."""
+    method, _, init = way.partition(" ")
+    return {"method": method} | ({"init": init} if init else {})
+
+
+def pairs(ways: list[str], families: list[str]) -> Any:
+    """Parameters `way` and `family`."""
+    found = [(way, family) for way in ways for family in families if way in _BROAD or family in _FEW]
+    return pytest.mark.parametrize(("way", "family"), found)
+
+
+every_way = pytest.mark.parametrize("way", WAYS)
+every_pair = pairs([*WAYS], MODEL_TYPES)
+every_rebased_pair = pairs(REBASED, MODEL_TYPES)
+every_peft_pair = pairs([*WAYS], PEFT_MODEL_TYPES)
