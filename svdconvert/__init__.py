@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svdconvert.artifact.manifest import Manifest, read_manifest
-    from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+    from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
     from svdconvert.errors import SvdConvertError
     from svdconvert.run import Run
     from svdconvert.training.plan import TrainPlan
+    from svdconvert.verbs.convert import convert
     from svdconvert.verbs.decompose import decompose
     from svdconvert.verbs.inspect import inspect
     from svdconvert.verbs.merge import merge
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from svdconvert.verbs.verify import verify
 
 __all__ = [
+    "ConvertOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -28,6 +30,7 @@ __all__ = [
     "SplitOptions",
     "SvdConvertError",
     "TrainPlan",
+    "convert",
     "decompose",
     "inspect",
     "merge",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ConvertOptions": "artifact.options",
     "LoraOptions": "artifact.options",
     "Manifest": "artifact.manifest",
     "MergeOptions": "artifact.options",

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from svdconvert import console
-from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.command import Typed, with_options
 from svdconvert.memory import return_freed_matrices
 from svdconvert.progress import Track
@@ -33,7 +33,8 @@ app = typer.Typer(
 )
 
 ModelArg = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A model directory, or org/name[@revision] of the Hub.")
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model directory, a .pth file, or org/name[@revision]."),
 ]
 AdapterArg = Annotated[
     Path,
@@ -209,6 +210,28 @@ def to_lora(
             run = _run(shared, track, overwrite, None, None)
             manifest = verb(adapter, target, chosen, run, residual=residual, init=init)
         console.show_lora(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+@with_options(ConvertOptions)
+def convert(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
+    with console.telling(debug=debug, out=out):
+        from svdconvert.verbs.convert import convert as verb
+
+        shared = read_recipe(recipe)
+        chosen = options(ConvertOptions, shared, typed)
+        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
+        with console.progress("convert") as track:
+            manifest = verb(source, target, chosen, _run(shared, track, overwrite, None, None))
+        console.show_converted(target, manifest)
 
 
 @app.command(epilog="Example: svdconvert verify pissa --base org/name")

@@ -238,6 +238,20 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
     )
 
 
+def show_converted(out_dir: object, manifest: "Manifest") -> None:
+    """What convert did."""
+    files = [file for file in manifest.files if "/" not in file]
+    summary(
+        f"converted into {out_dir}",
+        {
+            "layout": manifest.layout,
+            "tensors": f"{len(manifest.checksums)} in {', '.join(files) if len(files) == 1 else len(files)}",
+            "values": "as they were" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
+        },
+        [f"svdconvert inspect {out_dir}"],
+    )
+
+
 def show_lora(out_dir: object, manifest: "Manifest") -> None:
     """What to-lora did."""
     base = manifest.base.location if manifest.base else "the base it was made for"

@@ -6,13 +6,15 @@ on disk into the path of the module at run time where the two differ.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
-from svdconvert.checkpoint.source import TensorInfo
-from svdconvert.errors import TargetError, UnknownNameError, did_you_mean
+from svdconvert.checkpoint.source import TensorInfo, TensorSource
+from svdconvert.errors import CheckpointError, TargetError, UnknownNameError, did_you_mean
+from svdconvert.naming import Rule
 from svdconvert.registry import Registry
 
 ALL_LINEAR = "all-linear"
@@ -36,13 +38,19 @@ class Layout:
     """A family of checkpoints whose matrices have the same names."""
 
     model_types: frozenset[str]
-    """Values of config.json's model_type."""
+    """Values of config.json's model_type; none where tensor names decide."""
     roles: Mapping[str, str]
     """Role -> pattern of tensor names on disk; only Linear weights of the repeated layers."""
     modules: Sequence[tuple[str, str]] = ()
     """(prefix on disk, prefix at run time): the first that fits is replaced."""
     summary: str = ""
     """One line for `svdconvert list layouts`."""
+    signature: str | None = None
+    """A tensor that only checkpoints of this layout have: it decides, whatever config.json says."""
+    relatives: Sequence["Relative"] = ()
+    """Models that could be taken for it, and are refused by name."""
+    family: "Family | None" = None
+    """Where several layouts hold the same tensors, as `convert` has them; None for a layout on its own."""
 
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
@@ -110,17 +118,49 @@ def _names(target: str, slot: Slot) -> bool:
     return target == ALL_LINEAR or role or fnmatchcase(slot.name, target)
 
 
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """A model that is not of the layout, recognised by names of its tensors."""
+
+    title: str
+    present: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    """Names that it lacks, where `present` alone does not tell."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A layout as one of several of the same models."""
+
+    name: str
+    """The family's; its network is the module of this name in `svdconvert.models`."""
+    rules: Sequence[Rule]
+    """From the family's own names to the layout's, in the order in which its files have them."""
+    file: str | None = None
+    """The one file of a plain checkpoint, such as model.pth; None for safetensors in shards."""
+    config: Callable[[TensorSource], dict[str, Any]] | None = None
+    """Makes config.json from the family's tensors; None where readers want none."""
+    advice: str = ""
+    """What a user who converts to this layout has to know."""
+
+
 LAYOUTS: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", "layout")
 
 
-def find_layout(name: str | None, model_type: str | None, directory: str) -> tuple[str, Layout]:
-    """The layout called `name`, else the one for config.json's `model_type`, with its name.
+def find_layout(
+    name: str | None, model_type: str | None, directory: str, infos: Container[str] = ()
+) -> tuple[str, Layout]:
+    """The layout called `name`, else by the tensors `infos`, else by config.json's `model_type`; its name.
 
-    Raises UnknownNameError where there is none.
+    Raises UnknownNameError where there is none, CheckpointError for a model that is none of ours.
     """
     if name is not None:
         return name, LAYOUTS.get(name)
     known = {name: LAYOUTS.get(name) for name in LAYOUTS.names()}
+    _refuse_relatives(known.values(), infos, directory)
+    for found, layout in known.items():
+        if layout.signature in infos:
+            return found, layout
     for found, layout in known.items():
         if model_type in layout.model_types:
             return found, layout
@@ -129,6 +169,52 @@ def find_layout(name: str | None, model_type: str | None, directory: str) -> tup
         f"{directory} has the model type {model_type!r}, which no layout covers "
         f"({did_you_mean(str(model_type), types)}); if its tensors are named as in {', '.join(known)}, "
         "say so with --layout"
+    )
+
+
+def in_family(name: str, layout: Layout, wanted: str) -> tuple[str, Layout]:
+    """The layout `wanted` beside `layout`, with its name; the family's own may be left out of the name.
+
+    Raises UnknownNameError where `layout` has no such neighbour.
+    """
+    family = layout.family.name if layout.family else ""
+    known = {
+        other: found
+        for other, found in ((other, LAYOUTS.get(other)) for other in LAYOUTS.names())
+        if found.family and found.family.name == family
+    }
+    if not known:
+        raise UnknownNameError(f"a model of the layout {name} has no other layouts to be converted to")
+    full = wanted if wanted in known else f"{family}-{wanted}"
+    if full not in known:
+        short = [other.removeprefix(f"{family}-") for other in known]
+        raise UnknownNameError(
+            f"a model of the layout {name} has no layout {wanted!r}; {did_you_mean(wanted, short)}"
+        )
+    return full, known[full]
+
+
+def is_signed(infos: Container[str]) -> bool:
+    """True where the names of its tensors alone tell a checkpoint's layout, or that it has none."""
+    known = [LAYOUTS.get(name) for name in LAYOUTS.names()]
+    return any(
+        layout.signature in infos or any(_is(kin, infos) for kin in layout.relatives) for layout in known
+    )
+
+
+def _refuse_relatives(known: Iterable[Layout], infos: Container[str], directory: str) -> None:
+    for layout in known:
+        for relative in layout.relatives:
+            if _is(relative, infos):
+                raise CheckpointError(
+                    f"{directory} is {relative.title} (it has {relative.present[0]}): no layout covers it; "
+                    f"give a model of this kind: {layout.summary}"
+                )
+
+
+def _is(relative: Relative, infos: Container[str]) -> bool:
+    return all(name in infos for name in relative.present) and not any(
+        name in infos for name in relative.absent
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError, did_you_mean
 from svdconvert.training.plan import TrainPlan
 
@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, type] = {
     "train": TrainPlan,
     "merge": MergeOptions,
     "to_lora": LoraOptions,
+    "convert": ConvertOptions,
 }
 SHARED = ("model", "seed", "threads", "device")
 _SPELLINGS = {"from": "side"}  # what Python does not allow as a name

@@ -11,6 +11,7 @@ import svdconvert
 from tests.conftest import Build
 
 NAMES = [
+    "ConvertOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -18,6 +19,7 @@ NAMES = [
     "SplitOptions",
     "SvdConvertError",
     "TrainPlan",
+    "convert",
     "decompose",
     "inspect",
     "merge",
@@ -27,6 +29,7 @@ NAMES = [
     "verify",
 ]
 PARAMETERS = {
+    "convert": ["model", "out", "options", "run"],
     "decompose": ["model", "out", "options", "run"],
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from svdconvert.adapters.peft_format import Adapter, is_adapter, open_adapter
-from svdconvert.artifact.manifest import Manifest, is_ours, read_manifest
+from svdconvert.artifact.manifest import PLAIN, Manifest, is_ours, read_manifest
 from svdconvert.errors import ArtifactError
 from svdconvert.factors import Factors
 from svdconvert.method import init_folder
@@ -89,8 +89,10 @@ def open_change(directory: Path, *, residual: str | None = None, init: str | Non
 
 def _ours(directory: Path, init: Path | None) -> Change:
     manifest = read_manifest(directory)
-    if manifest.kind == "merged":
-        raise ArtifactError(f"{directory} is merged already: a plain checkpoint, to be loaded as it is")
+    if manifest.kind in PLAIN:
+        raise ArtifactError(
+            f"{directory} is {manifest.kind} already: a plain checkpoint, to be loaded as it is"
+        )
     if manifest.kind == "lora":
         return Change(directory, open_adapter(directory), None, manifest)
     start = init or directory / init_folder(manifest.method)

@@ -12,7 +12,7 @@ from svdconvert.adapters.delta import row_blocks
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import tensor_checksum
 from svdconvert.artifact.manifest import Manifest, Matrix
-from svdconvert.checkpoint.reader import SafetensorsSource
+from svdconvert.checkpoint.reader import open_file
 from svdconvert.checkpoint.source import TensorSource, torch_dtype
 from svdconvert.factors import Factors
 from svdconvert.linalg.core import singular_values
@@ -37,7 +37,7 @@ class MatrixCheck:
 def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str, str | None]]:
     """(file, tensor, fault or None) for every stored tensor."""
     for file, marks in manifest.files.items():
-        source = SafetensorsSource([directory / file])
+        source = open_file(directory / file)
         for name in [*marks, *(name for name in source.infos if name not in marks)]:
             if name not in source.infos:
                 yield file, name, "is missing"

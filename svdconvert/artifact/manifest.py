@@ -20,7 +20,9 @@ from svdconvert.checkpoint.writer import MARK
 from svdconvert.errors import ArtifactError
 
 FORMAT = 1
-Kind = Literal["decomposed", "trained", "merged", "lora"]
+Kind = Literal["decomposed", "trained", "merged", "lora", "converted"]
+PLAIN = ("merged", "converted")
+"""The kinds that are plain checkpoints, like one from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,11 @@ from svdconvert.artifact.change import Change
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.sizes import parse_size
 from svdconvert.artifact.stream import Outcome, Work
-from svdconvert.checkpoint.shards import PlannedFile, plan_shards
+from svdconvert.checkpoint.shards import PlannedFile, plan_model
 from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.errors import ArtifactError
 from svdconvert.layout import Layout
+from svdconvert.naming import in_order
 
 Side = Literal["base", "residual"]
 
@@ -48,9 +49,19 @@ def plan_merge(
         _refuse_shape(change, module, source.infos[name])
     dtypes = {name: _merged_code(change, source.infos[name], options) for name in modules}
     outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
-    return MergePlan(
-        change, side, modules, tuple(plan_shards(outputs, parse_size(options.max_shard_size))), dtypes
-    )
+    return MergePlan(change, side, modules, tuple(_files(outputs, side, layout, options)), dtypes)
+
+
+def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
+    """The files of the plain checkpoint, with the tensors in the order of the source or, where that is a
+    residual in an order of its own, of the layout."""
+    limit = parse_size(options.max_shard_size)
+    if layout.family is None:
+        return plan_model(outputs, limit)
+    if side == "residual":
+        by_name = {info.name: info for info in outputs}
+        outputs = [by_name[name] for name in in_order(by_name, layout.family.rules)]
+    return plan_model(outputs, limit, layout.family.file)
 
 
 def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:

@@ -90,6 +90,18 @@ class MergeOptions:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ConvertOptions:
+    """The options of `convert`."""
+
+    layout: str
+    """The layout to write: blinkdl, hf, fla or web-rwkv for an RWKV-6; see `svdconvert list layouts`."""
+    dtype: AutoFloat = "auto"
+    """Of all tensors; auto leaves each as it is, and the conversion without loss."""
+    max_shard_size: str = "5GB"
+    """Size of an output shard, as 5GB, 200MB or 4GiB; a .pth or .st is one file in any case."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LoraOptions:
     """The options of `to-lora`."""
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from svdconvert.checkpoint.source import TensorInfo, dtype_code, file_stamp, pieces, tensor_bytes
 from svdconvert.errors import CheckpointError
 
+# What Lightning puts before the names of an RWKV, all of them.
+_WRAPPED = ("model.emb.", "model.blocks.", "model.ln_out.", "model.head.")
+
 
 class PickledSource:
     """A TensorSource over PyTorch files, through `weights_only` and `mmap`."""
@@ -52,6 +55,10 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is damaged or in PyTorch's format from before 1.6; fetch it again or save it anew"
         ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{file} is not a state dict (a mapping from names to tensors)")
+    if all(name.startswith(_WRAPPED) for name in loaded):
+        return {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
     return loaded

@@ -19,33 +19,61 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 
 
+ENDINGS = (".pth", ".st")
+"""Of files that are a checkpoint by themselves."""
+
+
 def open_checkpoint(directory: Path) -> TensorSource:
-    """The tensors of a model directory: safetensors (preferred) or PyTorch .bin, one file or shards.
+    """The tensors of a model: a directory of safetensors (preferred) or PyTorch .bin, or one .pth or .st.
 
     Raises CheckpointError where there is no checkpoint or a file of it is missing or damaged.
     """
     if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist; give a model directory")
+        raise CheckpointError(f"{directory} does not exist; give a model directory, or a .pth file")
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is a file; give the directory that holds the model and its config.json"
-        )
+        if directory.suffix not in ENDINGS:
+            raise CheckpointError(
+                f"{directory} is a file; give the directory that holds the model and its config.json, or a "
+                f"file that ends in {' or '.join(ENDINGS)}"
+            )
+        return open_file(directory)
     if (directory / INDEX).exists():
         return SafetensorsSource.indexed(directory)
     if (directory / SINGLE).exists():
         return SafetensorsSource([directory / SINGLE])
     pickled = [directory / name for name in (PICKLED_INDEX, PICKLED_SINGLE) if (directory / name).exists()]
     if not pickled:
-        content = "is empty" if not any(directory.iterdir()) else "holds no model weights"
-        raise CheckpointError(
-            f"{directory} {content}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE} or {PICKLED_INDEX}"
-        )
+        return open_file(_lone_file(directory))
     from svdconvert.checkpoint.pickled import PickledSource
 
     if pickled[0].name == PICKLED_SINGLE:
         return PickledSource(pickled)
     weight_map = read_index(pickled[0])
     return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
+
+
+def open_file(path: Path) -> TensorSource:
+    """The tensors of one file: PyTorch's where it ends in .pth or .bin, else safetensors."""
+    if path.suffix not in (".pth", ".bin"):
+        return SafetensorsSource([path])
+    from svdconvert.checkpoint.pickled import PickledSource
+
+    return PickledSource([path])
+
+
+def _lone_file(directory: Path) -> Path:
+    """The one file of a directory that is a checkpoint by itself. Raises CheckpointError."""
+    content = sorted(directory.iterdir())
+    found = [path for path in content if path.suffix in ENDINGS and path.is_file()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3])
+        raise CheckpointError(f"{directory} holds several checkpoints ({names}); give one of these files")
+    if not found:
+        state = "holds no model weights" if content else "is empty"
+        raise CheckpointError(
+            f"{directory} {state}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} or a .pth"
+        )
+    return found[0]
 
 
 def read_index(path: Path) -> Mapping[str, str]:

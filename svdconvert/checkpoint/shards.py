@@ -9,7 +9,7 @@ from svdconvert.checkpoint.source import ELEMENTS, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One safetensors file: its path below the output directory and its tensors, in file order."""
+    """One file of tensors: its path below the output directory and its tensors, in file order."""
 
     path: str
     infos: tuple[TensorInfo, ...]
@@ -23,6 +23,16 @@ class PlannedFile:
 def plan_file(path: str, infos: Iterable[TensorInfo]) -> PlannedFile:
     """One file; wide elements first, so that every tensor is aligned, else in the order given."""
     return PlannedFile(path, tuple(sorted(infos, key=lambda info: -ELEMENTS[info.dtype][0])))
+
+
+def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = None) -> list[PlannedFile]:
+    """The files of a plain checkpoint: the one called `single`, else shards of at most `limit` bytes.
+
+    A .pth keeps the order given, which is part of it.
+    """
+    if single is None:
+        return plan_shards(infos, limit)
+    return [PlannedFile(single, tuple(infos)) if single.endswith(".pth") else plan_file(single, infos)]
 
 
 def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from svdconvert.checkpoint.source import ELEMENTS
 from svdconvert.errors import CheckpointError
 
 CONFIG = "config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".st", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
 _FOLDERS = ("additional_chat_templates",)
 # Widest first; at equal width bf16 wins, because float16 cannot hold its range.
@@ -38,17 +39,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def finish_model(source: Path, target: Path, shards: Sequence[PlannedFile]) -> None:
-    """Put beside the written `shards` what makes them a checkpoint: sidecars, index, config's dtype."""
-    copy_sidecars(source, target)
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+
+
+def finish_model(
+    source: Path, target: Path, shards: Sequence[PlannedFile], *, leave: Sequence[str] = ()
+) -> None:
+    """Put beside the written `shards` what makes them a checkpoint: sidecars, index, config's dtype.
+
+    Sidecars whose names match one of `leave` stay behind.
+    """
+    copy_sidecars(source, target, leave=leave)
     set_config_dtype(target, (info.dtype for shard in shards for info in shard.infos))
     if len(shards) > 1:
         (target / INDEX).write_text(index_text(shards), encoding="utf-8")
 
 
-def copy_sidecars(source: Path, target: Path) -> None:
-    """Copy everything beside the weights that a loader may want. Links are followed."""
-    for path in sorted(source.iterdir()):
+def copy_sidecars(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
+    """Copy everything beside the weights that a loader may want. Links are followed.
+
+    Where the model is a single file, only a vocabulary beside it is taken to be its own.
+    """
+    for path in sorted(source.iterdir() if source.is_dir() else vocabularies(source.parent)):
+        if any(fnmatchcase(path.name, pattern) for pattern in leave):
+            continue
         if path.is_file() and not path.name.startswith(".") and path.name not in _OURS:
             if not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, target / path.name)
@@ -56,19 +73,27 @@ def copy_sidecars(source: Path, target: Path) -> None:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
+def vocabularies(directory: Path) -> list[Path]:
+    """The RWKV vocabularies in a directory."""
+    return sorted(directory.glob("rwkv_vocab*.txt"))
+
+
 def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
     """Make config.json name the widest float element type of `dtypes` (safetensors codes).
 
     transformers loads by that name: float32 residuals under "bfloat16" would be rounded on load.
-    The file is left alone where it says so already, or where there is nothing to say.
+    The file is left alone where it says so already, or where there is nothing to say; a model that lies in a
+    single file has none.
     """
     stored = set(dtypes)
     widest = next((code for code in _FLOATS if code in stored), None)
     path = directory / CONFIG
+    if not path.exists():
+        return
     config = read_json_object(path)
     if widest is None or not _rename_dtype(config, ELEMENTS[widest][1]):
         return
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_config(directory, config)
 
 
 def _rename_dtype(config: dict[str, Any], name: str) -> bool:

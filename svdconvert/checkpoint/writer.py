@@ -6,12 +6,14 @@ any order, and what is finished is kept in a journal. Only a complete directory 
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.checkpoint import archive
 from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
@@ -53,6 +55,7 @@ class StagedOutput:
         self._files, self._identity, self._overwrite = files, identity, overwrite
         self._places: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
         self._open: dict[str, int] = {}
+        self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
 
     def __enter__(self) -> "StagedOutput":
@@ -112,16 +115,21 @@ class StagedOutput:
 
     def _lay_out(self, file: PlannedFile, *, create: bool) -> None:
         path = self.path / file.path
-        header, offsets = build_header(file.infos)
-        for info in file.infos:
-            self._places[file.path, info.name] = (offsets[info.name], info)
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == archive.ENDING and create and not _laid_out(path, file):
+            archive.lay_out(path, file.infos)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         self._open[file.path] = descriptor
-        if create:
-            os.ftruncate(descriptor, len(header) + file.nbytes)
-            os.pwrite(descriptor, header, 0)
+        if path.suffix == archive.ENDING:
+            offsets: Mapping[str, int] = archive.offsets(path, file.infos)
+        else:
+            header, offsets = build_header(file.infos)
+            if create:
+                os.ftruncate(descriptor, len(header) + file.nbytes)
+                os.pwrite(descriptor, header, 0)
+        for info in file.infos:
+            self._places[file.path, info.name] = (offsets[info.name], info)
 
     def write(self, file: str, name: str, tensor: "Tensor") -> None:
         """Put a tensor at its place. Its shape and dtype are those of the plan."""
@@ -134,16 +142,22 @@ class StagedOutput:
         """Put a tensor's bytes at its place, piece by piece."""
         offset, info = self._places[file, name]
         end = offset + info.nbytes
+        summed, crc = file.endswith(archive.ENDING), 0
         for chunk in chunks:
+            crc = zlib.crc32(chunk, crc) if summed else 0
             with explained(self.path / file):
                 while len(chunk):
                     count = os.pwrite(self._open[file], chunk, offset)
                     chunk, offset = chunk[count:], offset + count
         assert offset == end, f"{name}: {offset - end:+} bytes against the plan"
+        if summed:
+            self._sums.setdefault(file, {})[name] = crc
 
     def finish(self, item: str, record: Record) -> None:
         """Note that everything of `item` is written."""
         assert self._journal is not None
+        if self._sums:
+            record, self._sums = {**record, "crc32": self._sums}, {}
         with explained(self.path):
             self._journal.finish(item, record)
         self.finished[item] = record
@@ -176,6 +190,8 @@ class StagedOutput:
 
     def _complete(self) -> None:
         for file in self._files:
+            if file.path.endswith(archive.ENDING):
+                archive.seal(self.path / file.path, self._crcs(file.path), file.infos)
             self.sync(file.path)
         self._close()
         for path in journals(self.path):
@@ -186,6 +202,11 @@ class StagedOutput:
             self.out.rename(aside)
         self.path.rename(self.out)
         shutil.rmtree(aside, ignore_errors=True)
+
+    def _crcs(self, file: str) -> dict[str, int]:
+        """The CRC-32 of every tensor of a file, as noted when it was written."""
+        noted = [record.get("crc32", {}).get(file, {}) for record in self.finished.values()]
+        return {name: crc for sums in noted for name, crc in sums.items()}
 
     def _abandon(self, *, keep: bool) -> None:
         """Close everything; keep the staging directory only where there is something to go on from."""
@@ -250,6 +271,8 @@ def explained(path: Path) -> Iterator[None]:
 
 def _laid_out(path: Path, file: PlannedFile) -> bool:
     """True where the file stands with the size of the plan."""
+    if path.suffix == archive.ENDING:
+        return archive.is_laid_out(path, file.infos)
     header, _ = build_header(file.infos)
     return path.is_file() and path.stat().st_size == len(header) + file.nbytes
 

@@ -1,14 +1,13 @@
 """Where training starts: what `decompose` wrote, or a plain model that is split in memory."""
 
 from svdconvert.adapters.peft_format import PER_EXPERT
-from svdconvert.artifact.manifest import is_ours, read_manifest
+from svdconvert.artifact.manifest import PLAIN, is_ours, read_manifest
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import plan_split
 from svdconvert.artifact.start import Start, start_from_decomposed, start_from_plain
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate, open_home
-from svdconvert.layout import find_layout
 from svdconvert.run import Run
 
 
@@ -29,9 +28,9 @@ def find_start(model: str, split: SplitOptions, base: str | None, run: Run) -> S
 
 def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
     snapshot = fetch(model)
-    if not is_ours(snapshot.path) or read_manifest(snapshot.path).kind == "merged":
+    if not is_ours(snapshot.path) or read_manifest(snapshot.path).kind in PLAIN:
         home = open_home(model)
-        name, layout = find_layout(split.layout, home.config.get("model_type"), str(home.path))
+        name, layout = home.layout(split.layout)
         return start_from_plain(
             plan_split(home.source, name, layout, split), home.source, home.path, home.origin(), run.track
         )

@@ -8,10 +8,11 @@ from typing import Any
 from svdconvert.artifact.manifest import Origin
 from svdconvert.artifact.origin import fingerprint, same_model
 from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.checkpoint.sidecars import read_config
+from svdconvert.checkpoint.sidecars import CONFIG, read_config
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.errors import CheckpointError
 from svdconvert.hub.fetch import Snapshot, fetch
+from svdconvert.layout import Layout, find_layout, is_signed
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,12 @@ class Home:
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Its directory, or its one file."""
         return self.snapshot.path
+
+    def layout(self, name: str | None = None) -> tuple[str, Layout]:
+        """The layout called `name`, else the one that fits, with its name. Raises as `find_layout`."""
+        return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
 
     def identity(self) -> dict[str, Any]:
         """What a run that reads it must find again when it goes on."""
@@ -44,7 +49,9 @@ class Home:
 def open_home(model: str) -> Home:
     """Fetch and open a model. Raises CheckpointError where it is not there or damaged."""
     snapshot = fetch(model)
-    return Home(snapshot, open_checkpoint(snapshot.path), read_config(snapshot.path))
+    source = open_checkpoint(snapshot.path)
+    bare = not (snapshot.path / CONFIG).exists() and is_signed(source.infos)
+    return Home(snapshot, source, {} if bare else read_config(snapshot.path))
 
 
 def locate(origin: Origin | None, given: str | None) -> Home | None:

@@ -51,7 +51,7 @@ def layouts() -> list[dict[str, Any]]:
             {
                 "layout": name,
                 "models": layout.summary,
-                "model_type": ", ".join(sorted(layout.model_types)),
+                "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
                 "roles": ", ".join(layout.roles),
             }
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from svdconvert.adapters.peft_format import CONFIG as ADAPTER_CONFIG
 from svdconvert.artifact.estimate import Estimate, estimate
-from svdconvert.artifact.manifest import Manifest, Matrix, Origin, is_ours, read_manifest, run_identity
+from svdconvert.artifact.manifest import PLAIN, Manifest, Matrix, Origin, is_ours, read_manifest, run_identity
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import SplitPlan, plan_split, split_work
 from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
@@ -13,7 +13,6 @@ from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, open_home
-from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
 
@@ -23,7 +22,7 @@ def decompose(
 ) -> Manifest:
     """Split the target matrices of `model` into a residual base and an initial adapter, in `out`.
 
-    `model` is a directory or org/name[@revision]. Raises SvdConvertError with one sentence.
+    `model` is a directory, a .pth file or org/name[@revision]. Raises SvdConvertError with one sentence.
     """
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
@@ -51,10 +50,10 @@ def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Es
 
 
 def _prepare(model: str, options: SplitOptions) -> tuple[Home, SplitPlan]:
-    if is_ours(Path(model)) and (kind := read_manifest(Path(model)).kind) != "merged":
+    if is_ours(Path(model)) and (kind := read_manifest(Path(model)).kind) not in PLAIN:
         raise ArtifactError(f"{model} is a {kind} directory; decompose wants a plain checkpoint")
     home = open_home(model)
-    name, layout = find_layout(options.layout, home.config.get("model_type"), str(home.path))
+    name, layout = home.layout(options.layout)
     return home, plan_split(home.source, name, layout, options)
 
 

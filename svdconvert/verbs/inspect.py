@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.adapters.peft_format import AdapterConfig, is_adapter, open_adapter
-from svdconvert.artifact.manifest import Manifest, Origin, is_ours, read_manifest
-from svdconvert.artifact.options import LoraOptions, MergeOptions, SplitOptions
+from svdconvert.artifact.manifest import PLAIN, Manifest, Origin, is_ours, read_manifest
+from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.locate import open_home
-from svdconvert.layout import find_layout
 from svdconvert.method import METHODS
 from svdconvert.training.plan import TrainPlan
 
@@ -66,8 +65,8 @@ def _ours(path: Path, manifest: Manifest) -> Inspection:
 
 
 def _what(manifest: Manifest) -> str:
-    if manifest.kind == "merged":
-        return "a merged plain checkpoint, to be loaded as any other"
+    if manifest.kind in PLAIN:
+        return f"a {manifest.kind} plain checkpoint, to be loaded as any other"
     if manifest.kind == "lora":
         return "a plain LoRA for the untouched base"
     if manifest.kind == "trained":
@@ -82,6 +81,7 @@ def _commands(path: Path, manifest: Manifest) -> list[str]:
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
         "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
         "merged": [f'AutoModelForCausalLM.from_pretrained("{path}")', f"svdconvert verify {path}"],
+        "converted": [f"svdconvert verify {path}", f"svdconvert decompose {path} -o DECOMPOSED"],
         "lora": [f'PeftModel.from_pretrained(base, "{path}")', f"svdconvert merge {path} -o MERGED"],
     }[manifest.kind]
 
@@ -91,12 +91,13 @@ def _place(origin: Origin | None) -> str | None:
         return None
     if origin.revision:
         return f"{origin.location}@{origin.revision}"
-    return origin.location if Path(origin.location).is_dir() else f"{origin.location} (not there)"
+    return origin.location if Path(origin.location).exists() else f"{origin.location} (not there)"
 
 
 def _chosen(manifest: Manifest) -> dict[str, Any]:
     """The options that are not as they are by default."""
     kinds = {"decomposed": SplitOptions, "trained": TrainPlan, "merged": MergeOptions, "lora": LoraOptions}
+    kinds["converted"] = ConvertOptions
     usual = {entry.name: entry.default for entry in fields(kinds[manifest.kind])}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     return {name: value for name, value in manifest.options.items() if plain.get(name) != value}
@@ -161,7 +162,7 @@ def _checkpoint(model: str) -> Inspection:
         "element_types": dict(Counter(info.dtype for info in infos.values())),
     }
     try:
-        name, layout = find_layout(None, home.config.get("model_type"), model)
+        name, layout = home.layout()
     except UnknownNameError as error:
         return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
     slots = layout.slots(infos)

@@ -13,7 +13,6 @@ from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.locate import Home, locate, open_home
-from svdconvert.layout import find_layout
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
 
@@ -99,7 +98,7 @@ def prepare_merge(
     """Find the parts of a merge and plan it. Writes nothing."""
     change = open_change(Path(adapter), residual=residual, init=init)
     side, home = _choose(change, options.side, base, residual)
-    name, layout = find_layout(_known_layout(change), home.config.get("model_type"), str(home.path))
+    name, layout = home.layout(_known_layout(change))
     return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
 
 

@@ -1,0 +1,22 @@
+"""RWKV-6 as its author publishes it: one .pth file with a flat state dict, no configuration."""
+
+from svdconvert.layout import Family, Layout, Relative
+from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, rename
+
+_ATT = "blocks.0.att"
+
+LAYOUT = Layout(
+    model_types=frozenset(),
+    roles={role: f"{BLOCK}.{role}.weight" for role in ROLES},
+    summary="RWKV-6 in BlinkDL's .pth files, which the rwkv package runs",
+    signature=f"{_ATT}.time_maa_w1",
+    relatives=(
+        Relative("an x060a, an experiment beside RWKV-6", (f"{_ATT}.gate_w1",)),
+        Relative("an x060b or x060c, an experiment beside RWKV-6", (f"{_ATT}.time_maa_rkvw_w1",)),
+        Relative("an RWKV-7", (f"{_ATT}.r_k",)),
+        # An RWKV-6 of the web-rwkv layout has these two as well, but time_mix_w1 beside them.
+        Relative("an RWKV-5", (f"{_ATT}.time_mix_k", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_mix_w1",)),
+        Relative("an RWKV-4", (f"{_ATT}.time_mix_k",), (f"{_ATT}.ln_x.weight",)),
+    ),
+    family=Family("rwkv6", tuple(rename(name, name) for name in NAMES), file="model.pth"),
+)

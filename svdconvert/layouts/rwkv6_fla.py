@@ -1,0 +1,154 @@
+"""RWKV-6 as flash-linear-attention names it; the five inputs of the mixing stand in the order r, w, k, v, g.
+
+Source: github.com/fla-org/flash-linear-attention, fla/models/rwkv6 and utils/convert_from_rwkv6.py.
+C: width, D: rank of the mixing.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.checkpoint.source import TensorSource
+from svdconvert.layout import Family, Layout, Relative
+from svdconvert.models.rwkv6_tensors import BLOCK, MIX_ORDER, ROLES, Sizes, rename
+from svdconvert.naming import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LAYER = "model.layers.{layer}"
+_ATT, _OWN_ATT = f"{_LAYER}.attn", f"{BLOCK}.att"
+_FFN, _OWN_FFN = f"{_LAYER}.ffn", f"{BLOCK}.ffn"
+_ORDER = ("r", "w", "k", "v", "g")
+_THERE = [MIX_ORDER.index(letter) for letter in _ORDER]
+_BACK = [_ORDER.index(letter) for letter in MIX_ORDER]
+
+
+def _in_five(tensor: "Tensor") -> "Tensor":
+    """(C, 5 D) -> (C, 5, D)."""
+    return tensor.reshape(tensor.shape[0], 5, -1)
+
+
+def _pack_w1(tensors: "Sequence[Tensor]") -> "Tensor":
+    """(C, 5 D) -> (5 D, C)."""
+    return _in_five(tensors[0])[:, _THERE].flatten(1).mT
+
+
+def _unpack_w1(tensor: "Tensor") -> "Sequence[Tensor]":
+    return [_in_five(tensor.mT)[:, _BACK].flatten(1)]
+
+
+def _pack_w2(tensors: "Sequence[Tensor]") -> "Tensor":
+    """(5, D, C) -> (C, 5 D)."""
+    return tensors[0][_THERE].permute(2, 0, 1).flatten(1)
+
+
+def _unpack_w2(tensor: "Tensor") -> "Sequence[Tensor]":
+    return [_in_five(tensor)[:, _BACK].permute(1, 2, 0)]
+
+
+def _pack_biases(tensors: "Sequence[Tensor]") -> "Tensor":
+    """Five of (1, 1, C) -> (5, C)."""
+    import torch
+
+    return torch.cat([tensor.reshape(1, -1) for tensor in tensors])
+
+
+def _unpack_biases(tensor: "Tensor") -> "Sequence[Tensor]":
+    return [row.reshape(1, 1, -1) for row in tensor]
+
+
+def _vector(own: str, name: str) -> Rule:
+    """(1, 1, C) -> (C,)."""
+    return Rule((own,), name, lambda tensors: tensors[0].flatten(), rename(own, name).unpack)
+
+
+def _transposed(own: str, name: str) -> Rule:
+    return Rule((own,), name, lambda tensors: tensors[0].mT, lambda tensor: [tensor.mT])
+
+
+def _pair(own: str, name: str) -> list[Rule]:
+    """A norm's weight and bias."""
+    return [rename(f"{own}.{part}", f"{name}.{part}") for part in ("weight", "bias")]
+
+
+_MATRICES = {
+    "att.receptance": f"{_ATT}.r_proj.linear.weight",
+    "att.key": f"{_ATT}.k_proj.linear.weight",
+    "att.value": f"{_ATT}.v_proj.linear.weight",
+    "att.gate": f"{_ATT}.g_proj.linear.weight",
+    "att.output": f"{_ATT}.o_proj.weight",
+    "ffn.key": f"{_FFN}.key.linear.weight",
+    "ffn.receptance": f"{_FFN}.receptance.linear.weight",
+    "ffn.value": f"{_FFN}.value.weight",
+}
+_RULES = (
+    rename("emb.weight", "model.embeddings.weight"),
+    *_pair(f"{BLOCK}.ln0", f"{_LAYER}.pre_norm"),
+    *_pair(f"{BLOCK}.ln1", f"{_LAYER}.attn_norm"),
+    *_pair(f"{BLOCK}.ln2", f"{_LAYER}.ffn_norm"),
+    _vector(f"{_OWN_ATT}.time_maa_x", f"{_ATT}.x_proj.0.mu"),
+    Rule((f"{_OWN_ATT}.time_maa_w1",), f"{_ATT}.x_proj.0.linear.weight", _pack_w1, _unpack_w1),
+    Rule((f"{_OWN_ATT}.time_maa_w2",), f"{_ATT}.x_proj.2.weight", _pack_w2, _unpack_w2),
+    Rule(
+        tuple(f"{_OWN_ATT}.time_maa_{letter}" for letter in _ORDER),
+        f"{_ATT}.x_bias",
+        _pack_biases,
+        _unpack_biases,
+    ),
+    _transposed(f"{_OWN_ATT}.time_decay_w1", f"{_ATT}.w_proj.linear.lora.0.weight"),
+    _transposed(f"{_OWN_ATT}.time_decay_w2", f"{_ATT}.w_proj.linear.lora.2.weight"),
+    _vector(f"{_OWN_ATT}.time_decay", f"{_ATT}.w_proj.linear.lora.2.bias"),
+    rename(f"{_OWN_ATT}.time_faaaa", f"{_ATT}.bonus"),
+    *(rename(f"{BLOCK}.{role}.weight", _MATRICES[role]) for role in ROLES),
+    *_pair(f"{_OWN_ATT}.ln_x", f"{_ATT}.g_norm"),
+    _vector(f"{_OWN_FFN}.time_maa_k", f"{_FFN}.key.mu"),
+    _vector(f"{_OWN_FFN}.time_maa_r", f"{_FFN}.receptance.mu"),
+    *_pair("ln_out", "model.norm"),
+    rename("head.weight", "lm_head.weight"),
+)
+
+
+def config(family: TensorSource) -> dict[str, Any]:
+    """config.json as flash-linear-attention's converter writes it, with what its defaults get wrong."""
+    sizes = Sizes.of(family.infos)
+    return {
+        "architectures": ["RWKV6ForCausalLM"],
+        "attn_mode": "chunk",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "gate_low_rank_dim": sizes.decay_rank,
+        "hidden_act": "sqrelu",
+        "hidden_ratio": 3.5,
+        "hidden_size": sizes.width,
+        # Where it is null it is rounded up to 32, and RWKV rounds down.
+        "intermediate_size": sizes.feed_forward,
+        "model_type": "rwkv6",
+        "norm_bias": True,
+        "norm_eps": 1e-5,
+        "norm_first": True,
+        "num_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers,
+        "proj_low_rank_dim": sizes.mix_rank,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": sizes.vocabulary,
+    }
+
+
+LAYOUT = Layout(
+    model_types=frozenset(),
+    roles=_MATRICES,
+    summary="RWKV-6 as flash-linear-attention names it",
+    signature=f"{_ATT}.x_proj.0.linear.weight".replace("{layer}", "0"),
+    relatives=(Relative("an RWKV-7", ("model.layers.0.attn.r_k",)),),
+    family=Family(
+        "rwkv6",
+        _RULES,
+        config=config,
+        advice="the group norm of RWKV-6 has the epsilon 64e-5, for which this layout's config.json has no "
+        "key: flash-linear-attention loads the model with 1e-5, and its logits differ by some 0.1. After "
+        "loading, set the eps of every layer's attn.g_norm to 64e-5",
+    ),
+)

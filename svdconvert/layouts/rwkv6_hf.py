@@ -1,0 +1,72 @@
+"""RWKV-6 as the code beside the models of the RWKV organisation on the Hub names it: a pure renaming."""
+
+from typing import Any
+
+from svdconvert.checkpoint.source import TensorSource
+from svdconvert.layout import Family, Layout, Relative
+from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, STATE, Sizes, rename
+
+_RENAMED = (
+    ("emb.", "rwkv.embeddings."),
+    ("ln_out.", "rwkv.ln_out."),
+    (f"{BLOCK}.ln0.", f"rwkv.{BLOCK}.pre_ln."),
+    (f"{BLOCK}.att.", f"rwkv.{BLOCK}.attention."),
+    (f"{BLOCK}.ffn.", f"rwkv.{BLOCK}.feed_forward."),
+    (f"{BLOCK}.", f"rwkv.{BLOCK}."),
+    ("head.", "head."),
+)
+_ATT = "rwkv.blocks.0.attention"
+
+
+def name(own: str) -> str:
+    """The layout's name of a tensor of the family."""
+    before, after = next(pair for pair in _RENAMED if own.startswith(pair[0]))
+    return after + own[len(before) :]
+
+
+def config(family: TensorSource) -> dict[str, Any]:
+    """config.json as the released models have it."""
+    sizes = Sizes.of(family.infos)
+    return {
+        "architectures": ["Rwkv6ForCausalLM"],
+        "attention_hidden_size": sizes.heads * sizes.head_size,
+        "auto_map": {
+            "AutoConfig": "configuration_rwkv6.Rwkv6Config",
+            "AutoModelForCausalLM": "modeling_rwkv6.Rwkv6ForCausalLM",
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "head_size": sizes.head_size,
+        # The released models' code makes the group norm's epsilon of this: 1e-5 * 8^2.
+        "head_size_divisor": 8,
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.feed_forward,
+        "layer_norm_epsilon": 1e-5,
+        "model_type": "rwkv6",
+        # In every released model this is the size of a head, and not their number.
+        "num_attention_heads": sizes.head_size,
+        "num_hidden_layers": sizes.layers,
+        "rescale_every": 6,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": sizes.vocabulary,
+    }
+
+
+LAYOUT = Layout(
+    model_types=frozenset(),
+    roles={role: name(f"{BLOCK}.{role}.weight") for role in ROLES},
+    summary="RWKV-6 as its code on the Hub names it; llama.cpp converts it",
+    signature=f"{_ATT}.time_maa_w1",
+    relatives=(
+        Relative("an RWKV-5", (f"{_ATT}.time_mix_key", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_maa_w1",)),
+    ),
+    family=Family(
+        "rwkv6",
+        tuple(rename(own, name(own)) for own in NAMES if own != STATE),
+        config=config,
+        advice="transformers has no RWKV-6 of its own: put configuration_rwkv6.py and modeling_rwkv6.py of a "
+        "released model beside the weights and load with trust_remote_code=True. That code divides weights "
+        "in place when it runs in half precision: do not save a model that ran",
+    ),
+)

@@ -1,0 +1,43 @@
+"""RWKV-6 as web-rwkv, Ai00 and RWKV-Runner read it: a .st file, which is one safetensors file.
+
+Names as BlinkDL's with time_first and time_mix; what is multiplied from the left is transposed.
+Source: github.com/cryscan/web-rwkv, assets/scripts/convert_safetensors.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from svdconvert.layout import Family, Layout
+from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, rename
+from svdconvert.naming import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TRANSPOSED = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state")
+
+
+def _rule(own: str) -> Rule:
+    plain = rename(own, own.replace("time_faaaa", "time_first").replace("time_maa", "time_mix"))
+    if not own.endswith(_TRANSPOSED):
+        return plain
+    return replace(plain, pack=lambda tensors: tensors[0].mT, unpack=_transposed)
+
+
+def _transposed(tensor: "Tensor") -> "Sequence[Tensor]":
+    return [tensor.mT]
+
+
+LAYOUT = Layout(
+    model_types=frozenset(),
+    roles={role: f"{BLOCK}.{role}.weight" for role in ROLES},
+    summary="RWKV-6 in the .st files of web-rwkv, Ai00 and RWKV-Runner",
+    signature="blocks.0.att.time_mix_w1",
+    family=Family(
+        "rwkv6",
+        tuple(map(_rule, NAMES)),
+        file="model.st",
+        advice="its readers want float16: add --dtype float16 where the source has another element type",
+    ),
+)

@@ -1,0 +1,55 @@
+"""svdconvert convert: the same tensors under the names of another layout."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from svdconvert.artifact.conversion import Conversion, convert_work, plan_conversion
+from svdconvert.artifact.manifest import Manifest, run_identity
+from svdconvert.artifact.options import ConvertOptions
+from svdconvert.artifact.stream import file_checksums, stream
+from svdconvert.checkpoint.sidecars import finish_model, write_config
+from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
+from svdconvert.hub.locate import Home, open_home
+from svdconvert.layout import in_family
+from svdconvert.run import Run
+
+
+def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Run | None = None) -> Manifest:
+    """Write the tensors of `model` in another layout of its family, one tensor at a time, in `out`.
+
+    Nothing but names, shapes and order changes unless `options` names another element type, so the way
+    back gives the same bytes. Raises SvdConvertError with one sentence.
+    """
+    run = run or Run()
+    check_free(Path(out), overwrite=run.overwrite)
+    home, plan = _prepare(str(model), options)
+    check_apart(Path(out), home.path)
+    threads = recorded(Path(out), "threads") or 0
+    identity = run_identity("convert", asdict(options), threads) | {"model": home.identity()}
+    with StagedOutput(
+        Path(out), plan.files, identity=identity, overwrite=run.overwrite, ranks=run.ranks
+    ) as staged:
+        stream(convert_work(plan, str(home.path)), plan.view, staged, run)
+        manifest = Manifest(
+            kind="converted",
+            layout=plan.name,
+            method="",
+            base=home.origin(),
+            options=asdict(options),
+            files=file_checksums(staged),
+        )
+        if run.ranks.leads:
+            if plan.config is not None:
+                write_config(staged.path, plan.config)
+            finish_model(home.path, staged.path, plan.files, leave=plan.left_out)
+            manifest.write(staged.path)
+    if plan.advice:
+        run.say(plan.advice)
+    return manifest
+
+
+def _prepare(model: str, options: ConvertOptions) -> tuple[Home, Conversion]:
+    home = open_home(model)
+    name, layout = home.layout()
+    target, wanted = in_family(name, layout, options.layout)
+    return home, plan_conversion(home.source, layout, target, wanted, options)
