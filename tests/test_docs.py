@@ -29,7 +29,8 @@ VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[att
 
 def blocks(text: str, language: str = "") -> list[str]:
     """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if re.fullmatch(language, name)]
 
 
 def example(name: str) -> str:
