@@ -16,33 +16,35 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from measure import SVDCONVERT, TORCHRUN, Measured, in_turn, median, peak, ratio, run
 from models import ensure_model
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 RANK = 64
 PEFT_MERGE = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-residual, out = sys.argv[1:]
+residual, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(residual)
-PeftModel.from_pretrained(model, residual, subfolder="pissa_init").merge_and_unload().save_pretrained(out)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
 ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
 from svdconvert.artifact.change import open_change
-from svdconvert.adapters.delta import shifted_
+from svdconvert.adapters.delta import as_lora, merged_
 from svdconvert.artifact.manifest import read_manifest
 path = Path(sys.argv[1])
-change, seconds = open_change(path), 0.0
-for matrix in read_manifest(path).matrices.values():
+change, seconds = open_change(path, residual=sys.argv[2]), 0.0
+for matrix in read_manifest(Path(sys.argv[2])).matrices.values():
     weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
-    after, scale = change.end(matrix.module)
+    end, start = change.end(matrix.module), change.start(matrix.module)
     started = time.perf_counter()
-    shifted_(weight, after, scale, after, scale, weight.dtype)
+    merged_(weight, *as_lora(*end, *start), weight.dtype)
     seconds += time.perf_counter() - started
 print(json.dumps(seconds))
 """
@@ -73,6 +75,23 @@ def split(room: Path, size: str) -> tuple[Path, Path]:
     return model, out
 
 
+def trained(decomposed: Path) -> Path:
+    """An adapter in PEFT's format, as if trained from the initial one: every factor moved a little."""
+    out = decomposed.with_name(f"{decomposed.name}-trained")
+    if not out.exists():
+        out.mkdir()
+        start = decomposed / "pissa_init"
+        generator = torch.Generator().manual_seed(0)
+        factors = load_file(start / "adapter_model.safetensors")
+        moved = {
+            name: factor + 0.01 * factor.std() * torch.randn(factor.shape, generator=generator)
+            for name, factor in factors.items()
+        }
+        save_file(moved, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copy(start / "adapter_config.json", out)
+    return out
+
+
 def fresh(out: Path, command: Callable[[], Measured]) -> Callable[[], Measured]:
     """The command, with its output removed before."""
 
@@ -93,7 +112,12 @@ def memory(room: Path, size: str, repeat: int) -> None:
         found = []
         for name in ("300m", size):
             model, decomposed = split(room, name)
-            source = [model, "--rank", RANK] if verb == "decompose" else [decomposed]
+            source = {
+                "decompose": [model, "--rank", RANK],
+                "merge": [trained(decomposed), "--residual", decomposed],
+                "to-lora": [trained(decomposed), "--residual", decomposed],
+                "verify": [decomposed],
+            }[verb]
             target = [] if verb == "verify" else ["-o", out]
             runs = {verb: fresh(out, lambda c=[*SVDCONVERT, verb, *source, *target]: run(c))}
             found.append(peak(in_turn(runs, repeat)[verb]))
@@ -109,10 +133,12 @@ def memory(room: Path, size: str, repeat: int) -> None:
 def merge(room: Path, size: str, repeat: int) -> None:
     """svdconvert merge beside PEFT's merge_and_unload + save_pretrained, and beside cp of the same bytes."""
     model, decomposed = split(room, size)
+    adapter = trained(decomposed)
     out, copy = room / "merged", room / "copy"
+    ours = [*SVDCONVERT, "merge", adapter, "--residual", decomposed, "-o", out]
     runs = {
-        "svdconvert merge": fresh(out, lambda: run([*SVDCONVERT, "merge", decomposed, "-o", out])),
-        "PEFT": fresh(copy, lambda: run([sys.executable, "-c", PEFT_MERGE, decomposed, copy])),
+        "svdconvert merge": fresh(out, lambda: run(ours)),
+        "PEFT": fresh(copy, lambda: run([sys.executable, "-c", PEFT_MERGE, decomposed, adapter, copy])),
         "cp of the base": fresh(copy, lambda: run(["cp", "-rL", model, copy])),
     }
     found = in_turn(runs, repeat)
@@ -121,7 +147,7 @@ def merge(room: Path, size: str, repeat: int) -> None:
         against = f"{ratio(measured, found['PEFT']):.2f}"
         table.add_row(name, f"{median(measured):.2f}", f"{peak(measured) / 1e6:.0f}", against)
     console.print(table)
-    arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, decomposed]).said)
+    arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, adapter, decomposed]).said)
     start = run([sys.executable, "-c", "import svdconvert.verbs.merge, svdconvert.cli"]).seconds
     floor = median(found["cp of the base"]) + arithmetic
     share = (median(found["svdconvert merge"]) - start) / floor

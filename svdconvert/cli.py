@@ -13,7 +13,7 @@ import typer
 from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.command import Typed, with_options
-from svdconvert.memory import return_freed_matrices
+from svdconvert.memory import return_freed_matrices, use_huge_pages
 from svdconvert.progress import Track
 from svdconvert.ranks import find_ranks
 from svdconvert.recipe import Recipe, options, read_recipe
@@ -310,4 +310,5 @@ def _run(
 def main() -> None:
     """The entry point of the program."""
     return_freed_matrices()
+    use_huge_pages()
     app()

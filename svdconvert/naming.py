@@ -89,12 +89,12 @@ class View:
         tensors = [self._source.read(inner) for inner in part.names]
         return tensors[0] if part.make is None else part.make(tensors).contiguous()
 
-    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`; what is only renamed is never whole in memory."""
         part = self._parts[name]
         if part.make is None:
-            return self._source.chunks(part.names[0], size)
-        return pieces(tensor_bytes(self.read(name)), size)
+            return self._source.chunks(part.names[0], size, room)
+        return pieces(tensor_bytes(self.read(name)), size, room)
 
     def stamp(self) -> Mapping[str, list[int]]:
         """That of the source."""

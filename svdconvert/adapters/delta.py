@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svdconvert.factors import Factors
 
-_BLOCK = 1 << 20  # elements of a matrix in work at a time: 4 MB in float32, which stays in cache
+_BLOCK = 1 << 19  # elements of a matrix in work at a time: 2 MB in float32, which stays in cache
 
 
 def subtract_(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
@@ -16,59 +16,55 @@ def subtract_(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
     return weight_OI.addmm_(left, right, alpha=-scale)
 
 
-def shifted_(  # noqa: PLR0913 (the formula has these six)
-    weight_OI: Tensor, after: Factors, scale: float, before: Factors, scale0: float, dtype: torch.dtype
-) -> Tensor:
-    """weight + (scale * after - scale0 * before) in float32, one rounding to `dtype`.
+def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
+    """(B, A) of rank 2R with B @ A = scale * after - scale0 * before: a LoRA of scale 1.
 
-    The two products are computed apart by the same kernel, and where they agree the weight's own
-    bits stay, the sign of a zero included: an untrained adapter changes nothing. In place where the dtype
-    stays.
+    B = [sB - s0B0, s0B0] over A = [A; A - A0]: no two large terms cancel in the product, whatever it
+    is rounded to, and what did not move is exactly zero. Rank R where the start was zero, or where A
+    did not move (then the change is all in B).
     """
     (left, right), (left0, right0) = after.folded(), before.folded()
-    merged_OI = _room(weight_OI, dtype)
+    left, left0 = left * scale, left0 * scale0
+    if not left0.any():
+        return left, right
+    if right.shape != right0.shape:
+        return torch.cat([left, -left0], dim=1), torch.cat([right, right0], dim=0)
+    turned = right - right0
+    if not turned.any():
+        return left - left0, right
+    return torch.cat([left - left0, left0], dim=1), torch.cat([right, turned], dim=0)
+
+
+def merged_(weight_OI: Tensor, left_OR: Tensor, right_RI: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight + left @ right in float32, one rounding to `dtype`; in place where the dtype stays.
+
+    Where the product is zero the weight's own bits stay, the sign of a zero included.
+    """
+    merged_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
+    if not left_OR.any():
+        return merged_OI.copy_(weight_OI)
+    # x - (+0) is x for every x, and x + 0 is not: it takes the sign from -0.
+    opposite_OR = -left_OR
+    change_OI, sum_OI = _block(weight_OI), _block(weight_OI)
     for rows in row_blocks(weight_OI):
-        product = _product(left[rows], right, scale)
-        change = product.sub_(_product(left0[rows], right0, scale0))
-        moved = (weight_OI[rows] + change).to(dtype)
-        merged_OI[rows] = torch.where(change == 0, weight_OI[rows].to(dtype), moved)
+        count = rows.stop - rows.start
+        change = torch.mm(opposite_OR[rows], right_RI, out=change_OI[:count])
+        merged_OI[rows] = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
     return merged_OI
-
-
-def restored_(residual_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> Tensor:
-    """residual + scale * product in float32, one rounding to `dtype`; in place where the dtype stays."""
-    left, right = factors.folded()
-    merged_OI = _room(residual_OI, dtype)
-    for rows in row_blocks(residual_OI):
-        merged_OI[rows] = _product(left[rows], right, scale).add_(residual_OI[rows]).to(dtype)
-    return merged_OI
-
-
-def _room(matrix_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix_OI if matrix_OI.dtype == dtype else torch.empty_like(matrix_OI, dtype=dtype)
 
 
 def row_blocks(matrix_OI: Tensor) -> Iterator[slice]:
     """Slices of rows that bound the float32 copies of a large matrix."""
-    rows, columns = matrix_OI.shape
-    step = max(1, _BLOCK // max(1, columns))
+    rows, step = matrix_OI.shape[0], _rows(matrix_OI)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    product = left @ right
-    return product if scale == 1.0 else product.mul_(scale)
+def _rows(matrix_OI: Tensor) -> int:
+    rows, columns = matrix_OI.shape
+    return min(rows, max(1, _BLOCK // max(1, columns)))
 
 
-def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
-    """(B, A) of rank 2R with B @ A = scale * after - scale0 * before: a LoRA of scale 1.
-
-    Rank R where the start was zero, or where A did not move (then the change is all in B).
-    """
-    (left, right), (left0, right0) = after.folded(), before.folded()
-    if not left0.any():
-        return left * scale, right
-    if torch.equal(right, right0):
-        return left * scale - left0 * scale0, right
-    return torch.cat([left * scale, left0 * -scale0], dim=1), torch.cat([right, right0], dim=0)
+def _block(matrix_OI: Tensor) -> Tensor:
+    """Room for one block of rows in float32."""
+    return torch.empty(_rows(matrix_OI), matrix_OI.shape[1], dtype=torch.float32, device=matrix_OI.device)

@@ -9,8 +9,8 @@ import xxhash
 
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 
-CHUNK = 4_000_000
-"""Bytes of an untouched tensor in memory at a time."""
+CHUNK = 1 << 19
+"""Bytes of a tensor that pass at a time: they are read, noted and written while they are in cache."""
 
 # What loaders and savers rewrite without changing the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")

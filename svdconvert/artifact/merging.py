@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import restored_, shifted_
+from svdconvert.adapters.delta import as_lora, merged_
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.sizes import parse_size
@@ -89,16 +89,18 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
             {(copies[name], name): _merge_one(plan, name, stored.to(device)).cpu()}
         ),
         copies=copies,
+        abreast=2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1,
         expected=expected,
         origin=origin,
     )
 
 
 def _merge_one(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
-    module, dtype = plan.modules[name], torch_dtype(plan.dtypes[name])
+    module = plan.modules[name]
     after, scale = plan.change.end(module)
-    after = after.on(stored.device)
     if plan.side == "residual":
-        return restored_(stored, after, scale, dtype)
-    before, scale0 = plan.change.start(module)
-    return shifted_(stored, after, scale, before.on(stored.device), scale0, dtype)
+        left, right = after.folded()
+        left = left * scale
+    else:
+        left, right = as_lora(after, scale, *plan.change.start(module))
+    return merged_(stored, left.to(stored.device), right.to(stored.device), torch_dtype(plan.dtypes[name]))

@@ -1,7 +1,9 @@
 """Split a checkpoint's matrices: planned from headers, then done one tensor at a time."""
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isfinite, prod, sqrt
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from svdconvert.errors import TargetError
 from svdconvert.factors import Factors
 from svdconvert.layout import Layout, Slot
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.triplets import Spectrum
+from svdconvert.linalg.triplets import Spectrum, total_energy
 from svdconvert.method import METHODS, Method, init_folder
 
 
@@ -161,36 +163,45 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
     """How each tensor of the source is split, copied or only noted."""
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     order = list(copies) or list(plan.infos)
-    return Work(
-        order=order,
-        matrices=plan.slots,
-        compute=lambda name, tensor: _split_one(plan, name, tensor, copies.get(name), device),
-        copies=copies,
-    )
+    largest = max((prod(plan.infos[name].shape) for name in plan.slots), default=0)
+    abreast = _abreast(plan, device)
+    rooms = deque(torch.empty(largest, dtype=torch.float32, device=device) for _ in range(abreast))
+
+    def compute(name: str, stored: Tensor) -> Outcome:
+        room = rooms.popleft()
+        factors, base_OI, matrix = split_tensor(plan, name, stored.to(device), room)
+        rooms.append(room)
+        tensors = {
+            (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
+        }
+        if name in copies:
+            tensors[copies[name], name] = base_OI
+        return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+
+    return Work(order=order, matrices=plan.slots, compute=compute, copies=copies, abreast=abreast)
 
 
-def _split_one(plan: SplitPlan, name: str, stored: Tensor, file: str | None, device: torch.device) -> Outcome:
-    factors, base_OI, matrix = split_tensor(plan, name, stored.to(device))
-    tensors = {
-        (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
-    }
-    if file is not None:
-        tensors[file, name] = base_OI
-    return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+def _abreast(plan: SplitPlan, device: torch.device) -> int:
+    """Two matrices at once where they are small work; whole decompositions take the memory of several."""
+    small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
+    return 2 if small and device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
-def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, Tensor, Matrix]:
+def split_tensor(
+    plan: SplitPlan, name: str, stored: Tensor, room: Tensor | None = None
+) -> tuple[Factors, Tensor, Matrix]:
     """The factors as stored, what becomes of the base's matrix, and what was measured.
 
-    A float32 matrix is worked on in place: `stored` is not to be used afterwards.
+    The work is done in place, in `stored` and in `room`, float32 numbers enough for the matrix: memory
+    that is used again costs no new pages. Neither is to be used while the outcome is.
 
     The factors are rounded first and the residual is computed from the rounded ones, so that its own
     single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
     slot, info, options = plan.slots[name], plan.infos[name], plan.options
     rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
-    weight_OI = stored.float()
-    _refuse_non_finite(name, weight_OI)
+    weight_OI = _in_float32(stored, room)
+    norm = _finite_norm(name, weight_OI)
     # What is stored in bf16 is multiplied as it is; a float32 matrix is worked on in place.
     as_stored = stored if stored.dtype != torch.float32 else None
     solver = Solver(name, options.svd, options.tol, options.seed, as_stored)
@@ -199,7 +210,8 @@ def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, T
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
     if plan.method.residual:
-        base_OI, error = _residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        subtract_(weight_OI, factors, scale)
+        base_OI, error = _rounded_(weight_OI, stored, torch_dtype(plan.residual_dtype(name)), norm)
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
@@ -223,21 +235,31 @@ def _measured(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
-def _refuse_non_finite(name: str, weight_OI: Tensor) -> None:
+def _in_float32(stored: Tensor, room: Tensor | None) -> Tensor:
+    if room is None or stored.dtype == torch.float32:
+        return stored.float()
+    return room[: stored.numel()].view(stored.shape).copy_(stored)
+
+
+def _finite_norm(name: str, weight_OI: Tensor) -> float:
+    """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
+    norm = sqrt(total_energy(weight_OI))
     # The norm is one cheap pass; only where it is odd are the values looked at.
-    if not torch.linalg.vector_norm(weight_OI).isfinite() and not weight_OI.isfinite().all():
+    if not isfinite(norm) and not weight_OI.isfinite().all():
         count = int((~weight_OI.isfinite()).sum())
         raise TargetError(
             f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
         )
+    return norm
 
 
-def _residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The residual as stored, and the relative error that its one rounding makes; works in place."""
-    norm = torch.linalg.vector_norm(weight_OI)
-    exact_OI = subtract_(weight_OI, factors, scale)
-    rounded_OI = exact_OI.to(dtype)
-    if rounded_OI is exact_OI:
-        return rounded_OI, 0.0
-    lost = torch.linalg.vector_norm(exact_OI.sub_(rounded_OI))
-    return rounded_OI, float(lost / norm) if norm > 0 else 0.0
+def _rounded_(exact_OI: Tensor, room: Tensor, dtype: torch.dtype, norm: float) -> tuple[Tensor, float]:
+    """The residual in the dtype that is stored, and how much its one rounding loses relative to `norm`.
+
+    In the memory of `room` where that has the dtype; `exact_OI` is used up.
+    """
+    if dtype == exact_OI.dtype:
+        return (exact_OI if room is exact_OI else exact_OI.clone()), 0.0
+    rounded_OI = room.copy_(exact_OI) if room.dtype == dtype else exact_OI.to(dtype)
+    lost = sqrt(total_energy(exact_OI.sub_(rounded_OI)))
+    return rounded_OI, lost / norm if norm > 0 else 0.0

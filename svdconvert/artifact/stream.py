@@ -1,21 +1,24 @@
 """One tensor after the other from a source into a staged output: the whole scheduler.
 
-Three things go on at once, each in a thread of its own: the next matrix is read, this one is
-computed, the last one is written and noted. torch and the operating system let go of the interpreter
-meanwhile. Memory is a matrix being read, one in work and one being written.
+Reading, computing and writing go on at once, each in threads of its own: torch and the operating
+system let go of the interpreter meanwhile. Two matrices are computed side by side with half of the
+threads each, which wait for each other less than all of them on one. Memory is a matrix being read,
+those in work and one being written, in rooms that are used again and again.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from svdconvert.artifact.fingerprint import CHUNK, Checksum, checksum
-from svdconvert.checkpoint.source import TensorSource, tensor_bytes
+from svdconvert.artifact.fingerprint import CHUNK, Checksum
+from svdconvert.checkpoint.source import TensorSource, torch_dtype
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.progress import Progress
@@ -45,13 +48,19 @@ class Work:
     matrices: Mapping[str, Any]
     """The names that are computed; all others are copied."""
     compute: Callable[[str, Tensor], Outcome]
-    """(name, tensor as stored) -> outcome."""
+    """(name, tensor as stored) -> outcome. The tensor may be worked on in place, and be the outcome."""
     copies: Mapping[str, str]
     """Name -> file of the output; what has none is only noted."""
+    abreast: int = 1
+    """Matrices that may be computed at once."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksums that the source must have."""
     origin: str = ""
     """What to call the source in a complaint."""
+
+
+Ahead = Callable[[str], tuple[Tensor, str]]
+Compute = Callable[[str, Tensor], Future[Outcome]]
 
 
 def stream(work: Work, source: TensorSource, staged: StagedOutput, run: Run) -> None:
@@ -67,21 +76,44 @@ def stream(work: Work, source: TensorSource, staged: StagedOutput, run: Run) -> 
         run.say(f"going on from {staged.path}: {len(mine) - len(left)} of {len(mine)} tensors are done")
     sizes = {name: source.infos[name].nbytes for name in mine}
     done, total = sum(sizes.values()) - sum(sizes[name] for name in left), sum(sizes.values())
-    with _writing(work, source, staged, left) as behind, _reading(work, source, left) as ahead:
-        for name in left:
-            if name in work.matrices:
-                tensor, mark = ahead(name)
-                outcome = work.compute(name, tensor)
-                del tensor
-                behind.matrix(name, mark, outcome)
-                del outcome
-            else:
-                behind.copy(name)
+    rooms = _Rooms(work, source, left)
+    with (
+        _writing(work, source, staged, left, rooms) as behind,
+        _reading(work, source, left, rooms) as ahead,
+        _computing(work) as compute,
+    ):
+        for name in _finishing(work, left, ahead, compute, behind):
             done += sizes[name]
             run.track(Progress(name, work.copies.get(name, ""), done, total))
     if source.stamp() != stamp:
         raise CheckpointError(f"{work.origin} was changed while it was read; restore it and use --overwrite")
     staged.gather()
+
+
+def _finishing(
+    work: Work, names: Iterable[str], ahead: Ahead, compute: Compute, behind: "_Behind"
+) -> Iterator[str]:
+    """Yield every name when its outcome, or its copy, is handed to the writer."""
+    computing: dict[Future[Outcome], tuple[str, str]] = {}
+
+    def hand_over(most: int) -> Iterator[str]:
+        while len(computing) > most:
+            for future in wait(computing, return_when=FIRST_COMPLETED).done:
+                name, mark = computing.pop(future)
+                behind.matrix(name, mark, future.result())
+                del future  # and the outcome with it, as soon as it is written
+                yield name
+
+    for name in names:
+        if name in work.matrices:
+            tensor, mark = ahead(name)
+            computing[compute(name, tensor)] = (name, mark)
+            del tensor
+            yield from hand_over(work.abreast - 1)
+        else:
+            behind.copy(name)
+            yield name
+    yield from hand_over(0)
 
 
 def _share(work: Work, source: TensorSource, ranks: int) -> list[list[str]]:
@@ -113,39 +145,87 @@ def _cost(work: Work, source: TensorSource, name: str) -> float:
 
 
 @contextmanager
-def _reading(
-    work: Work, source: TensorSource, names: list[str]
-) -> Iterator[Callable[[str], tuple[Tensor, str]]]:
+def _reading(work: Work, source: TensorSource, names: Iterable[str], rooms: "_Rooms") -> Iterator[Ahead]:
     """Yield a function that returns (matrix, checksum) and has the next one read meanwhile."""
     matrices = deque(name for name in names if name in work.matrices)
     waiting: deque[Future[tuple[Tensor, str]]] = deque()
 
-    def read(name: str) -> tuple[Tensor, str]:
-        tensor = source.read(name)
-        return tensor, _expected(work, name, checksum(tensor_bytes(tensor)))
+    def read(name: str, room: Tensor) -> tuple[Tensor, str]:
+        info = source.infos[name]
+        raw, passing = room[: info.nbytes], Checksum()
+        deque(passing.over(source.chunks(name, CHUNK, raw.numpy().data)), maxlen=0)
+        tensor = raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+        return tensor, _expected(work, name, passing.text())
 
     with ThreadPoolExecutor(1, "read") as pool:
 
+        def begin() -> None:
+            name = matrices.popleft()
+            waiting.append(pool.submit(read, name, rooms.take(name)))
+
         def take(name: str) -> tuple[Tensor, str]:
             if not waiting:
-                waiting.append(pool.submit(read, matrices.popleft()))
+                begin()
             found = waiting.popleft().result()
             if matrices:
-                waiting.append(pool.submit(read, matrices.popleft()))
+                begin()
             return found
 
         yield take
 
 
+class _Rooms:
+    """Memory for matrices, each the size of the largest: taken to read one, given back when it is written.
+
+    One more than are read, in work and being written is never asked for, because a matrix is only handed
+    to the writer when the one before it is written.
+    """
+
+    def __init__(self, work: Work, source: TensorSource, names: Iterable[str]) -> None:
+        nbytes = max((source.infos[name].nbytes for name in names if name in work.matrices), default=0)
+        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(work.abreast + 2))
+        self._taken: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        """Room for a matrix."""
+        self._taken[name] = self._free.popleft()
+        return self._taken[name]
+
+    def give_back(self, name: str) -> None:
+        """The matrix is written."""
+        self._free.append(self._taken.pop(name))
+
+
+@contextmanager
+def _computing(work: Work) -> Iterator[Compute]:
+    """Yield what starts to compute a matrix: several side by side, with their share of the threads."""
+    if work.abreast == 1:
+        yield partial(_now, work.compute)
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // work.abreast)
+    try:
+        with ThreadPoolExecutor(work.abreast, "compute", torch.set_num_threads, (share,)) as pool:
+            yield lambda name, tensor: pool.submit(work.compute, name, tensor)
+    finally:
+        torch.set_num_threads(threads)  # a part of the setting is the process's, not the thread's
+
+
+def _now(compute: Callable[[str, Tensor], Outcome], name: str, tensor: Tensor) -> Future[Outcome]:
+    """One at a time is computed in this thread, which may use settings of the whole process."""
+    done: Future[Outcome] = Future()
+    done.set_result(compute(name, tensor))
+    return done
+
+
 @contextmanager
 def _writing(
-    work: Work, source: TensorSource, staged: StagedOutput, names: Iterable[str]
+    work: Work, source: TensorSource, staged: StagedOutput, names: Iterable[str], rooms: _Rooms
 ) -> Iterator["_Behind"]:
     """Yield what writes behind; leaving waits for it, and raises what went wrong there."""
     with ThreadPoolExecutor(1, "write") as pool, ThreadPoolExecutor(1, "sync") as syncing:
-        behind = _Behind(
-            work, source, staged, pool, syncing, Counter(work.copies.get(name, "") for name in names)
-        )
+        open_items = Counter(work.copies.get(name, "") for name in names)
+        behind = _Behind(work, source, staged, pool, syncing, open_items, rooms)
         yield behind
         behind.finish()
 
@@ -161,9 +241,11 @@ class _Behind:
         pool: ThreadPoolExecutor,
         syncing: ThreadPoolExecutor,
         open_items: Counter[str],
+        rooms: _Rooms,
     ) -> None:
         self._work, self._source, self._staged = work, source, staged
         self._pool, self._syncing, self._open_items = pool, syncing, open_items
+        self._rooms = rooms
         self._pending: deque[Future[Any]] = deque()
         self._syncs: list[Future[None]] = []
 
@@ -193,8 +275,10 @@ class _Behind:
     def _write(self, name: str, mark: str, outcome: Outcome) -> None:
         files: dict[str, dict[str, str]] = {}
         for (file, key), piece in outcome.tensors.items():
-            self._staged.write(file, key, piece)
-            files.setdefault(file, {})[key] = checksum(tensor_bytes(piece))
+            passing = Checksum()
+            self._staged.write(file, key, piece, passing.over)
+            files.setdefault(file, {})[key] = passing.text()
+        self._rooms.give_back(name)
         self._finish(name, {"source": mark, "files": files, "note": dict(outcome.note)})
 
     def _copy(self, name: str) -> None:

@@ -38,9 +38,9 @@ class PickledSource:
         """Size and time of change of every file."""
         return file_stamp(self._files)
 
-    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`."""
-        return pieces(tensor_bytes(self._tensors[name]), size)
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`, of the mapped file or copied into `room`."""
+        return pieces(tensor_bytes(self._tensors[name]), size, room)
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,22 +137,21 @@ class SafetensorsSource:
         """The whole tensor in its stored dtype, freshly allocated."""
         import torch
 
-        path, extent = self._extents[name]
-        raw = torch.empty(extent.info.nbytes, dtype=torch.uint8)
-        if raw.numel():
-            self._fill(path, raw.numpy().data, extent.begin, name)
-        return raw.view(torch_dtype(extent.info.dtype)).reshape(extent.info.shape)
+        info = self.infos[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        deque(self.chunks(name, max(1, info.nbytes), raw.numpy().data), maxlen=0)
+        return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
-    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`; each is valid until the next is asked for."""
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`, in `room` or each valid until the next."""
         path, extent = self._extents[name]
-        left, offset = extent.info.nbytes, extent.begin
-        buffer = memoryview(bytearray(min(size, left)))
-        while left:
-            piece = buffer[: min(size, left)]
-            self._fill(path, piece, offset, name)
+        total = extent.info.nbytes
+        passing = memoryview(bytearray(min(size, total) if room is None else 0))
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            piece = passing[: stop - start] if room is None else room[start:stop]
+            self._fill(path, piece, extent.begin + start, name)
             yield piece
-            offset, left = offset + len(piece), left - len(piece)
 
     def stamp(self) -> Mapping[str, list[int]]:
         """Size and time of change of every file."""

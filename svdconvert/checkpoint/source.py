@@ -69,8 +69,12 @@ class TensorSource(Protocol):
         """The tensor in memory of its own."""
         ...
 
-    def chunks(self, name: str, size: int) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`."""
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`.
+
+        They are put into `room`, which has the tensor's size, one after the other; without one, each is
+        valid until the next is asked for.
+        """
         ...
 
     def stamp(self) -> Mapping[str, list[int]]:
@@ -117,7 +121,11 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def pieces(data: memoryview, size: int) -> Iterator[memoryview]:
-    """`data` cut into views of at most `size` bytes."""
+def pieces(data: memoryview, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+    """`data` cut into views of at most `size` bytes, of its own memory or copied into `room`."""
     for start in range(0, len(data), size):
-        yield data[start : start + size]
+        piece = data[start : start + size]
+        if room is not None:
+            room[start : start + size] = piece
+            piece = room[start : start + size]
+        yield piece

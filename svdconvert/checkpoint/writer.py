@@ -7,7 +7,7 @@ any order, and what is finished is kept in a journal. Only a complete directory 
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from svdconvert.checkpoint import archive
 from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
-from svdconvert.checkpoint.source import TensorInfo, dtype_code, tensor_bytes
+from svdconvert.checkpoint.source import TensorInfo, dtype_code, pieces, tensor_bytes
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.ranks import Ranks
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MARK = "svdconvert.json"
 JOURNAL = "journal.jsonl"
 ALONE = Ranks()
+Passing = Callable[[Iterable[memoryview]], Iterable[memoryview]]
+_PIECE = 1 << 19  # bytes: what passes is looked at and written while it is in cache
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
 
 
@@ -131,12 +133,12 @@ class StagedOutput:
         for info in file.infos:
             self._places[file.path, info.name] = (offsets[info.name], info)
 
-    def write(self, file: str, name: str, tensor: "Tensor") -> None:
-        """Put a tensor at its place. Its shape and dtype are those of the plan."""
+    def write(self, file: str, name: str, tensor: "Tensor", over: Passing = iter) -> None:
+        """Put a tensor at its place, `over` which its pieces pass. Its shape and dtype are those planned."""
         _, info = self._places[file, name]
         found = (tuple(tensor.shape), dtype_code(tensor.dtype))
         assert found == (info.shape, info.dtype), f"{name}: planned {info}, got {found}"
-        self.write_bytes(file, name, [tensor_bytes(tensor)])
+        self.write_bytes(file, name, over(pieces(tensor_bytes(tensor), _PIECE)))
 
     def write_bytes(self, file: str, name: str, chunks: Iterable[memoryview]) -> None:
         """Put a tensor's bytes at its place, piece by piece."""

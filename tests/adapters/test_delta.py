@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters import delta
-from svdconvert.adapters.delta import as_lora, restored_, row_blocks, shifted_, subtract_
+from svdconvert.adapters.delta import as_lora, merged_, row_blocks, subtract_
 from svdconvert.factors import Factors
 from tests.stock import same_bits
 
@@ -64,7 +64,7 @@ def test_subtracting_leaves_the_residual(core: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> None:
     before, start, end = weight(dtype), factors(1, core=core), factors(2, core=core)
-    found = shifted_(before.clone(), end, 0.5, start, 2.0, dtype)
+    found = merged_(before.clone(), *as_lora(end, 0.5, start, 2.0), dtype)
     wanted = before.double() + product(end, 0.5) - product(start, 2.0)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-5)
@@ -77,7 +77,7 @@ def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> N
 def test_an_untrained_adapter_changes_no_bit(dtype: torch.dtype, scale: float) -> None:
     before, start = weight(dtype), factors(1)
     copy = Factors(start.left_OR.clone(), start.right_RI.clone())
-    found = shifted_(before.clone(), copy, scale, start, scale, dtype)
+    found = merged_(before.clone(), *as_lora(copy, scale, start, scale), dtype)
     assert same_bits(found, weight(dtype))
     assert found[0, 0] == 0 and found[0, 0].signbit()
 
@@ -86,7 +86,8 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
     before, start = weight(torch.bfloat16), factors(1)
     right = start.right_RI.clone()
     right[:, 5] += 1
-    found = shifted_(before.clone(), Factors(start.left_OR, right), 1.0, start, 1.0, torch.bfloat16)
+    turned = as_lora(Factors(start.left_OR, right), 1.0, start, 1.0)
+    found = merged_(before.clone(), *turned, torch.bfloat16)
     others = [column for column in range(COLUMNS) if column != 5]
     assert same_bits(found[:, others].contiguous(), before[:, others].contiguous())
     assert not torch.equal(found[:, 5], before[:, 5])
@@ -96,7 +97,8 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_residual_is_restored_with_one_rounding(dtype: torch.dtype) -> None:
     residual, pieces = weight(), factors(1)
-    found = restored_(residual.clone(), pieces, 0.5, dtype)
+    left, right = pieces.folded()
+    found = merged_(residual.clone(), left * 0.5, right, dtype)
     wanted = residual.double() + product(pieces, 0.5)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-5)
@@ -132,3 +134,12 @@ def test_a_start_of_another_rank_is_subtracted_too() -> None:
     left, right = as_lora(end, 1.0, start, 1.0)
     assert left.shape[1] == 7
     assert torch.allclose(left.double() @ right.double(), product(end, 1.0) - product(start, 1.0), atol=1e-5)
+
+
+def test_a_small_change_survives_rounding_of_the_lora() -> None:
+    start = factors(1)
+    end = Factors(start.left_OR * 1.001, start.right_RI * 0.999 + 1e-3)
+    left, right = (side.bfloat16().double() for side in as_lora(end, 1.0, start, 1.0))
+    wanted = product(end, 1.0) - product(start, 1.0)
+    lost = torch.linalg.norm(left @ right - wanted) / torch.linalg.norm(wanted)
+    assert lost < 0.01, "two large terms that nearly cancel would lose a multiple of the change"
