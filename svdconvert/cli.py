@@ -3,6 +3,8 @@
 Verbs are imported inside their commands, so that `--help` loads no torch.
 """
 
+import os
+import sys
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -37,10 +39,19 @@ ModelArg = Annotated[
     typer.Argument(metavar="MODEL", help="A model directory, a .pth file, or org/name[@revision]."),
 ]
 AdapterArg = Annotated[
-    Path,
-    typer.Argument(metavar="ADAPTER", help="What decompose or train wrote, or any LoRA in PEFT's format."),
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="What decompose or train wrote, or any LoRA in PEFT's format; here or on the Hub.",
+    ),
 ]
-DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote.")]
+DirArg = Annotated[
+    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, here or on the Hub.")
+]
+StreamOpt = Annotated[
+    bool,
+    typer.Option("--stream", help="Read the weights straight from the Hub, tensor by tensor: none on disk."),
+]
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="The directory to write; it appears whole or not at all.")
 ]
@@ -98,6 +109,7 @@ def decompose(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    stream: StreamOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
@@ -115,7 +127,8 @@ def decompose(
             return
         target = _needed(out, "-o DIR")
         with console.progress("decompose") as track:
-            manifest = verb(source, target, chosen, _run(shared, track, overwrite, threads, device))
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream)
+            manifest = verb(source, target, chosen, run)
         console.show_decomposed(target, manifest)
 
 
@@ -168,22 +181,23 @@ def merge(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    stream: StreamOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
     with console.telling(debug=debug, out=out):
+        from svdconvert.verbs.merge import Places, prepare_merge
         from svdconvert.verbs.merge import merge as verb
-        from svdconvert.verbs.merge import prepare_merge
 
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
         if plan:
-            found = prepare_merge(adapter, chosen, base=base, residual=residual, init=init)
+            found = prepare_merge(adapter, chosen, Places(base, residual, init, stream=True))
             console.show_merging(adapter, found)
             return
         target = _needed(out, "-o DIR")
         with console.progress("merge") as track:
-            run = _run(shared, track, overwrite, threads, device)
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream)
             manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
         console.show_merged(target, manifest)
 
@@ -220,6 +234,7 @@ def convert(
     out: OutOpt = None,
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
+    stream: StreamOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
@@ -230,7 +245,8 @@ def convert(
         chosen = options(ConvertOptions, shared, typed)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         with console.progress("convert") as track:
-            manifest = verb(source, target, chosen, _run(shared, track, overwrite, None, None))
+            run = replace(_run(shared, track, overwrite, None, None), stream=stream)
+            manifest = verb(source, target, chosen, run)
         console.show_converted(target, manifest)
 
 
@@ -309,6 +325,11 @@ def _run(
 
 def main() -> None:
     """The entry point of the program."""
+    # huggingface_hub reads these when it is imported: its own words are for programmers, and its bars for
+    # terminals.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return_freed_matrices()
     use_huge_pages()
     app()

@@ -21,6 +21,8 @@ class Run:
     """Threads of the arithmetic; bytes are repeatable at a fixed count. None: as torch chooses."""
     device: str = "auto"
     """Where the arithmetic runs: cpu, cuda, cuda:N, or auto."""
+    stream: bool = False
+    """Leave the weights of a model of the Hub where they are, and read them from there."""
     trust_remote_code: bool = False
     """Let transformers run code that a model brings."""
     ranks: Ranks = Ranks()

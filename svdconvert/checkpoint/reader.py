@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ def open_checkpoint(directory: Path) -> TensorSource:
 
     if pickled[0].name == PICKLED_SINGLE:
         return PickledSource(pickled)
-    weight_map = read_index(pickled[0])
+    weight_map = _local_index(pickled[0])
     return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
 
 
@@ -78,7 +78,7 @@ def _lone_file(directory: Path) -> Path:
 
 
 def read_index(path: Path) -> Mapping[str, str]:
-    """The index's tensor -> shard map, checked: plain names of files that exist beside it."""
+    """The index's tensor -> shard map, checked: every shard is the plain name of a file beside it."""
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
@@ -91,6 +91,12 @@ def read_index(path: Path) -> Mapping[str, str]:
             raise CheckpointError(
                 f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read"
             )
+    return entries
+
+
+def _local_index(path: Path) -> Mapping[str, str]:
+    """The same of a checkpoint whose shards must lie beside the index."""
+    entries = read_index(path)
     if absent := [file for file in shard_names(entries) if not (path.parent / file).is_file()]:
         raise CheckpointError(
             f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard"
@@ -103,6 +109,26 @@ def shard_names(weight_map: Mapping[str, str]) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def places(
+    headers: Iterable[tuple[Path, list[Extent]]], weight_map: Mapping[str, str] | None
+) -> dict[str, tuple[Path, Extent]]:
+    """Tensor -> its file and extent. A tensor in several files is taken from the one that the index names."""
+    found: dict[str, tuple[Path, Extent]] = {}
+    for file, extents in headers:
+        for extent in extents:
+            name = extent.info.name
+            if weight_map is None or weight_map.get(name, file.name) == file.name:
+                found[name] = (file, extent)
+    return found
+
+
+def refuse_misplaced(weight_map: Mapping[str, str], known: Collection[str], index: Path) -> None:
+    """Raise CheckpointError where a shard lacks a tensor that the index places in it."""
+    for name, file in weight_map.items():
+        if name not in known:
+            raise CheckpointError(f"{index} places {name} in {file}, which does not hold it")
+
+
 class SafetensorsSource:
     """A TensorSource over safetensors files.
 
@@ -111,14 +137,9 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
-        self._extents: dict[str, tuple[Path, Extent]] = {}
         self._open: dict[Path, int] = {}
         self._files = files
-        for file in files:
-            for extent in read_header(file):
-                name = extent.info.name
-                if weight_map is None or weight_map.get(name, file.name) == file.name:
-                    self._extents[name] = (file, extent)
+        self._extents = places(((file, read_header(file)) for file in files), weight_map)
         self.infos: Mapping[str, TensorInfo] = {
             name: extent.info for name, (_, extent) in self._extents.items()
         }
@@ -126,11 +147,9 @@ class SafetensorsSource:
     @classmethod
     def indexed(cls, directory: Path) -> "SafetensorsSource":
         """The shards of a directory with an index."""
-        weight_map = read_index(directory / INDEX)
+        weight_map = _local_index(directory / INDEX)
         source = cls([directory / file for file in shard_names(weight_map)], weight_map)
-        for name, file in weight_map.items():
-            if name not in source.infos:
-                raise CheckpointError(f"{directory / INDEX} places {name} in {file}, which does not hold it")
+        refuse_misplaced(weight_map, source.infos, directory / INDEX)
         return source
 
     def read(self, name: str) -> "Tensor":

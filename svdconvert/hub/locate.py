@@ -12,6 +12,7 @@ from svdconvert.checkpoint.sidecars import CONFIG, read_config
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.errors import CheckpointError
 from svdconvert.hub.fetch import Snapshot, fetch
+from svdconvert.hub.remote import RemoteSource
 from svdconvert.layout import Layout, find_layout, is_signed
 
 
@@ -46,15 +47,24 @@ class Home:
         return Origin(location=self.snapshot.location, revision=self.snapshot.revision, fingerprint=print_)
 
 
-def open_home(model: str) -> Home:
-    """Fetch and open a model. Raises CheckpointError where it is not there or damaged."""
-    snapshot = fetch(model)
-    source = open_checkpoint(snapshot.path)
+def open_home(model: str, *, stream: bool = False) -> Home:
+    """Fetch and open a model; with `stream`, the weights of one on the Hub stay there.
+
+    Raises CheckpointError where it is not there or damaged.
+    """
+    snapshot = fetch(model, "sidecars" if stream else "all")
+    remote = stream and snapshot.revision is not None and not snapshot.path.is_file()
+    source = RemoteSource(snapshot) if remote else open_checkpoint(snapshot.path)
     bare = not (snapshot.path / CONFIG).exists() and is_signed(source.infos)
     return Home(snapshot, source, {} if bare else read_config(snapshot.path))
 
 
-def locate(origin: Origin | None, given: str | None) -> Home | None:
+def at(origin: Origin) -> str:
+    """The place of a model as a user would write it."""
+    return f"{origin.location}@{origin.revision}" if origin.revision else origin.location
+
+
+def locate(origin: Origin | None, given: str | None, *, stream: bool = False) -> Home | None:
     """The model of `origin` at the place `given`, else where the manifest says; None where it is not there.
 
     Raises ArtifactError where what is there is another model, CheckpointError where `given` is wrong.
@@ -63,11 +73,11 @@ def locate(origin: Origin | None, given: str | None) -> Home | None:
         if origin is None:
             return None
         try:
-            home = open_home(f"{origin.location}@{origin.revision}" if origin.revision else origin.location)
+            home = open_home(at(origin), stream=stream)
         except CheckpointError:
             return None
     else:
-        home = open_home(given)
+        home = open_home(given, stream=stream)
     if origin is not None:
         same_model(origin, home.path, home.config, home.source)
     return home

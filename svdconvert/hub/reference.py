@@ -1,30 +1,33 @@
-"""What a user writes for a model: a path, or org/name[@revision]."""
+"""What a user writes for a model: a path, org/name[@revision], or one file of a repository."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from svdconvert.checkpoint.reader import ENDINGS
 from svdconvert.errors import CheckpointError
 
-_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w.-]+")
+_FILE = "|".join(re.escape(ending) for ending in ENDINGS)
+_REPOSITORY = re.compile(rf"(?P<name>\w[\w.-]*/[\w.-]+)(/(?P<file>[^@]+({_FILE})))?(@(?P<revision>.+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A local directory, or a repository of the Hub at a revision."""
+    """A local directory or file, or a repository of the Hub at a revision."""
 
     path: Path | None
     repository: str | None = None
     revision: str | None = None
+    file: str | None = None
+    """The one file of the repository that is the model; None for the repository as a whole."""
 
     @staticmethod
     def parse(text: str) -> "ModelRef":
         """A path where one exists, else a repository. Raises CheckpointError where it can be neither."""
         if Path(text).exists():
             return ModelRef(Path(text))
-        name, _, revision = text.partition("@")
-        if _REPOSITORY.fullmatch(name):
-            return ModelRef(None, name, revision or None)
+        if match := _REPOSITORY.fullmatch(text):
+            return ModelRef(None, match["name"], match["revision"] or None, match["file"])
         raise CheckpointError(
             f"{text} does not exist, and is no org/name[@revision] of the Hub; check the path"
         )

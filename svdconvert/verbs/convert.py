@@ -22,7 +22,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    home, plan = _prepare(str(model), options)
+    home, plan = _prepare(str(model), options, run.stream)
     check_apart(Path(out), home.path)
     threads = recorded(Path(out), "threads") or 0
     identity = run_identity("convert", asdict(options), threads) | {"model": home.identity()}
@@ -48,8 +48,8 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     return manifest
 
 
-def _prepare(model: str, options: ConvertOptions) -> tuple[Home, Conversion]:
-    home = open_home(model)
+def _prepare(model: str, options: ConvertOptions, stream: bool) -> tuple[Home, Conversion]:
+    home = open_home(model, stream=stream)
     name, layout = home.layout()
     target, wanted = in_family(name, layout, options.layout)
     return home, plan_conversion(home.source, layout, target, wanted, options)

@@ -12,6 +12,7 @@ from svdconvert.artifact.stream import file_checksums, notes, source_checksums, 
 from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
+from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import Home, open_home
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
@@ -26,7 +27,7 @@ def decompose(
     """
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    home, plan = _prepare(str(model), options)
+    home, plan = _prepare(str(model), options, run.stream)
     check_apart(Path(out), home.path)
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
@@ -46,13 +47,14 @@ def decompose(
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
     """What `decompose` would write and take, from headers alone. Writes nothing."""
-    return estimate(_prepare(str(model), options or SplitOptions())[1])
+    return estimate(_prepare(str(model), options or SplitOptions(), stream=True)[1])
 
 
-def _prepare(model: str, options: SplitOptions) -> tuple[Home, SplitPlan]:
-    if is_ours(Path(model)) and (kind := read_manifest(Path(model)).kind) not in PLAIN:
+def _prepare(model: str, options: SplitOptions, stream: bool) -> tuple[Home, SplitPlan]:
+    place = fetch(model, "sidecars").path
+    if is_ours(place) and (kind := read_manifest(place).kind) not in PLAIN:
         raise ArtifactError(f"{model} is a {kind} directory; decompose wants a plain checkpoint")
-    home = open_home(model)
+    home = open_home(model, stream=stream)
     name, layout = home.layout(options.layout)
     return home, plan_split(home.source, name, layout, options)
 

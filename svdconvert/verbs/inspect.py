@@ -10,6 +10,7 @@ from svdconvert.artifact.manifest import PLAIN, Manifest, Origin, is_ours, read_
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
+from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import open_home
 from svdconvert.method import METHODS
 from svdconvert.training.plan import TrainPlan
@@ -34,8 +35,9 @@ def inspect(model: str | Path) -> Inspection:
     path = Path(model)
     if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
         return _unfinished(path)
+    path = path if path.exists() else fetch(str(model), "adapter").path
     if is_ours(path):
-        return _ours(path, read_manifest(path))
+        return _ours(str(model), read_manifest(path))
     if is_adapter(path):
         return _adapter(path)
     return _checkpoint(str(model))
@@ -51,7 +53,7 @@ def _unfinished(path: Path) -> Inspection:
     )
 
 
-def _ours(path: Path, manifest: Manifest) -> Inspection:
+def _ours(path: str, manifest: Manifest) -> Inspection:
     details = {
         "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
@@ -61,7 +63,7 @@ def _ours(path: Path, manifest: Manifest) -> Inspection:
         "options": _chosen(manifest),
         **_matrix_details(manifest),
     }
-    return Inspection(str(path), manifest.kind, _what(manifest), _commands(path, manifest), details)
+    return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
 
 
 def _what(manifest: Manifest) -> str:
@@ -76,7 +78,7 @@ def _what(manifest: Manifest) -> str:
     return f"a residual base with its initial {manifest.method} adapter; not to be used without the adapter"
 
 
-def _commands(path: Path, manifest: Manifest) -> list[str]:
+def _commands(path: str, manifest: Manifest) -> list[str]:
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
         "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
@@ -153,7 +155,7 @@ def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
 
 
 def _checkpoint(model: str) -> Inspection:
-    home = open_home(model)
+    home = open_home(model, stream=True)
     infos = home.source.infos
     details: dict[str, Any] = {
         "model_type": home.config.get("model_type"),

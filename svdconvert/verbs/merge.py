@@ -1,7 +1,7 @@
 """svdconvert merge: base or residual and adapter become a plain checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from svdconvert.artifact.change import Change, open_change
@@ -12,6 +12,7 @@ from svdconvert.artifact.stream import file_checksums, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
+from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
@@ -29,13 +30,13 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
 ) -> Manifest:
     """Fold a trained (or untrained) adapter back into a plain checkpoint, in `out`.
 
-    `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA; `base`, `residual` and
-    `init` say where its parts lie, where that is not where the manifest says. Raises
+    `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA, here or on the Hub; `base`,
+    `residual` and `init` say where its parts lie, where that is not where the manifest says. Raises
     SvdConvertError with one sentence.
     """
     options, run = options or MergeOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    found = prepare_merge(adapter, options, base=base, residual=residual, init=init)
+    found = prepare_merge(adapter, options, Places(base, residual, init, run.stream))
     change, side, home, plan = found.change, found.plan.side, found.home, found.plan
     check_apart(Path(out), home.path, *change.places())
     device = pick_device(run.device, run.ranks.local)
@@ -87,17 +88,26 @@ class Merging:
         return sum(shard.nbytes for shard in self.plan.shards)
 
 
-def prepare_merge(
-    adapter: str | Path,
-    options: MergeOptions,
-    *,
-    base: str | None = None,
-    residual: str | None = None,
-    init: str | None = None,
-) -> Merging:
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a merge lie, if not where the manifest says."""
+
+    base: str | None = None
+    residual: str | None = None
+    init: str | None = None
+    stream: bool = False
+    """Leave weights on the Hub where they are."""
+
+
+def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) -> Merging:
     """Find the parts of a merge and plan it. Writes nothing."""
-    change = open_change(Path(adapter), residual=residual, init=init)
-    side, home = _choose(change, options.side, base, residual)
+    here = fetch(str(adapter), "adapter")
+    there = fetch(places.residual, "adapter") if places.residual else here
+    named = str(there.path) if places.residual else None
+    change = open_change(here.path, residual=named, init=places.init)
+    if change.residual == there.path:  # of which only the adapter is fetched so far
+        places = replace(places, residual=there.name)
+    side, home = _choose(change, options.side, places)
     name, layout = home.layout(_known_layout(change))
     return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
 
@@ -106,10 +116,10 @@ def _known_layout(change: Change) -> str | None:
     return change.manifest.layout if change.manifest else None
 
 
-def _choose(change: Change, side: str, base: str | None, residual: str | None) -> tuple[Side, Home]:
+def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:
     """The base where it is given or found, else the residual; `side` other than "auto" insists."""
     if side in ("auto", "base"):
-        home = locate(change.manifest.base if change.manifest else None, base)
+        home = locate(change.manifest.base if change.manifest else None, places.base, stream=places.stream)
         if home is not None:
             return "base", home
         if side == "base" or not _has_residual(change):
@@ -121,18 +131,18 @@ def _choose(change: Change, side: str, base: str | None, residual: str | None) -
         raise ArtifactError(
             f"{change.directory} has no residual base: its method leaves the base as it is; use --from base"
         )
-    return "residual", _residual_home(change, residual)
+    return "residual", _residual_home(change, places)
 
 
 def _has_residual(change: Change) -> bool:
     return change.manifest is not None and change.manifest.kind != "lora" and change.manifest.rebased
 
 
-def _residual_home(change: Change, given: str | None) -> Home:
+def _residual_home(change: Change, places: Places) -> Home:
     assert change.manifest is not None
     if change.residual is not None:
-        return open_home(str(change.residual))
-    home = locate(change.manifest.residual, given)
+        return open_home(places.residual or str(change.residual), stream=places.stream)
+    home = locate(change.manifest.residual, places.residual, stream=places.stream)
     if home is None:
         place = change.manifest.residual.location if change.manifest.residual else "none was written"
         raise ArtifactError(

@@ -11,6 +11,7 @@ from svdconvert.artifact.options import LoraOptions
 from svdconvert.artifact.stream import file_checksums
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, recorded
 from svdconvert.errors import ArtifactError
+from svdconvert.hub.fetch import fetch
 from svdconvert.linalg.compute import use_threads
 from svdconvert.run import Run
 
@@ -32,7 +33,8 @@ def to_lora(
     """
     options, run = options or LoraOptions(), run or Run()
     run.ranks.alone("to-lora")
-    change = open_change(Path(adapter), residual=residual, init=init)
+    start = str(fetch(residual, "adapter").path) if residual else None
+    change = open_change(fetch(str(adapter), "adapter").path, residual=start, init=init)
     _refuse_unknown_start(change, init)
     check_apart(Path(out), *change.places())
     if change.after.config.peft_type == PER_EXPERT:

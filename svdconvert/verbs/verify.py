@@ -9,6 +9,7 @@ from svdconvert.artifact.checks import MatrixCheck, check_files, check_matrix
 from svdconvert.artifact.manifest import Manifest, read_manifest
 from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.checkpoint.source import TensorSource
+from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate
 from svdconvert.progress import Progress
 from svdconvert.run import Run
@@ -44,7 +45,7 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
     Raises SvdConvertError where the directory cannot be read at all; what is read and wrong is in the
     report.
     """
-    run, path = run or Run(), Path(directory)
+    run, path = run or Run(), fetch(str(directory)).path
     manifest = read_manifest(path)
     faults, tensors = [], 0
     total = sum(len(marks) for marks in manifest.files.values())
