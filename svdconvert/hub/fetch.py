@@ -126,21 +126,22 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
         folder, _, file = name.rpartition("/")
         if file == _ADAPTER and (not folder or fnmatchcase(folder, "*_init")):
             yield name
-    if part == "adapter":
-        return
+    if part == "all":
+        yield from _own_weights(repository, commit, files)
+
+
+def _own_weights(repository: str, commit: str, files: Collection[str]) -> list[str]:
     for index, single in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED_SINGLE)):
         if index in files:
-            yield from (name for name in _shards(repository, commit, index) if name in files)
-            return
+            return [name for name in _shards(repository, commit, index) if name in files]
         if single in files:
-            yield single
-            return
+            return [single]
     lone = [name for name in files if name.endswith(ENDINGS) and "/" not in name]
     if len(lone) > 1:
         raise CheckpointError(
             f"{repository} holds {len(lone)} checkpoints; name one of them, as {repository}/{lone[0]}"
         )
-    yield from lone
+    return lone
 
 
 def _shards(repository: str, commit: str, index: str) -> list[str]:
