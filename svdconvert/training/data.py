@@ -1,95 +1,19 @@
-"""Training data: rows as tokens, with the loss on the responses alone."""
+"""Texts as tokens, with the loss on the responses alone."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from xxhash import xxh3_64
 
 from svdconvert.errors import DataError
+from svdconvert.training.example import IGNORED, Example
 from svdconvert.training.plan import TrainPlan
 from svdconvert.training.prompts import Passage, Row, choose_fields, passage
-from svdconvert.training.rows import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that is not in the loss."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One row: two int32 tensors of T entries. A label is the token of its own position, or IGNORED."""
-
-    input_ids: Tensor
-    labels: Tensor
-
-    @property
-    def loss_tokens(self) -> int:
-        """Tokens that are in the loss; the first of a row has nothing to be predicted from."""
-        return int((self.labels[1:] != IGNORED).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """What a plan trains on."""
-
-    train: list[Example]
-    held_out: list[Example] = field(default_factory=list)
-    dropped: int = 0
-    """Rows without a token in the loss: the response is empty, or max_length cuts it off."""
-    marks: dict[str, str] = field(default_factory=dict)
-    """Checksum of all rows as read, by the name of the data."""
-
-
-def load_examples(plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase") -> Examples:
-    """Read and encode all that the plan names. Raises DataError where something cannot be used."""
-    if plan.data is None:
-        raise DataError("there is nothing to train on: give data a file or a Hub data set")
-    marks: dict[str, str] = {}
-    rows = _encoded(plan.data, plan, tokenizer, marks)
-    if plan.eval_data is not None:
-        held_out = _encoded(plan.eval_data, plan, tokenizer, marks)
-    else:
-        cut = len(rows) - plan.eval_rows
-        if cut <= 0:
-            raise DataError(f"{plan.data}: eval_rows holds out {plan.eval_rows} of its {len(rows)} rows")
-        rows, held_out = rows[:cut], rows[cut:]
-    train = _kept(rows, plan.data, plan)
-    tested = _kept(held_out, plan.eval_data or plan.data, plan) if held_out else []
-    return Examples(train, tested, len(rows) + len(held_out) - len(train) - len(tested), marks)
-
-
-def _encoded(
-    data: str, plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase", marks: dict[str, str]
-) -> list[Example | None]:
-    found, mark = read_rows(data, plan.split), xxh3_64()
-
-    def marked() -> Iterator[Row]:
-        for row in found:
-            mark.update(json.dumps(row, default=str).encode())
-            yield row
-
-    try:
-        rows = encode(marked(), tokenizer, plan)
-    except DataError as error:
-        raise DataError(f"{data}: {error}") from error
-    marks[data] = mark.hexdigest()
-    return rows
-
-
-def _kept(rows: Sequence[Example | None], data: str, plan: TrainPlan) -> list[Example]:
-    kept = [row for row in rows if row is not None]
-    if not kept:
-        raise DataError(
-            f"{data}: not one of {len(rows)} rows has a response within max_length {plan.max_length}"
-        )
-    return kept
 
 
 def encode(
@@ -128,7 +52,7 @@ def _example(text: Passage, tokenizer: "PreTrainedTokenizerBase", max_length: in
         learnt.append(True)
     input_ids = torch.tensor(ids[:max_length], dtype=torch.int32)
     labels = input_ids.masked_fill(~torch.tensor(learnt[:max_length]), IGNORED)
-    example = Example(input_ids, labels)
+    example = Example(input_ids, labels, len(ids))
     return example if example.loss_tokens else None
 
 
@@ -172,7 +96,7 @@ def _tokens_without_offsets(
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token to pad with. Any will do, because attention goes by length."""
+    """The token to pad with. Any will do, because padding is never seen."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -183,8 +107,19 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """input_ids and labels, int64 (rows, longest row), padded on the right.
 
     There is no attention mask: what a causal model computes for a token does not depend on what follows it,
-    so padding is never seen, whatever token it is made of.
+    so padding is never seen, whatever token it is made of. Where rows are packed there are position_ids: by
+    positions that begin anew transformers keeps the parts of a row apart.
     """
     ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
     labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORED)
-    return {"input_ids": ids.long(), "labels": labels.long()}
+    batch = {"input_ids": ids.long(), "labels": labels.long()}
+    if any(len(example.starts) > 1 for example in examples):
+        batch["position_ids"] = torch.stack([_positions(example, ids.shape[1]) for example in examples])
+    return batch
+
+
+def _positions(example: Example, length: int) -> Tensor:
+    """0, 1, 2, ... from every start anew, and over the padding."""
+    starts = [*example.starts, len(example.input_ids), length]
+    parts = [torch.arange(end - start) for start, end in zip(starts, starts[1:], strict=False)]
+    return torch.cat(parts)

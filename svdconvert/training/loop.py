@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svdconvert.errors import SvdConvertError
 from svdconvert.training.checkpoints import Checkpoints
-from svdconvert.training.data import Examples
+from svdconvert.training.loading import Examples
 from svdconvert.training.machine import make_accelerator
 from svdconvert.training.objective import Objective
 from svdconvert.training.plan import TrainPlan
@@ -78,7 +78,7 @@ def fit(  # noqa: PLR0913 (what is trained, on what, for what, how, where, and f
     # For dropout, with different masks in every process; the rows' order has a generator of its own.
     set_seed(plan.seed, device_specific=True)
     total = plan.total_steps(len(examples.train), accelerator.num_processes)
-    with as_trained(model):
+    with as_trained(model, checkpointing=plan.gradient_checkpointing):
         run = _Run(Trainer.ready(model, objective, plan, accelerator), examples, total)
         state = checkpoints.newest() if checkpoints else None
         if state is not None:

@@ -25,7 +25,12 @@ def make_accelerator(plan: TrainPlan) -> "Accelerator":
     if PartialState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = _precision(plan.precision, device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        log_with=list(plan.trackers) or None,
+        project_dir=plan.track_dir,
+    )
     if accelerator.device.type != device.type:
         raise RecipeError(f"device {plan.device}: accelerate runs on {accelerator.device.type} here")
     return accelerator

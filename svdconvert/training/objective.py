@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svdconvert.training.data import IGNORED, Example, collate
+from svdconvert.training.data import collate
+from svdconvert.training.example import IGNORED, Example
 
 Batch = dict[str, Tensor]
 

@@ -14,7 +14,9 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints")
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "track_dir")
 """The options that make no difference to what is trained: they may change when a run goes on."""
 
 
@@ -37,7 +39,15 @@ class TrainPlan:
     template: str | None = None
     """What is put around a prompt: a text with {prompt} in it, "chat" for the tokenizer's own, or "none"."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a row; what is longer is cut off at its end."""
+    """Tokens of a row."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What becomes of a longer row: its end is cut off, it is left out, or the run is refused."""
+    packing: bool = False
+    """Put several rows into one of up to max_length tokens; they do not see each other."""
+    prompt_loss: bool = False
+    """Learn the prompts too, not the responses alone."""
+    ending: str = ""
+    """Text behind every response, before the end-of-sequence token."""
 
     lr: Rate | None = None
     """Highest learning rate; the method's own where it is not given."""
@@ -72,6 +82,10 @@ class TrainPlan:
     """Stop when the held-out loss was not the least for N measurements."""
     keep_best: bool = False
     """Write the adapter of the least held-out loss, not that of the last step."""
+    samples: Count = 0
+    """Let the model answer the first N held-out prompts at every measurement, into samples.jsonl."""
+    sample_tokens: Positive = 64
+    """Most tokens of such an answer."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the rows and of dropout."""
 
@@ -81,6 +95,10 @@ class TrainPlan:
     """How many checkpoints are kept, of the newest."""
     keep_checkpoints: bool = False
     """Leave the checkpoints in the output's folder checkpoints."""
+    track: str | None = None
+    """Send the metrics to tensorboard, wandb or trackio, by commas."""
+    track_dir: str = "runs"
+    """Where such a tracker keeps its files."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -90,9 +108,18 @@ class TrainPlan:
             raise ValueError("prompt_field and response_field belong together: give both")
         if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
             raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
-        if (self.patience or self.keep_best) and not (self.eval_data or self.eval_rows):
-            raise ValueError("patience and keep_best go by the held-out loss: give eval_data or eval_rows")
+        if (self.patience or self.keep_best or self.samples) and not (self.eval_data or self.eval_rows):
+            raise ValueError(
+                "patience, keep_best and samples want held-out rows: give eval_rows or eval_data"
+            )
+        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
+            raise ValueError(f"track knows {', '.join(TRACKERS)}, not {unknown[0]}")
         return self
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `track`."""
+        return tuple(name.strip() for name in (self.track or "").split(",") if name.strip())
 
     def with_rate(self, rate: float) -> "TrainPlan":
         """This plan with the learning rate `rate`, unless it has one of its own."""

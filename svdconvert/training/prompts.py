@@ -5,7 +5,7 @@ over (PiSSA train.py, MiLoRA train.py, SORSA dataset.py all use it, and put the 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import DataError, did_you_mean
@@ -89,6 +89,13 @@ def passage(
     row: Row, fields: tuple[str, ...], plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase"
 ) -> Passage:
     """The text of a row. Raises DataError where a field is absent or not text, or a chat does not render."""
+    found = _passage(row, fields, plan, tokenizer)
+    return replace(found, spans=((0, len(found.text)),)) if plan.prompt_loss else found
+
+
+def _passage(
+    row: Row, fields: tuple[str, ...], plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase"
+) -> Passage:
     if fields == ("messages",):
         return _chat(_messages(row), tokenizer)
     if len(fields) == 1:
@@ -106,7 +113,7 @@ def passage(
     if template == "chat":
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return _chat(turns, tokenizer)
-    before = format_prompt(prompt, template)
+    before, response = format_prompt(prompt, template), response + plan.ending
     return Passage(before + response, ((len(before), len(before) + len(response)),))
 
 

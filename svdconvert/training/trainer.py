@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from svdconvert.training.data import Example
+from svdconvert.errors import RecipeError
+from svdconvert.training.example import Example
 from svdconvert.training.module import AdaptedLinear
 from svdconvert.training.objective import Batch, Objective
 from svdconvert.training.plan import TrainPlan
@@ -171,15 +172,20 @@ def _order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
-    """Dropout in the adapters alone, no cache of keys and values; all as it was afterwards."""
+def as_trained(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
+    """Dropout in the adapters alone, no cache of keys and values; all as it was afterwards.
+
+    Raises RecipeError for `checkpointing` of a model that cannot compute its activations again.
+    """
     modes = [(module, module.training) for module in model.modules()]
     # A multimodal model's language model has a configuration of its own in it.
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     cache = getattr(config, "use_cache", None)
     # Not model.train(): that would switch on the model's own dropout, which is not the plan's.
     model.eval()
-    _switch_dropout(model, on=True)
+    if checkpointing:
+        _enable_checkpointing(model)
+    _switch(model, training=True)
     if cache is not None:
         config.use_cache = False
     try:
@@ -187,6 +193,8 @@ def as_trained(model: nn.Module) -> Iterator[None]:
     finally:
         if cache is not None:
             config.use_cache = cache
+        if checkpointing:
+            _checkpointing(model, "disable")()
         for module, training in modes:
             module.training = training
         # What accelerate leaves on a model for mixed precision. Its own unwrapping would also take off the
@@ -195,17 +203,36 @@ def as_trained(model: nn.Module) -> Iterator[None]:
             vars(model).pop(name, None)
 
 
+def _enable_checkpointing(model: nn.Module) -> None:
+    try:
+        _checkpointing(model, "enable")({"use_reentrant": False})
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{type(model).__name__} cannot compute its activations again: "
+            "train without gradient_checkpointing"
+        ) from error
+
+
+def _checkpointing(model: nn.Module, what: str) -> Any:
+    """The method of transformers, under its name of today or the one before."""
+    new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+    return getattr(model, new if hasattr(model, new) else old)
+
+
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Without dropout in the adapters."""
-    _switch_dropout(model, on=False)
+    """Without dropout in the adapters, and with nothing computed twice."""
+    _switch(model, training=False)
     try:
         yield
     finally:
-        _switch_dropout(model, on=True)
+        _switch(model, training=True)
 
 
-def _switch_dropout(model: nn.Module, *, on: bool) -> None:
+def _switch(model: nn.Module, *, training: bool) -> None:
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            module.dropout.train(on)
+            module.dropout.train(training)
+        elif getattr(module, "gradient_checkpointing", False):
+            # transformers asks a block itself, not its parts: their dropout stays off.
+            module.training = training

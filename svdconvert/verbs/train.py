@@ -1,6 +1,6 @@
 """svdconvert train: an initial adapter becomes a trained one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,25 @@ from svdconvert.linalg.compute import use_threads
 from svdconvert.method import METHODS, init_folder
 from svdconvert.run import Run
 from svdconvert.training.checkpoints import Checkpoints
-from svdconvert.training.data import Examples, load_examples, padding_id
 from svdconvert.training.install import harvest, install
-from svdconvert.training.loop import EvalLog, StepLog, fit
+from svdconvert.training.loop import fit
 from svdconvert.training.machine import make_accelerator
-from svdconvert.training.metrics import Metrics
-from svdconvert.training.network import load_network, load_tokenizer, replace_weights
-from svdconvert.training.objective import NextToken
+from svdconvert.training.network import load_network, replace_weights
+from svdconvert.training.packing import require_packing
 from svdconvert.training.plan import TrainPlan
+from svdconvert.training.rates import foreign_rate
+from svdconvert.training.record import Log, record
+from svdconvert.training.samples import Samples
+from svdconvert.training.task import Task, open_task
+from svdconvert.training.trackers import Trackers, require_trackers
 
-Log = StepLog | EvalLog
 Watch = Callable[[Log, int], None]
 """Told of every step and held-out loss, with the number of steps in all."""
 CHECKPOINTS = "checkpoints"
 """The folder of the states that a run can go on from."""
 
 
-def unwatched(log: StepLog | EvalLog, steps: int) -> None:
+def unwatched(log: Log, steps: int) -> None:
     """The watcher that looks away."""
 
 
@@ -58,61 +60,71 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     """
     run, target = run or Run(), Path(out)
     check_free(target, overwrite=run.overwrite)
+    require_trackers(plan)
     threads = use_threads(run.threads or recorded(target, "threads"))
     split = split or SplitOptions()
     start = find_start(str(model), split, base, run)
     check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
     plan = plan.with_rate(METHODS.get(start.method).learning_rate)
-    tokenizer = load_tokenizer(start.weights, trust_remote_code=run.trust_remote_code)
-    examples = load_examples(plan, tokenizer)
-    if examples.dropped:
-        run.say(f"{examples.dropped} rows are left out: nothing to learn within max_length {plan.max_length}")
+    task = open_task(start.weights, plan, trust_remote_code=run.trust_remote_code)
+    _remark(start, plan, task, run)
     accelerator = make_accelerator(plan)
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    identity = run_identity("train", plan.shaping(), threads) | _found_again(start, split, examples)
+    identity = run_identity("train", plan.shaping(), threads) | _found_again(start, split, task)
     identity |= {"processes": processes, "precision": precision}
-    initial, trained = _planned(start)
     with StagedOutput(
-        target, [trained, initial], identity=identity, overwrite=run.overwrite, ranks=run.ranks
+        target, _planned(start), identity=identity, overwrite=run.overwrite, ranks=run.ranks
     ) as staged:
         checkpoints = _checkpoints(staged, plan, run)
         network = _network(start, plan, precision, run)
-        logs = fit(network, examples, NextToken(padding_id(tokenizer)), plan, accelerator, checkpoints)
-        steps = plan.total_steps(len(examples.train), processes)
+        logs = fit(network, task.examples, task.objective, plan, accelerator, checkpoints)
+        samples = Samples.of(network, task.tokenizer, task.examples.held_out, plan)
+        trackers = Trackers(accelerator, plan, target.name)
+        steps = plan.total_steps(len(task.examples.train), processes)
         with run.ranks.together():
-            _record(logs, staged.path, checkpoints, lambda log: watch(log, steps))
+            for log in record(logs, staged.path, checkpoints, samples, trackers):
+                watch(log, steps)
         if run.ranks.leads:
-            files = {
-                initial.path: write_adapter(staged, initial, start.factors),
-                trained.path: write_adapter(staged, trained, harvest(network)),
-            }
-            _write_configs(start, staged.path)
             checkpoints.finish(keep=plan.keep_checkpoints)
+            files = _write(staged, start, network)
             _manifest(start, plan, files, threads).write(staged.path)
     return read_manifest(target)
 
 
-def _planned(start: Start) -> tuple[PlannedFile, PlannedFile]:
-    """The files of the initial and of the trained adapter."""
-    initial = plan_adapter(f"{init_folder(start.method)}/{WEIGHTS}", start.factors)
-    return initial, plan_adapter(WEIGHTS, start.factors, torch.float32)
+def _remark(start: Start, plan: TrainPlan, task: Task, run: Run) -> None:
+    """Say what may surprise: another method's rate, rows that are not trained on as they are."""
+    for remark in (foreign_rate(start.method, plan.lr or 0.0), *task.examples.remarks):
+        if remark:
+            run.say(remark)
 
 
-def _found_again(start: Start, split: SplitOptions, examples: Examples) -> dict[str, Any]:
+def _planned(start: Start) -> list[PlannedFile]:
+    """The files of the trained and of the initial adapter."""
+    initial = f"{init_folder(start.method)}/{WEIGHTS}"
+    return [plan_adapter(WEIGHTS, start.factors, torch.float32), plan_adapter(initial, start.factors)]
+
+
+def _write(staged: StagedOutput, start: Start, network: nn.Module) -> dict[str, dict[str, str]]:
+    """Both adapters with their configurations; checksums by file."""
+    trained, initial = _planned(start)
+    (staged.path / CONFIG).write_text(replace(start.config, base=_hub_weights(start)).text())
+    (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
+    return {
+        initial.path: write_adapter(staged, initial, start.factors),
+        trained.path: write_adapter(staged, trained, harvest(network)),
+    }
+
+
+def _found_again(start: Start, split: SplitOptions, task: Task) -> dict[str, Any]:
     """What must be the same when an interrupted run goes on, beside its options."""
     pieces = [piece for factors in start.factors.values() for piece in factors.pieces().values()]
     origins = [asdict(origin) for origin in (start.base, start.residual) if origin]
     mark = digest([origins, *(checksum(tensor_bytes(piece)) for piece in pieces)])
     return {
         "split": asdict(split),
-        "data": {"files": dict(examples.marks)},
+        "data": {"files": dict(task.examples.marks)},
         "start": {"files": {str(start.weights): mark}},
     }
-
-
-def _write_configs(start: Start, directory: Path) -> None:
-    (directory / CONFIG).write_text(replace(start.config, base=_hub_weights(start)).text())
-    (directory / init_folder(start.method) / CONFIG).write_text(start.config.text())
 
 
 def _checkpoints(staged: StagedOutput, plan: TrainPlan, run: Run) -> Checkpoints:
@@ -151,20 +163,10 @@ def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Modul
     dtype = torch.float32 if autocast == "no" else None
     network = load_network(start.weights, dtype, trust_remote_code=run.trust_remote_code)
     replace_weights(network, start.replaced)
+    if plan.packing:
+        require_packing(network)
     install(network, start.pieces(), METHODS.get(start.method).trains, plan.dropout)
     return network
-
-
-def _record(
-    logs: Iterator[StepLog | EvalLog], directory: Path, checkpoints: Checkpoints, watch: Callable[[Log], None]
-) -> None:
-    """Write every log as a line of JSON, as it comes."""
-    with Metrics(directory, checkpoints.step, leads=checkpoints.leads) as metrics:
-        for log in logs:
-            metrics.write(asdict(log))
-            if checkpoints.due(log.step):
-                metrics.sync()
-            watch(log)
 
 
 def _hub_weights(start: Start) -> str | None:

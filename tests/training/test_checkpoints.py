@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from svdconvert.training.checkpoints import Checkpoints
-from svdconvert.training.data import Examples
+from svdconvert.training.loading import Examples
 from svdconvert.training.loop import fit
 from svdconvert.training.objective import NextToken
 from svdconvert.training.plan import TrainPlan

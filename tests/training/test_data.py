@@ -1,23 +1,13 @@
 """What of a row is trained on: exactly the response and the end of the sequence, and nothing by accident."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from svdconvert.errors import DataError
-from svdconvert.training.data import (
-    IGNORED,
-    Example,
-    collate,
-    encode,
-    load_examples,
-    padding_id,
-    read_rows,
-)
+from svdconvert.training.data import collate, encode, padding_id
+from svdconvert.training.example import IGNORED, Example
 from svdconvert.training.plan import TrainPlan
 from svdconvert.training.prompts import ALPACA, ALPACA_WITH_INPUT, format_prompt
 
@@ -281,112 +271,3 @@ def test_padding_is_not_in_the_loss_even_where_it_is_the_end_of_sequence_token(t
     assert batch["labels"][0].tolist() == short.labels.tolist() + [IGNORED, IGNORED]
     assert batch["labels"][0, 3] == pad
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-ROWS = [{"question": f"q{n}", "answer": f"{n}"} for n in range(5)]
-# What a reader that guesses types would take for a number, and for nothing.
-TEXTS = [*ROWS, {"question": "q5", "answer": "072"}, {"question": "q6", "answer": "None"}]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(path)
-    elif path.suffix == ".csv":
-        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
-        path.write_text("\n".join(lines) + "\n")
-    elif path.stem == "list":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "list.json", "rows.parquet", "rows.csv"])
-def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> None:
-    data = write(tmp_path / name, TEXTS)
-    assert list(read_rows(data)) == TEXTS
-    assert list(read_rows(data, "train[1:3]")) == TEXTS[1:3]
-    assert list(read_rows(data, "test")) == TEXTS
-
-
-def test_reading_leaves_nothing_behind_and_shows_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    read_rows(write(tmp_path / "rows.jsonl", ROWS))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
-    assert capfd.readouterr() == ("", "")
-    assert not datasets.are_progress_bars_disabled()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("none.jsonl", None, "there is no such file"),
-        ("sub dir/none", None, "there is no such file, and it is no Hub data set"),
-        ("empty.jsonl", "", "the file is empty"),
-        ("empty.json", "[]", "it has no rows"),
-        ("rows.txt", "a", r"the ending '.txt' is not one of .jsonl, .json, .parquet, .csv"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl: .*JSON"),
-        (".", None, "a directory, give a file in it"),
-    ],
-)
-def test_what_cannot_be_read_is_named(name: str, content: str | None, complaint: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=complaint) as raised:
-        read_rows(str(tmp_path / name))
-    assert str(raised.value).startswith(str(tmp_path / name))
-    assert "\n" not in str(raised.value)
-
-
-# --- all of it --------------------------------------------------------------------------------------------
-
-
-def test_the_last_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    loaded = load_examples(TrainPlan(data=data, eval_rows=2, template="none"), tokenizer)
-    assert [learnt(example, tokenizer) for example in loaded.train] == ["0</s>", "1</s>", "2</s>"]
-    assert [learnt(example, tokenizer) for example in loaded.held_out] == ["3</s>", "4</s>"]
-    assert loaded.dropped == 0
-
-
-def test_a_file_of_its_own_is_held_out_whole(tmp_path: Path, tokenizer: Any) -> None:
-    data, eval_data = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [{"text": "abc"}])
-    plan = TrainPlan(data=data, eval_data=eval_data, eval_rows=2, template="none")
-    loaded = load_examples(plan, tokenizer)
-    assert (len(loaded.train), len(loaded.held_out)) == (5, 1)
-
-
-def test_dropped_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "a long question", "answer": "5"}])
-    plan = TrainPlan(data=data, template="none", max_length=8)
-    loaded = load_examples(plan, tokenizer)
-    assert (len(loaded.train), loaded.dropped) == (5, 1)
-
-
-def test_data_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError, match="rows.jsonl: not one of 5 rows has a response within max_length 8"):
-        load_examples(TrainPlan(data=data, max_length=8), tokenizer)
-
-
-def test_holding_out_everything_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError, match="eval_rows holds out 5 of its 5 rows"):
-        load_examples(TrainPlan(data=data, eval_rows=5), tokenizer)
-
-
-def test_no_data_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="nothing to train on"):
-        load_examples(TrainPlan(), tokenizer)
-
-
-def test_an_error_in_a_row_names_the_file_too(tmp_path: Path, tokenizer: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "q"}])
-    with pytest.raises(DataError, match=r"rows.jsonl: row 6: it has no answer"):
-        load_examples(TrainPlan(data=data), tokenizer)

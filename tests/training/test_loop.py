@@ -11,8 +11,10 @@ from transformers import LlamaForCausalLM
 
 from svdconvert.errors import RecipeError, SvdConvertError
 from svdconvert.factors import Factors
-from svdconvert.training.data import IGNORED, Example, Examples, collate
+from svdconvert.training.data import collate
+from svdconvert.training.example import IGNORED, Example
 from svdconvert.training.install import harvest, install
+from svdconvert.training.loading import Examples
 from svdconvert.training.loop import EvalLog, StepLog, fit
 from svdconvert.training.machine import make_accelerator
 from svdconvert.training.objective import NextToken

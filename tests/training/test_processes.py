@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from svdconvert.training.data import IGNORED, Example
+from svdconvert.training.example import IGNORED, Example
 from svdconvert.training.objective import NextToken
 from svdconvert.training.plan import TrainPlan
 from svdconvert.training.trainer import Trainer

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a log, as it comes."""
+"""metrics.jsonl and samples.jsonl: a line whenever something is measured."""
 
 import json
 import os
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "metrics.jsonl"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
-class Metrics:
-    """The file of one run, which may go on after a kill; a context manager."""
+class Lines:
+    """A file of JSON lines, each with its step, of a run that may go on after a kill; a context manager."""
 
-    def __init__(self, directory: Path, step: int, *, leads: bool = True) -> None:
+    def __init__(self, path: Path, step: int, *, leads: bool = True) -> None:
         """Keep the lines up to `step`; what a killed run measured behind its last checkpoint comes again."""
-        self._path = directory / NAME if leads else Path(os.devnull)
+        self._path = path if leads else Path(os.devnull)
         kept = [line for line in _lines(self._path) if step and json.loads(line)["step"] <= step]
         self._stream = self._path.open("w", encoding="utf-8")
         self._stream.writelines(kept)
@@ -29,7 +30,7 @@ class Metrics:
         if self._path.is_file():
             os.fsync(self._stream.fileno())
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "Lines":
         return self
 
     def __exit__(self, *error: object) -> None:

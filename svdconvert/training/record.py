@@ -1,0 +1,36 @@
+"""What a run measures, written down as it comes."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from svdconvert.training.checkpoints import Checkpoints
+from svdconvert.training.lines import METRICS, SAMPLES, Lines
+from svdconvert.training.loop import EvalLog, StepLog
+from svdconvert.training.samples import Samples
+from svdconvert.training.trackers import Trackers
+
+Log = StepLog | EvalLog
+
+
+def record(
+    logs: Iterator[Log], directory: Path, checkpoints: Checkpoints, samples: Samples, trackers: Trackers
+) -> Iterator[Log]:
+    """Pass the logs on, each written first: a line a log, and the model's answers at every measurement."""
+    begin, leads = checkpoints.step, checkpoints.leads
+    with (
+        Lines(directory / METRICS, begin, leads=leads) as metrics,
+        Lines(directory / SAMPLES, begin, leads=leads and bool(samples.prompts)) as answers,
+        trackers,
+    ):
+        for log in logs:
+            values = asdict(log)
+            metrics.write(values)
+            trackers.log(log.step, {name: value for name, value in values.items() if name != "step"})
+            if isinstance(log, EvalLog):
+                for answer in samples.answers():
+                    answers.write({"step": log.step, **answer})
+            if checkpoints.due(log.step):
+                metrics.sync()
+                answers.sync()
+            yield log

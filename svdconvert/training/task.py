@@ -1,0 +1,31 @@
+"""What is learnt: the rows as a model reads them, and the objective over them."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdconvert.training.data import encode, padding_id
+from svdconvert.training.loading import Examples, load_examples
+from svdconvert.training.network import load_tokenizer
+from svdconvert.training.objective import NextToken, Objective
+from svdconvert.training.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows and objective of a plan, for one model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    examples: Examples
+    objective: Objective
+
+
+def open_task(weights: Path, plan: TrainPlan, *, trust_remote_code: bool = False) -> Task:
+    """Read all that the plan names. Raises DataError or CheckpointError where something cannot be used."""
+    tokenizer = load_tokenizer(weights, trust_remote_code=trust_remote_code)
+    examples = load_examples(plan, partial(encode, tokenizer=tokenizer, plan=plan))
+    return Task(tokenizer, examples, NextToken(padding_id(tokenizer)))
