@@ -35,7 +35,7 @@ from svdconvert.progress import Progress, Track, silent
 if TYPE_CHECKING:
     from svdconvert.artifact.estimate import Estimate
     from svdconvert.artifact.manifest import Manifest, Matrix
-    from svdconvert.training.loop import EvalLog, StepLog
+    from svdconvert.training.record import Log
     from svdconvert.verbs.inspect import Inspection
     from svdconvert.verbs.merge import Merging
     from svdconvert.verbs.verify import Report
@@ -299,11 +299,13 @@ def _readable(value: object) -> str:
 
 
 @contextmanager
-def training() -> Iterator[Callable[["StepLog | EvalLog", int], None]]:
+def training() -> Iterator[Callable[["Log", int], None]]:
     """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
     if _follows() or not stderr.is_terminal:
         yield lambda log, steps: None
         return
+    from svdconvert.training.loop import EvalLog, StepLog
+
     columns = [
         TextColumn("train"),
         BarColumn(),
@@ -315,12 +317,12 @@ def training() -> Iterator[Callable[["StepLog | EvalLog", int], None]]:
         task = bar.add_task("train", total=None, at="")
         started, held_out = monotonic(), ""
 
-        def watch(log: "StepLog | EvalLog", steps: int) -> None:
+        def watch(log: "Log", steps: int) -> None:
             nonlocal held_out
-            if hasattr(log, "eval_loss"):
+            if isinstance(log, EvalLog):
                 held_out = f"held-out {log.eval_loss:.4f}"
                 bar.update(task, completed=log.step, total=steps, at=held_out)
-            else:
+            elif isinstance(log, StepLog):
                 speed = log.tokens / max(monotonic() - started, 1e-9)
                 at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
                 bar.update(task, completed=log.step, total=steps, at=at)

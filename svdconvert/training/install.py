@@ -12,11 +12,18 @@ Pieces = Mapping[str, tuple[Factors, float]]
 """(factors, scale) by the run-time path of the linear layer that they belong to."""
 
 
-def install(model: nn.Module, pieces: Pieces, trains: frozenset[str], dropout: float = 0.0) -> None:
+def install(
+    model: nn.Module,
+    pieces: Pieces,
+    trains: frozenset[str],
+    dropout: float = 0.0,
+    *,
+    corrected: bool = False,
+) -> None:
     """Replace the linear layers at these paths by adapted ones and freeze everything else.
 
-    `trains` names the pieces to train, of "lora_A", "lora_B", "lora_S", "lora_R". Raises ArtifactError
-    with all that does not fit, and leaves the model alone then.
+    `trains` names the pieces to train, of "lora_A", "lora_B", "lora_S", "lora_R"; `corrected` is as in
+    AdaptedLinear. Raises ArtifactError with all that does not fit, and leaves the model alone then.
     """
     # A module shared by several paths is listed under each of them.
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -27,7 +34,9 @@ def install(model: nn.Module, pieces: Pieces, trains: frozenset[str], dropout: f
         base = modules[path]
         assert isinstance(base, nn.Linear)
         parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, AdaptedLinear(base, factors, scale, trains, dropout))
+        setattr(
+            modules[parent], name, AdaptedLinear(base, factors, scale, trains, dropout, corrected=corrected)
+        )
 
 
 def _complaints(modules: Mapping[str, nn.Module], pieces: Pieces, trains: frozenset[str]) -> Iterable[str]:
@@ -63,7 +72,7 @@ def _misfit(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
 
 def harvest(model: nn.Module) -> dict[str, Factors]:
     """The factors of every adapted layer by its path, as float32 copies on the CPU."""
-    return {path: layer.factors() for path, layer in _adapted(model)}
+    return {path: layer.factors() for path, layer in adapted_layers(model)}
 
 
 def trainable_count(model: nn.Module) -> int:
@@ -71,5 +80,6 @@ def trainable_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _adapted(model: nn.Module) -> Iterable[tuple[str, AdaptedLinear]]:
+def adapted_layers(model: nn.Module) -> Iterable[tuple[str, AdaptedLinear]]:
+    """Every adapted layer with its path."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLinear))

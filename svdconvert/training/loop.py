@@ -31,6 +31,8 @@ class StepLog:
     """The rate the step was taken with."""
     tokens: int
     """Tokens that were in the loss so far, over all steps and processes."""
+    penalty: float | None = None
+    """The penalty before the step, without its weight; None where the plan has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ class _Run:
         step, plan = self.course.step + 1, self.trainer.plan
         rate = learning_rate(plan, step, self.total)
         try:
-            loss, count = self.trainer.step(self.trainer.rows_of(step, self.examples.train), rate)
+            done = self.trainer.step(self.trainer.rows_of(step, self.examples.train), rate)
         except NotFiniteError as error:
             advice = f"train with a lower rate than lr {plan.lr:g}"
             raise SvdConvertError(f"{error} at step {step} of {self.total}: {advice}") from None
-        self.course.step, self.course.tokens = step, self.course.tokens + count
-        return StepLog(step, loss, rate, self.course.tokens)
+        self.course.step, self.course.tokens = step, self.course.tokens + done.count
+        return StepLog(step, done.loss, rate, self.course.tokens, done.penalty)
 
     def measured(self, step: int) -> Iterator[EvalLog]:
         """The held-out loss, where it is due behind `step`."""

@@ -2,8 +2,11 @@
 
     y = base(x) + scale * B core A x
 
-computed from right to left, so that nothing as large as the base's own weight is ever built.
+computed from right to left, so that nothing as large as the base's own weight is ever built. Where A is
+frozen (LoRA-FA, LoRA-XS) the backward pass needs A x and not x: R numbers a token in place of I.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,19 @@ class AdaptedLinear(nn.Module):
 
     The pieces are float32: lora_A (R, I), lora_B (O, R) and, where there is a core, lora_S (R,) or
     lora_R (R, R). The trained ones are parameters, the others buffers. They live where the base's
-    weight does.
+    weight does. `corrected` is for a trained B beside a frozen A: its gradient becomes what moves the
+    product B A most like the gradient of the whole matrix would.
     """
 
-    def __init__(
-        self, base: nn.Linear, factors: Factors, scale: float, trains: frozenset[str], dropout: float = 0.0
+    def __init__(  # noqa: PLR0913 (what it is made of, and how it is trained)
+        self,
+        base: nn.Linear,
+        factors: Factors,
+        scale: float,
+        trains: frozenset[str],
+        dropout: float = 0.0,
+        *,
+        corrected: bool = False,
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -38,6 +49,8 @@ class AdaptedLinear(nn.Module):
                 self.register_parameter(name, nn.Parameter(own))
             else:
                 self.register_buffer(name, own)
+        if corrected:
+            _correct(self.get("lora_B"), self.get("lora_A"), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of the base's output.
@@ -45,13 +58,28 @@ class AdaptedLinear(nn.Module):
         Under autocast the adapter computes in autocast's dtype, otherwise in float32.
         """
         out: Tensor = self.base(x)
-        low = self.dropout(x if torch.is_autocast_enabled(x.device.type) else x.float())
-        low = self._through_core(linear(low, self.get("lora_A"))) * self.scale
+        low = self._through_core(self._down(x)) * self.scale
         # The sum before the cast: one rounding to the base's dtype, not two.
         return (out + linear(low, self.get("lora_B"))).to(out.dtype)
 
+    @property
+    def has_spectrum(self) -> bool:
+        """True where singular values stand between the sides, apart from them."""
+        return "lora_S" in self._pieces
+
+    def _down(self, x: Tensor) -> Tensor:
+        """A x, with dropout before it."""
+        right = self.get("lora_A")
+        if not right.requires_grad:
+            rate = self.dropout.p if self.dropout.training else 0.0
+            # A seed and not a mask is kept for the backward pass; it comes from torch's own generator.
+            seed = int(torch.randint(2**62, ())) if rate else 0
+            low: Tensor = _FrozenDown.apply(x, right, rate, seed)  # type: ignore[no-untyped-call]
+            return low
+        return linear(self.dropout(x if torch.is_autocast_enabled(x.device.type) else x.float()), right)
+
     def _through_core(self, low: Tensor) -> Tensor:
-        if "lora_S" in self._pieces:
+        if self.has_spectrum:
             return low * self.get("lora_S")
         return linear(low, self.get("lora_R")) if "lora_R" in self._pieces else low
 
@@ -60,6 +88,10 @@ class AdaptedLinear(nn.Module):
         tensor = getattr(self, piece)
         assert isinstance(tensor, Tensor)
         return tensor
+
+    def pieces_now(self) -> Factors:
+        """The live pieces, where they are."""
+        return Factors.of({name: self.get(name).detach() for name in self._pieces})
 
     def factors(self) -> Factors:
         """The pieces as they are now: a float32 copy on the CPU that further training does not touch."""
@@ -71,3 +103,44 @@ class AdaptedLinear(nn.Module):
         """The rank, the scale and the trained pieces, for torch's printout of a model."""
         trained = [name for name, _ in self.named_parameters(recurse=False)]
         return f"rank={self.get('lora_A').shape[0]}, scale={self.scale:g}, trains={', '.join(trained)}"
+
+
+class _FrozenDown(torch.autograd.Function):
+    """A x of a frozen A, with dropout before it: nothing but A and a seed is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, right_RI: Tensor, rate: float, seed: int) -> Tensor:
+        ctx.save_for_backward(right_RI)
+        ctx.rate, ctx.seed, ctx.dtype = rate, seed, x.dtype
+        # Autocast chooses the dtype of the product where it is on.
+        wide = x if torch.is_autocast_enabled(x.device.type) else x.float()
+        return linear(wide * _kept(wide, rate, seed) if rate else wide, right_RI)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        (right_RI,) = ctx.saved_tensors
+        slope = grad @ right_RI.to(grad.dtype)
+        slope = slope * _kept(slope, ctx.rate, ctx.seed) if ctx.rate else slope
+        return slope.to(ctx.dtype), None, None, None
+
+
+def _kept(like: Tensor, rate: float, seed: int) -> Tensor:
+    """Dropout's mask for a tensor like this: 0, or 1 / (1 - rate); the same for the same seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    mask = torch.empty_like(like, dtype=torch.float32).bernoulli_(1.0 - rate, generator=generator)
+    return mask.div_(1.0 - rate).to(like.dtype)
+
+
+def _correct(left_OR: Tensor, right_RI: Tensor, scale: float) -> None:
+    """Turn every gradient g of B into g (scale^2 A A^T)^-1 (LoRA-FA's second version, arXiv:2308.03303v2).
+
+    That is the least-squares solution of scale * dB A = dW for dW the gradient of the whole matrix. Being
+    linear it may be done a backward pass at a time.
+    """
+    inverse_RR = torch.linalg.pinv((right_RI.double() @ right_RI.double().T) * scale**2, hermitian=True)
+    inverse_RR = inverse_RR.to(left_OR.dtype)
+    left_OR.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: gradient @ inverse_RR.to(gradient.device)
+    )

@@ -70,6 +70,13 @@ class TrainPlan:
     dropout: Share = 0.0
     """Dropout before the adapter; the model's own is off."""
 
+    penalty: Weight | None = None
+    """Weight of the penalty that keeps SORSA's U and V orthonormal; the method's own where not given."""
+    penalty_rule: Literal["weight", "reference"] = "weight"
+    """reference divides it (4e-4 where not given) by lr and accumulate, as SORSA's script does in effect."""
+    corrected_gradient: bool = False
+    """LoRA-FA's second version: B's gradient is the least-squares one for the whole matrix."""
+
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16 or fp16 autocast, or none; auto takes bf16 where the device is fast at it."""
     gradient_checkpointing: bool = False

@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from svdconvert.training.checkpoints import Checkpoints
+from svdconvert.training.drift import DriftLog
 from svdconvert.training.lines import METRICS, SAMPLES, Lines
 from svdconvert.training.loop import EvalLog, StepLog
 from svdconvert.training.samples import Samples
 from svdconvert.training.trackers import Trackers
 
-Log = StepLog | EvalLog
+Log = StepLog | EvalLog | DriftLog
 
 
 def record(
@@ -24,7 +25,7 @@ def record(
         trackers,
     ):
         for log in logs:
-            values = asdict(log)
+            values = {name: value for name, value in asdict(log).items() if value is not None}
             metrics.write(values)
             trackers.log(log.step, {name: value for name, value in values.items() if name != "step"})
             if isinstance(log, EvalLog):

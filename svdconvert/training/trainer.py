@@ -15,6 +15,7 @@ from svdconvert.errors import RecipeError
 from svdconvert.training.example import Example
 from svdconvert.training.module import AdaptedLinear
 from svdconvert.training.objective import Batch, Objective
+from svdconvert.training.orthonormal import Penalty, penalty_weight
 from svdconvert.training.plan import TrainPlan
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ class NotFiniteError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step was taken with."""
+
+    loss: float
+    """Mean over its tokens."""
+    count: int
+    """Of its tokens."""
+    penalty: float | None
+    """Before it counts with its weight; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trainer:
     """A model made ready for this machine, with what one step of its training needs."""
 
@@ -39,16 +52,20 @@ class Trainer:
     objective: Objective
     plan: TrainPlan
     accelerator: "Accelerator"
+    penalty: Penalty | None = None
 
     @staticmethod
     def ready(
         plain: nn.Module, objective: Objective, plan: TrainPlan, accelerator: "Accelerator"
     ) -> "Trainer":
         """Place the model on its device, and start AdamW on all that it has to train."""
+        weight = penalty_weight(plan)
         parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
         adamw = torch.optim.AdamW(parameters, weight_decay=plan.weight_decay)
         model, optimizer = accelerator.prepare(plain, adamw)
-        return Trainer(plain, model, optimizer, objective, plan, accelerator)
+        return Trainer(
+            plain, model, optimizer, objective, plan, accelerator, Penalty(weight) if weight else None
+        )
 
     def rows_of(self, step: int, rows: Sequence[Example]) -> list[Example]:
         """All processes' rows of one step, counted from 1: a function of the seed and the step alone.
@@ -78,8 +95,8 @@ class Trainer:
                 batch = self.objective.muted(batch)
             yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    def step(self, rows: Sequence[Example], rate: float) -> tuple[float, int]:
-        """One optimizer step: (mean loss, tokens in it). Raises NotFiniteError, with the step not taken."""
+    def step(self, rows: Sequence[Example], rate: float) -> "Stepped":
+        """One optimizer step. Raises NotFiniteError, with the step not taken."""
         count = sum(row.loss_tokens for row in rows)
         batches = list(self.batches(rows))
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
@@ -94,11 +111,12 @@ class Trainer:
         if not isfinite(mean):
             raise NotFiniteError(f"the loss became {mean}")
         self._clip()
+        penalty = self._penalise()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean, count
+        return Stepped(mean, count, penalty)
 
     def _clip(self) -> None:
         if not self.plan.clip:
@@ -107,6 +125,13 @@ class Trainer:
         # With a loss scale a gradient may overflow: such a step is left out, and the scale falls.
         if not isfinite(norm) and self.accelerator.scaler is None:
             raise NotFiniteError(f"the gradient became {norm}")
+
+    def _penalise(self) -> float | None:
+        if self.penalty is None:
+            return None
+        if not self.plan.clip:  # which takes off a loss scale
+            self.accelerator.unscale_gradients()
+        return self.penalty.add_gradient(self.plain)
 
     @torch.no_grad()
     def held_out_loss(self, rows: Sequence[Example]) -> float:

@@ -21,6 +21,7 @@ from svdconvert.linalg.compute import use_threads
 from svdconvert.method import METHODS, init_folder
 from svdconvert.run import Run
 from svdconvert.training.checkpoints import Checkpoints
+from svdconvert.training.drift import with_drift
 from svdconvert.training.install import harvest, install
 from svdconvert.training.loop import fit
 from svdconvert.training.machine import make_accelerator
@@ -30,6 +31,7 @@ from svdconvert.training.plan import TrainPlan
 from svdconvert.training.rates import foreign_rate
 from svdconvert.training.record import Log, record
 from svdconvert.training.samples import Samples
+from svdconvert.training.settle import settled
 from svdconvert.training.task import Task, open_task
 from svdconvert.training.trackers import Trackers, require_trackers
 
@@ -65,7 +67,7 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     split = split or SplitOptions()
     start = find_start(str(model), split, base, run)
     check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
-    plan = plan.with_rate(METHODS.get(start.method).learning_rate)
+    plan = settled(plan, METHODS.get(start.method), start.config.dropout, run.say)
     task = open_task(start.weights, plan, trust_remote_code=run.trust_remote_code)
     _remark(start, plan, task, run)
     accelerator = make_accelerator(plan)
@@ -77,12 +79,13 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     ) as staged:
         checkpoints = _checkpoints(staged, plan, run)
         network = _network(start, plan, precision, run)
-        logs = fit(network, task.examples, task.objective, plan, accelerator, checkpoints)
         samples = Samples.of(network, task.tokenizer, task.examples.held_out, plan)
         trackers = Trackers(accelerator, plan, target.name)
         steps = plan.total_steps(len(task.examples.train), processes)
+        logs = fit(network, task.examples, task.objective, plan, accelerator, checkpoints)
+        drifting = with_drift(logs, network, start.factors, plan, steps) if start.rebased else logs
         with run.ranks.together():
-            for log in record(logs, staged.path, checkpoints, samples, trackers):
+            for log in record(drifting, staged.path, checkpoints, samples, trackers):
                 watch(log, steps)
         if run.ranks.leads:
             checkpoints.finish(keep=plan.keep_checkpoints)
@@ -165,7 +168,8 @@ def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Modul
     replace_weights(network, start.replaced)
     if plan.packing:
         require_packing(network)
-    install(network, start.pieces(), METHODS.get(start.method).trains, plan.dropout)
+    trains = METHODS.get(start.method).trains
+    install(network, start.pieces(), trains, plan.dropout, corrected=plan.corrected_gradient)
     return network
 
 

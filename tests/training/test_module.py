@@ -1,11 +1,12 @@
 """An adapted layer is the dense formula, computed without the dense matrix."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from svdconvert.factors import Factors
-from svdconvert.training.module import AdaptedLinear
+from svdconvert.training.module import AdaptedLinear, _kept
 
 OUT, IN, RANK = 12, 20, 3
 CORES = {"no core": None, "a vector core": (RANK,), "a matrix core": (RANK, RANK)}
@@ -131,3 +132,82 @@ def test_a_piece_that_is_not_there_cannot_be_trained() -> None:
 def test_the_printout_names_rank_scale_and_trained_pieces() -> None:
     layer = AdaptedLinear(linear(), factors(), 0.5, frozenset({"lora_B"}))
     assert "rank=3, scale=0.5, trains=lora_B" in str(layer)
+
+
+def saved_bytes(layer: AdaptedLinear, x: Tensor) -> int:
+    """What the backward pass keeps beside parameters and buffers, each storage once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*layer.parameters(), *layer.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x).sum()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_fa_keeps_r_numbers_a_token_and_lora_all_of_them(dropout: float) -> None:
+    tokens, adapter = 200, factors()
+    x = numbers(tokens, IN, seed=4).requires_grad_()
+    frozen = AdaptedLinear(linear(), adapter, 0.5, frozenset({"lora_B"}), dropout)
+    trained = AdaptedLinear(linear(), adapter, 0.5, frozenset({"lora_A", "lora_B"}), dropout)
+    assert saved_bytes(frozen, x) == tokens * RANK * 4
+    assert saved_bytes(trained, x) >= tokens * (IN + RANK) * 4
+
+
+def test_a_bf16_activation_is_not_kept_in_float32_either() -> None:
+    layer = AdaptedLinear(linear(dtype=torch.bfloat16), factors(), 0.5, frozenset({"lora_B"}))
+    assert saved_bytes(layer, numbers(200, IN).bfloat16().requires_grad_()) == 200 * RANK * 4
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_a_frozen_a_changes_no_gradient(core: str) -> None:
+    x, adapter = numbers(7, IN, seed=4), factors(CORES[core])
+    gradients = []
+    for trains in ({"lora_B"}, {"lora_A", "lora_B"}):
+        layer, inputs = AdaptedLinear(linear(), adapter, 0.5, frozenset(trains)), x.clone().requires_grad_()
+        layer(inputs).square().sum().backward()
+        gradients.append((inputs.grad, layer.get("lora_B").grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_backward_pass_sees_the_mask_of_the_forward_pass() -> None:
+    torch.manual_seed(5)
+    layer = AdaptedLinear(linear(bias=False), factors(), 1.0, frozenset({"lora_B"}), dropout=0.5)
+    layer.base.weight.data.zero_()
+    x = numbers(1, IN, seed=4).requires_grad_()
+    out = layer(x)
+    # Without a bias the layer is linear in what dropout leaves: x . dy/dx is y, entry by entry.
+    for place in range(OUT):
+        (slope,) = torch.autograd.grad(out[0, place], x, retain_graph=True)
+        assert float((x * slope).sum().detach()) == pytest.approx(
+            float(out[0, place].detach()), rel=1e-4, abs=1e-5
+        )
+        assert 0 < int((slope == 0).sum()) < IN
+
+
+def test_half_of_the_inputs_are_dropped_and_the_others_count_twice() -> None:
+    kept = torch.cat([_kept(torch.ones(1000), 0.5, seed) for seed in range(10)])
+    assert set(kept.tolist()) == {0.0, 2.0}
+    assert abs(float(kept.mean()) - 1.0) < 0.05
+    assert torch.equal(_kept(torch.ones(50), 0.3, 7), _kept(torch.ones(50), 0.3, 7))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_corrected_gradient_is_the_least_squares_one(scale: float) -> None:
+    x, adapter = numbers(40, IN, seed=4), factors()
+    layer = AdaptedLinear(linear(), adapter, scale, frozenset({"lora_B"}), corrected=True)
+    whole = nn.Parameter(layer.base.weight + adapter.dense(scale))
+    target = numbers(40, OUT, seed=9)
+    for start in (0, 20):  # accumulated over two passes
+        part = slice(start, start + 20)
+        (layer(x[part]) - target[part]).square().sum().backward()
+        (nn.functional.linear(x[part], whole, layer.base.bias) - target[part]).square().sum().backward()
+    down = scale * adapter.right_RI.double().numpy()
+    wanted = np.linalg.lstsq(down.T, whole.grad.double().numpy().T, rcond=None)[0].T
+    assert np.allclose(layer.get("lora_B").grad.numpy(), wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())

@@ -110,11 +110,15 @@ def test_the_metrics_have_a_line_a_step_and_the_loss_falls(
     lines = metrics(chain(method)[2])
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert all(line.keys() == {"step", "loss", "lr", "tokens"} for line in steps)
+    own = {"penalty"} if METHODS.get(method).penalty else set()
+    assert all(line.keys() == {"step", "loss", "lr", "tokens"} | own for line in steps)
     assert [line["tokens"] for line in steps] == sorted(line["tokens"] for line in steps)
     held_out = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4]
     assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
+    drifts = [line for line in lines if "sigma_drift" in line]
+    assert [line["step"] for line in drifts] == ([2, 4] if METHODS.get(method).residual else [])
+    assert all(0 < line["sigma_drift"] < 1 and 0 <= line["left_turn"] < 1 for line in drifts)
 
 
 @every_method
