@@ -1,19 +1,28 @@
 """What an adapter changes, applied to a matrix.  O: out features, I: in features, R: rank."""
 
-from collections.abc import Iterator
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from svdconvert.factors import Factors
+from svdconvert.linalg.blocks import in_float32, row_blocks, rows_of_a_block, total_energy
 
-_BLOCK = 1 << 19  # elements of a matrix in work at a time: 2 MB in float32, which stays in cache
 
+def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """(weight - scale * product in float32 with one rounding to `dtype`, ||what the rounding lost||_F).
 
-def subtract_(weight_OI: Tensor, factors: Factors, scale: float) -> Tensor:
-    """weight - scale * product in float32, (O, I), in place: the residual before it is rounded."""
+    In place where the dtype stays.
+    """
     left, right = factors.folded()
-    return weight_OI.addmm_(left, right, alpha=-scale)
+    room_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
+    lost = 0.0
+    for rows, part in in_float32(weight_OI):
+        exact = part.addmm_(left[rows], right, alpha=-scale)
+        room_OI[rows] = exact
+        if dtype != torch.float32:
+            lost += total_energy(exact.sub_(room_OI[rows]))
+    return room_OI, sqrt(lost)
 
 
 def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
@@ -53,18 +62,7 @@ def merged_(weight_OI: Tensor, left_OR: Tensor, right_RI: Tensor, dtype: torch.d
     return merged_OI
 
 
-def row_blocks(matrix_OI: Tensor) -> Iterator[slice]:
-    """Slices of rows that bound the float32 copies of a large matrix."""
-    rows, step = matrix_OI.shape[0], _rows(matrix_OI)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _rows(matrix_OI: Tensor) -> int:
-    rows, columns = matrix_OI.shape
-    return min(rows, max(1, _BLOCK // max(1, columns)))
-
-
 def _block(matrix_OI: Tensor) -> Tensor:
     """Room for one block of rows in float32."""
-    return torch.empty(_rows(matrix_OI), matrix_OI.shape[1], dtype=torch.float32, device=matrix_OI.device)
+    rows, columns = rows_of_a_block(matrix_OI), matrix_OI.shape[1]
+    return torch.empty(rows, columns, dtype=torch.float32, device=matrix_OI.device)

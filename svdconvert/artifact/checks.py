@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import row_blocks
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import tensor_checksum
 from svdconvert.artifact.manifest import Manifest, Matrix
 from svdconvert.checkpoint.reader import open_file
 from svdconvert.checkpoint.source import TensorSource, torch_dtype
 from svdconvert.factors import Factors
+from svdconvert.linalg.blocks import row_blocks
 from svdconvert.linalg.core import singular_values
 
 _ROUNDING = 2e-6

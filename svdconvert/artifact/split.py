@@ -1,15 +1,14 @@
 """Split a checkpoint's matrices: planned from headers, then done one tensor at a time."""
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import isfinite, prod, sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import subtract_
+from svdconvert.adapters.delta import residual_
 from svdconvert.adapters.peft_format import (
     PER_EXPERT,
     WEIGHTS,
@@ -28,8 +27,9 @@ from svdconvert.checkpoint.source import REAL, TensorInfo, TensorSource, dtype_c
 from svdconvert.errors import TargetError
 from svdconvert.factors import Factors
 from svdconvert.layout import Layout, Slot
+from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.triplets import Spectrum, total_energy
+from svdconvert.linalg.triplets import Spectrum
 from svdconvert.method import METHODS, Method, init_folder
 
 
@@ -163,14 +163,9 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
     """How each tensor of the source is split, copied or only noted."""
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     order = list(copies) or list(plan.infos)
-    largest = max((prod(plan.infos[name].shape) for name in plan.slots), default=0)
-    abreast = _abreast(plan, device)
-    rooms = deque(torch.empty(largest, dtype=torch.float32, device=device) for _ in range(abreast))
 
     def compute(name: str, stored: Tensor) -> Outcome:
-        room = rooms.popleft()
-        factors, base_OI, matrix = split_tensor(plan, name, stored.to(device), room)
-        rooms.append(room)
+        factors, base_OI, matrix = split_tensor(plan, name, stored.to(device))
         tensors = {
             (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
         }
@@ -178,7 +173,13 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
             tensors[copies[name], name] = base_OI
         return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
 
-    return Work(order=order, matrices=plan.slots, compute=compute, copies=copies, abreast=abreast)
+    return Work(
+        order=order,
+        matrices=plan.slots,
+        compute=compute,
+        copies=copies,
+        abreast=_abreast(plan, device),
+    )
 
 
 def _abreast(plan: SplitPlan, device: torch.device) -> int:
@@ -187,31 +188,25 @@ def _abreast(plan: SplitPlan, device: torch.device) -> int:
     return 2 if small and device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
-def split_tensor(
-    plan: SplitPlan, name: str, stored: Tensor, room: Tensor | None = None
-) -> tuple[Factors, Tensor, Matrix]:
+def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, Tensor, Matrix]:
     """The factors as stored, what becomes of the base's matrix, and what was measured.
 
-    The work is done in place, in `stored` and in `room`, float32 numbers enough for the matrix: memory
-    that is used again costs no new pages. Neither is to be used while the outcome is.
+    Where the dtype stays the residual takes the memory of `stored`, which is not to be used afterwards.
 
     The factors are rounded first and the residual is computed from the rounded ones, so that its own
     single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
     slot, info, options = plan.slots[name], plan.infos[name], plan.options
     rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
-    weight_OI = _in_float32(stored, room)
-    norm = _finite_norm(name, weight_OI)
-    # What is stored in bf16 is multiplied as it is; a float32 matrix is worked on in place.
-    as_stored = stored if stored.dtype != torch.float32 else None
-    solver = Solver(name, options.svd, options.tol, options.seed, as_stored)
+    norm = _finite_norm(name, stored)
+    solver = Solver(name, options.svd, options.tol, options.seed)
     assert plan.method.split is not None, "plan_split refuses methods without an adapter"
-    split = plan.method.split(weight_OI, rank, scale, solver)
+    split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
     if plan.method.residual:
-        subtract_(weight_OI, factors, scale)
-        base_OI, error = _rounded_(weight_OI, stored, torch_dtype(plan.residual_dtype(name)), norm)
+        base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        error = lost / norm if norm > 0 else 0.0
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
@@ -235,12 +230,6 @@ def _measured(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
-def _in_float32(stored: Tensor, room: Tensor | None) -> Tensor:
-    if room is None or stored.dtype == torch.float32:
-        return stored.float()
-    return room[: stored.numel()].view(stored.shape).copy_(stored)
-
-
 def _finite_norm(name: str, weight_OI: Tensor) -> float:
     """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
     norm = sqrt(total_energy(weight_OI))
@@ -251,15 +240,3 @@ def _finite_norm(name: str, weight_OI: Tensor) -> float:
             f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
         )
     return norm
-
-
-def _rounded_(exact_OI: Tensor, room: Tensor, dtype: torch.dtype, norm: float) -> tuple[Tensor, float]:
-    """The residual in the dtype that is stored, and how much its one rounding loses relative to `norm`.
-
-    In the memory of `room` where that has the dtype; `exact_OI` is used up.
-    """
-    if dtype == exact_OI.dtype:
-        return (exact_OI if room is exact_OI else exact_OI.clone()), 0.0
-    rounded_OI = room.copy_(exact_OI) if room.dtype == dtype else exact_OI.to(dtype)
-    lost = sqrt(total_energy(exact_OI.sub_(rounded_OI)))
-    return rounded_OI, lost / norm if norm > 0 else 0.0

@@ -1,14 +1,22 @@
 """Every singular triplet by LAPACK, and the slices that are cut from them.  O: rows, I: columns, R: rank."""
 
+import threading
+
 import torch
 from torch import Tensor
 
 from svdconvert.linalg.triplets import Triplets, spectrum_of
 
+_ALONE = threading.Lock()
+
 
 def exact_slice(weight_OI: Tensor, kept: Tensor, dtype: torch.dtype = torch.float32) -> Triplets:
-    """The triplets numbered `kept` (0 is the largest), computed in `dtype`, in float32."""
-    left, sigma, right = torch.linalg.svd(weight_OI.to(dtype), full_matrices=False)
+    """The triplets numbered `kept` (0 is the largest), computed in `dtype`, in float32.
+
+    One matrix at a time, whatever goes on in other threads: LAPACK takes the memory of several.
+    """
+    with _ALONE:
+        left, sigma, right = torch.linalg.svd(weight_OI.to(dtype), full_matrices=False)
     total = float(sigma.double().square().sum())
     chosen = kept.to(sigma.device)
     sigma_R = sigma[chosen].float()

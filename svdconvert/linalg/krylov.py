@@ -77,7 +77,7 @@ class Krylov:
         self.width = 0
         self._apply = apply
         self._basis_KN = start_NB.new_empty(self.limit, order)
-        self._core_KK = start_NB.new_zeros(self.limit, self.limit, dtype=core)
+        self._core_KK = start_NB.new_empty(self.limit, self.limit, dtype=core)
         self._rest_NB = start_NB
 
     def grow(self, blocks: int) -> None:

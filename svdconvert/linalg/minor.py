@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.compute import exact_products, multiplies_bfloat16
 from svdconvert.linalg.krylov import (
     Krylov,
@@ -23,7 +24,7 @@ from svdconvert.linalg.krylov import (
     warm_start,
 )
 from svdconvert.linalg.orthonormal import ordered, orthonormal
-from svdconvert.linalg.triplets import Triplets, project, total_energy
+from svdconvert.linalg.triplets import Triplets, project
 
 _POWERS = 4
 _PIVOT = 1e-7  # of the largest: what stands for a pivot that rounding has made up

@@ -16,7 +16,7 @@ from svdconvert.linalg.truncated import fast_top, gram_top
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """The linear algebra that a method may ask for, for one tensor."""
+    """The linear algebra that a method may ask for: of a tensor of any float dtype, answered in float32."""
 
     name: str
     """The tensor's name: part of the seed, so that the order of work changes nothing."""
@@ -24,8 +24,6 @@ class Solver:
     """exact is LAPACK in float32, exact64 in float64."""
     tol: float = 1e-3
     seed: int = 0
-    stored: Tensor | None = None
-    """The tensor as the checkpoint has it, where that is at hand: saves the fast engine a copy."""
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
@@ -42,15 +40,14 @@ class Solver:
         if self.svd == "fast":
             if min(weight_OI.shape) <= space_needed(rank):
                 return gram_top(weight_OI, rank)
-            low = self._low(weight_OI)
-            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator(), stored=low)
+            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
         return found or exact_top(weight_OI, rank, self._dtype)
 
     def minor(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` smallest singular triplets, by the same rules."""
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):
-            found = fast_minor(weight_OI, rank, tol=self.tol, generator=self.generator())
+            found = fast_minor(weight_OI.float(), rank, tol=self.tol, generator=self.generator())
         return found or exact_minor(weight_OI, rank, self._dtype)
 
     def middle(self, weight_OI: Tensor, rank: int) -> Triplets:
@@ -64,8 +61,3 @@ class Solver:
     @property
     def _dtype(self) -> torch.dtype:
         return torch.float64 if self.svd == "exact64" else torch.float32
-
-    def _low(self, weight_OI: Tensor) -> Tensor | None:
-        stored = self.stored
-        fits = stored is not None and stored.dtype == torch.bfloat16 and stored.shape == weight_OI.shape
-        return stored if fits else None

@@ -15,6 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.blocks import energy_outside, gram, gram_times, total_energy
 from svdconvert.linalg.compute import multiplies_bfloat16
 from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import (
@@ -27,7 +28,7 @@ from svdconvert.linalg.krylov import (
     warm_start,
 )
 from svdconvert.linalg.orthonormal import orthonormal
-from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of, total_energy
+from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
 
 __all__ = ["OVERSAMPLING", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
 
@@ -46,49 +47,44 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).turned()
-    wide_LS = weight_OI.double()
-    squares, vectors = torch.linalg.eigh(wide_LS.T @ wide_LS)
-    basis_SR = vectors[:, -rank:].flip(1).to(weight_OI.dtype)
+    squares, vectors = torch.linalg.eigh(gram(weight_OI))
+    basis_SR = vectors[:, -rank:].flip(1).float()
     return project(weight_OI, basis_SR, float(squares.clamp_min(0.0).sum()), 0.0, "exact")
 
 
-def fast_top(
-    weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator, stored: Tensor | None = None
-) -> Triplets | None:
-    """The `rank` largest triplets of a float32 matrix, or None where `tol` was not reached.
+def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
+    """The `rank` largest triplets of a matrix of any float dtype, or None where `tol` was not reached.
 
-    `tol` bounds the estimated excess of the residual's norm over the optimal one. `stored` is the same
-    matrix in bfloat16, where there is one already.
+    `tol` bounds the estimated excess of the residual's norm over the optimal one.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
-        turned = None if stored is None else stored.T
-        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator, stored=turned)
+        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator)
         return found.turned() if found else None
     total = total_energy(weight_OI)
     if total == 0.0:
         return _nothing(weight_OI, rank)
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
     if tol > _COARSE_TOL and multiplies_bfloat16(weight_OI):
-        low_LS = weight_OI.to(torch.bfloat16) if stored is None else stored
-        found = _Top(weight_OI, low_LS, rank, total).search(start_SB, tol)
+        found = _Top(weight_OI, rank, total, weight_OI.bfloat16()).search(start_SB, tol)
         if found is not None:
             return found
-    return _Top(weight_OI, weight_OI, rank, total).search(start_SB, tol)
+    return _Top(weight_OI, rank, total).search(start_SB, tol)
 
 
 @dataclass(frozen=True)
 class _Top:
-    """A matrix, the form of it that is multiplied, and what is wanted of it."""
+    """A matrix and what is wanted of it."""
 
     weight_LS: Tensor
-    low_LS: Tensor
     rank: int
     total: float
+    low_LS: Tensor | None = None
+    """The matrix in bfloat16, where the space is built in it."""
 
     @property
     def coarse(self) -> bool:
-        """True where the space is built in a narrower dtype."""
-        return self.low_LS.dtype != self.weight_LS.dtype
+        """True where the space is built in a narrower dtype than float32."""
+        return self.low_LS is not None
 
     def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
         """The truncation, or None where the estimate stayed above the tolerance."""
@@ -99,9 +95,11 @@ class _Top:
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
-        norm, low = self.total**0.5, self.low_LS.dtype
-        image_LB = self.low_LS @ (block_SB / norm).to(low)
-        applied: Tensor = (self.low_LS.T @ image_LB).float() / norm
+        norm = self.total**0.5
+        if self.low_LS is None:
+            return gram_times(self.weight_LS, block_SB / norm).div_(norm)
+        image_LB = self.low_LS @ (block_SB / norm).to(self.low_LS.dtype)
+        applied: Tensor = (self.low_LS.T @ image_LB).float().div_(norm)
         return applied
 
     def outlook(self, ritz: Ritz) -> Outlook:
@@ -117,8 +115,8 @@ class _Top:
             excess = outlook.excess(outside) if outside > _COARSE else inf
         else:
             if outside < _STEEP:
-                product = (found.left_OR * found.sigma_R) @ found.right_RI
-                outside = total_energy(self.weight_LS - product) / self.total
+                left = found.left_OR * found.sigma_R
+                outside = energy_outside(self.weight_LS, left, found.right_RI) / self.total
             excess = replace(outlook, cost=outside).excess() if outside > _FLOOR**2 else 0.0
         return replace(found, spectrum=replace(found.spectrum, excess=excess))
 

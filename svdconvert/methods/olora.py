@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from svdconvert.factors import Factors
+from svdconvert.linalg.blocks import times, total_energy
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.triplets import spectrum_of, total_energy
+from svdconvert.linalg.triplets import spectrum_of
 from svdconvert.method import Method, Split
 
 
@@ -15,8 +16,8 @@ def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     The first r columns of Q depend on the first r columns of W alone, and R_r = Q_r^T W: what is not needed
     of the factorisation is not computed.
     """
-    left_OR = torch.linalg.qr(weight_OI[:, :rank]).Q
-    right_RI = left_OR.T @ weight_OI
+    left_OR = torch.linalg.qr(weight_OI[:, :rank].float()).Q
+    right_RI = times(weight_OI.T, left_OR).T
     sigma_R = torch.linalg.svdvals(right_RI)
     spectrum = spectrum_of(sigma_R, total_energy(weight_OI), None, "exact")
     return Split(Factors(left_OR, right_RI / scale), spectrum)

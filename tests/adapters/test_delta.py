@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.adapters import delta
-from svdconvert.adapters.delta import as_lora, merged_, row_blocks, subtract_
+from svdconvert.adapters.delta import as_lora, merged_, residual_
 from svdconvert.factors import Factors
+from svdconvert.linalg import blocks as rows_in_work
 from tests.stock import same_bits
 
 ROWS, COLUMNS, RANK = 40, 24, 3
@@ -35,28 +35,25 @@ def product(pieces: Factors, scale: float) -> Tensor:
     return scale * left @ right
 
 
-@pytest.fixture(params=[delta._BLOCK, 7 * COLUMNS], ids=["one block", "many blocks"])
+@pytest.fixture(params=[rows_in_work._BLOCK, 7 * COLUMNS], ids=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices in one block of rows, and in several with a remainder."""
-    monkeypatch.setattr(delta, "_BLOCK", request.param)
+    monkeypatch.setattr(rows_in_work, "_BLOCK", request.param)
 
 
-@pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
-def test_blocks_of_rows_cover_a_matrix_once_and_are_bounded(
-    size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(delta, "_BLOCK", size)
-    slices = list(row_blocks(weight()))
-    assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(ROWS))
-    assert all((rows.stop - rows.start) * COLUMNS <= max(size, COLUMNS) for rows in slices)
-
-
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("core", ["none", "vector", "square"])
-def test_subtracting_leaves_the_residual(core: str) -> None:
-    before, pieces = weight(), factors(1, core=core)
-    found = subtract_(before.clone(), pieces, 0.5)
-    assert torch.allclose(found.double(), before.double() - product(pieces, 0.5), atol=1e-5)
-    assert same_bits(before, weight())
+@pytest.mark.parametrize("kept", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_rounded_once_and_says_what_that_lost(
+    dtype: torch.dtype, kept: torch.dtype, core: str
+) -> None:
+    before, pieces = weight(dtype), factors(1, core=core)
+    found, lost = residual_(before.clone(), pieces, 0.5, kept)
+    wanted = before.double() - product(pieces, 0.5)
+    assert found.dtype == kept
+    assert torch.allclose(found.double(), wanted, rtol=torch.finfo(kept).eps * 0.51, atol=1e-5)
+    assert lost == pytest.approx(float(torch.linalg.norm(found.double() - wanted)), rel=0.01, abs=2e-5)
 
 
 @pytest.mark.usefixtures("blocks")

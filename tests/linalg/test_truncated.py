@@ -7,7 +7,7 @@ import torch
 from svdconvert.linalg import compute, truncated
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.triplets import Triplets, total_energy
+from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import exact_top, fast_top, gram_top
 from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, truth, well_formed
 
@@ -52,27 +52,29 @@ def test_trained_weights_are_truncated_in_either_arithmetic(
 def test_the_space_is_built_in_bfloat16_where_that_loses_nothing(
     bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtypes = []
+    spaces = []
     real = truncated._Top.search
     monkeypatch.setattr(
-        truncated._Top, "search", lambda self, *args: dtypes.append(self.low_LS.dtype) or real(self, *args)
+        truncated._Top, "search", lambda self, *args: spaces.append(self.coarse) or real(self, *args)
     )
-    low, high = torch.bfloat16, torch.float32
+    low, high = True, False
     fast(matrix("trained", 640, 512), 1e-3)
     fast(matrix("random", 300, 200), 1e-3)
-    assert dtypes == [low if bfloat16 else high, high]
+    assert spaces == [low if bfloat16 else high, high]
     fast(matrix("trained", 640, 512), 1e-6)
-    assert dtypes[2:] == [high], "bfloat16 does not reach such a tolerance"
+    assert spaces[2:] == [high], "bfloat16 does not reach such a tolerance"
     fast(matrix("steep", 300, 200).bfloat16().float(), 1e-3)
-    assert dtypes[3:] == ([low, high] if bfloat16 else [high]), "nor so small a residual"
+    assert spaces[3:] == ([low, high] if bfloat16 else [high]), "nor so small a residual"
 
 
-def test_a_stored_matrix_saves_the_copy_and_changes_no_bit() -> None:
-    weight = matrix("trained", 512, 900)
-    plain = Solver("w").top(weight, 64)
-    with_stored = Solver("w", stored=weight.bfloat16()).top(weight, 64)
-    assert torch.equal(plain.left_OR, with_stored.left_OR)
-    assert torch.equal(plain.right_RI, with_stored.right_RI)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slice_", ["top", "minor", "middle", "random"])
+def test_a_matrix_as_stored_is_decomposed_like_its_float32_copy(slice_: str, dtype: torch.dtype) -> None:
+    weight = matrix("trained", 320, 400).to(dtype)
+    answers = [getattr(Solver("w"), slice_)(each, 16) for each in (weight, weight.float())]
+    assert torch.equal(answers[0].sigma_R, answers[1].sigma_R)
+    assert torch.equal(answers[0].left_OR, answers[1].left_OR)
+    assert torch.equal(answers[0].right_RI, answers[1].right_RI)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,10 +174,3 @@ def test_the_same_seed_and_name_give_the_same_bits_whatever_ran_before() -> None
 def test_another_seed_or_name_gives_other_random_numbers(other: Solver) -> None:
     weight = matrix("slow", 300, 200)
     assert not torch.equal(Solver("w", seed=3).top(weight, RANK).left_OR, other.top(weight, RANK).left_OR)
-
-
-def test_the_energy_of_a_large_matrix_is_added_up_without_loss() -> None:
-    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
-    wanted = float(weight.double().square().sum())
-    assert total_energy(weight) == pytest.approx(wanted, rel=1e-6)
-    assert total_energy(weight.T) == pytest.approx(wanted, rel=1e-6)

@@ -1,0 +1,79 @@
+"""Products with a matrix of any float dtype, in float32, a block of rows at a time.
+
+L: rows, S: columns, B: columns of a thin block. A float32 copy of a whole matrix takes memory and new
+pages, and every pass over it goes past the cache; a block of rows stays there while it is worked on. A
+GPU, which has no use for small pieces, is given the matrix in one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 19  # elements of a matrix in work at a time: 2 MB in float32
+
+
+def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
+    """Slices of rows that bound the float32 copies of a large matrix."""
+    rows, step = matrix_LS.shape[0], rows_of_a_block(matrix_LS)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def rows_of_a_block(matrix_LS: Tensor) -> int:
+    """How many rows are in work at a time; at least one."""
+    rows, columns = matrix_LS.shape
+    if matrix_LS.device.type != "cpu":
+        return max(1, rows)
+    return max(1, min(rows, _BLOCK // max(1, columns)))
+
+
+def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows in float32); of a float32 matrix its own memory."""
+    for rows in row_blocks(matrix_LS):
+        yield rows, matrix_LS[rows].float()
+
+
+def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
+    """W X in float32, (L, B)."""
+    product_LB = thin_SB.new_empty(matrix_LS.shape[0], thin_SB.shape[1])
+    for rows, part in in_float32(matrix_LS):
+        torch.mm(part, thin_SB, out=product_LB[rows])
+    return product_LB
+
+
+def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
+    """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
+    sum_SB = torch.zeros_like(thin_SB)
+    for _, part in in_float32(matrix_LS):
+        sum_SB.addmm_(part.T, part @ thin_SB)
+    return sum_SB
+
+
+def gram(matrix_LS: Tensor) -> Tensor:
+    """W^T W in float64, (S, S)."""
+    sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=torch.float64)
+    for _, part in in_float32(matrix_LS):
+        wide = part.double()
+        sum_SS.addmm_(wide.T, wide)
+    return sum_SS
+
+
+def total_energy(matrix_LS: Tensor) -> float:
+    """||W||_F^2: squares are added up along memory in float32, these sums in float64.
+
+    One float32 sum over all of a large matrix is wrong by 5e-4.
+    """
+    return sum(_energy(part) for _, part in in_float32(matrix_LS))
+
+
+def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:
+    """||W - left right||_F^2."""
+    return sum(
+        _energy(torch.addmm(part, left_LB[rows], right_BS, alpha=-1)) for rows, part in in_float32(matrix_LS)
+    )
+
+
+def _energy(block: Tensor) -> float:
+    along = 1 if block.stride(1) == 1 else 0
+    return float(torch.linalg.vector_norm(block, dim=along).double().square().sum())

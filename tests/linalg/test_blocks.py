@@ -1,0 +1,73 @@
+"""Products by blocks of rows, against plain float64 arithmetic."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdconvert.linalg import blocks
+from svdconvert.linalg.blocks import (
+    energy_outside,
+    gram,
+    gram_times,
+    in_float32,
+    row_blocks,
+    times,
+    total_energy,
+)
+
+ROWS, COLUMNS = 40, 24
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def matrix(dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+    made = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return made.T if turned else made
+
+
+@pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
+def test_blocks_cover_a_matrix_once_and_are_bounded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK", size)
+    slices = list(row_blocks(matrix(torch.float32)))
+    assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(ROWS))
+    assert all((rows.stop - rows.start) * COLUMNS <= max(size, COLUMNS) for rows in slices)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_empty_matrix_has_no_energy(shape: tuple[int, int]) -> None:
+    assert total_energy(torch.zeros(shape)) == 0.0
+
+
+@pytest.mark.parametrize("size", [7 * 24, 10**9])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_those_of_the_whole_matrix(
+    dtype: torch.dtype, turned: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK", size)
+    given = matrix(dtype, turned=turned)
+    kept, wide = given.clone(), given.double()
+    thin = torch.randn(given.shape[1], 3, generator=torch.Generator().manual_seed(1))
+    left = torch.randn(given.shape[0], 3, generator=torch.Generator().manual_seed(2))
+    wanted = {
+        "times": (times(given, thin), wide @ thin.double()),
+        "gram_times": (gram_times(given, thin), wide.T @ (wide @ thin.double())),
+        "gram": (gram(given), wide.T @ wide),
+    }
+    for name, (found, exact) in wanted.items():
+        assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-4), name
+    assert total_energy(given) == pytest.approx(float(wide.square().sum()), rel=1e-6)
+    outside = float((wide - left.double() @ thin.T.double()).square().sum())
+    assert energy_outside(given, left, thin.T) == pytest.approx(outside, rel=1e-6)
+    assert torch.equal(given, kept), "the matrix itself was changed"
+
+
+def test_a_float32_matrix_is_not_copied() -> None:
+    given = matrix(torch.float32)
+    assert all(part.data_ptr() == given[rows].data_ptr() for rows, part in in_float32(given))
+
+
+def test_the_energy_of_a_large_matrix_is_added_up_without_loss() -> None:
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    wanted = float(weight.double().square().sum())
+    assert total_energy(weight) == pytest.approx(wanted, rel=1e-6)
+    assert total_energy(weight.T) == pytest.approx(wanted, rel=1e-6)
