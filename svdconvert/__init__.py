@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svdconvert.artifact.manifest import Manifest, read_manifest
-    from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
+    from svdconvert.artifact.options import (
+        ConvertOptions,
+        LoraOptions,
+        MergeOptions,
+        PushOptions,
+        SplitOptions,
+    )
     from svdconvert.errors import SvdConvertError
     from svdconvert.run import Run
     from svdconvert.training.plan import TrainPlan
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
     from svdconvert.verbs.decompose import decompose
     from svdconvert.verbs.inspect import inspect
     from svdconvert.verbs.merge import merge
+    from svdconvert.verbs.push import push
     from svdconvert.verbs.to_lora import to_lora
     from svdconvert.verbs.train import train
     from svdconvert.verbs.verify import verify
@@ -26,6 +33,7 @@ __all__ = [
     "LoraOptions",
     "Manifest",
     "MergeOptions",
+    "PushOptions",
     "Run",
     "SplitOptions",
     "SvdConvertError",
@@ -34,6 +42,7 @@ __all__ = [
     "decompose",
     "inspect",
     "merge",
+    "push",
     "read_manifest",
     "to_lora",
     "train",
@@ -45,6 +54,7 @@ _HOMES = {
     "LoraOptions": "artifact.options",
     "Manifest": "artifact.manifest",
     "MergeOptions": "artifact.options",
+    "PushOptions": "artifact.options",
     "Run": "run",
     "SplitOptions": "artifact.options",
     "SvdConvertError": "errors",

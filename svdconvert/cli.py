@@ -13,10 +13,11 @@ from typing import Annotated, TypeVar
 import typer
 
 from svdconvert import console
-from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
+from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.command import Typed, with_options
 from svdconvert.memory import return_freed_matrices, use_huge_pages
 from svdconvert.progress import Track
+from svdconvert.publishing import publishes
 from svdconvert.ranks import find_ranks
 from svdconvert.recipe import Recipe, options, read_recipe
 from svdconvert.run import Run
@@ -99,6 +100,7 @@ class Listing(str, Enum):
 @app.command(
     epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
 )
+@publishes
 @with_options(SplitOptions)
 def decompose(
     typed: Typed,
@@ -135,6 +137,7 @@ def decompose(
 @app.command(
     epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
 )
+@publishes
 @with_options(TrainPlan)
 def train(
     typed: Typed,
@@ -168,6 +171,7 @@ def train(
 
 
 @app.command(epilog="Example: svdconvert merge trained -o merged --from base")
+@publishes
 @with_options(MergeOptions)
 def merge(
     typed: Typed,
@@ -203,6 +207,7 @@ def merge(
 
 
 @app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
+@publishes
 @with_options(LoraOptions)
 def to_lora(
     typed: Typed,
@@ -227,6 +232,7 @@ def to_lora(
 
 
 @app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+@publishes
 @with_options(ConvertOptions)
 def convert(
     typed: Typed,
@@ -248,6 +254,28 @@ def convert(
             run = replace(_run(shared, track, overwrite, None, None), stream=stream)
             manifest = verb(source, target, chosen, run)
         console.show_converted(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
+@with_options(PushOptions, panel="Publishing")
+def push(
+    typed: Typed,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if need be.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base's org/name, if it was read from a directory.")
+    ] = None,
+    residual: Annotated[
+        str | None, typer.Option("--residual", help="The residual base's org/name, likewise.")
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Publish DIR with a card; what the Hub has already is not sent again."""
+    with console.telling(debug=debug, out=None):
+        from svdconvert.verbs.push import push as verb
+
+        done = verb(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        console.show_published(directory, repository, done)
 
 
 @app.command(epilog="Example: svdconvert verify pissa --base org/name")

@@ -15,29 +15,35 @@ Typed = Mapping[str, Any]
 _SPELLINGS = {"side": "--from"}  # options that Python does not allow as names
 
 
-def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of `kind`; it receives those typed as its argument `typed`."""
+def with_options(
+    kind: type, into: str = "typed", panel: str = "Result"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of `kind`; it receives those typed as its argument `into`."""
     described: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command).parameters.values()
-        added = [_parameter(name, info) for name, info in described.items()]
+        added = [_parameter(name, info, panel) for name, info in described.items()]
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
             typed = {name: values.pop(name) for name in described}
-            command(**values, typed={name: value for name, value in typed.items() if value is not None})
+            command(**values, **{into: {name: value for name, value in typed.items() if value is not None}})
 
-        parameters = [parameter for parameter in own if parameter.name != "typed"]
-        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-        call.__signature__ = inspect.Signature([*keyword, *added])  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *added]}
+        sign(call, [*(parameter for parameter in own if parameter.name != into), *added])
         return call
 
     return decorate
 
 
-def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
+def sign(call: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Let typer see these parameters."""
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    call.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
     spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
     if info.annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
@@ -47,7 +53,7 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
         spelling,
         help=f"{info.description}{shown}",
         show_default=False,
-        rich_help_panel="Result",
+        rich_help_panel=panel,
     )
     return inspect.Parameter(
         name,

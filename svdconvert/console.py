@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from svdconvert.artifact.estimate import Estimate
     from svdconvert.artifact.manifest import Manifest, Matrix
     from svdconvert.training.record import Log
+    from svdconvert.hub.push import Published
     from svdconvert.verbs.inspect import Inspection
     from svdconvert.verbs.merge import Merging
     from svdconvert.verbs.verify import Report
@@ -132,6 +133,8 @@ def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
     )
+    table.add_column()
+    table.add_column(overflow="fold")  # a link that is cut short leads nowhere
     for name, value in rows.items():
         if value is not None:
             table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
@@ -261,6 +264,20 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
         f"converted into {out_dir}",
         {"LoRA": f"rank {manifest.options['rank']}, scale 1, {loss}", "for": base},
         [f'PeftModel.from_pretrained(base, "{out_dir}")'],
+    )
+
+
+def show_published(out_dir: object, repository: str, done: "Published") -> None:
+    """Where a directory is published."""
+    left = [*done.left[:3], *([f"{len(done.left) - 3} more"] if len(done.left) > 3 else [])]
+    summary(
+        f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",
+        {
+            "see": done.url,
+            "files": f"{done.files}, {size_text(done.nbytes)}",
+            "left here": ", ".join(left) or None,
+        },
+        [f"svdconvert inspect {repository}"],
     )
 
 

@@ -7,6 +7,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── UnknownNameError       no method or layout of that name
 ├── OutputError            the output directory is taken, read-only or full
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
+├── HubError               the Hub refuses what is sent to it, or is out of reach
 ├── DataError              training data that cannot be used
 └── MissingPackageError    an optional package is not installed
 
@@ -43,6 +44,10 @@ class OutputError(SvdConvertError):
 
 class ArtifactError(SvdConvertError):
     """A directory is of the wrong kind, incomplete, or belongs to another base."""
+
+
+class HubError(SvdConvertError):
+    """The Hub refuses what is sent to it, or is out of reach."""
 
 
 class DataError(SvdConvertError):

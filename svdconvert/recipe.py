@@ -29,6 +29,14 @@ SECTIONS: Mapping[str, type] = {
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
 }
+SECTION_OF: Mapping[str, str] = {
+    "decomposed": "decompose",
+    "trained": "train",
+    "merged": "merge",
+    "lora": "to_lora",
+    "converted": "convert",
+}
+"""Kind of a directory -> the section of what made it."""
 SHARED = ("model", "seed", "threads", "device")
 _SPELLINGS = {"from": "side"}  # what Python does not allow as a name
 # Options of which only one can be given: what is typed takes the place of what the recipe has.
@@ -93,6 +101,33 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         message = first["msg"].removeprefix("Value error, ")
         wrong = f"{key} is {first['input']!r}: {message}" if key else message
         raise RecipeError(f"{place}: {wrong}") from error
+
+
+def unusual(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among `values` that are not as they are by default."""
+    usual = {entry.name: entry.default for entry in fields(SECTIONS[section])}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {name: value for name, value in values.items() if plain.get(name) != value}
+
+
+def as_typed(section: str, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line for what is not as it is by default."""
+    known = {entry.name for entry in fields(SECTIONS[section])}
+    spellings = {name: spelling for spelling, name in _SPELLINGS.items()}
+    words: list[str] = []
+    for name, value in unusual(section, values).items():
+        option = f"--{spellings.get(name, name).replace('_', '-')}"
+        if name not in known or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, Mapping):
+            words += [option, ",".join(f"{key}={inner}" for key, inner in value.items())]
+        elif isinstance(value, (list, tuple)):
+            words += [option, ",".join(map(str, value))]
+        else:
+            words += [option, str(value)]
+    return words
 
 
 def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:

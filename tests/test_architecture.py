@@ -24,6 +24,7 @@ FLOORS = (
     {"recipe"},
     {"verbs"},
     {"console", "command"},
+    {"publishing"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -37,7 +38,7 @@ ONLY_IN = {
     "peft": set(),
     "rich": {"console"},
     "transformers": {"training", "models"},
-    "typer": {"cli", "command", "console"},
+    "typer": {"cli", "command", "console", "publishing"},
 }
 
 

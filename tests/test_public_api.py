@@ -15,6 +15,7 @@ NAMES = [
     "LoraOptions",
     "Manifest",
     "MergeOptions",
+    "PushOptions",
     "Run",
     "SplitOptions",
     "SvdConvertError",
@@ -23,6 +24,7 @@ NAMES = [
     "decompose",
     "inspect",
     "merge",
+    "push",
     "read_manifest",
     "to_lora",
     "train",
@@ -36,6 +38,7 @@ PARAMETERS = {
     "to_lora": ["adapter", "out", "options", "run", "*residual", "*init"],
     "verify": ["directory", "run", "*base"],
     "inspect": ["model"],
+    "push": ["directory", "repository", "options", "*base", "*residual"],
     "read_manifest": ["directory"],
 }
 

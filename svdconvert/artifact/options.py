@@ -120,3 +120,17 @@ class LoraOptions:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one")
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PushOptions:
+    """How a directory is published."""
+
+    private: bool = False
+    """Create the repository as a private one; one that exists stays as it is."""
+    revision: str | None = None
+    """Push to this branch, which is created where it is not there; main unless given."""
+    message: str | None = None
+    """The commit's message."""
+    pull_request: bool = False
+    """Open a pull request with it."""

@@ -66,11 +66,18 @@ def copy_sidecars(source: Path, target: Path, *, leave: Sequence[str] = ()) -> N
     for path in sorted(source.iterdir() if source.is_dir() else vocabularies(source.parent)):
         if any(fnmatchcase(path.name, pattern) for pattern in leave):
             continue
-        if path.is_file() and not path.name.startswith(".") and path.name not in _OURS:
-            if not path.name.endswith(_WEIGHTS):
+        if path.is_file() and path.name not in _OURS:
+            if is_sidecar(path, path.parent):
                 shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name in _FOLDERS:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+
+
+def is_sidecar(path: Path, directory: Path) -> bool:
+    """True for a visible file of a model's `directory` that holds no weights."""
+    folder = path.relative_to(directory).parent
+    here = folder == Path() or folder.parts[0] in _FOLDERS
+    return here and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
 
 
 def vocabularies(directory: Path) -> list[Path]:

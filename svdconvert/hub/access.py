@@ -111,6 +111,7 @@ def _sentence(error: BaseException, repository: str, revision: str | None) -> st
 
     here = f"{repository} is neither a local directory nor in the local cache"
     told: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
+        (errors.LocalTokenNotFoundError, f"nobody is logged in at {endpoint()}; {_LOG_IN}"),
         (errors.HFValidationError, f"{repository} is no name of a repository; give org/name"),
         (errors.OfflineModeIsEnabled, f"{here}, and HF_HUB_OFFLINE forbids to ask the Hub; unset it"),
         (

@@ -1,19 +1,18 @@
 """svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from svdconvert.adapters.peft_format import AdapterConfig, is_adapter, open_adapter
 from svdconvert.artifact.manifest import PLAIN, Manifest, Origin, is_ours, read_manifest
-from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import open_home
 from svdconvert.method import METHODS
-from svdconvert.training.plan import TrainPlan
+from svdconvert.recipe import SECTION_OF, unusual
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def _ours(path: str, manifest: Manifest) -> Inspection:
         "layout": manifest.layout,
         "base": _place(manifest.base),
         "residual": _place(manifest.residual),
-        "options": _chosen(manifest),
+        "options": unusual(SECTION_OF[manifest.kind], manifest.options),
         **_matrix_details(manifest),
     }
     return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
@@ -94,15 +93,6 @@ def _place(origin: Origin | None) -> str | None:
     if origin.revision:
         return f"{origin.location}@{origin.revision}"
     return origin.location if Path(origin.location).exists() else f"{origin.location} (not there)"
-
-
-def _chosen(manifest: Manifest) -> dict[str, Any]:
-    """The options that are not as they are by default."""
-    kinds = {"decomposed": SplitOptions, "trained": TrainPlan, "merged": MergeOptions, "lora": LoraOptions}
-    kinds["converted"] = ConvertOptions
-    usual = {entry.name: entry.default for entry in fields(kinds[manifest.kind])}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    return {name: value for name, value in manifest.options.items() if plain.get(name) != value}
 
 
 def _matrix_details(manifest: Manifest) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
     faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
     entries = sum(check.entries for check in checks)
     return Report(
-        directory=path,
+        directory=Path(directory),
         kind=manifest.kind,
         tensors=tensors,
         matrices=len(checks),
