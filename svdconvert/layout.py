@@ -77,6 +77,10 @@ class Layout:
                 return runtime + path[len(disk) :]
         return path
 
+    def parameter(self, name: str) -> str:
+        """The run-time path of the parameter that the tensor `name` is."""
+        return self.module(name) + (".weight" if name.endswith(".weight") else "")
+
     def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
         """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
         found = ((name, self.slot(name)) for name in infos)

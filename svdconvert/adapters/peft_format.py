@@ -7,11 +7,12 @@ metadata exactly {"format": "pt"}, configuration sorted by key.
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from svdconvert.adapters.extras import PREFIX, is_declared, parameter_of
 from svdconvert.checkpoint.reader import SafetensorsSource
 from svdconvert.checkpoint.sidecars import read_json_object
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
@@ -24,8 +25,7 @@ PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
 PER_EXPERT = "LORA_PER_EXPERT"
 """The type of adapters with factors for single experts: transformers fuses experts at run time, and stock
 PEFT, which knows only the fused tensors, refuses the type instead of leaving such factors out."""
-_PREFIX = "base_model.model."
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,10 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] | None = None
     dropout: float = 0.0
     initialised: str | bool = True
+    modules_to_save: Sequence[str] = ()
+    """Modules that are trained whole, as PEFT matches them."""
+    bias: str = "none"
+    """Which biases are trained: none, all or lora_only."""
 
     def scale(self, module: str) -> float:
         """alpha / rank of a module, or alpha / sqrt(rank) with rslora; patterns as PEFT matches them."""
@@ -54,14 +58,14 @@ class AdapterConfig:
         content = {
             "alpha_pattern": dict(self.alpha_pattern or {}),
             "base_model_name_or_path": self.base,
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": self.initialised,
             "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
             "lora_bias": False,
             "lora_dropout": self.dropout,
-            "modules_to_save": None,
+            "modules_to_save": sorted(self.modules_to_save) or None,
             "peft_type": self.peft_type,
             "r": self.rank,
             "rank_pattern": dict(self.rank_pattern or {}),
@@ -89,6 +93,8 @@ class Adapter:
     source: TensorSource
     modules: Mapping[str, Mapping[str, str]]
     """Module -> piece -> name in the file."""
+    extras: Mapping[str, str] = field(default_factory=dict)
+    """Parameter that is trained whole -> name in the file."""
 
     def factors(self, module: str) -> Factors:
         """The pieces of a module as stored."""
@@ -102,7 +108,7 @@ class Adapter:
 
 def key(module: str, piece: str) -> str:
     """The name of a module's piece in the adapter's file."""
-    return f"{_PREFIX}{module}.{piece}.weight"
+    return f"{PREFIX}{module}.{piece}.weight"
 
 
 def is_adapter(directory: Path) -> bool:
@@ -124,20 +130,24 @@ def open_adapter(directory: Path) -> Adapter:
     config = _config(directory, read_json_object(directory / CONFIG))
     source = SafetensorsSource([directory / WEIGHTS])
     modules: dict[str, dict[str, str]] = {}
+    extras: dict[str, str] = {}
     others: list[str] = []
     for name in source.infos:
         if match := _KEY.fullmatch(name):
             modules.setdefault(match["module"], {})[match["piece"]] = name
+        elif is_declared(name, config.modules_to_save, config.bias):
+            extras[parameter_of(name)] = name
         else:
             others.append(name)
     if others:
         raise ArtifactError(
-            f"{directory / WEIGHTS} holds {others[0]}, which is no low-rank factor and would be lost "
-            f"({len(others)} such tensors); train without it, or merge with the program that wrote it"
+            f"{directory / WEIGHTS} holds {others[0]}, which is neither a low-rank factor nor named as "
+            f"trained whole in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
+            "or merge with the program that wrote it"
         )
     _complete(directory, modules)
     config = config if config.targets else replace(config, targets=sorted(modules))
-    return Adapter(directory, config, source, modules)
+    return Adapter(directory, config, source, modules, extras)
 
 
 def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
@@ -160,6 +170,8 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
             alpha_pattern=values.get("alpha_pattern"),
             dropout=float(values.get("lora_dropout") or 0.0),
             initialised=values.get("init_lora_weights", True),
+            modules_to_save=tuple(map(str, values.get("modules_to_save") or ())),
+            bias=str(values.get("bias") or "none"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from svdconvert.adapters.peft_format import Adapter, is_adapter, open_adapter
 from svdconvert.artifact.manifest import PLAIN, Manifest, is_ours, read_manifest
@@ -44,6 +45,10 @@ class Change:
     def end(self, module: str) -> tuple[Factors, float]:
         """The factors after training, and their scale."""
         return self.after.factors(module), self.after.config.scale(module)
+
+    def extra(self, parameter: str) -> Tensor:
+        """What a parameter that was trained whole has become."""
+        return self.after.source.read(self.after.extras[parameter])
 
     def places(self) -> list[Path]:
         """The directories that it is read from."""

@@ -14,7 +14,7 @@ from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import checksum
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.checkpoint.shards import PlannedFile, plan_file
-from svdconvert.checkpoint.source import dtype_code, tensor_bytes
+from svdconvert.checkpoint.source import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.linalg.core import left_out, rank_within, share_out, singular_values, truncated
 from svdconvert.progress import Progress, Track
@@ -64,6 +64,10 @@ def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
     for module in change.modules:
         rows, columns = change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1]
         infos += adapter_infos(module, {"lora_A": (rank, columns), "lora_B": (rows, rank)}, dtype_code(dtype))
+    infos += [
+        TensorInfo(name, change.after.source.infos[name].shape, dtype_code(dtype))
+        for name in change.after.extras.values()
+    ]
     return LoraPlan(change, rank, dtype, plan_file(WEIGHTS, infos), truncation)
 
 
@@ -90,7 +94,15 @@ def _truncation(change: Change, options: LoraOptions) -> Truncation | None:
 
 def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
     """Scale 1 (alpha is the rank), no rslora, no patterns; `base` is a Hub id."""
-    return AdapterConfig(rank=plan.rank, alpha=plan.rank, targets=plan.change.after.config.targets, base=base)
+    own = plan.change.after.config
+    return AdapterConfig(
+        rank=plan.rank,
+        alpha=plan.rank,
+        targets=own.targets,
+        base=base,
+        modules_to_save=own.modules_to_save,
+        bias=own.bias,
+    )
 
 
 def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
@@ -99,6 +111,11 @@ def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
         if module not in staged.finished:
             staged.finish(module, _write_module(plan, module, staged))
         track(Progress(module, plan.file.path, done, len(plan.change.modules)))
+    for parameter, name in plan.change.after.extras.items():
+        if name not in staged.finished:
+            whole = plan.change.extra(parameter).to(plan.dtype)
+            staged.write(plan.file.path, name, whole)
+            staged.finish(name, {"files": {plan.file.path: {name: checksum(tensor_bytes(whole))}}})
 
 
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:

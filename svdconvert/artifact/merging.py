@@ -29,6 +29,8 @@ class MergePlan:
     side: Side
     modules: Mapping[str, str]
     """Tensor -> module, of the adapted matrices."""
+    extras: Mapping[str, str]
+    """Tensor -> parameter, of those that were trained whole and are replaced."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
     """Element type of every merged matrix."""
@@ -47,9 +49,10 @@ def plan_merge(
     modules = {by_module[module]: module for module in change.modules}
     for name, module in modules.items():
         _refuse_shape(change, module, source.infos[name])
-    dtypes = {name: _merged_code(change, source.infos[name], options) for name in modules}
+    extras = _replaced(change, source, layout)
+    dtypes = {name: _merged_code(change, source.infos[name], options) for name in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
-    return MergePlan(change, side, modules, tuple(_files(outputs, side, layout, options)), dtypes)
+    return MergePlan(change, side, modules, extras, tuple(_files(outputs, side, layout, options)), dtypes)
 
 
 def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
@@ -62,6 +65,29 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
         by_name = {info.name: info for info in outputs}
         outputs = [by_name[name] for name in in_order(by_name, layout.family.rules)]
     return plan_model(outputs, limit, layout.family.file)
+
+
+def _replaced(change: Change, source: TensorSource, layout: Layout) -> dict[str, str]:
+    """Tensor -> parameter, for what the adapter trained whole."""
+    by_parameter = {layout.parameter(name): name for name in source.infos}
+    for parameter, key in change.after.extras.items():
+        shape = change.after.source.infos[key].shape
+        if parameter not in by_parameter:
+            raise ArtifactError(
+                f"{change.directory} trained {parameter} whole, which the model does not store (its head may "
+                "be tied to the embeddings); merge it with PEFT into a model that has it"
+            )
+        if shape != (known := source.infos[by_parameter[parameter]].shape):
+            raise ArtifactError(
+                f"{change.directory} trained {parameter} with the shape {shape}, and the model has it with "
+                f"{known}; give the model that it was made for"
+            )
+        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in source.infos):
+            raise ArtifactError(
+                f"{change.directory} trained {parameter} whole, which the model ties to its head: merging "
+                "would change the head too; untie them first, or train without it"
+            )
+    return {by_parameter[parameter]: parameter for parameter in change.after.extras}
 
 
 def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:
@@ -84,7 +110,7 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     return Work(
         order=list(copies),
-        matrices=plan.modules,
+        matrices={**plan.modules, **plan.extras},
         compute=lambda name, stored: Outcome(
             {(copies[name], name): _merge_one(plan, name, stored.to(device)).cpu()}
         ),
@@ -96,6 +122,8 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
 
 
 def _merge_one(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
+    if name in plan.extras:
+        return plan.change.extra(plan.extras[name]).to(torch_dtype(plan.dtypes[name]))
     module = plan.modules[name]
     after, scale = plan.change.end(module)
     if plan.side == "residual":

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.extras import extra_key
 from svdconvert.adapters.peft_format import AdapterConfig, adapter_infos, key, open_adapter
 from svdconvert.artifact.fingerprint import checksum
 from svdconvert.artifact.manifest import Manifest, Matrix, Origin
 from svdconvert.artifact.split import SplitPlan, split_tensor
 from svdconvert.checkpoint.shards import PlannedFile, plan_file
-from svdconvert.checkpoint.source import TensorSource, dtype_code, tensor_bytes
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.factors import Factors
 from svdconvert.method import init_folder
@@ -37,6 +38,8 @@ class Start:
     """Module -> initial factors."""
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     """Module -> residual, where `weights` holds the base and the method trains against a residual."""
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the parameters that are trained whole beside the factors."""
 
     def pieces(self) -> dict[str, tuple[Factors, float]]:
         """Module -> (factors, scale)."""
@@ -94,21 +97,30 @@ def start_from_plain(
     )
 
 
-def plan_adapter(path: str, factors: Mapping[str, Factors], dtype: torch.dtype | None = None) -> PlannedFile:
-    """The adapter's file at `path`, in `dtype` or as the factors are."""
+def plan_adapter(
+    path: str,
+    factors: Mapping[str, Factors],
+    dtype: torch.dtype | None = None,
+    whole: Mapping[str, tuple[int, ...]] | None = None,
+) -> PlannedFile:
+    """The adapter's file at `path`: factors in `dtype` or as they are, what is trained whole in float32."""
     infos = []
     for module, parts in factors.items():
         for piece, tensor in parts.pieces().items():
             infos += adapter_infos(module, {piece: tuple(tensor.shape)}, dtype_code(dtype or tensor.dtype))
+    infos += [TensorInfo(extra_key(name, factors), shape, "F32") for name, shape in (whole or {}).items()]
     return plan_file(path, infos)
 
 
-def write_adapter(staged: StagedOutput, file: PlannedFile, factors: Mapping[str, Factors]) -> dict[str, str]:
+def write_adapter(
+    staged: StagedOutput,
+    file: PlannedFile,
+    factors: Mapping[str, Factors],
+    whole: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
     """Write every piece; checksums by name."""
-    marks: dict[str, str] = {}
-    for module, parts in factors.items():
-        for piece, tensor in parts.pieces().items():
-            name = key(module, piece)
-            staged.write(file.path, name, tensor)
-            marks[name] = checksum(tensor_bytes(tensor))
-    return marks
+    tensors = {key(path, piece): t for path, parts in factors.items() for piece, t in parts.pieces().items()}
+    tensors |= {extra_key(name, factors): tensor for name, tensor in (whole or {}).items()}
+    for name, tensor in tensors.items():
+        staged.write(file.path, name, tensor)
+    return {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}

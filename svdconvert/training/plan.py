@@ -8,6 +8,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
+from svdconvert.artifact.options import Names
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -70,6 +72,8 @@ class TrainPlan:
     dropout: Share = 0.0
     """Dropout before the adapter; the model's own is off."""
 
+    train_also: Names | None = None
+    """What is trained whole beside the adapter: norms, biases, or globs on names of tensors; by commas."""
     penalty: Weight | None = None
     """Weight of the penalty that keeps SORSA's U and V orthonormal; the method's own where not given."""
     penalty_rule: Literal["weight", "reference"] = "weight"

@@ -113,7 +113,7 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
 
 
 def _known_layout(change: Change) -> str | None:
-    return change.manifest.layout if change.manifest else None
+    return change.manifest.layout or None if change.manifest else None
 
 
 def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:

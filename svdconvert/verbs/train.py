@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdconvert.adapters.extras import declaration
 from svdconvert.adapters.peft_format import CONFIG, WEIGHTS
 from svdconvert.artifact.fingerprint import checksum, digest
 from svdconvert.artifact.manifest import Manifest, read_manifest, run_identity
@@ -17,11 +18,14 @@ from svdconvert.checkpoint.shards import PlannedFile
 from svdconvert.checkpoint.source import tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.hub.begin import find_start
+from svdconvert.hub.locate import open_home
+from svdconvert.layout import LAYOUTS
 from svdconvert.linalg.compute import use_threads
 from svdconvert.method import METHODS, init_folder
 from svdconvert.run import Run
 from svdconvert.training.checkpoints import Checkpoints
 from svdconvert.training.drift import with_drift
+from svdconvert.training.extras import choose, harvest_whole, unfreeze
 from svdconvert.training.install import harvest, install
 from svdconvert.training.loop import fit
 from svdconvert.training.machine import make_accelerator
@@ -65,7 +69,7 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     require_trackers(plan)
     threads = use_threads(run.threads or recorded(target, "threads"))
     split = split or SplitOptions()
-    start = find_start(str(model), split, base, run)
+    start = _with_whole(find_start(str(model), split, base, run), plan)
     check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
     plan = settled(plan, METHODS.get(start.method), start.config.dropout, run.say)
     task = open_task(start.weights, plan, trust_remote_code=run.trust_remote_code)
@@ -101,20 +105,33 @@ def _remark(start: Start, plan: TrainPlan, task: Task, run: Run) -> None:
             run.say(remark)
 
 
+def _with_whole(start: Start, plan: TrainPlan) -> Start:
+    """The start with what is trained whole beside its factors."""
+    if not plan.train_also:
+        return start
+    infos = open_home(str(start.weights)).source.infos
+    return replace(start, whole=choose(infos, LAYOUTS.get(start.layout), start.matrices, plan.train_also))
+
+
 def _planned(start: Start) -> list[PlannedFile]:
     """The files of the trained and of the initial adapter."""
     initial = f"{init_folder(start.method)}/{WEIGHTS}"
-    return [plan_adapter(WEIGHTS, start.factors, torch.float32), plan_adapter(initial, start.factors)]
+    return [
+        plan_adapter(WEIGHTS, start.factors, torch.float32, start.whole),
+        plan_adapter(initial, start.factors),
+    ]
 
 
 def _write(staged: StagedOutput, start: Start, network: nn.Module) -> dict[str, dict[str, str]]:
     """Both adapters with their configurations; checksums by file."""
     trained, initial = _planned(start)
-    (staged.path / CONFIG).write_text(replace(start.config, base=_hub_weights(start)).text())
+    modules, bias = declaration(start.whole, start.factors)
+    config = replace(start.config, base=_hub_weights(start), modules_to_save=modules, bias=bias)
+    (staged.path / CONFIG).write_text(config.text())
     (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
     return {
         initial.path: write_adapter(staged, initial, start.factors),
-        trained.path: write_adapter(staged, trained, harvest(network)),
+        trained.path: write_adapter(staged, trained, harvest(network), harvest_whole(network, start.whole)),
     }
 
 
@@ -170,6 +187,7 @@ def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Modul
         require_packing(network)
     trains = METHODS.get(start.method).trains
     install(network, start.pieces(), trains, plan.dropout, corrected=plan.corrected_gradient)
+    unfreeze(network, start.whole)
     return network
 
 

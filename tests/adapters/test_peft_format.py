@@ -135,11 +135,9 @@ def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
         ({"use_dora": True}, "DoRA"),
         (
             {"lora_bias": True, "base": "qwen2", "target_modules": ["q_proj"]},
-            "lora_B.bias, which is no low-rank factor",
+            "lora_B.bias, which is neither a low-rank factor",
         ),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight, which is no low-rank factor"),
-        ({"bias": "lora_only", "base": "qwen2"}, "bias, which is no low-rank factor"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.*, which is no low-rank factor"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.*, which is neither"),
     ],
 )
 def test_nothing_of_an_adapter_is_ever_dropped(
@@ -155,7 +153,7 @@ def test_nothing_of_an_adapter_is_ever_dropped(
 
 def test_magnitudes_are_not_dropped_where_the_configuration_hides_them(saved: Callable[..., Path]) -> None:
     directory = edit(saved(use_dora=True), use_dora=False)
-    with pytest.raises(ArtifactError, match="lora_magnitude_vector, which is no low-rank factor"):
+    with pytest.raises(ArtifactError, match="lora_magnitude_vector, which is neither a low-rank factor"):
         open_adapter(directory)
 
 

@@ -1,0 +1,66 @@
+"""What is trained whole beside the adapter: norms, biases, or whatever is named."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from svdconvert.checkpoint.source import TensorInfo
+from svdconvert.errors import RecipeError
+from svdconvert.layout import Layout
+from svdconvert.training.module import AdaptedLinear
+
+_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln\w*)\.(weight|bias)")
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the chosen parameters, by their path at run time."""
+
+
+def choose(
+    infos: Mapping[str, TensorInfo], layout: Layout, adapted: Collection[str], wanted: Sequence[str]
+) -> Shapes:
+    """The parameters that `wanted` names: norms, biases, or globs on the names of tensors.
+
+    `adapted` are the tensors with factors. Raises RecipeError where one of them names nothing, or what
+    cannot be trained whole.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for target in wanted:
+        names = [name for name in infos if _names(target, name)]
+        if not names:
+            raise RecipeError(
+                f"train_also names {target!r}, which no tensor fits; give norms, biases, or globs on names"
+            )
+        for name in names:
+            if name in adapted:
+                raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
+            if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
+                raise RecipeError(f"train_also names {name}, which is the head's weight too; leave it out")
+            found[layout.parameter(name)] = infos[name].shape
+    return found
+
+
+def _names(target: str, name: str) -> bool:
+    if target == "norms":
+        return _NORM.search(name) is not None
+    return name.endswith(".bias") if target == "biases" else fnmatchcase(name, target)
+
+
+def unfreeze(model: nn.Module, parameters: Iterable[str]) -> None:
+    """Have these trained, in float32, for a small step is nothing to a bfloat16 number."""
+    for name in parameters:
+        parameter = _live(model, name)
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def harvest_whole(model: nn.Module, parameters: Iterable[str]) -> dict[str, Tensor]:
+    """What has become of them: float32 copies on the CPU."""
+    return {name: _live(model, name).detach().to("cpu", torch.float32, copy=True) for name in parameters}
+
+
+def _live(model: nn.Module, name: str) -> nn.Parameter:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module.base if isinstance(module, AdaptedLinear) else module).get_parameter(leaf)
