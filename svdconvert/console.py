@@ -30,13 +30,14 @@ from rich.table import Table
 
 from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import SvdConvertError
+from svdconvert.layout import is_transformers, loading
 from svdconvert.progress import Progress, Track, silent
 
 if TYPE_CHECKING:
     from svdconvert.artifact.estimate import Estimate
     from svdconvert.artifact.manifest import Manifest, Matrix
-    from svdconvert.training.record import Log
     from svdconvert.hub.push import Published
+    from svdconvert.training.record import Log
     from svdconvert.verbs.inspect import Inspection
     from svdconvert.verbs.merge import Merging
     from svdconvert.verbs.verify import Report
@@ -143,6 +144,10 @@ def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()
         stdout.print(f"[dim]{'next' if number == 0 else '  or'}[/dim]  {escape(command)}")
 
 
+def _then(*commands: str) -> list[str]:
+    return [command for command in commands if command]
+
+
 def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table with a heading."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
@@ -237,7 +242,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
             "from": f"the {manifest.options['side']} {origin.location if origin else ''}",
             "tensors": f"{len(manifest.checksums)} in {shards} files",
         },
-        [f"svdconvert inspect {out_dir}", f'AutoModelForCausalLM.from_pretrained("{out_dir}")'],
+        _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
 
 
@@ -251,7 +256,7 @@ def show_converted(out_dir: object, manifest: "Manifest") -> None:
             "tensors": f"{len(manifest.checksums)} in {', '.join(files) if len(files) == 1 else len(files)}",
             "values": "as they were" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
         },
-        [f"svdconvert inspect {out_dir}"],
+        _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
 
 
@@ -263,7 +268,10 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     summary(
         f"converted into {out_dir}",
         {"LoRA": f"rank {manifest.options['rank']}, scale 1, {loss}", "for": base},
-        [f'PeftModel.from_pretrained(base, "{out_dir}")'],
+        [
+            *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
+            f"svdconvert merge {out_dir} -o MERGED",
+        ],
     )
 
 

@@ -81,6 +81,12 @@ class Layout:
         """The run-time path of the parameter that the tensor `name` is."""
         return self.module(name) + (".weight" if name.endswith(".weight") else "")
 
+    def path(self, name: str) -> str:
+        """Where the network that is trained has the module whose weight the tensor `name` is."""
+        slot = self.slot(name)
+        assert slot is not None, name
+        return self.family.path(slot) if self.family else slot.module
+
     def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
         """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
         found = ((name, self.slot(name)) for name in infos)
@@ -137,13 +143,17 @@ class Family:
     """A layout as one of several of the same models."""
 
     name: str
-    """The family's; its network is the module of this name in `svdconvert.models`."""
+    """The family's; `svdconvert.models` has a module of this name, which loads its network and tokenizer."""
+    path: Callable[[Slot], str]
+    """Where its network has the module of a matrix."""
     rules: Sequence[Rule]
     """From the family's own names to the layout's, in the order in which its files have them."""
     file: str | None = None
     """The one file of a plain checkpoint, such as model.pth; None for safetensors in shards."""
     config: Callable[[TensorSource], dict[str, Any]] | None = None
     """Makes config.json from the family's tensors; None where readers want none."""
+    loading: str = ""
+    """How a program loads a plain checkpoint, with {path} for its directory."""
     advice: str = ""
     """What a user who converts to this layout has to know."""
 
@@ -174,6 +184,18 @@ def find_layout(
         f"({did_you_mean(str(model_type), types)}); if its tensors are named as in {', '.join(known)}, "
         "say so with --layout"
     )
+
+
+def loading(name: str, path: object) -> str:
+    """How a program loads a plain checkpoint of the layout `name`, empty where there is none to name."""
+    family = LAYOUTS.get(name).family if name in LAYOUTS.names() else None
+    line = family.loading if family else 'AutoModelForCausalLM.from_pretrained("{path}")'
+    return line.format(path=path)
+
+
+def is_transformers(name: str) -> bool:
+    """True where transformers, and so PEFT, loads models of the layout `name`."""
+    return "AutoModel" in loading(name, "")
 
 
 def in_family(name: str, layout: Layout, wanted: str) -> tuple[str, Layout]:

@@ -1,7 +1,7 @@
 """RWKV-6 as its author publishes it: one .pth file with a flat state dict, no configuration."""
 
 from svdconvert.layout import Family, Layout, Relative
-from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, path, rename
 
 _ATT = "blocks.0.att"
 
@@ -18,5 +18,11 @@ LAYOUT = Layout(
         Relative("an RWKV-5", (f"{_ATT}.time_mix_k", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_mix_w1",)),
         Relative("an RWKV-4", (f"{_ATT}.time_mix_k",), (f"{_ATT}.ln_x.weight",)),
     ),
-    family=Family("rwkv6", tuple(rename(name, name) for name in NAMES), file="model.pth"),
+    family=Family(
+        "rwkv6",
+        path,
+        tuple(rename(name, name) for name in NAMES),
+        file="model.pth",
+        loading='rwkv.model.RWKV("{path}/model.pth", "cpu fp32")',
+    ),
 )

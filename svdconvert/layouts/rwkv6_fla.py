@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.layout import Family, Layout, Relative
-from svdconvert.models.rwkv6_tensors import BLOCK, MIX_ORDER, ROLES, Sizes, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, MIX_ORDER, ROLES, Sizes, path, rename
 from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
@@ -145,8 +145,10 @@ LAYOUT = Layout(
     relatives=(Relative("an RWKV-7", ("model.layers.0.attn.r_k",)),),
     family=Family(
         "rwkv6",
+        path,
         _RULES,
         config=config,
+        loading='fla.models.RWKV6ForCausalLM.from_pretrained("{path}")',
         advice="the group norm of RWKV-6 has the epsilon 64e-5, for which this layout's config.json has no "
         "key: flash-linear-attention loads the model with 1e-5, and its logits differ by some 0.1. After "
         "loading, set the eps of every layer's attn.g_norm to 64e-5",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svdconvert.layout import Family, Layout
-from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, NAMES, ROLES, path, rename
 from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ LAYOUT = Layout(
     signature="blocks.0.att.time_mix_w1",
     family=Family(
         "rwkv6",
+        path,
         tuple(map(_rule, NAMES)),
         file="model.st",
         advice="its readers want float16: add --dtype float16 where the source has another element type",

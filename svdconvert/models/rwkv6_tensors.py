@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from svdconvert.checkpoint.source import TensorInfo
 from svdconvert.errors import CheckpointError
+from svdconvert.layout import Slot
 from svdconvert.naming import Rule
 
 BLOCK = "blocks.{layer}"
@@ -59,6 +60,11 @@ ROLES = ("att.receptance", "att.key", "att.value", "att.gate", "att.output") + (
 )
 """The plain matrices of a layer, by their path in a block. time_maa_w* and time_decay_w* are not among
 them: a tanh stands between the two factors."""
+
+
+def path(slot: Slot) -> str:
+    """Where the network of `rwkv6` has a matrix."""
+    return f"{BLOCK.replace('{layer}', str(slot.layer))}.{slot.role}"
 
 
 def rename(own: str, name: str) -> Rule:

@@ -9,7 +9,8 @@ from svdconvert.factors import Factors
 from svdconvert.training.module import AdaptedLinear
 
 Pieces = Mapping[str, tuple[Factors, float]]
-"""(factors, scale) by the run-time path of the linear layer that they belong to."""
+"""(factors, scale) by the name of the linear layer that they belong to, which is its run-time path unless
+`install` is told another."""
 
 
 def install(
@@ -19,24 +20,27 @@ def install(
     dropout: float = 0.0,
     *,
     corrected: bool = False,
+    paths: Mapping[str, str] | None = None,
 ) -> None:
-    """Replace the linear layers at these paths by adapted ones and freeze everything else.
+    """Replace the linear layers of these names by adapted ones and freeze everything else.
 
     `trains` names the pieces to train, of "lora_A", "lora_B", "lora_S", "lora_R"; `corrected` is as in
-    AdaptedLinear. Raises ArtifactError with all that does not fit, and leaves the model alone then.
+    AdaptedLinear; `paths` says where the layers are, by name. Raises ArtifactError with all that does not
+    fit, and leaves the model alone then.
     """
     # A module shared by several paths is listed under each of them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    if wrong := list(_complaints(modules, pieces, trains)):
+    at = {name: (paths or {}).get(name, name) for name in pieces}
+    if wrong := list(_complaints(modules, {at[name]: piece for name, piece in pieces.items()}, trains)):
         raise ArtifactError("the adapter does not fit the model:\n  " + "\n  ".join(wrong))
     model.requires_grad_(False)
-    for path, (factors, scale) in pieces.items():
-        base = modules[path]
+    for name, (factors, scale) in pieces.items():
+        base = modules[at[name]]
         assert isinstance(base, nn.Linear)
-        parent, _, name = path.rpartition(".")
-        setattr(
-            modules[parent], name, AdaptedLinear(base, factors, scale, trains, dropout, corrected=corrected)
-        )
+        parent, _, last = at[name].rpartition(".")
+        layer = AdaptedLinear(base, factors, scale, trains, dropout, corrected=corrected)
+        layer.name = name
+        setattr(modules[parent], last, layer)
 
 
 def _complaints(modules: Mapping[str, nn.Module], pieces: Pieces, trains: frozenset[str]) -> Iterable[str]:
@@ -71,7 +75,7 @@ def _misfit(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
 
 
 def harvest(model: nn.Module) -> dict[str, Factors]:
-    """The factors of every adapted layer by its path, as float32 copies on the CPU."""
+    """The factors of every adapted layer by its name, as float32 copies on the CPU."""
     return {path: layer.factors() for path, layer in adapted_layers(model)}
 
 
@@ -81,5 +85,5 @@ def trainable_count(model: nn.Module) -> int:
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, AdaptedLinear]]:
-    """Every adapted layer with its path."""
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLinear))
+    """Every adapted layer with its name."""
+    return ((layer.name, layer) for layer in model.modules() if isinstance(layer, AdaptedLinear))

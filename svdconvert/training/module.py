@@ -35,6 +35,8 @@ class AdaptedLinear(nn.Module):
         corrected: bool = False,
     ) -> None:
         super().__init__()
+        self.name = ""
+        """What its adapter calls it."""
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)

@@ -40,9 +40,9 @@ def _joined(parts: Sequence[Example]) -> Example:
 def require_packing(model: nn.Module) -> None:
     """Raise RecipeError where the model would let packed rows see each other.
 
-    transformers' own models keep them apart by their positions; code that a model brings may not, and a
-    recurrent model has no positions.
+    transformers' own models and ours keep them apart by their positions; code that a model brings may not,
+    and transformers' recurrent models have no positions.
     """
-    own = type(model).__module__.startswith("transformers.models.")
+    own = type(model).__module__.startswith(("transformers.models.", "svdconvert.models."))
     if not own or "position_ids" not in signature(model.forward).parameters:
         raise RecipeError(f"{type(model).__name__} cannot keep packed rows apart: train without packing")

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svdconvert.layout import Layout
 from svdconvert.training.data import encode, padding_id
 from svdconvert.training.loading import Examples, load_examples
 from svdconvert.training.network import load_tokenizer
@@ -24,8 +25,8 @@ class Task:
     objective: Objective
 
 
-def open_task(weights: Path, plan: TrainPlan, *, trust_remote_code: bool = False) -> Task:
+def open_task(weights: Path, layout: Layout, plan: TrainPlan, *, trust_remote_code: bool = False) -> Task:
     """Read all that the plan names. Raises DataError or CheckpointError where something cannot be used."""
-    tokenizer = load_tokenizer(weights, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(weights, layout, trust_remote_code=trust_remote_code)
     examples = load_examples(plan, partial(encode, tokenizer=tokenizer, plan=plan))
     return Task(tokenizer, examples, NextToken(padding_id(tokenizer)))

@@ -11,6 +11,7 @@ from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import open_home
+from svdconvert.layout import is_transformers, loading
 from svdconvert.method import METHODS
 from svdconvert.recipe import SECTION_OF, unusual
 
@@ -78,12 +79,14 @@ def _what(manifest: Manifest) -> str:
 
 
 def _commands(path: str, manifest: Manifest) -> list[str]:
+    plain = [line for line in [loading(manifest.layout, path)] if line]
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
         "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
-        "merged": [f'AutoModelForCausalLM.from_pretrained("{path}")', f"svdconvert verify {path}"],
-        "converted": [f"svdconvert verify {path}", f"svdconvert decompose {path} -o DECOMPOSED"],
-        "lora": [f'PeftModel.from_pretrained(base, "{path}")', f"svdconvert merge {path} -o MERGED"],
+        "merged": [*plain, f"svdconvert verify {path}"],
+        "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],
+        "lora": [*peft, f"svdconvert merge {path} -o MERGED"],
     }[manifest.kind]
 
 

@@ -72,7 +72,8 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     start = _with_whole(find_start(str(model), split, base, run), plan)
     check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
     plan = settled(plan, METHODS.get(start.method), start.config.dropout, run.say)
-    task = open_task(start.weights, plan, trust_remote_code=run.trust_remote_code)
+    layout = LAYOUTS.get(start.layout)
+    task = open_task(start.weights, layout, plan, trust_remote_code=run.trust_remote_code)
     _remark(start, plan, task, run)
     accelerator = make_accelerator(plan)
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
@@ -181,14 +182,23 @@ def _manifest(
 def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Module:
     # Under autocast the frozen weights stay as they are stored; without it all is float32.
     dtype = torch.float32 if autocast == "no" else None
-    network = load_network(start.weights, dtype, trust_remote_code=run.trust_remote_code)
-    replace_weights(network, start.replaced)
+    network = load_network(
+        start.weights, LAYOUTS.get(start.layout), dtype, trust_remote_code=run.trust_remote_code
+    )
+    paths = _paths(start)
+    replace_weights(network, {paths[module]: weight for module, weight in start.replaced.items()})
     if plan.packing:
         require_packing(network)
-    trains = METHODS.get(start.method).trains
-    install(network, start.pieces(), trains, plan.dropout, corrected=plan.corrected_gradient)
+    trains, corrected = METHODS.get(start.method).trains, plan.corrected_gradient
+    install(network, start.pieces(), trains, plan.dropout, corrected=corrected, paths=paths)
     unfreeze(network, start.whole)
     return network
+
+
+def _paths(start: Start) -> dict[str, str]:
+    """Module, as the adapter names it -> where the network has it."""
+    layout = LAYOUTS.get(start.layout)
+    return {matrix.module: layout.path(name) for name, matrix in start.matrices.items()}
 
 
 def _hub_weights(start: Start) -> str | None:
