@@ -16,6 +16,7 @@ from svdconvert.checkpoint.shards import PlannedFile, plan_model
 from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.errors import ArtifactError
 from svdconvert.layout import Layout
+from svdconvert.linalg.compute import at_once
 from svdconvert.naming import in_order
 
 Side = Literal["base", "residual"]
@@ -115,7 +116,7 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
             {(copies[name], name): _merge_one(plan, name, stored.to(device)).cpu()}
         ),
         copies=copies,
-        abreast=2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1,
+        abreast=at_once(device),
         expected=expected,
         origin=origin,
     )

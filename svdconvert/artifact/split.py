@@ -28,6 +28,7 @@ from svdconvert.errors import TargetError
 from svdconvert.factors import Factors
 from svdconvert.layout import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
+from svdconvert.linalg.compute import at_once
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Spectrum
 from svdconvert.method import METHODS, Method, init_folder
@@ -185,7 +186,7 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
 def _abreast(plan: SplitPlan, device: torch.device) -> int:
     """Two matrices at once where they are small work; whole decompositions take the memory of several."""
     small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
-    return 2 if small and device.type == "cpu" and torch.get_num_threads() > 1 else 1
+    return at_once(device) if small else 1
 
 
 def split_tensor(plan: SplitPlan, name: str, stored: Tensor) -> tuple[Factors, Tensor, Matrix]:

@@ -1,8 +1,7 @@
 """One tensor after the other from a source into a staged output: the whole scheduler.
 
 Reading, computing and writing go on at once, each in threads of its own: torch and the operating
-system let go of the interpreter meanwhile. Two matrices are computed side by side with half of the
-threads each, which wait for each other less than all of them on one. Memory is a matrix being read,
+system let go of the interpreter meanwhile. Memory is a matrix being read,
 those in work and one being written, in rooms that are used again and again.
 """
 
@@ -21,6 +20,7 @@ from svdconvert.artifact.fingerprint import CHUNK, Checksum
 from svdconvert.checkpoint.source import TensorSource, torch_dtype
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.errors import ArtifactError, CheckpointError
+from svdconvert.linalg.compute import side_by_side
 from svdconvert.progress import Progress
 from svdconvert.run import Run
 
@@ -202,13 +202,8 @@ def _computing(work: Work) -> Iterator[Compute]:
     if work.abreast == 1:
         yield partial(_now, work.compute)
         return
-    threads = torch.get_num_threads()
-    share = max(1, threads // work.abreast)
-    try:
-        with ThreadPoolExecutor(work.abreast, "compute", torch.set_num_threads, (share,)) as pool:
-            yield lambda name, tensor: pool.submit(work.compute, name, tensor)
-    finally:
-        torch.set_num_threads(threads)  # a part of the setting is the process's, not the thread's
+    with side_by_side(work.abreast) as pool:
+        yield lambda name, tensor: pool.submit(work.compute, name, tensor)
 
 
 def _now(compute: Callable[[str, Tensor], Outcome], name: str, tensor: Tensor) -> Future[Outcome]:

@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
@@ -138,6 +139,7 @@ class SafetensorsSource:
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
         self._open: dict[Path, int] = {}
+        self._opening = Lock()
         self._files = files
         self._extents = places(((file, read_header(file)) for file in files), weight_map)
         self.infos: Mapping[str, TensorInfo] = {
@@ -178,10 +180,9 @@ class SafetensorsSource:
 
     def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
         try:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            descriptor = self._descriptor(path)
             while len(buffer):
-                count = os.preadv(self._open[path], [buffer], offset)
+                count = os.preadv(descriptor, [buffer], offset)
                 if count == 0:
                     raise CheckpointError(
                         f"{path} was truncated while {name} was read; restore the file and run again"
@@ -189,6 +190,12 @@ class SafetensorsSource:
                 buffer, offset = buffer[count:], offset + count
         except OSError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
+
+    def _descriptor(self, path: Path) -> int:
+        with self._opening:  # two threads may want the first tensor of a file
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._open[path]
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -32,6 +33,27 @@ def use_threads(count: int | None) -> int:
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def at_once(device: torch.device) -> int:
+    """How many matrices may be in work on a device: two where there are threads for them.
+
+    With half of the threads each they wait for each other less than all threads on one matrix do, and
+    much less where another program wants a core.
+    """
+    return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
+
+
+@contextmanager
+def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
+    """`count` workers that compute, each with its share of this process's threads."""
+    threads = torch.get_num_threads()
+    try:
+        share = max(1, threads // count)
+        with ThreadPoolExecutor(count, "compute", torch.set_num_threads, (share,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # a part of the setting is the process's, not the thread's
 
 
 def multiplies_bfloat16(matrix: Tensor) -> bool:

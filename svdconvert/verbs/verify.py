@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from svdconvert.artifact.change import open_change
 from svdconvert.artifact.checks import MatrixCheck, check_files, check_matrix
 from svdconvert.artifact.manifest import Manifest, read_manifest
@@ -11,6 +13,7 @@ from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate
+from svdconvert.linalg.compute import at_once, side_by_side
 from svdconvert.progress import Progress
 from svdconvert.run import Run
 
@@ -75,9 +78,10 @@ def _matrices(path: Path, manifest: Manifest, base: TensorSource, run: Run) -> I
     residual = open_checkpoint(path) if manifest.rebased else None
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
-    for name in manifest.matrices:
-        # A residual that is missing is a fault of its file already.
-        if residual is None or name in residual.infos:
-            yield check_matrix(change, name, base, residual)
-        done += base.infos[name].nbytes
-        run.track(Progress(name, "base", done, total))
+    # A residual that is missing is a fault of its file already.
+    names = [name for name in manifest.matrices if residual is None or name in residual.infos]
+    with side_by_side(at_once(torch.device("cpu"))) as pool:
+        for check in pool.map(lambda name: check_matrix(change, name, base, residual), names):
+            yield check
+            done += base.infos[check.name].nbytes
+            run.track(Progress(check.name, "base", done, total))

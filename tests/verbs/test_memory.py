@@ -40,15 +40,15 @@ def test_memory_depends_on_the_largest_matrix_and_not_on_the_model(
     verb: str, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     bare = _peak([], program=IMPORT)
-    # The larger of two runs: whether reading, computing and writing meet at their peaks is chance.
     small, large = (
         max(_peak(_command(verb, model, tmp_path / f"{model.name}-{run}")) for run in range(2))
         for model in models
     )
     bound = 10 * SQUARE if verb == "exact" else 6 * LARGEST
     assert large - bare <= bound, f"{(large - bare) / 1e6:.0f} MB where {bound / 1e6:.0f} are promised"
-    # Three times the model. The peak is sampled, so a little more than the 5 % that are promised is allowed.
-    assert large <= 1.08 * small, f"{large / small:.3f} times the memory"
+    # Three times the model, and not one matrix more in memory. What the peak is, is chance by a few per
+    # cent: whether reading, computing and writing meet, and when it is looked at.
+    assert large - small < LARGEST, f"{large / small:.3f} times the memory"
 
 
 def _command(verb: str, model: Path, out: Path) -> list[object]:
