@@ -21,6 +21,7 @@ from svdconvert.publishing import publishes
 from svdconvert.ranks import find_ranks
 from svdconvert.recipe import Recipe, options, read_recipe
 from svdconvert.run import Run
+from svdconvert.shipment import Shipment
 from svdconvert.training.plan import TrainPlan
 
 T = TypeVar("T")
@@ -51,7 +52,10 @@ DirArg = Annotated[
 ]
 StreamOpt = Annotated[
     bool,
-    typer.Option("--stream", help="Read the weights straight from the Hub, tensor by tensor: none on disk."),
+    typer.Option(
+        "--stream",
+        help="Keep no weights on disk: read them from the Hub, and with --push send every finished shard.",
+    ),
 ]
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="The directory to write; it appears whole or not at all.")
@@ -112,6 +116,7 @@ def decompose(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
+    shipment: Shipment | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
@@ -129,9 +134,9 @@ def decompose(
             return
         target = _needed(out, "-o DIR")
         with console.progress("decompose") as track:
-            run = replace(_run(shared, track, overwrite, threads, device), stream=stream)
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
             manifest = verb(source, target, chosen, run)
-        console.show_decomposed(target, manifest)
+        console.show_decomposed(shipment or target, manifest)
 
 
 @app.command(
@@ -186,6 +191,7 @@ def merge(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
+    shipment: Shipment | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
@@ -201,9 +207,9 @@ def merge(
             return
         target = _needed(out, "-o DIR")
         with console.progress("merge") as track:
-            run = replace(_run(shared, track, overwrite, threads, device), stream=stream)
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
             manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
-        console.show_merged(target, manifest)
+        console.show_merged(shipment or target, manifest)
 
 
 @app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
@@ -241,6 +247,7 @@ def convert(
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
     stream: StreamOpt = False,
+    shipment: Shipment | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
@@ -251,9 +258,9 @@ def convert(
         chosen = options(ConvertOptions, shared, typed)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         with console.progress("convert") as track:
-            run = replace(_run(shared, track, overwrite, None, None), stream=stream)
+            run = replace(_run(shared, track, overwrite, None, None), stream=stream, shipment=shipment)
             manifest = verb(source, target, chosen, run)
-        console.show_converted(target, manifest)
+        console.show_converted(shipment or target, manifest)
 
 
 @app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")

@@ -27,29 +27,36 @@ PushOpt = Annotated[
 def publishes(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that writes `out` the option to push it.
 
-    It is pushed after the command has returned: a push that fails loses nothing, and can be repeated alone.
+    It is pushed after the command has returned: a push that fails loses nothing, and can be repeated
+    alone. With --stream the command gets a `shipment` instead, and leaves nothing on the disk.
     """
 
     @functools.wraps(command)
     def call(*, push: str | None, pushing: Typed, **values: Any) -> None:
-        wanted = push is not None and not values.get("plan") and values["out"] is not None
-        if not wanted or push is None:
+        if push is None or values.get("plan"):
             command(**values)
             return
-        out, debug, options = Path(values["out"]), bool(values["debug"]), PushOptions(**pushing)
+        debug, options, streaming = bool(values["debug"]), PushOptions(**pushing), values.get("stream")
         with console.telling(debug=debug, out=None):
-            from svdconvert.verbs.push import check_push
+            from svdconvert.hub.outbound import Outbound
+            from svdconvert.verbs.push import check_push, to
             from svdconvert.verbs.push import push as verb
 
-            leads = find_ranks().leads
-            if leads:
+            ranks = find_ranks()
+            if streaming:
+                ranks.alone("--stream --push")
+                values["out"] = values["out"] or Path(push.split("/")[-1])
+                values["shipment"] = Outbound(to(push, options), console.say)
+            if ranks.leads:
                 check_push(push, options)
         command(**values)
         with console.telling(debug=debug, out=None):
-            if leads:
-                console.show_published(out, push, verb(out, push, options))
+            if streaming:
+                console.show_published(values["out"], push, values["shipment"].published)
+            elif ranks.leads and values["out"] is not None:
+                console.show_published(values["out"], push, verb(values["out"], push, options))
 
-    own = list(inspect.signature(command).parameters.values())
+    own = [value for name, value in inspect.signature(command).parameters.items() if name != "shipment"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = inspect.Parameter("push", keyword, default=None, annotation=PushOpt)
     sign(call, [*own, added, inspect.Parameter("pushing", keyword, annotation=Typed)])

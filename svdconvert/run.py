@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from svdconvert.progress import Track, silent
 from svdconvert.ranks import Ranks
+from svdconvert.shipment import Shipment
 
 
 def unsaid(sentence: str) -> None:
@@ -23,6 +24,8 @@ class Run:
     """Where the arithmetic runs: cpu, cuda, cuda:N, or auto."""
     stream: bool = False
     """Leave the weights of a model of the Hub where they are, and read them from there."""
+    shipment: Shipment | None = None
+    """Where finished shards go at once; the output directory does not appear then."""
     trust_remote_code: bool = False
     """Let transformers run code that a model brings."""
     ranks: Ranks = Ranks()

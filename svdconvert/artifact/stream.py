@@ -220,6 +220,9 @@ def _writing(
     """Yield what writes behind; leaving waits for it, and raises what went wrong there."""
     with ThreadPoolExecutor(1, "write") as pool, ThreadPoolExecutor(1, "sync") as syncing:
         open_items = Counter(work.copies.get(name, "") for name in names)
+        for file in {*work.copies.values()} - open_items.keys():
+            if staged.departs(file):  # an earlier run finished it, but could not send it any more
+                staged.depart(file)
         behind = _Behind(work, source, staged, pool, syncing, open_items, rooms)
         yield behind
         behind.finish()
@@ -291,7 +294,9 @@ class _Behind:
         self._staged.finish(name, record)
         file = self._work.copies.get(name, "")
         self._open_items[file] -= 1
-        if file and not self._open_items[file]:
+        if file and not self._open_items[file] and self._staged.departs(file):
+            self._staged.depart(file)  # in this thread, so that nothing of the next file is written meanwhile
+        elif file and not self._open_items[file]:
             self._syncs.append(self._syncing.submit(self._staged.sync, file))
 
 

@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint import archive
+from svdconvert.checkpoint.departed import Departed
 from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
 from svdconvert.checkpoint.source import TensorInfo, dtype_code, pieces, tensor_bytes
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.ranks import Ranks
+from svdconvert.shipment import Shipment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +50,12 @@ class StagedOutput:
         identity: Mapping[str, Any],
         overwrite: bool = False,
         ranks: Ranks = ALONE,
+        shipment: Shipment | None = None,
     ) -> None:
-        """Plan `files` below `out`. Nothing is touched until the context is entered."""
+        """Plan `files` below `out`. Nothing is touched until the context is entered.
+
+        With a `shipment` finished shards are sent off and deleted, and in the end so is all the rest.
+        """
         self.out, self.ranks = out, ranks
         self.path = partial(out)
         self.finished: dict[str, Record] = {}
@@ -59,6 +65,7 @@ class StagedOutput:
         self._open: dict[str, int] = {}
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
+        self._departed = Departed(self.path, files, identity, shipment) if shipment else None
 
     def __enter__(self) -> "StagedOutput":
         if self.ranks.leads:
@@ -82,19 +89,24 @@ class StagedOutput:
         """Take the staging directory and what an earlier run finished, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.path / JOURNAL, self._identity, anew=self._overwrite)
+        gone = self._departed.known(self._journal.finished) if self._departed else set()
         # A file that was removed or cut took its finished tensors with it.
-        whole = all(_laid_out(self.path / file.path, file) for file in self._files)
+        whole = all(file.path in gone or _laid_out(self.path / file.path, file) for file in self._files)
         if not whole:
             self._journal.forget()
+            gone = set()
         if self._overwrite or not whole or not (self._journal.finished or len(journals(self.path)) > 1):
             _clear(self.path, except_for=JOURNAL)
+        if self._departed:
+            self._departed.open(anew=not gone)
         for path in journals(self.path)[1:]:
             for item, record in read_journal(path)[1].items():
                 self._journal.finish(item, record)
             path.unlink()
         self.finished |= self._journal.finished
         for file in self._files:
-            self._lay_out(file, create=True)
+            if file.path not in gone:
+                self._lay_out(file, create=True)
 
     def _join(self) -> None:
         """Open what the leading rank laid out."""
@@ -107,7 +119,9 @@ class StagedOutput:
         present = (
             sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0
         )
-        needed = sum(file.nbytes for file in self._files) + _RESERVE
+        staying = [file.nbytes for file in self._files if not self.departs(file.path)]
+        leaving = [file.nbytes for file in self._files if self.departs(file.path)]
+        needed = sum(staying) + max(leaving, default=0) + _RESERVE  # of those one at a time is here
         free = shutil.disk_usage(_existing(self.path)).free + present
         if needed > free:
             raise OutputError(
@@ -164,6 +178,18 @@ class StagedOutput:
             self._journal.finish(item, record)
         self.finished[item] = record
 
+    def departs(self, file: str) -> bool:
+        """True for a file that is sent off as soon as it is finished."""
+        return self._departed is not None and self._departed.leaves(file)
+
+    def depart(self, file: str) -> None:
+        """Send a finished file off, unless that is done."""
+        if self._departed is None or file not in self._open:
+            return
+        with explained(self.path / file):
+            self._departed.send(file)
+            os.close(self._open.pop(file))
+
     def sync(self, file: str) -> None:
         """Put what is written of a file on the disk itself."""
         with explained(self.path / file):
@@ -192,9 +218,16 @@ class StagedOutput:
 
     def _complete(self) -> None:
         for file in self._files:
+            if file.path not in self._open:
+                continue  # it has left
             if file.path.endswith(archive.ENDING):
                 archive.seal(self.path / file.path, self._crcs(file.path), file.infos)
             self.sync(file.path)
+        if self._departed:
+            self._departed.finish()
+            self._close()
+            shutil.rmtree(self.path)
+            return
         self._close()
         for path in journals(self.path):
             path.unlink()
@@ -221,6 +254,8 @@ class StagedOutput:
             os.close(self._open.popitem()[1])
         if self._journal is not None:
             self._journal.close()
+        if self._departed is not None:
+            self._departed.close()
 
 
 def partial(out: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.artifact.manifest import Manifest, Origin
+from svdconvert.checkpoint.departed import SENT
 from svdconvert.checkpoint.journal import journals
 from svdconvert.checkpoint.reader import INDEX
 from svdconvert.checkpoint.sidecars import is_sidecar, read_json_object
@@ -88,8 +89,8 @@ def pack(directory: Path, manifest: Manifest, repository: str, kin: Kin) -> Parc
             files.setdefault(place.as_posix(), path)
         elif place.as_posix() not in files:
             left.append(place.as_posix())
-    for path in journals(directory):
-        del files[path.name]
+    for path in (*journals(directory), directory / SENT):  # of a directory that is still being made
+        files.pop(path.name, None)
     return Parcel(files, left)
 
 

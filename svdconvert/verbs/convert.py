@@ -27,7 +27,12 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     threads = recorded(Path(out), "threads") or 0
     identity = run_identity("convert", asdict(options), threads) | {"model": home.identity()}
     with StagedOutput(
-        Path(out), plan.files, identity=identity, overwrite=run.overwrite, ranks=run.ranks
+        Path(out),
+        plan.files,
+        identity=identity,
+        overwrite=run.overwrite,
+        ranks=run.ranks,
+        shipment=run.shipment,
     ) as staged:
         stream(convert_work(plan, str(home.path)), plan.view, staged, run)
         manifest = Manifest(

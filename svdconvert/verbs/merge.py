@@ -48,20 +48,15 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     }
     work = merge_work(plan, device, _expected(change, side), str(home.path))
     with StagedOutput(
-        Path(out), plan.shards, identity=identity, overwrite=run.overwrite, ranks=run.ranks
+        Path(out),
+        plan.shards,
+        identity=identity,
+        overwrite=run.overwrite,
+        ranks=run.ranks,
+        shipment=run.shipment,
     ) as staged:
         stream(work, home.source, staged, run)
-        seen = home.origin(source_checksums(staged))
-        manifest = Manifest(
-            kind="merged",
-            layout=found.layout,
-            method=change.manifest.method if change.manifest else "lora",
-            base=seen if side == "base" else change.manifest.base if change.manifest else None,
-            residual=seen if side == "residual" else None,
-            options=asdict(options) | {"side": side},
-            files=file_checksums(staged),
-            threads=threads,
-        )
+        manifest = _manifest(staged, found, options, threads)
         if run.ranks.leads:
             finish_model(home.path, staged.path, plan.shards)
             manifest.write(staged.path)
@@ -110,6 +105,21 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
     side, home = _choose(change, options.side, places)
     name, layout = home.layout(_known_layout(change))
     return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
+
+
+def _manifest(staged: StagedOutput, found: Merging, options: MergeOptions, threads: int) -> Manifest:
+    known, side = found.change.manifest, found.plan.side
+    seen = found.home.origin(source_checksums(staged))
+    return Manifest(
+        kind="merged",
+        layout=found.layout,
+        method=known.method if known else "lora",
+        base=seen if side == "base" else known.base if known else None,
+        residual=seen if side == "residual" else None,
+        options=asdict(options) | {"side": side},
+        files=file_checksums(staged),
+        threads=threads,
+    )
 
 
 def _known_layout(change: Change) -> str | None:
