@@ -6,12 +6,14 @@ from time import perf_counter
 
 import torch
 
-from svdconvert.artifact.split import SplitPlan
-from svdconvert.linalg.truncated import OVERSAMPLING
+from svdconvert.artifact.split import SplitPlan, matrices_at_once
+from svdconvert.linalg.krylov import block_width, first_width
+from svdconvert.linalg.truncated import POWERS
 
-_SWEEPS = 8  # what the fast engine needs on trained weights, about
+_GROWN = 2  # blocks that the fast engine adds to its first space for trained weights, about
 _DISK = 500e6  # bytes per second, a modest disk
 _START = 2.5  # seconds to import torch
+_BARE = 170_000_000  # bytes of the program with torch, before it reads anything
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,8 @@ def estimate(plan: SplitPlan) -> Estimate:
         Row(role, shape, rank, count, count * plan.method.trained_values(*shape, rank))
         for (role, shape, rank), count in groups.items()
     ]
-    shapes = [_shape(plan, name) for name in plan.slots]
     read = sum(info.nbytes for info in plan.infos.values())
     written = sum(file.nbytes for file in plan.files)
-    largest = max(rows * columns for rows, columns in shapes) * 4
     exact = plan.options.svd == "exact" or plan.method.slice in ("middle", "random")
     work = sum(row.count * _flops(*row.shape, row.rank, exact=exact) for row in rows)
     return Estimate(
@@ -57,9 +57,17 @@ def estimate(plan: SplitPlan) -> Estimate:
         read=read,
         written=written,
         files=[file.path for file in plan.files],
-        memory=300_000_000 + largest * (10 if exact else 4),
+        memory=_BARE + _matrices_in_memory(plan, exact=exact),
         seconds=_START + work / _flops_per_second() + (read + written) / _DISK,
     )
+
+
+def _matrices_in_memory(plan: SplitPlan, *, exact: bool) -> int:
+    """Those being read, in work and being written, as stored, and what the engine makes of one in work."""
+    stored = max(plan.infos[name].nbytes for name in plan.slots)
+    wide = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots)) * 4
+    count = matrices_at_once(plan, torch.device("cpu"))
+    return (count + 2) * stored + (9 * wide if exact else count * wide)
 
 
 def _shape(plan: SplitPlan, name: str) -> tuple[int, int]:
@@ -71,14 +79,17 @@ def _flops(rows: int, columns: int, rank: int, *, exact: bool) -> float:
     long, short = max(rows, columns), min(rows, columns)
     if exact:
         return 4.0 * long * short**2 + 22.0 * short**3
-    return 4.0 * rows * columns * (rank + OVERSAMPLING) * (_SWEEPS + 1)
+    block = block_width(rank)
+    searched = first_width(rank) + (POWERS + _GROWN) * block
+    return 4.0 * rows * columns * (searched + rank)  # the last: the factors and the residual
 
 
 def _flops_per_second() -> float:
-    """A thin float32 product of this machine, a few milliseconds long."""
+    """The best of some thin float32 products, a few milliseconds long: what disturbs one is no measure."""
     wide, thin = torch.ones(1024, 1024), torch.ones(1024, 64)
-    wide @ thin
-    start = perf_counter()
-    for _ in range(4):
+    seconds = []
+    for _ in range(6):
+        start = perf_counter()
         wide @ thin
-    return 4 * 2.0 * 1024 * 1024 * 64 / (perf_counter() - start)
+        seconds.append(perf_counter() - start)
+    return 2.0 * 1024 * 1024 * 64 / min(seconds)

@@ -179,11 +179,11 @@ def split_work(plan: SplitPlan, device: torch.device) -> Work:
         matrices=plan.slots,
         compute=compute,
         copies=copies,
-        abreast=_abreast(plan, device),
+        abreast=matrices_at_once(plan, device),
     )
 
 
-def _abreast(plan: SplitPlan, device: torch.device) -> int:
+def matrices_at_once(plan: SplitPlan, device: torch.device) -> int:
     """Two matrices at once where they are small work; whole decompositions take the memory of several."""
     small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
     return at_once(device) if small else 1

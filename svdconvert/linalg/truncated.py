@@ -30,10 +30,9 @@ from svdconvert.linalg.krylov import (
 from svdconvert.linalg.orthonormal import orthonormal
 from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
 
-__all__ = ["OVERSAMPLING", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
+__all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
 
-OVERSAMPLING = 16
-_POWERS = 4
+POWERS = 4
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
 _COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
@@ -90,7 +89,7 @@ class _Top:
         """The truncation, or None where the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         core = torch.float32 if self.coarse else torch.float64
-        krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit, core)
+        krylov = Krylov(self.apply, warm_start(self.apply, start_SB, POWERS), limit, core)
         return Search(self.rank, tol, self.outlook, self.finish, 1 if self.coarse else 8).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
