@@ -8,7 +8,7 @@ from pathlib import Path
 from time import sleep
 from typing import TypeVar
 
-from svdconvert.errors import RecipeError, SvdConvertError
+from svdconvert.errors import HubError, RecipeError, SvdConvertError
 
 T = TypeVar("T")
 
@@ -47,7 +47,8 @@ def explained(repository: str, revision: str | None = None, *, kind: type[SvdCon
     except SvdConvertError:
         raise
     except Exception as error:
-        if sentence := _sentence(_cause(error), repository, revision):
+        pushing = kind is HubError
+        if sentence := _sentence(_cause(error), repository, revision, pushing):
             raise kind(sentence) from error
         raise
 
@@ -105,28 +106,30 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _sentence(error: BaseException, repository: str, revision: str | None) -> str | None:
+def _sentence(error: BaseException, repository: str, revision: str | None, pushing: bool) -> str | None:
     """What is wrong and what to do; None for what is not the Hub's doing."""
     from huggingface_hub import errors
 
-    here = f"{repository} is neither a local directory nor in the local cache"
+    here = f"{repository} is neither a local directory nor in the local cache, and "
+    absent, go_on = ("", "connect") if pushing else (here, "mend the path, or connect")
+    there = (
+        f"{repository} is not on {endpoint()}, or not for you to see"
+        if pushing
+        else (f"{repository} is neither here nor on {endpoint()}, or it is private there")
+    )
     told: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
         (errors.LocalTokenNotFoundError, f"nobody is logged in at {endpoint()}; {_LOG_IN}"),
         (errors.HFValidationError, f"{repository} is no name of a repository; give org/name"),
-        (errors.OfflineModeIsEnabled, f"{here}, and HF_HUB_OFFLINE forbids to ask the Hub; unset it"),
+        (errors.OfflineModeIsEnabled, f"{absent}HF_HUB_OFFLINE forbids to ask the Hub; unset it"),
         (
             errors.GatedRepoError,
             f"{repository} is gated: ask for access at {endpoint()}/{repository}, and {_LOG_IN}",
         ),
-        (
-            errors.RepositoryNotFoundError,
-            f"{repository} is neither here nor on {endpoint()}, or it is private there: check the name, or "
-            f"{_LOG_IN} as someone who may see it",
-        ),
+        (errors.RepositoryNotFoundError, f"{there}: check the name, or {_LOG_IN} as someone who may see it"),
         (
             (errors.LocalEntryNotFoundError, *transport_errors()),
-            f"{here}, and {endpoint()} is out of reach ({type(error).__name__}); mend the path, or connect "
-            "and run the same command again",
+            f"{absent}{endpoint()} is out of reach ({type(error).__name__}); {go_on} and run the same "
+            "command again",
         ),
     ]
     if isinstance(error, errors.RevisionNotFoundError):

@@ -89,6 +89,7 @@ class Connection(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         address = urlsplit(self.path)
         self.query, path = parse_qs(address.query), unquote(address.path)
+        self.body = b""
         self.received, self.sent, self.status = int(self.headers.get("Content-Length") or 0), 0, 0
         self.fault = self.hub.due(self.command, path)
         if self.fault is not None and self.fault.then is not None:
@@ -110,8 +111,14 @@ class Connection(BaseHTTPRequestHandler):
             self._refuse(Refused(404, str(absent)))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+        self._note(path)
+
+    def _note(self, path: str) -> None:
+        token = self._token()
+        if token is not None and (token in self.path or token.encode() in self.body):
+            self.hub.leaks.append(self.path)
         host = (self.headers.get("Host") or "").split(":")[0]
-        seen = Seen(self.command, path, self._token(), self.status, self.received, self.sent, host)
+        seen = Seen(self.command, path, token, self.status, self.received, self.sent, host)
         self.hub.seen.append(seen)
 
     def _refuse_by_order(self, fault: Fault) -> None:

@@ -33,6 +33,8 @@ class Hub:
         """Uploads above this many bytes come in parts."""
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
+        self.leaks: list[str] = []
+        """Requests that hold their token elsewhere than in its header."""
         self.lock = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
