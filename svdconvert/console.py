@@ -265,9 +265,10 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     base = manifest.base.location if manifest.base else "the base it was made for"
     cut = manifest.options.get("truncation")
     loss = f"leaves out {cut['error']:.2e} of the change's norm" if cut else "exact"
+    scale = f"lora_alpha {manifest.options['rank']}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
-        {"LoRA": f"rank {manifest.options['rank']}, scale 1, {loss}", "for": base},
+        {"LoRA": f"rank {manifest.options['rank']}, {scale}, {loss}", "for": base},
         [
             *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
             f"svdconvert merge {out_dir} -o MERGED",

@@ -7,14 +7,14 @@ on disk into the path of the module at run time where the two differ.
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 from svdconvert.errors import CheckpointError, TargetError, UnknownNameError, did_you_mean
-from svdconvert.naming import Rule
+from svdconvert.naming import Rule, rule_of
 from svdconvert.registry import Registry
 
 ALL_LINEAR = "all-linear"
@@ -87,6 +87,12 @@ class Layout:
         assert slot is not None, name
         return self.family.path(slot) if self.family else slot.module
 
+    def held(self, parameter: str) -> Rule:
+        """What a parameter, by its run-time path, is made of in the network that is trained."""
+        if self.family is not None:
+            return rule_of(parameter, self.family.rules)
+        return Rule((parameter,), parameter)
+
     def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
         """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
         found = ((name, self.slot(name)) for name in infos)
@@ -148,6 +154,8 @@ class Family:
     """Where its network has the module of a matrix."""
     rules: Sequence[Rule]
     """From the family's own names to the layout's, in the order in which its files have them."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Words of `train --train-also` -> patterns of the family's names."""
     file: str | None = None
     """The one file of a plain checkpoint, such as model.pth; None for safetensors in shards."""
     config: Callable[[TensorSource], dict[str, Any]] | None = None

@@ -137,6 +137,14 @@ def as_layout(family: TensorSource, rules: Sequence[Rule], layout: str) -> View:
     return View(family, {rule.name: _Part(rule.own, rule.pack) for rule in expanded})
 
 
+def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
+    """The rule for the layout's tensor `name`, for its layer. There is one."""
+    for rule in rules:
+        if match := re.fullmatch(re.escape(rule.name).replace(re.escape(_LAYER), r"(\d+)"), name):
+            return rule.at(int(match[1])) if match.groups() else rule
+    raise KeyError(name)
+
+
 def in_order(names: Iterable[str], rules: Sequence[Rule]) -> list[str]:
     """`names` of a layout in the order of its rules."""
     found = list(names)

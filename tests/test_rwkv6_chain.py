@@ -222,3 +222,52 @@ def test_peft_loads_the_lora_on_the_hubs_layout(method: str, models: dict[str, P
         before = opened(models["hf"])(torch.tensor([TOKENS])).logits
     assert (found - wanted).abs().max() < 1e-5
     assert (before - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_time_and_norms_are_trained_too_and_carried_to_the_checkpoint(
+    layout: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    command = (
+        "train",
+        models[layout],
+        "-o",
+        tmp_path / "trained",
+        "--data",
+        text,
+        "--rank",
+        RANK,
+        "--steps",
+        3,
+    )
+    succeeded(*command, "--train-also", "time,norms", "--lr", "1e-2", "--precision", "fp32")
+    succeeded("merge", tmp_path / "trained", "-o", tmp_path / "merged")
+    succeeded("convert", models[layout], "-o", tmp_path / "before", "--layout", "blinkdl")
+    succeeded("convert", tmp_path / "merged", "-o", tmp_path / "after", "--layout", "blinkdl")
+    before, after = read(tmp_path / "before" / "model.pth"), read(tmp_path / "after" / "model.pth")
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert sorted(still) == ["emb.weight", "head.weight"]
+    assert '"peft_type": "LORA_WITH_PARAMETERS"' in (tmp_path / "trained" / "adapter_config.json").read_text()
+    succeeded("to-lora", tmp_path / "trained", "-o", tmp_path / "lora")
+    assert '"peft_type": "LORA_WITH_PARAMETERS"' in (tmp_path / "lora" / "adapter_config.json").read_text()
+    succeeded("merge", tmp_path / "lora", "-o", tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again")
+    merged = open_checkpoint(tmp_path / "merged")
+    assert all(torch.allclose(again.read(name), merged.read(name), atol=1e-5) for name in merged.infos)
+    # The same training gives the same values in every layout.
+    wanted = read_once(models["blinkdl"], text)
+    assert all(torch.allclose(after[name], wanted[name], atol=1e-5) for name in after)
+
+
+_WANTED: dict[str, Tensor] = {}
+
+
+def read_once(model: Path, text: Path) -> dict[str, Tensor]:
+    """What the same training makes of the .pth."""
+    if not _WANTED:
+        place = text.parent / "wanted"
+        command = ("train", model, "-o", place, "--data", text, "--rank", RANK, "--steps", 3)
+        succeeded(*command, "--train-also", "time,norms", "--lr", "1e-2", "--precision", "fp32")
+        succeeded("merge", place, "-o", text.parent / "wanted-merged")
+        _WANTED.update(read(text.parent / "wanted-merged" / "model.pth"))
+    return _WANTED

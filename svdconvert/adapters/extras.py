@@ -32,6 +32,13 @@ def is_declared(key: str, modules_to_save: Iterable[str], bias: str) -> bool:
     return any(f"{entry}." in f"{module}." for entry in modules_to_save)
 
 
+def beside_adapters(parameters: Iterable[str], adapted: Collection[str]) -> bool:
+    """True where a parameter belongs to a module that has adapted ones below it: PEFT could save only that
+    module as a whole, with the adapters in it."""
+    holders = {f"{parameter.rpartition('.')[0]}." for parameter in parameters}
+    return any(module.startswith(holder) for holder in holders for module in adapted)
+
+
 def declaration(parameters: Iterable[str], adapted: Collection[str]) -> tuple[list[str], str]:
     """(modules_to_save, bias) of adapter_config.json for these parameters.
 

@@ -25,6 +25,9 @@ PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
 PER_EXPERT = "LORA_PER_EXPERT"
 """The type of adapters with factors for single experts: transformers fuses experts at run time, and stock
 PEFT, which knows only the fused tensors, refuses the type instead of leaving such factors out."""
+WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
+"""The type of adapters that hold single parameters of modules with adapters in them, as an RWKV's time
+parameters: stock PEFT, which would lose them, refuses the type."""
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.peft_format import Adapter, is_adapter, open_adapter
+from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.artifact.manifest import PLAIN, Manifest, is_ours, read_manifest
 from svdconvert.errors import ArtifactError
 from svdconvert.factors import Factors
@@ -74,12 +75,19 @@ class Change:
         return {name: matrix.module for name, matrix in self.manifest.matrices.items()}
 
 
-def open_change(directory: Path, *, residual: str | None = None, init: str | None = None) -> Change:
-    """Open a DECOMPOSED, TRAINED or LORA directory, or any adapter in PEFT's format.
+def open_change(
+    directory: Path, *, residual: str | None = None, init: str | None = None, alpha: float | None = None
+) -> Change:
+    """Open a DECOMPOSED, TRAINED or LORA directory, any adapter in PEFT's format, or RWKV-PEFT's file.
 
     `residual` (a DECOMPOSED directory) or `init` (an adapter, or "none") is where an adapter trained
-    elsewhere started. Raises ArtifactError where the start is missing or does not fit.
+    elsewhere started, and `alpha` what it was scaled with where it does not say so. Raises ArtifactError
+    where the start is missing or does not fit.
     """
+    if is_adapter_file(directory):
+        return _from_file(directory, init, alpha)
+    if alpha is not None:
+        raise ArtifactError(f"{directory} says its own alpha; --alpha is for files of RWKV-PEFT")
     if not directory.is_dir():
         raise ArtifactError(
             f"{directory} does not exist; give a directory that decompose or train wrote, or an adapter"
@@ -92,6 +100,23 @@ def open_change(directory: Path, *, residual: str | None = None, init: str | Non
     return change
 
 
+def _from_file(path: Path, init: str | None, alpha: float | None) -> Change:
+    """RWKV-PEFT's file: PiSSA with the file it started from, or a LoRA with its alpha."""
+    if init not in (None, NO_START):
+        if alpha is not None:
+            raise ArtifactError(f"{path} started from {init}, at scale 1; leave --alpha out")
+        change = Change(path, open_adapter_file(path, None), open_adapter_file(Path(str(init)), None), None)
+        assert change.before is not None
+        _fits(change.after, change.before)
+        return change
+    if alpha is None:
+        raise ArtifactError(
+            f"{path} does not say its scale; give the lora_alpha of its training with --alpha or, for PiSSA, "
+            "its init_pissa.pth with --init"
+        )
+    return Change(path, open_adapter_file(path, alpha), None, None)
+
+
 def _ours(directory: Path, init: Path | None) -> Change:
     manifest = read_manifest(directory)
     if manifest.kind in PLAIN:
@@ -99,7 +124,9 @@ def _ours(directory: Path, init: Path | None) -> Change:
             f"{directory} is {manifest.kind} already: a plain checkpoint, to be loaded as it is"
         )
     if manifest.kind == "lora":
-        return Change(directory, open_adapter(directory), None, manifest)
+        file = directory / FILE
+        adapter = open_adapter_file(file, None) if file.is_file() else open_adapter(directory)
+        return Change(directory, adapter, None, manifest)
     start = init or directory / init_folder(manifest.method)
     if not is_adapter(start):
         raise ArtifactError(

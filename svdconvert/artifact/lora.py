@@ -1,5 +1,6 @@
 """A plain LoRA for the untouched base: scale 1, one rank, no patterns: every engine reads it the same."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import hypot
@@ -9,15 +10,23 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.delta import as_lora
-from svdconvert.adapters.peft_format import WEIGHTS, AdapterConfig, adapter_infos, key
+from svdconvert.adapters.extras import beside_adapters, extra_key
+from svdconvert.adapters.peft_format import WEIGHTS, WITH_PARAMETERS, AdapterConfig, key
+from svdconvert.adapters.rwkv_peft import FILE, file_key
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import checksum
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.checkpoint.shards import PlannedFile, plan_file
 from svdconvert.checkpoint.source import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.errors import ArtifactError
+from svdconvert.layout import LAYOUTS
 from svdconvert.linalg.core import left_out, rank_within, share_out, singular_values, truncated
+from svdconvert.naming import Rule
 from svdconvert.progress import Progress, Track
+
+_SIDES = ("lora_A", "lora_B")
+_RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,16 @@ class Truncation:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What the tensors are called in the file."""
+
+    pieces: Mapping[tuple[str, str], str]
+    """(module, piece) -> name."""
+    extras: Mapping[str, str]
+    """Parameter -> name."""
+
+
+@dataclass(frozen=True)
 class LoraPlan:
     """What will be written."""
 
@@ -48,6 +67,7 @@ class LoraPlan:
     """The largest of the modules; the others are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
+    keys: "Keys"
     truncation: Truncation | None = None
     """None where the LoRA is exact."""
 
@@ -60,15 +80,50 @@ def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
         rank = max(_exact(change, module)[0].shape[1] for module in change.modules)
     else:
         rank = max(1, *truncation.ranks.values())
+    keys = _rwkv_peft_keys(change) if options.format == "rwkv-peft" else _peft_keys(change)
     infos = []
-    for module in change.modules:
+    for (module, piece), name in keys.pieces.items():
         rows, columns = change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1]
-        infos += adapter_infos(module, {"lora_A": (rank, columns), "lora_B": (rows, rank)}, dtype_code(dtype))
+        shape = (rank, columns) if piece == "lora_A" else (rows, rank)
+        infos.append(TensorInfo(name, shape, dtype_code(dtype)))
     infos += [
-        TensorInfo(name, change.after.source.infos[name].shape, dtype_code(dtype))
-        for name in change.after.extras.values()
+        TensorInfo(name, change.after.source.infos[change.after.extras[parameter]].shape, dtype_code(dtype))
+        for parameter, name in keys.extras.items()
     ]
-    return LoraPlan(change, rank, dtype, plan_file(WEIGHTS, infos), truncation)
+    file = PlannedFile(FILE, tuple(infos)) if options.format == "rwkv-peft" else plan_file(WEIGHTS, infos)
+    return LoraPlan(change, rank, dtype, file, keys, truncation)
+
+
+def _peft_keys(change: Change) -> Keys:
+    pieces = {(module, piece): key(module, piece) for module in change.modules for piece in _SIDES}
+    adapted = change.modules
+    return Keys(pieces, {parameter: extra_key(parameter, adapted) for parameter in change.after.extras})
+
+
+def _rwkv_peft_keys(change: Change) -> Keys:
+    """The names of a .pth. Raises ArtifactError for what has none there."""
+    known = change.manifest
+    layout = LAYOUTS.get(known.layout) if known and known.layout else None
+    paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
+    names = {
+        module: layout.path(paths[module]) if layout and module in paths else module
+        for module in change.modules
+    }
+    if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
+        raise ArtifactError(
+            f"{change.directory} adapts {odd[0]}, and the format rwkv-peft is for RWKV-6 alone"
+        )
+    extras = {}
+    for parameter in change.after.extras:
+        rule = layout.held(parameter) if layout and paths else Rule((parameter,), parameter)
+        if rule.pack is not None:
+            raise ArtifactError(
+                f"{change.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
+                "merge it, or train the model in the layout blinkdl"
+            )
+        extras[parameter] = rule.own[0]
+    pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
+    return Keys(pieces, extras)
 
 
 def _truncation(change: Change, options: LoraOptions) -> Truncation | None:
@@ -102,6 +157,9 @@ def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
         base=base,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
+        peft_type=WITH_PARAMETERS
+        if beside_adapters(plan.change.after.extras, plan.change.modules)
+        else "LORA",
     )
 
 
@@ -111,7 +169,7 @@ def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
         if module not in staged.finished:
             staged.finish(module, _write_module(plan, module, staged))
         track(Progress(module, plan.file.path, done, len(plan.change.modules)))
-    for parameter, name in plan.change.after.extras.items():
+    for parameter, name in plan.keys.extras.items():
         if name not in staged.finished:
             whole = plan.change.extra(parameter).to(plan.dtype)
             staged.write(plan.file.path, name, whole)
@@ -124,8 +182,8 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
         left, right = truncated(left, right, plan.truncation.ranks[module])
     missing = plan.rank - left.shape[1]
     pieces = {
-        key(module, "lora_A"): torch.nn.functional.pad(right, (0, 0, 0, missing)).to(plan.dtype),
-        key(module, "lora_B"): torch.nn.functional.pad(left, (0, missing)).to(plan.dtype),
+        plan.keys.pieces[module, "lora_A"]: torch.nn.functional.pad(right, (0, 0, 0, missing)).to(plan.dtype),
+        plan.keys.pieces[module, "lora_B"]: torch.nn.functional.pad(left, (0, missing)).to(plan.dtype),
     }
     for name, piece in pieces.items():
         staged.write(plan.file.path, name, piece)

@@ -41,7 +41,10 @@ def plan_merge(
     change: Change, source: TensorSource, side: Side, layout: Layout, options: MergeOptions
 ) -> MergePlan:
     """Plan from headers. Raises ArtifactError where the adapter does not fit the model."""
-    by_module = {slot.module: name for name, slot in layout.slots(source.infos).items()}
+    slots = layout.slots(source.infos)
+    # An adapter for another layout of the family speaks of modules as the family's network does.
+    by_module = {layout.path(name): name for name in slots} if layout.family else {}
+    by_module |= {slot.module: name for name, slot in slots.items()}
     if lost := [module for module in change.modules if module not in by_module]:
         raise ArtifactError(
             f"{change.directory} adapts {lost[0]}, which the model does not have as a matrix of its layers "

@@ -87,6 +87,8 @@ class MergeOptions:
     """Of the merged matrices; auto is the base's own."""
     max_shard_size: str = "5GB"
     """Size of an output shard, as 5GB, 200MB or 4GiB."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -105,6 +107,8 @@ class ConvertOptions:
 class LoraOptions:
     """The options of `to-lora`."""
 
+    format: Literal["peft", "rwkv-peft"] = "peft"
+    """Whose format: PEFT's, or the .pth that RWKV-PEFT trains and merges, at lora_alpha = rank."""
     dtype: Float = "float32"
     """In which the factors are stored."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -113,6 +117,9 @@ class LoraOptions:
     """Truncate every matrix to the least rank that leaves out at most this share of its change's norm."""
     rank_budget: Annotated[int, Field(ge=1)] | None = None
     """Truncate to ranks that add up to this, shared out so that the least is left out over all matrices."""
+
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -62,6 +62,10 @@ ROLES = ("att.receptance", "att.key", "att.value", "att.gate", "att.output") + (
 them: a tanh stands between the two factors."""
 
 
+GROUPS = {"time": r".*\.time_(?!state).*", "norms": r"(.*\.)?ln\w*\.(weight|bias)"}
+"""What can be trained whole beside the matrices, as RWKV-PEFT does by default."""
+
+
 def path(slot: Slot) -> str:
     """Where the network of `rwkv6` has a matrix."""
     return f"{BLOCK.replace('{layer}', str(slot.layer))}.{slot.role}"

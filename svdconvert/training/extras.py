@@ -27,10 +27,10 @@ def choose(
     """
     found: dict[str, tuple[int, ...]] = {}
     for target in wanted:
-        names = [name for name in infos if _names(target, name)]
+        names = [name for name in infos if _names(target, name, layout)]
         if not names:
             raise RecipeError(
-                f"train_also names {target!r}, which no tensor fits; give norms, biases, or globs on names"
+                f"train_also names {target!r}, which no tensor fits; give {_words(layout)}, or globs on names"
             )
         for name in names:
             if name in adapted:
@@ -41,23 +41,36 @@ def choose(
     return found
 
 
-def _names(target: str, name: str) -> bool:
+def _words(layout: Layout) -> str:
+    return ", ".join(layout.family.groups if layout.family else ("norms", "biases"))
+
+
+def _names(target: str, name: str, layout: Layout) -> bool:
+    if layout.family and target in layout.family.groups:
+        return all(re.fullmatch(layout.family.groups[target], own) for own in layout.held(name).own)
     if target == "norms":
         return _NORM.search(name) is not None
     return name.endswith(".bias") if target == "biases" else fnmatchcase(name, target)
 
 
-def unfreeze(model: nn.Module, parameters: Iterable[str]) -> None:
+def unfreeze(model: nn.Module, parameters: Iterable[str], layout: Layout) -> None:
     """Have these trained, in float32, for a small step is nothing to a bfloat16 number."""
     for name in parameters:
-        parameter = _live(model, name)
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        for own in layout.held(name).own:
+            parameter = _live(model, own)
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
 
 
-def harvest_whole(model: nn.Module, parameters: Iterable[str]) -> dict[str, Tensor]:
-    """What has become of them: float32 copies on the CPU."""
-    return {name: _live(model, name).detach().to("cpu", torch.float32, copy=True) for name in parameters}
+def harvest_whole(model: nn.Module, parameters: Shapes, layout: Layout) -> dict[str, Tensor]:
+    """What has become of them: float32 copies on the CPU, in their shapes on disk."""
+    found = {}
+    for name, shape in parameters.items():
+        rule = layout.held(name)
+        live = [_live(model, own).detach() for own in rule.own]
+        value = rule.pack(live) if rule.pack else live[0]
+        found[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
+    return found
 
 
 def _live(model: nn.Module, name: str) -> nn.Parameter:

@@ -99,7 +99,7 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
     here = fetch(str(adapter), "adapter")
     there = fetch(places.residual, "adapter") if places.residual else here
     named = str(there.path) if places.residual else None
-    change = open_change(here.path, residual=named, init=places.init)
+    change = open_change(here.path, residual=named, init=places.init, alpha=options.alpha)
     if change.residual == there.path:  # of which only the adapter is fetched so far
         places = replace(places, residual=there.name)
     side, home = _choose(change, options.side, places)

@@ -34,7 +34,7 @@ def to_lora(
     options, run = options or LoraOptions(), run or Run()
     run.ranks.alone("to-lora")
     start = str(fetch(residual, "adapter").path) if residual else None
-    change = open_change(fetch(str(adapter), "adapter").path, residual=start, init=init)
+    change = open_change(fetch(str(adapter), "adapter").path, residual=start, init=init, alpha=options.alpha)
     _refuse_unknown_start(change, init)
     check_apart(Path(out), *change.places())
     if change.after.config.peft_type == PER_EXPERT:
@@ -47,7 +47,8 @@ def to_lora(
     identity = run_identity("to-lora", asdict(options), threads) | {"adapter": change.identity()}
     with StagedOutput(Path(out), [plan.file], identity=identity, overwrite=run.overwrite) as staged:
         write_lora(plan, staged, run.track)
-        (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())
+        if options.format == "peft":
+            (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())
         manifest = change.manifest
         truncation = {"truncation": plan.truncation.note()} if plan.truncation else {}
         return Manifest(
@@ -64,6 +65,8 @@ def _refuse_unknown_start(change: Change, init: str | None) -> None:
     """Refuse an adapter that may be a residual's, for all that it says: its conversion would be wrong."""
     named = change.after.config.base
     on_a_plain_base = named is not None and Path(named).is_dir()
+    if change.directory.is_file():
+        return  # what a file does not say was asked for when it was opened
     if change.manifest is None and change.before is None and init != NO_START and not on_a_plain_base:
         raise ArtifactError(
             f"{change.directory} does not say where it started; name what decompose wrote with "

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdconvert.adapters.extras import declaration
-from svdconvert.adapters.peft_format import CONFIG, WEIGHTS
+from svdconvert.adapters.extras import beside_adapters, declaration
+from svdconvert.adapters.peft_format import CONFIG, WEIGHTS, WITH_PARAMETERS
 from svdconvert.artifact.fingerprint import checksum, digest
 from svdconvert.artifact.manifest import Manifest, read_manifest, run_identity
 from svdconvert.artifact.options import SplitOptions
@@ -126,13 +126,17 @@ def _planned(start: Start) -> list[PlannedFile]:
 def _write(staged: StagedOutput, start: Start, network: nn.Module) -> dict[str, dict[str, str]]:
     """Both adapters with their configurations; checksums by file."""
     trained, initial = _planned(start)
+    whole = harvest_whole(network, start.whole, LAYOUTS.get(start.layout))
     modules, bias = declaration(start.whole, start.factors)
-    config = replace(start.config, base=_hub_weights(start), modules_to_save=modules, bias=bias)
+    kind = WITH_PARAMETERS if beside_adapters(start.whole, start.factors) else start.config.peft_type
+    config = replace(
+        start.config, base=_hub_weights(start), modules_to_save=modules, bias=bias, peft_type=kind
+    )
     (staged.path / CONFIG).write_text(config.text())
     (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
     return {
         initial.path: write_adapter(staged, initial, start.factors),
-        trained.path: write_adapter(staged, trained, harvest(network), harvest_whole(network, start.whole)),
+        trained.path: write_adapter(staged, trained, harvest(network), whole),
     }
 
 
@@ -191,7 +195,7 @@ def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Modul
         require_packing(network)
     trains, corrected = METHODS.get(start.method).trains, plan.corrected_gradient
     install(network, start.pieces(), trains, plan.dropout, corrected=corrected, paths=paths)
-    unfreeze(network, start.whole)
+    unfreeze(network, start.whole, LAYOUTS.get(start.layout))
     return network
 
 
