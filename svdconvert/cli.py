@@ -86,7 +86,9 @@ BaseOpt = Annotated[
 ]
 ResidualOpt = Annotated[
     str | None,
-    typer.Option("--residual", help="The directory that decompose wrote, for an adapter trained elsewhere."),
+    typer.Option(
+        "--residual", help="What decompose wrote, or another residual, for an adapter trained elsewhere."
+    ),
 ]
 InitOpt = Annotated[
     str | None,
@@ -219,6 +221,7 @@ def to_lora(
     typed: Typed,
     adapter: AdapterArg,
     out: OutOpt = None,
+    base: BaseOpt = None,
     residual: ResidualOpt = None,
     init: InitOpt = None,
     recipe: RecipeOpt = None,
@@ -233,7 +236,7 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         with console.progress("to-lora", of_bytes=False) as track:
             run = _run(shared, track, overwrite, None, None)
-            manifest = verb(adapter, target, chosen, run, residual=residual, init=init)
+            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
         console.show_lora(target, manifest)
 
 

@@ -268,7 +268,11 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     scale = f"lora_alpha {manifest.options['rank']}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
-        {"LoRA": f"rank {manifest.options['rank']}, {scale}, {loss}", "for": base},
+        {
+            "LoRA": f"rank {manifest.options['rank']}, {scale}, {loss}",
+            "start": _recovery(manifest.options.get("recovered")),
+            "for": base,
+        },
         [
             *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
             f"svdconvert merge {out_dir} -o MERGED",
@@ -288,6 +292,14 @@ def show_published(out_dir: object, repository: str, done: "Published") -> None:
         },
         [f"svdconvert inspect {repository}"],
     )
+
+
+def _recovery(note: Mapping[str, Any] | None) -> str | None:
+    if note is None:
+        return None
+    if note["by"] != "difference":
+        return f"computed again from the base, as {note['by']}"
+    return f"recovered to {note['error']:.1e} of itself, {note['of_base']:.1e} of the base's weights"
 
 
 def show_report(report: "Report") -> None:

@@ -123,7 +123,7 @@ def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Buil
 def test_an_adapter_that_changed_its_base_wants_its_start(adapter: Path, tmp_path: Path) -> None:
     edit(adapter / "adapter_config.json", init_lora_weights="pissa_niter_4")
     for verb in ("merge", "to-lora"):
-        words = [adapter, "started as pissa_niter_4", "--residual", "--init"]
+        words = [adapter, "started as pissa_niter_4", "not known", "--residual", "--init"]
         refused(verb, adapter, "-o", tmp_path / "out", words=words)
 
 

@@ -35,7 +35,7 @@ PARAMETERS = {
     "decompose": ["model", "out", "options", "run"],
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
-    "to_lora": ["adapter", "out", "options", "run", "*residual", "*init"],
+    "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "verify": ["directory", "run", "*base"],
     "inspect": ["model"],
     "push": ["directory", "repository", "options", "*base", "*residual"],

@@ -147,23 +147,6 @@ def test_any_lora_of_peft_becomes_one_of_scale_one_and_merges(
     assert close(logits(plain(tmp_path / "merged")), logits(model))
 
 
-def test_stock_pissa_is_converted_with_its_initial_adapter_and_refused_without(
-    checkpoint: Build, tmp_path: Path
-) -> None:
-    base = checkpoint("llama", dtype=torch.float32)
-    config = LoraConfig(
-        r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(plain(base), config)
-    model.save_pretrained(tmp_path / "init")
-    adapter = trained(model, tmp_path / "adapter")
-    with pytest.raises(ArtifactError, match="started as pissa, which changes the base; name its .*--init"):
-        to_lora(adapter, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-    to_lora(adapter, tmp_path / "lora", init=str(tmp_path / "init"))
-    assert close(logits(adapted(base, tmp_path / "lora")), logits(model), 3e-5)
-
-
 def test_an_adapter_that_does_not_say_where_it_started_is_refused(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:

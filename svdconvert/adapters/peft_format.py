@@ -28,6 +28,8 @@ PEFT, which knows only the fused tensors, refuses the type instead of leaving su
 WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
 """The type of adapters that hold single parameters of modules with adapters in them, as an RWKV's time
 parameters: stock PEFT, which would lose them, refuses the type."""
+# What changes the meaning of the factors.
+_MORE = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "use_qalora")
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
 
 
@@ -159,6 +161,8 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
         raise ArtifactError(
             f"{path} is a DoRA adapter, whose magnitudes no plain LoRA can carry; merge it with PEFT"
         )
+    if more := [name for name in _MORE if values.get(name)]:
+        raise ArtifactError(f"{path} sets {more[0]}, which no plain LoRA can carry; merge it with PEFT")
     if values.get("fan_in_fan_out"):
         raise ArtifactError(f"{path} is for transposed layers (fan_in_fan_out), which no layout here has")
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from svdconvert.adapters.peft_format import Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.artifact.manifest import PLAIN, Manifest, is_ours, read_manifest
+from svdconvert.artifact.recover import Recovered
 from svdconvert.errors import ArtifactError
 from svdconvert.factors import Factors
 from svdconvert.method import init_folder
@@ -34,10 +35,17 @@ class Change:
     manifest: Manifest | None
     """Of the directory, or of the residual that was named; None for an adapter of unknown origin."""
     residual: Path | None = None
-    """The decomposed directory, where it was named or the adapter names it."""
+    """The residual's directory, where it was named or the adapter names it."""
+    is_lost: bool = False
+    """True where it did not start at zero, and from what it did is not stored."""
+    recovered: Recovered | None = None
+    """The start, found again from the weights."""
 
     def start(self, module: str) -> tuple[Factors, float]:
         """The factors before training, and their scale."""
+        if self.recovered is not None:
+            return self.recovered.factors(module), self.recovered.scales[module]
+        assert not self.is_lost, "nobody found the start again"
         if self.before is not None:
             return self.before.factors(module), self.before.config.scale(module)
         end = self.after.factors(module)
@@ -58,6 +66,7 @@ class Change:
     def identity(self) -> dict[str, Any]:
         """What a run that reads it must find again when it goes on."""
         start = self.before.source.stamp() if self.before else {}
+        start = self.recovered.stamp() if self.recovered else start
         return {
             "location": str(self.directory.absolute()),
             "files": dict(self.after.source.stamp()),
@@ -80,9 +89,9 @@ def open_change(
 ) -> Change:
     """Open a DECOMPOSED, TRAINED or LORA directory, any adapter in PEFT's format, or RWKV-PEFT's file.
 
-    `residual` (a DECOMPOSED directory) or `init` (an adapter, or "none") is where an adapter trained
-    elsewhere started, and `alpha` what it was scaled with where it does not say so. Raises ArtifactError
-    where the start is missing or does not fit.
+    `residual` (a DECOMPOSED directory, or a plain residual without its start) or `init` (an adapter, or
+    "none") is where an adapter trained elsewhere started, and `alpha` what it was scaled with where it does
+    not say so. Raises ArtifactError where the start is missing or does not fit.
     """
     if is_adapter_file(directory):
         return _from_file(directory, init, alpha)
@@ -94,7 +103,7 @@ def open_change(
         )
     start = Path(init) if init not in (None, NO_START) else None
     base = Path(residual) if residual is not None else None
-    change = _ours(directory, start) if is_ours(directory) else _foreign(directory, base, start)
+    change = _ours(directory, base, start) if is_ours(directory) else _foreign(directory, base, start)
     if change.before is not None:
         _fits(change.after, change.before)
     return change
@@ -117,7 +126,7 @@ def _from_file(path: Path, init: str | None, alpha: float | None) -> Change:
     return Change(path, open_adapter_file(path, alpha), None, None)
 
 
-def _ours(directory: Path, init: Path | None) -> Change:
+def _ours(directory: Path, residual: Path | None, init: Path | None) -> Change:
     manifest = read_manifest(directory)
     if manifest.kind in PLAIN:
         raise ArtifactError(
@@ -128,10 +137,12 @@ def _ours(directory: Path, init: Path | None) -> Change:
         adapter = open_adapter_file(file, None) if file.is_file() else open_adapter(directory)
         return Change(directory, adapter, None, manifest)
     start = init or directory / init_folder(manifest.method)
+    if not is_adapter(start) and residual is not None:
+        return _against(directory, open_adapter(directory), residual, None, manifest)
     if not is_adapter(start):
         raise ArtifactError(
-            f"{start} is missing, without which the change cannot be told from the start; "
-            "copy it from the decomposed directory or name another with --init"
+            f"{start} is missing, without which the change cannot be told from the start; copy it from the "
+            "decomposed directory, name another with --init, or give --base and --residual to recover it"
         )
     before = open_adapter(start)
     after = before if manifest.kind == "decomposed" else open_adapter(directory)
@@ -154,27 +165,34 @@ def _foreign(directory: Path, residual: Path | None, init: Path | None) -> Chang
     ):
         residual = named
     if residual is not None:
-        manifest = read_manifest(residual)
-        if manifest.kind != "decomposed":
-            raise ArtifactError(
-                f"{residual} is a {manifest.kind} directory; --residual wants what decompose wrote"
-            )
-        return Change(
-            directory,
-            after,
-            open_adapter(init or residual / init_folder(manifest.method)),
-            manifest,
-            residual,
-        )
+        return _against(directory, after, residual, init, None)
     if init is not None:
         return Change(directory, after, open_adapter(init), None)
-    start = str(after.config.initialised).lower()
-    if start.startswith(_REBASED):
-        raise ArtifactError(
-            f"{directory} was started as {start}, which changes the base; name its decomposed directory with "
-            "--residual or its initial adapter with --init"
-        )
-    return Change(directory, after, None, None)
+    return Change(directory, after, None, None, is_lost=changes_the_base(after.config.initialised))
+
+
+def _against(
+    directory: Path, after: Adapter, residual: Path, init: Path | None, own: Manifest | None
+) -> Change:
+    """An adapter that was trained on `residual`; the start is that directory's, or lost."""
+    manifest = own
+    if is_ours(residual):
+        found = read_manifest(residual)
+        if found.kind != "decomposed":
+            raise ArtifactError(
+                f"{residual} is a {found.kind} directory; --residual wants what decompose wrote, or a plain "
+                "residual"
+            )
+        manifest = own or found
+        init = init or residual / init_folder(found.method)
+    if init is not None and is_adapter(init):
+        return Change(directory, after, open_adapter(init), manifest, residual)
+    return Change(directory, after, None, manifest, residual, is_lost=True)
+
+
+def changes_the_base(initialised: str | bool) -> bool:
+    """True for what PEFT calls a start that is taken out of the base."""
+    return str(initialised).lower().startswith(_REBASED)
 
 
 def _fits(after: Adapter, before: Adapter) -> None:

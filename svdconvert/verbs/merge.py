@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from svdconvert.artifact.change import Change, open_change
-from svdconvert.artifact.manifest import Manifest, run_identity
+from svdconvert.artifact.manifest import Manifest, is_ours, run_identity
 from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
@@ -14,6 +15,7 @@ from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, 
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import Home, locate, open_home
+from svdconvert.hub.restore import with_start
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
 
@@ -103,6 +105,8 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
     if change.residual == there.path:  # of which only the adapter is fetched so far
         places = replace(places, residual=there.name)
     side, home = _choose(change, options.side, places)
+    if side == "base":
+        change = with_start(change, str(home.snapshot.name), places.residual)
     name, layout = home.layout(_known_layout(change))
     return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
 
@@ -116,7 +120,7 @@ def _manifest(staged: StagedOutput, found: Merging, options: MergeOptions, threa
         method=known.method if known else "lora",
         base=seen if side == "base" else known.base if known else None,
         residual=seen if side == "residual" else None,
-        options=asdict(options) | {"side": side},
+        options=asdict(options) | {"side": side} | _restored(found.change),
         files=file_checksums(staged),
         threads=threads,
     )
@@ -128,11 +132,15 @@ def _known_layout(change: Change) -> str | None:
 
 def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:
     """The base where it is given or found, else the residual; `side` other than "auto" insists."""
+    known = change.manifest.residual if change.manifest else None
+    if change.is_lost and side == "auto" and (change.residual or known):
+        side = "residual"  # which needs no start
     if side in ("auto", "base"):
         home = locate(change.manifest.base if change.manifest else None, places.base, stream=places.stream)
         if home is not None:
             return "base", home
         if side == "base" or not _has_residual(change):
+            with_start(change, places.base, places.residual)  # which says what a lost start wants
             place = change.manifest.base.location if change.manifest and change.manifest.base else "unknown"
             raise ArtifactError(
                 f"the base of {change.directory} is not at hand ({place}); say where it is with --base"
@@ -145,13 +153,15 @@ def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:
 
 
 def _has_residual(change: Change) -> bool:
-    return change.manifest is not None and change.manifest.kind != "lora" and change.manifest.rebased
+    if change.manifest is None:
+        return change.residual is not None
+    return change.manifest.kind != "lora" and change.manifest.rebased
 
 
 def _residual_home(change: Change, places: Places) -> Home:
-    assert change.manifest is not None
     if change.residual is not None:
         return open_home(places.residual or str(change.residual), stream=places.stream)
+    assert change.manifest is not None
     home = locate(change.manifest.residual, places.residual, stream=places.stream)
     if home is None:
         place = change.manifest.residual.location if change.manifest.residual else "none was written"
@@ -162,6 +172,11 @@ def _residual_home(change: Change, places: Places) -> Home:
     return home
 
 
+def _restored(change: Change) -> dict[str, Any]:
+    """For the manifest: how a lost start was found again."""
+    return {"recovered": change.recovered.way} if change.recovered else {}
+
+
 def _expected(change: Change, side: Side) -> Mapping[str, str]:
     """The checksums that the weights must have, as far as they are known."""
     manifest = change.manifest
@@ -169,6 +184,8 @@ def _expected(change: Change, side: Side) -> Mapping[str, str]:
         return {}
     if side == "base":
         return manifest.base.fingerprint.tensors if manifest.base else {}
+    if change.is_lost and change.residual is not None and not is_ours(change.residual):
+        return {}
     if manifest.kind == "decomposed":
         return manifest.checksums
     return manifest.residual.fingerprint.tensors if manifest.residual else {}

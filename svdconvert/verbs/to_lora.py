@@ -12,30 +12,34 @@ from svdconvert.artifact.stream import file_checksums
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
+from svdconvert.hub.restore import with_start
 from svdconvert.linalg.compute import use_threads
 from svdconvert.run import Run
 
 
-def to_lora(
+def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
     adapter: str | Path,
     out: str | Path,
     options: LoraOptions | None = None,
     run: Run | None = None,
     *,
+    base: str | None = None,
     residual: str | None = None,
     init: str | None = None,
 ) -> Manifest:
     """Write what training changed as a standard PEFT LoRA for the untouched base in `out`.
 
     The change s B A - s0 B0 A0 is a product of rank 2R, written as it is unless the options truncate it;
-    what that loses is in the manifest, by module and over all. Only the two small adapters are read, no
-    base. Raises SvdConvertError with one sentence.
+    what that loses is in the manifest, by module and over all. Only the two small adapters are read; where
+    the initial one is lost, it is recovered from `base` and `residual`, and the manifest says how exactly.
+    Raises SvdConvertError with one sentence.
     """
     options, run = options or LoraOptions(), run or Run()
     run.ranks.alone("to-lora")
     start = str(fetch(residual, "adapter").path) if residual else None
     change = open_change(fetch(str(adapter), "adapter").path, residual=start, init=init, alpha=options.alpha)
     _refuse_unknown_start(change, init)
+    change = with_start(change, base, residual)
     check_apart(Path(out), *change.places())
     if change.after.config.peft_type == PER_EXPERT:
         raise ArtifactError(
@@ -50,13 +54,14 @@ def to_lora(
         if options.format == "peft":
             (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())
         manifest = change.manifest
-        truncation = {"truncation": plan.truncation.note()} if plan.truncation else {}
+        notes = {"truncation": plan.truncation.note()} if plan.truncation else {}
+        notes |= {"recovered": change.recovered.note()} if change.recovered else {}
         return Manifest(
             kind="lora",
             layout=manifest.layout if manifest else "",
             method=manifest.method if manifest else "lora",
             base=manifest.base if manifest else None,
-            options=asdict(options) | {"rank": plan.rank} | truncation,
+            options=asdict(options) | {"rank": plan.rank} | notes,
             files=file_checksums(staged),
         ).write(staged.path)
 
@@ -65,6 +70,8 @@ def _refuse_unknown_start(change: Change, init: str | None) -> None:
     """Refuse an adapter that may be a residual's, for all that it says: its conversion would be wrong."""
     named = change.after.config.base
     on_a_plain_base = named is not None and Path(named).is_dir()
+    if change.is_lost:
+        return  # and is looked for
     if change.directory.is_file():
         return  # what a file does not say was asked for when it was opened
     if change.manifest is None and change.before is None and init != NO_START and not on_a_plain_base:
