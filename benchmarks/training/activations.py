@@ -1,0 +1,79 @@
+"""What one forward pass of 1024 tokens keeps for its backward pass, tensor by tensor. Started by benchmarks/train.py.
+
+python activations.py OPTIONS-AS-JSON
+"""
+
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from step import _ours
+from torch import Tensor, nn
+
+from svdconvert.training.trainer import as_trained
+
+LENGTH = 1024
+METHODS = ("lora", "lora-fa")
+console = Console(width=110)
+
+
+def main() -> None:
+    """Print two tables: what is kept by shape and kind, and the sums."""
+    options = SimpleNamespace(**json.loads(sys.argv[1]))
+    kept = {method: _kept(options, method) for method in METHODS}
+    table = Table("kept by", "shape", "dtype", *(f"{method}, MB" for method in METHODS), "difference, MB")
+    keys = sorted({key for found in kept.values() for key in found}, key=lambda key: -kept["lora"][key])
+    for key in keys:
+        sizes = [kept[method][key] / 1e6 for method in METHODS]
+        table.add_row(*key, *(f"{size:.1f}" for size in sizes), f"{sizes[0] - sizes[1]:.1f}")
+    totals = [sum(kept[method].values()) / 1e6 for method in METHODS]
+    table.add_row("all", "", "", *(f"{total:.1f}" for total in totals), f"{totals[0] - totals[1]:.1f}")
+    console.print(f"activations of one row of {LENGTH} tokens, rank {options.rank}, {options.precision}")
+    console.print(table)
+    console.print(f"lora keeps {totals[0] / totals[1]:.3f} times the activations of lora-fa")
+
+
+def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
+    """(module that keeps it, shape, dtype) -> bytes; weights are not counted, and no storage twice."""
+    model = _ours(SimpleNamespace(**vars(options), method=method))
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found: Counter[tuple[str, str, str]] = Counter()
+    seen: dict[int, Tensor] = {}
+    inside: list[str] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, inputs: inside.append(type(module).__name__))
+        module.register_forward_hook(lambda module, inputs, output: inside.pop() and None)
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+            # Held on to, so that no other tensor gets its place.
+            seen[storage.data_ptr()] = tensor.detach()
+            shape = " x ".join(map(str, tensor.shape))
+            kind = str(tensor.dtype).removeprefix("torch.")
+            found[inside[-1] if inside else "the loss", shape, kind] += storage.nbytes()
+        return tensor
+
+    ids = torch.arange(3, 3 + LENGTH)[None]
+    with (
+        as_trained(model),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"),
+    ):
+        _body(model)(input_ids=ids)
+    return found
+
+
+def _body(model: Any) -> nn.Module:
+    """Without the head: its logits are kept for tokens in the loss alone, and are the same for all methods."""
+    body: nn.Module = model.base_model
+    return body
+
+
+if __name__ == "__main__":
+    main()
