@@ -2,15 +2,17 @@
 
     python benchmarks/train.py --model DIR --data FILE [--steps 8] [--repeat 3] [--only step|memory]
 
-`step` runs every contender in a process of its own, in turn, on the same rows with the same adapter shapes and
-precision, and prints medians of the step and the ratio pair by pair. `memory` accounts for the activations that
-are kept for the backward pass of one row of 1024 tokens, tensor by tensor, for lora and for lora-fa.
+`step` runs every contender in a process of its own, in turn, on the same rows with the same adapter shapes
+and precision, and prints medians of the step and the ratio pair by pair. `memory` accounts for the
+activations that are kept for the backward pass of one row of 1024 tokens, tensor by tensor, for lora and for
+lora-fa.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from measure import Measured, in_turn, peak, run
@@ -54,7 +56,7 @@ def steps(arguments: argparse.Namespace) -> None:
     """A table of step times and peak memory."""
     table = Table("method", "who", "step", "svdconvert's share", "peak memory", "loss of the last step")
     for method in arguments.methods.split(","):
-        runs = {who: lambda who=who: _child(arguments, method, who) for who in CONTENDERS[method]}
+        runs = {who: partial(_child, arguments, method, who) for who in CONTENDERS[method]}
         found = in_turn(runs, arguments.repeat)
         times = {who: [_said(each)["step"] for each in measured] for who, measured in found.items()}
         for who, measured in found.items():

@@ -43,6 +43,10 @@ class Layout:
     """Role -> pattern of tensor names on disk; only Linear weights of the repeated layers."""
     modules: Sequence[tuple[str, str]] = ()
     """(prefix on disk, prefix at run time): the first that fits is replaced."""
+    prefix: str = ""
+    """What comes before every name in the checkpoint of a whole model, and not in that of its body alone."""
+    task: str | None = "CAUSAL_LM"
+    """What PEFT calls the models' task; None where that depends on the head."""
     summary: str = ""
     """One line for `svdconvert list layouts`."""
     signature: str | None = None
@@ -54,8 +58,9 @@ class Layout:
 
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        before = f"(?:{re.escape(self.prefix)})?"
         return [
-            (role, re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(pattern))))
+            (role, re.compile(before + _NUMBER.sub(r"(?P<\1>\\d+)", re.escape(pattern))))
             for role, pattern in self.roles.items()
         ]
 
@@ -263,3 +268,16 @@ def gated_decoder(prefix: str = "model") -> dict[str, str]:
     layer = f"{prefix}.layers.{{layer}}"
     feed_forward = {f"mlp.{part}": f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     return attention(prefix) | feed_forward
+
+
+def encoder() -> dict[str, str]:
+    """The roles of an encoder under the names that BERT gave them."""
+    layer = "encoder.layer.{layer}"
+    return {
+        "attn.q": f"{layer}.attention.self.query.weight",
+        "attn.k": f"{layer}.attention.self.key.weight",
+        "attn.v": f"{layer}.attention.self.value.weight",
+        "attn.o": f"{layer}.attention.output.dense.weight",
+        "mlp.up": f"{layer}.intermediate.dense.weight",
+        "mlp.down": f"{layer}.output.dense.weight",
+    }

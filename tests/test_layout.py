@@ -38,7 +38,10 @@ def test_slots_are_exactly_the_linear_layers_of_the_decoder(model_type: str, che
     linears = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "head" not in path and "vision" not in path
+        if isinstance(module, torch.nn.Linear)
+        and "head" not in path
+        and "vision" not in path
+        and not path.startswith("cls.")
     }
     assert {slot.module for slot in slots.values()} == linears.keys()
     for name, slot in slots.items():
@@ -62,10 +65,10 @@ def test_no_two_roles_claim_one_tensor_and_every_role_is_there(model_type: str, 
 def test_embeddings_heads_norms_and_biases_are_never_targets(model_type: str, checkpoint: Build) -> None:
     source, layout = opened(checkpoint(model_type), model_type)
     others = source.infos.keys() - layout.select(source.infos, ["all-linear"]).keys()
-    assert any("norm" in name for name in others) and any("embed" in name for name in others)
+    assert any("norm" in name.lower() for name in others) and any("embed" in name for name in others)
     for name in layout.select(source.infos, ["*"]):
         assert not any(word in name for word in ("embed", "head", "norm", "bias", "vision", "projector"))
-    norm = next(name for name in others if "norm" in name)
+    norm = next(name for name in others if "norm" in name.lower())
     with pytest.raises(TargetError, match="only tensors that are never decomposed"):
         layout.select(source.infos, [norm])
 
@@ -121,7 +124,7 @@ def test_a_checkpoint_of_other_names_is_refused() -> None:
 
 
 def test_an_unknown_layout_or_model_type_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"no layout 'lama'; known: gemma, .*; did you mean llama\?"):
+    with pytest.raises(UnknownNameError, match=r"no layout 'lama'; known: bert, .*; did you mean llama\?"):
         find_layout("lama", None, "dir")
     with pytest.raises(
         UnknownNameError, match=r"dir has the model type 'qwen4'.*did you mean qwen[23]\?.*--layout"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -26,7 +27,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    RobertaConfig,
     SiglipVisionConfig,
+    XLMRobertaConfig,
 )
 
 from svdconvert.layout import LAYOUTS
@@ -93,6 +96,9 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": _qwen3_moe,
+    "bert": BertConfig,
+    "roberta": RobertaConfig,
+    "xlm-roberta": XLMRobertaConfig,
 }
 """model_type -> the configuration of a tiny model of it."""
 

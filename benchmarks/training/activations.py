@@ -1,4 +1,6 @@
-"""What one forward pass of 1024 tokens keeps for its backward pass, tensor by tensor. Started by benchmarks/train.py.
+"""What a forward pass of 1024 tokens keeps for its backward pass, tensor by tensor.
+
+Started by benchmarks/train.py:
 
 python activations.py OPTIONS-AS-JSON
 """
@@ -70,7 +72,7 @@ def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
 
 
 def _body(model: Any) -> nn.Module:
-    """Without the head: its logits are kept for tokens in the loss alone, and are the same for all methods."""
+    """Without the head, whose logits are kept for tokens in the loss alone, the same for all methods."""
     body: nn.Module = model.base_model
     return body
 

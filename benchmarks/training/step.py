@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.hub.begin import find_start
+from svdconvert.layout import LAYOUTS
 from svdconvert.method import METHODS
 from svdconvert.run import Run
 from svdconvert.training.example import IGNORED, Example
@@ -47,7 +48,7 @@ def main() -> None:
         schedule="constant",
         warmup=0.0,
     )
-    task = open_task(Path(options.model), plan)
+    task = open_task(Path(options.model), LAYOUTS.get("llama"), plan)
     contender: Callable[..., list[tuple[float, float]]] = globals()[who]
     marks = contender(options, plan, task)
     times = [b - a for (a, _), (b, _) in zip(marks[WARM - 1 :], marks[WARM:], strict=False)]
@@ -159,7 +160,8 @@ def _dtype(options: Any) -> Any:
 def _ours(options: Any) -> nn.Module:
     split = SplitOptions(method=options.method, rank=options.rank)
     start = find_start(options.model, split, None, Run())
-    network = load_network(start.weights, None if options.precision == "bf16" else torch.float32)
+    dtype = None if options.precision == "bf16" else torch.float32
+    network = load_network(start.weights, LAYOUTS.get(start.layout), dtype)
     replace_weights(network, start.replaced)
     install(network, start.pieces(), METHODS.get(options.method).trains)
     return network

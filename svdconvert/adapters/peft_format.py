@@ -47,6 +47,8 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] | None = None
     dropout: float = 0.0
     initialised: str | bool = True
+    task: str | None = "CAUSAL_LM"
+    """PEFT's name of what the model does; None fits any."""
     modules_to_save: Sequence[str] = ()
     """Modules that are trained whole, as PEFT matches them."""
     bias: str = "none"
@@ -75,7 +77,7 @@ class AdapterConfig:
             "r": self.rank,
             "rank_pattern": dict(self.rank_pattern or {}),
             "target_modules": sorted(self.targets),
-            "task_type": "CAUSAL_LM",
+            "task_type": self.task,
             "use_dora": False,
             "use_rslora": self.rslora,
         }
@@ -177,6 +179,7 @@ def _config(directory: Path, values: Mapping[str, Any]) -> AdapterConfig:
             alpha_pattern=values.get("alpha_pattern"),
             dropout=float(values.get("lora_dropout") or 0.0),
             initialised=values.get("init_lora_weights", True),
+            task=values.get("task_type"),
             modules_to_save=tuple(map(str, values.get("modules_to_save") or ())),
             bias=str(values.get("bias") or "none"),
         )

@@ -155,6 +155,7 @@ def lora_config(plan: LoraPlan, base: str | None) -> AdapterConfig:
         alpha=plan.rank,
         targets=own.targets,
         base=base,
+        task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
         peft_type=WITH_PARAMETERS

@@ -98,6 +98,12 @@ class Manifest:
         }
 
 
+def head_of(manifest: Manifest | None) -> dict[str, Any]:
+    """{"head": what config.json says of a head that was trained on top}, or nothing."""
+    head = manifest.options.get("head") if manifest else None
+    return {"head": head} if head else {}
+
+
 def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """What must be the same when an interrupted run goes on: anything that could change its bytes."""
     import torch

@@ -1,6 +1,6 @@
 """Merge what training changed back into a plain checkpoint, one tensor at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from svdconvert.adapters.delta import as_lora, merged_
 from svdconvert.artifact.change import Change
+from svdconvert.artifact.fingerprint import checksum
+from svdconvert.artifact.manifest import head_of
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.sizes import parse_size
 from svdconvert.artifact.stream import Outcome, Work
 from svdconvert.checkpoint.shards import PlannedFile, plan_model
-from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
+from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.errors import ArtifactError
 from svdconvert.layout import Layout
 from svdconvert.linalg.compute import at_once
@@ -32,6 +35,8 @@ class MergePlan:
     """Tensor -> module, of the adapted matrices."""
     extras: Mapping[str, str]
     """Tensor -> parameter, of those that were trained whole and are replaced."""
+    added: Mapping[str, str]
+    """Tensor -> parameter, of a head that was trained on top and is new to the model."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
     """Element type of every merged matrix."""
@@ -53,10 +58,13 @@ def plan_merge(
     modules = {by_module[module]: module for module in change.modules}
     for name, module in modules.items():
         _refuse_shape(change, module, source.infos[name])
-    extras = _replaced(change, source, layout)
+    added = _added(change, source, layout)
+    extras = _replaced(change, source, layout, set(added.values()))
     dtypes = {name: _merged_code(change, source.infos[name], options) for name in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
-    return MergePlan(change, side, modules, extras, tuple(_files(outputs, side, layout, options)), dtypes)
+    outputs += [_new(change, name, parameter) for name, parameter in added.items()]
+    files = tuple(_files(outputs, side, layout, options))
+    return MergePlan(change, side, modules, extras, added, files, dtypes)
 
 
 def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
@@ -71,10 +79,39 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
     return plan_model(outputs, limit, layout.family.file)
 
 
-def _replaced(change: Change, source: TensorSource, layout: Layout) -> dict[str, str]:
-    """Tensor -> parameter, for what the adapter trained whole."""
+def _added(change: Change, source: TensorSource, layout: Layout) -> dict[str, str]:
+    """Tensor -> parameter, for what a head brings that the model does not have."""
+    if not head_of(change.manifest):
+        return {}
+    stored = {layout.parameter(name) for name in source.infos}
+    prefixed = any(name.startswith(layout.prefix) for name in source.infos)
+    return {
+        parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
+        for parameter in change.after.extras
+        if parameter not in stored
+    }
+
+
+def _new(change: Change, name: str, parameter: str) -> TensorInfo:
+    return replace(change.after.source.infos[change.after.extras[parameter]], name=name)
+
+
+def write_added(plan: MergePlan, staged: StagedOutput) -> None:
+    """The head's tensors, which no tensor of the model becomes."""
+    files = {info.name: file.path for file in plan.shards for info in file.infos}
+    noted: dict[str, dict[str, str]] = {}
+    for name, parameter in plan.added.items():
+        tensor = plan.change.extra(parameter)
+        staged.write(files[name], name, tensor)
+        noted.setdefault(files[name], {})[name] = checksum(tensor_bytes(tensor))
+    staged.finish("head", {"files": noted})
+
+
+def _replaced(change: Change, source: TensorSource, layout: Layout, added: Collection[str]) -> dict[str, str]:
+    """Tensor -> parameter, for what the adapter trained whole of what the model has."""
     by_parameter = {layout.parameter(name): name for name in source.infos}
-    for parameter, key in change.after.extras.items():
+    replaced = {parameter: key for parameter, key in change.after.extras.items() if parameter not in added}
+    for parameter, key in replaced.items():
         shape = change.after.source.infos[key].shape
         if parameter not in by_parameter:
             raise ArtifactError(
@@ -91,7 +128,7 @@ def _replaced(change: Change, source: TensorSource, layout: Layout) -> dict[str,
                 f"{change.directory} trained {parameter} whole, which the model ties to its head: merging "
                 "would change the head too; untie them first, or train without it"
             )
-    return {by_parameter[parameter]: parameter for parameter in change.after.extras}
+    return {by_parameter[parameter]: parameter for parameter in replaced}
 
 
 def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:
@@ -111,7 +148,9 @@ def _merged_code(change: Change, info: TensorInfo, options: MergeOptions) -> str
 
 def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str], origin: str) -> Work:
     """How each tensor of the base or residual is merged or copied."""
-    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    copies = {
+        info.name: file.path for file in plan.shards for info in file.infos if info.name not in plan.added
+    }
     return Work(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},

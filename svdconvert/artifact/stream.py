@@ -312,7 +312,8 @@ def _expected(work: Work, name: str, mark: str) -> str:
 
 def source_checksums(staged: StagedOutput) -> dict[str, str]:
     """Checksum of every source tensor that passed, by name."""
-    return {name: record["source"] for name, record in sorted(staged.finished.items())}
+    read = sorted(item for item in staged.finished.items() if "source" in item[1])
+    return {name: record["source"] for name, record in read}
 
 
 def file_checksums(staged: StagedOutput) -> dict[str, dict[str, str]]:

@@ -20,6 +20,8 @@ class Example:
     """Tokens of the row before it was cut."""
     starts: tuple[int, ...] = (0,)
     """Where the rows begin that were packed into this one."""
+    types: Tensor | None = None
+    """int32, T entries: which of two texts a token is of, where the model asks for that."""
 
     @property
     def loss_tokens(self) -> int:

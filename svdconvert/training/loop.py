@@ -1,6 +1,6 @@
 """The training loop: it yields what it measures, and whoever asks logs, stops and saves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ class EvalLog:
 
     step: int
     eval_loss: float
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Measures of the held-out rows by name, where they have labels."""
 
 
 @dataclass(slots=True)
@@ -120,14 +122,14 @@ class _Run:
         every = self.trainer.plan.eval_every
         if not self.examples.held_out or not (step in (0, self.total) or (every and step % every == 0)):
             return
-        loss = self.trainer.held_out_loss(self.examples.held_out)
+        loss, scores = self.trainer.held_out(self.examples.held_out)
         if loss < self.course.best_loss:
             self.course.best_loss, self.course.worse = loss, 0
             if self.trainer.plan.keep_best:
                 self.course.best = self.trainer.weights()
         else:
             self.course.worse += 1
-        yield EvalLog(step, loss)
+        yield EvalLog(step, loss, scores)
 
     def is_stale(self) -> bool:
         """True where the held-out loss has not fallen for as long as the plan waits for it."""

@@ -1,6 +1,6 @@
 """The model that is trained: loaded by transformers or, where that has none, from `svdconvert.models`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,49 @@ def load_network(
         AutoModelForCausalLM, place, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
     return model
+
+
+def load_classifier(
+    directory: Path, dtype: torch.dtype | None, labels: Sequence[str], seed: int, **options: bool
+) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    """The model of a directory with a head for `labels`, or for a number where there are none.
+
+    Returns it with the shapes of the parameters that are to be trained whole: the head's, and those that the
+    checkpoint does not have, drawn with `seed`. Raises CheckpointError where transformers cannot load it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    names = dict(enumerate(labels)) or {0: "LABEL_0"}
+    with torch.random.fork_rng(devices=[]), _unreported():
+        torch.manual_seed(seed)
+        model, loaded = _load(
+            AutoModelForSequenceClassification,
+            directory,
+            dtype=dtype or "auto",
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            problem_type="single_label_classification" if labels else "regression",
+            output_loading_info=True,
+            **options,
+        )
+    body = f"{model.base_model_prefix}."
+    whole = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(body) or name in loaded["missing_keys"]
+    }
+    return model, whole
+
+
+def head_config(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of the head of a model that `load_classifier` returned."""
+    config: Any = model.config
+    return {
+        "architectures": [type(model).__name__],
+        "id2label": {str(number): name for number, name in config.id2label.items()},
+        "label2id": dict(config.label2id),
+        "problem_type": config.problem_type,
+    }
 
 
 def load_tokenizer(
@@ -83,6 +126,20 @@ def _load(kind: Any, directory: Path, **options: Any) -> Any:
         what = "the tokenizer" if "Tokenizer" in kind.__name__ else "the model"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {what} of {directory}: {reason}") from error
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' report of weights that are new: a new head is what was asked for."""
+    from transformers.utils import logging
+
+    theirs: Any = logging
+    level = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from svdconvert.training.data import collate
 from svdconvert.training.example import IGNORED, Example
 
 Batch = dict[str, Tensor]
+Findings = list[tuple[float, float]]
+"""(true label, the model's) of every row that has one."""
 
 
 class Objective(Protocol):
@@ -27,8 +29,16 @@ class Objective(Protocol):
     def muted(self, batch: Batch) -> Batch:
         """The batch with nothing in the loss."""
 
-    def loss_sum(self, model: nn.Module, plain: nn.Module, batch: Batch) -> Tensor:
-        """The loss in float32, summed over all that is in it; `model` is `plain` as accelerate wraps it."""
+    def loss_sum(
+        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Findings | None = None
+    ) -> Tensor:
+        """The loss in float32, summed over all that is in it; `model` is `plain` as accelerate wraps it.
+
+        What the scores are made of is added to `found`.
+        """
+
+    def scores(self, found: Findings) -> dict[str, float]:
+        """Measures of all that was found, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,9 @@ class NextToken:
         """The batch with nothing in the loss."""
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
-    def loss_sum(self, model: nn.Module, plain: nn.Module, batch: Batch) -> Tensor:
+    def loss_sum(
+        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Findings | None = None
+    ) -> Tensor:
         """Cross entropy, summed over the batch's tokens in the loss."""
         # Position t predicts token t + 1, so the last predicts nothing.
         wanted_BT = batch["labels"].roll(-1, dims=1)
@@ -56,6 +68,10 @@ class NextToken:
             logits = model(**inputs).logits
         logits_NV = logits[0] if cut else logits[chosen_BT]
         return cross_entropy(logits_NV.float(), wanted_BT[chosen_BT], reduction="sum")
+
+    def scores(self, found: Findings) -> dict[str, float]:
+        """None beside the loss."""
+        return {}
 
 
 @contextmanager

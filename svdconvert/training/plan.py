@@ -34,6 +34,12 @@ class TrainPlan:
     """Hold out the last N rows of `data`, where there is no `eval_data`."""
     split: str = "train"
     """Split of a Hub data set. A slice such as train[:1000] cuts files too."""
+    task: Literal["text", "classify", "regress"] = "text"
+    """What is learnt: the next token of texts, or a label or a number for every row, with a head on top."""
+    text_fields: str | None = None
+    """Fields of the text, or of the two texts by a comma, of a row with a label; GLUE's are known."""
+    label_field: str = "label"
+    """Field of the label."""
     prompt_field: str | None = None
     """Name of the prompt's field, where it is not one of the known ones."""
     response_field: str | None = None
@@ -123,6 +129,8 @@ class TrainPlan:
             raise ValueError(
                 "patience, keep_best and samples want held-out rows: give eval_rows or eval_data"
             )
+        if self.task != "text" and (self.packing or self.samples or self.prompt_loss):
+            raise ValueError(f"packing, samples and prompt_loss are for texts, not for task {self.task}")
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
             raise ValueError(f"track knows {', '.join(TRACKERS)}, not {unknown[0]}")
         return self

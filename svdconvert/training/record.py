@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from svdconvert.training.checkpoints import Checkpoints
 from svdconvert.training.drift import DriftLog
@@ -25,7 +26,7 @@ def record(
         trackers,
     ):
         for log in logs:
-            values = {name: value for name, value in asdict(log).items() if value is not None}
+            values = _values(log)
             metrics.write(values)
             trackers.log(log.step, {name: value for name, value in values.items() if name != "step"})
             if isinstance(log, EvalLog):
@@ -35,3 +36,10 @@ def record(
                 metrics.sync()
                 answers.sync()
             yield log
+
+
+def _values(log: Log) -> dict[str, Any]:
+    """What was measured by name, the scores among the rest."""
+    values = {name: value for name, value in asdict(log).items() if value is not None}
+    scores: dict[str, float] = values.pop("scores", {})
+    return values | scores

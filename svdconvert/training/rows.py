@@ -11,7 +11,7 @@ from typing import Any, cast
 from svdconvert.errors import DataError
 from svdconvert.training.prompts import Row
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """The readers of `datasets` by the ending of a file."""
 
 # ORG/NAME or NAME, and a configuration behind a colon.
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
 def read_rows(data: str, split: str = "train") -> Iterable[Row]:
-    """The rows of a .jsonl, .json (a list or lines), .parquet or .csv file, or of a Hub data set's split.
+    """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a split on the Hub.
 
     A path wins over a Hub id of the same name. Raises DataError where it is neither, or has no rows.
     """
@@ -49,7 +49,7 @@ def _read_file(path: Path, split: str) -> Any:
     with tempfile.TemporaryDirectory() as cache:
         # In memory, as its tokens will be: nothing of a local file is to stay in the user's cache.
         options = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
-        if path.suffix == ".csv":
+        if READERS[path.suffix] == "csv":
             options |= _columns_as_text(path)
         return _load(str(path), READERS[path.suffix], **options)
 
@@ -58,9 +58,14 @@ def _columns_as_text(path: Path) -> dict[str, Any]:
     """CSV knows no types: without these options 072 would arrive as the number 72, and None as nothing."""
     from datasets import Features, Value
 
+    # GLUE's .tsv files have lone quotation marks in their texts: no quoting there.
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
-        header = next(csv.reader(lines))
-    return {"features": Features({column: Value("string") for column in header}), "keep_default_na": False}
+        header = next(csv.reader(lines, **style))
+    return style | {
+        "features": Features({column: Value("string") for column in header}),
+        "keep_default_na": False,
+    }
 
 
 def _read_hub(data: str, split: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdconvert.errors import RecipeError
 from svdconvert.training.example import Example
 from svdconvert.training.module import AdaptedLinear
-from svdconvert.training.objective import Batch, Objective
+from svdconvert.training.objective import Batch, Findings, Objective
 from svdconvert.training.orthonormal import Penalty, penalty_weight
 from svdconvert.training.plan import TrainPlan
 
@@ -134,13 +134,17 @@ class Trainer:
         return self.penalty.add_gradient(self.plain)
 
     @torch.no_grad()
-    def held_out_loss(self, rows: Sequence[Example]) -> float:
-        """Mean over the tokens of all rows, without dropout."""
+    def held_out(self, rows: Sequence[Example]) -> tuple[float, dict[str, float]]:
+        """(mean loss over the tokens of all rows, scores), without dropout."""
+        from accelerate.utils import gather_object
+
+        found: Findings = []
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         with measuring(self.plain):
             for batch in self.batches(rows):
-                loss += self.objective.loss_sum(self.model, self.plain, batch)
-        return self.summed(loss) / sum(row.loss_tokens for row in rows)
+                loss += self.objective.loss_sum(self.model, self.plain, batch, found)
+        mean = self.summed(loss) / sum(row.loss_tokens for row in rows)
+        return mean, self.objective.scores(gather_object(found))
 
     def summed(self, value: Tensor) -> float:
         """The sum over all processes."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.artifact.change import Change, open_change
-from svdconvert.artifact.manifest import Manifest, is_ours, run_identity
-from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge
+from svdconvert.artifact.manifest import Manifest, head_of, is_ours, run_identity
+from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge, write_added
 from svdconvert.artifact.options import MergeOptions
 from svdconvert.artifact.stream import file_checksums, source_checksums, stream
-from svdconvert.checkpoint.sidecars import finish_model
+from svdconvert.checkpoint.sidecars import finish_model, read_config, write_config
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
@@ -49,6 +49,8 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
         "adapter": change.identity(),
     }
     work = merge_work(plan, device, _expected(change, side), str(home.path))
+    if plan.added and run.shipment is not None:
+        raise ArtifactError(f"{change.directory} brings a head of its own: merge it without --stream")
     with StagedOutput(
         Path(out),
         plan.shards,
@@ -58,11 +60,19 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
         shipment=run.shipment,
     ) as staged:
         stream(work, home.source, staged, run)
+        if plan.added and run.ranks.leads:
+            write_added(plan, staged)
         manifest = _manifest(staged, found, options, threads)
         if run.ranks.leads:
-            finish_model(home.path, staged.path, plan.shards)
+            _write_sidecars(found, staged.path)
             manifest.write(staged.path)
     return manifest
+
+
+def _write_sidecars(found: "Merging", directory: Path) -> None:
+    finish_model(found.home.path, directory, found.plan.shards)
+    if head := head_of(found.change.manifest).get("head"):
+        write_config(directory, read_config(directory) | head)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def _manifest(staged: StagedOutput, found: Merging, options: MergeOptions, threa
         method=known.method if known else "lora",
         base=seen if side == "base" else known.base if known else None,
         residual=seen if side == "residual" else None,
-        options=asdict(options) | {"side": side} | _restored(found.change),
+        options=asdict(options) | {"side": side} | _restored(found.change) | head_of(known),
         files=file_checksums(staged),
         threads=threads,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from svdconvert.adapters.peft_format import CONFIG, PER_EXPERT
 from svdconvert.artifact.change import NO_START, Change, open_change
 from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
-from svdconvert.artifact.manifest import Manifest, run_identity
+from svdconvert.artifact.manifest import Manifest, head_of, run_identity
 from svdconvert.artifact.options import LoraOptions
 from svdconvert.artifact.stream import file_checksums
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, recorded
@@ -61,7 +61,7 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
             layout=manifest.layout if manifest else "",
             method=manifest.method if manifest else "lora",
             base=manifest.base if manifest else None,
-            options=asdict(options) | {"rank": plan.rank} | notes,
+            options=asdict(options) | {"rank": plan.rank} | notes | head_of(manifest),
             files=file_checksums(staged),
         ).write(staged.path)
 

@@ -1,7 +1,8 @@
 """svdconvert train: an initial adapter becomes a trained one."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from svdconvert.training.extras import choose, harvest_whole, unfreeze
 from svdconvert.training.install import harvest, install
 from svdconvert.training.loop import fit
 from svdconvert.training.machine import make_accelerator
-from svdconvert.training.network import load_network, replace_weights
+from svdconvert.training.network import head_config, load_classifier, load_network, replace_weights
 from svdconvert.training.packing import require_packing
 from svdconvert.training.plan import TrainPlan
 from svdconvert.training.rates import foreign_rate
@@ -41,6 +42,7 @@ from svdconvert.training.trackers import Trackers, require_trackers
 
 Watch = Callable[[Log, int], None]
 """Told of every step and held-out loss, with the number of steps in all."""
+_HEAD = re.compile(r"^(classifier|score)\..*")
 CHECKPOINTS = "checkpoints"
 """The folder of the states that a run can go on from."""
 
@@ -79,23 +81,22 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
     identity = run_identity("train", plan.shaping(), threads) | _found_again(start, split, task)
     identity |= {"processes": processes, "precision": precision}
+    pupil = _pupil(start, plan, task, precision, run)
     with StagedOutput(
-        target, _planned(start), identity=identity, overwrite=run.overwrite, ranks=run.ranks
+        target, pupil.files, identity=identity, overwrite=run.overwrite, ranks=run.ranks
     ) as staged:
         checkpoints = _checkpoints(staged, plan, run)
-        network = _network(start, plan, precision, run)
-        samples = Samples.of(network, task.tokenizer, task.examples.held_out, plan)
+        samples = Samples.of(pupil.network, task.tokenizer, task.examples.held_out, plan)
         trackers = Trackers(accelerator, plan, target.name)
         steps = plan.total_steps(len(task.examples.train), processes)
-        logs = fit(network, task.examples, task.objective, plan, accelerator, checkpoints)
-        drifting = with_drift(logs, network, start.factors, plan, steps) if start.rebased else logs
+        logs = fit(pupil.network, task.examples, task.objective, plan, accelerator, checkpoints)
+        drifting = with_drift(logs, pupil.network, start.factors, plan, steps) if start.rebased else logs
         with run.ranks.together():
             for log in record(drifting, staged.path, checkpoints, samples, trackers):
                 watch(log, steps)
         if run.ranks.leads:
             checkpoints.finish(keep=plan.keep_checkpoints)
-            files = _write(staged, start, network)
-            _manifest(start, plan, files, threads).write(staged.path)
+            pupil.manifest(plan, pupil.write(staged), threads).write(staged.path)
     return read_manifest(target)
 
 
@@ -112,32 +113,6 @@ def _with_whole(start: Start, plan: TrainPlan) -> Start:
         return start
     infos = open_home(str(start.weights)).source.infos
     return replace(start, whole=choose(infos, LAYOUTS.get(start.layout), start.matrices, plan.train_also))
-
-
-def _planned(start: Start) -> list[PlannedFile]:
-    """The files of the trained and of the initial adapter."""
-    initial = f"{init_folder(start.method)}/{WEIGHTS}"
-    return [
-        plan_adapter(WEIGHTS, start.factors, torch.float32, start.whole),
-        plan_adapter(initial, start.factors),
-    ]
-
-
-def _write(staged: StagedOutput, start: Start, network: nn.Module) -> dict[str, dict[str, str]]:
-    """Both adapters with their configurations; checksums by file."""
-    trained, initial = _planned(start)
-    whole = harvest_whole(network, start.whole, LAYOUTS.get(start.layout))
-    modules, bias = declaration(start.whole, start.factors)
-    kind = WITH_PARAMETERS if beside_adapters(start.whole, start.factors) else start.config.peft_type
-    config = replace(
-        start.config, base=_hub_weights(start), modules_to_save=modules, bias=bias, peft_type=kind
-    )
-    (staged.path / CONFIG).write_text(config.text())
-    (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
-    return {
-        initial.path: write_adapter(staged, initial, start.factors),
-        trained.path: write_adapter(staged, trained, harvest(network), whole),
-    }
 
 
 def _found_again(start: Start, split: SplitOptions, task: Task) -> dict[str, Any]:
@@ -166,29 +141,72 @@ def _checkpoints(staged: StagedOutput, plan: TrainPlan, run: Run) -> Checkpoints
     return found
 
 
-def _manifest(
-    start: Start, plan: TrainPlan, files: Mapping[str, Mapping[str, str]], threads: int
-) -> Manifest:
-    return Manifest(
-        kind="trained",
-        layout=start.layout,
-        method=start.method,
-        base=start.base,
-        residual=start.residual,
-        rebased=start.rebased,
-        options=plan.shaping(),
-        matrices=start.matrices,
-        files=files,
-        threads=threads,
-    )
+@dataclass(frozen=True)
+class _Pupil:
+    """The model in training, and what it ends in."""
+
+    start: Start
+    network: nn.Module
+    head: Mapping[str, Any]
+    """What config.json says of a head that is trained on top; empty where there is none."""
+
+    @property
+    def files(self) -> list[PlannedFile]:
+        """The trained and the initial adapter, as they will be laid out."""
+        start = self.start
+        initial = f"{init_folder(start.method)}/{WEIGHTS}"
+        return [
+            plan_adapter(WEIGHTS, start.factors, torch.float32, start.whole),
+            plan_adapter(initial, start.factors),
+        ]
+
+    def write(self, staged: StagedOutput) -> dict[str, dict[str, str]]:
+        """Write both with their configurations; checksums by file."""
+        start, (trained, initial) = self.start, self.files
+        modules, bias = declaration(start.whole, start.factors)
+        kind = WITH_PARAMETERS if beside_adapters(start.whole, start.factors) else start.config.peft_type
+        config = replace(
+            start.config, base=_hub_weights(start), modules_to_save=modules, bias=bias, peft_type=kind
+        )
+        if self.head:
+            # PEFT saves a classifier as one module, whatever is declared of its parts.
+            modules = sorted({_HEAD.sub(r"\1", module) for module in modules})
+            config = replace(config, task="SEQ_CLS", modules_to_save=modules)
+        (staged.path / CONFIG).write_text(config.text())
+        (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
+        whole = harvest_whole(self.network, start.whole, LAYOUTS.get(start.layout))
+        return {
+            initial.path: write_adapter(staged, initial, start.factors),
+            trained.path: write_adapter(staged, trained, harvest(self.network), whole),
+        }
+
+    def manifest(self, plan: TrainPlan, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
+        """What says that the directory is complete."""
+        return Manifest(
+            kind="trained",
+            layout=self.start.layout,
+            method=self.start.method,
+            base=self.start.base,
+            residual=self.start.residual,
+            rebased=self.start.rebased,
+            options=plan.shaping() | ({"head": self.head} if self.head else {}),
+            matrices=self.start.matrices,
+            files=files,
+            threads=threads,
+        )
 
 
-def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Module:
+def _pupil(start: Start, plan: TrainPlan, task: Task, autocast: str, run: Run) -> _Pupil:
     # Under autocast the frozen weights stay as they are stored; without it all is float32.
-    dtype = torch.float32 if autocast == "no" else None
-    network = load_network(
-        start.weights, LAYOUTS.get(start.layout), dtype, trust_remote_code=run.trust_remote_code
-    )
+    dtype, trust = torch.float32 if autocast == "no" else None, run.trust_remote_code
+    head: Mapping[str, Any] = {}
+    if task.labels is None:
+        network = load_network(start.weights, LAYOUTS.get(start.layout), dtype, trust_remote_code=trust)
+    else:
+        network, whole = load_classifier(
+            start.weights, dtype, task.labels, plan.seed, trust_remote_code=trust
+        )
+        start, head = replace(start, whole={**start.whole, **whole}), head_config(network)
     paths = _paths(start)
     replace_weights(network, {paths[module]: weight for module, weight in start.replaced.items()})
     if plan.packing:
@@ -196,7 +214,7 @@ def _network(start: Start, plan: TrainPlan, autocast: str, run: Run) -> nn.Modul
     trains, corrected = METHODS.get(start.method).trains, plan.corrected_gradient
     install(network, start.pieces(), trains, plan.dropout, corrected=corrected, paths=paths)
     unfreeze(network, start.whole, LAYOUTS.get(start.layout))
-    return network
+    return _Pupil(start, network, head)
 
 
 def _paths(start: Start) -> dict[str, str]:

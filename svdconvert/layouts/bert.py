@@ -1,0 +1,13 @@
+"""BERT, with or without a head; MiniLM and the sentence encoders made of it have the same names."""
+
+from svdconvert.layout import Layout, encoder
+
+LAYOUT = Layout(
+    model_types=frozenset({"bert"}),
+    roles=encoder(),
+    # A checkpoint of the body alone lacks the prefix, which a model with a head has at run time.
+    prefix="bert.",
+    modules=tuple((f"{part}.", f"bert.{part}.") for part in ("embeddings", "encoder", "pooler")),
+    task=None,
+    summary="BERT encoders, MiniLM",
+)
