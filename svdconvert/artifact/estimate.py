@@ -7,6 +7,7 @@ from time import perf_counter
 import torch
 
 from svdconvert.artifact.split import SplitPlan, matrices_at_once
+from svdconvert.linalg.compute import side_by_side
 from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.truncated import POWERS
 
@@ -58,7 +59,7 @@ def estimate(plan: SplitPlan) -> Estimate:
         written=written,
         files=[file.path for file in plan.files],
         memory=_BARE + _matrices_in_memory(plan, exact=exact),
-        seconds=_START + work / _flops_per_second() + (read + written) / _DISK,
+        seconds=_START + work / _speed(plan) + (read + written) / _DISK,
     )
 
 
@@ -82,6 +83,13 @@ def _flops(rows: int, columns: int, rank: int, *, exact: bool) -> float:
     block = block_width(rank)
     searched = first_width(rank) + (POWERS + _GROWN) * block
     return 4.0 * rows * columns * (searched + rank)  # the last: the factors and the residual
+
+
+def _speed(plan: SplitPlan) -> float:
+    """Floating-point operations per second of the matrices at once, with their share of the threads."""
+    count = matrices_at_once(plan, torch.device("cpu"))
+    with side_by_side(count) as pool:
+        return count * pool.submit(_flops_per_second).result()
 
 
 def _flops_per_second() -> float:
