@@ -1,7 +1,7 @@
 """What a fine-tuning method is: how it splits a matrix, and which pieces it trains.
 
-O: out features, I: in features, R: rank. A method sees (O, I) matrices in float32 and nothing else;
-names, files and dtypes are not its business.
+O: out features, I: in features, R: rank. A method sees (O, I) matrices as they are stored, of any float
+dtype, and answers in float32; names and files are not its business.
 """
 
 from collections.abc import Callable
