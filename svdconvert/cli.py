@@ -177,7 +177,7 @@ def train(
         console.show_trained(target, manifest)
 
 
-@app.command(epilog="Example: svdconvert merge trained -o merged --from base")
+@app.command(epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned")
 @publishes
 @with_options(MergeOptions)
 def merge(

@@ -110,6 +110,11 @@ def _sentence(error: BaseException, repository: str, revision: str | None, pushi
     """What is wrong and what to do; None for what is not the Hub's doing."""
     from huggingface_hub import errors
 
+    if pushing and type(error) in (RuntimeError, ConnectionError):  # as hf_xet's uploads fail
+        return (
+            f"the upload to {repository} failed ({' '.join(str(error).split())}); repeat the push, with "
+            "HF_HUB_DISABLE_XET=1 in the environment if it fails again"
+        )
     here = f"{repository} is neither a local directory nor in the local cache, and "
     absent, go_on = ("", "connect") if pushing else (here, "mend the path, or connect")
     there = (

@@ -35,6 +35,8 @@ class Facts:
     command: str
     """What made it."""
     metrics: Path | None = None
+    absent: tuple[str, ...] = ()
+    """Files of code that the configuration names and the repository does not have."""
 
 
 def write_card(manifest: Manifest, facts: Facts) -> str:
@@ -102,7 +104,7 @@ class _Weights:
         task = {"pipeline_tag": "text-generation"} if plain and _auto_class(self.facts) == _CAUSAL else {}
         return {
             **_base_model(self.facts.kin.base_id, relation),
-            "library_name": "transformers",
+            **({"library_name": "transformers"} if self.facts.config else {}),
             **task,
             "tags": _tags(self.manifest, "residual-base" if self.manifest.rebased else self.manifest.kind),
         }
@@ -132,13 +134,18 @@ class _Weights:
         if not self._plain:
             return _residual_code(self.manifest, self.facts, repository)
         if not self.facts.config:
-            return f"```\nsvdconvert inspect {self.facts.repository}\n```"
+            return _rwkv_code(self.manifest, self.facts)
         name = _auto_class(self.facts)
         trust = ", trust_remote_code=True" if "auto_map" in self.facts.config else ""
-        return _python(
+        code = _python(
             f"from transformers import AutoTokenizer, {name}\n\n"
             f"model = {name}.from_pretrained({repository}{trust})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({repository}{trust})"
+        )
+        if not self.facts.absent:
+            return code
+        return (
+            f"Put {' and '.join(self.facts.absent)} of a released model beside the weights.\n\n{code}"
         )
 
 
@@ -216,8 +223,8 @@ def _auto_class(facts: Facts) -> str:
 
 def _residual_code(manifest: Manifest, facts: Facts, repository: str) -> str:
     train = f"```\nsvdconvert train {facts.repository} -o trained --data train.jsonl\n```"
-    if facts.adapter.get("peft_type") != "LORA":
-        return f"Stock PEFT has no such adapter; svdconvert trains it:\n\n{train}"
+    if not facts.config or facts.adapter.get("peft_type") != "LORA":
+        return f"svdconvert trains it; stock PEFT does not know its like:\n\n{train}"
     load = _python(
         f"from peft import PeftModel\nfrom transformers import {_auto_class(facts)}\n\n"
         f"residual = {_auto_class(facts)}.from_pretrained({repository})\n"
@@ -227,6 +234,17 @@ def _residual_code(manifest: Manifest, facts: Facts, repository: str) -> str:
     return (
         f"{load}\n\nTrain `model` as any PEFT model and convert what comes out with `svdconvert to-lora "
         f"ADAPTER -o lora --residual {facts.repository}`, or let svdconvert train it:\n\n{train}"
+    )
+
+
+def _rwkv_code(manifest: Manifest, facts: Facts) -> str:
+    """For weights without a configuration: RWKV's own file, or what svdconvert reads."""
+    file = next((name for name in manifest.files if name.endswith(".pth")), None)
+    if file is None:
+        return f"```\nsvdconvert inspect {facts.repository}\n```"
+    return _python(
+        "from huggingface_hub import hf_hub_download\nfrom rwkv.model import RWKV\n\n"
+        f'model = RWKV(hf_hub_download("{facts.repository}", "{file}"{_at(facts.revision)}), "cpu fp32")'
     )
 
 

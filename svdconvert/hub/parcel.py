@@ -28,12 +28,17 @@ class Kin:
     @property
     def base_id(self) -> str | None:
         """org/name of the untouched model."""
-        return self.base.location if self.base and self.base.revision else None
+        return _repository(self.base)
 
     @property
     def residual_id(self) -> str | None:
         """org/name of the residual base."""
-        return self.residual.location if self.residual and self.residual.revision else None
+        return _repository(self.residual)
+
+
+def _repository(origin: Origin | None) -> str | None:
+    """org/name of a model of the Hub, without the file that it may be."""
+    return "/".join(origin.location.split("/")[:2]) if origin and origin.revision else None
 
 
 @dataclass(frozen=True)

@@ -191,17 +191,25 @@ def look(destination: Destination) -> Standing:
 
 def _card(directory: Path, manifest: Manifest, destination: Destination, kin: Kin) -> str:
     metrics, homes = directory / METRICS, sorted({Path(name).parent for name in manifest.files})
+    config = _json_of(directory / CONFIG)
     facts = Facts(
         repository=destination.repository,
         revision=destination.options.revision,
         kin=kin,
-        config=_json_of(directory / CONFIG),
+        config=config,
         adapter=next(filter(None, (_json_of(directory / home / ADAPTER_CONFIG) for home in homes)), {}),
         licence=_licence(kin),
         command=destination.command(manifest),
         metrics=metrics if metrics.exists() else None,
+        absent=tuple(file for file in _code_files(config) if not (directory / file).exists()),
     )
     return write_card(manifest, facts)
+
+
+def _code_files(config: Mapping[str, Any]) -> list[str]:
+    """The files of code that a configuration names."""
+    named = (str(name).split(".")[0] for name in config.get("auto_map", {}).values())
+    return sorted({f"{module}.py" for module in named if "--" not in module})
 
 
 def _json_of(path: Path) -> Mapping[str, Any]:
@@ -216,7 +224,7 @@ def _licence(kin: Kin) -> Mapping[str, Any]:
         return {}
     try:
         local = Path(kin.base.location) / CARD
-        card = _download(kin.base.location, CARD, kin.base.revision) if kin.base.revision else local
+        card = _download(kin.base_id, CARD, kin.base.revision) if kin.base_id else local
         return licence_of(card.read_text(encoding="utf-8"))
     except (EntryNotFoundError, HfHubHTTPError, OSError, UnicodeDecodeError):
         return {}  # a base without a card, or one that is not to be had now

@@ -9,13 +9,25 @@ import pytest
 import torch
 import yaml
 
-from svdconvert import LoraOptions, Run, SplitOptions, TrainPlan, decompose, merge, to_lora, train
+from svdconvert import (
+    ConvertOptions,
+    LoraOptions,
+    Run,
+    SplitOptions,
+    TrainPlan,
+    convert,
+    decompose,
+    merge,
+    to_lora,
+    train,
+)
 from svdconvert.hub.card import is_untouched, licence_of
 from tests.conftest import Build
 from tests.hub.conftest import Visitor
 from tests.hub.server import Hub
 from tests.hub.test_push import PUSH
 from tests.reading import readable, write_sums
+from tests.rwkv6 import random_model, save
 from tests.stock import TOKENS, adapted, logits, plain
 
 RUN = Run(device="cpu")
@@ -126,7 +138,7 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
 def test_a_card_says_what_its_repository_is_not(published: dict[str, str]) -> None:
     assert "**Not a model to be used by itself.** 14 matrices" in published["pissa"]
     assert "**It is wrong on the base itself**" in published["trained"]
-    assert "Stock PEFT has no such adapter" in published["sorsa"]
+    assert "stock PEFT does not know its like" in published["sorsa"]
     assert "svdconvert train alice/sorsa" in published["sorsa"]
     assert "changes nothing before" in published["start"]
 
@@ -158,6 +170,22 @@ def test_a_card_that_was_edited_is_told_from_one_that_was_not(published: dict[st
         assert is_untouched(card)
         assert not is_untouched(card.replace("## Load it", "## Use it"))
         assert not is_untouched(card + "More.\n")
+
+
+def test_an_rwkv_is_loaded_by_its_own_program_or_with_its_own_code(hub: Hub, tmp_path: Path) -> None:
+    weights = save(random_model(), tmp_path / "small.pth")
+    convert(weights, tmp_path / "hf", ConvertOptions(layout="hf"))
+    convert(tmp_path / "hf", tmp_path / "pth", ConvertOptions(layout="blinkdl"))
+    visitor = Visitor(hub, tmp_path / "alice")
+    pushes = [(str(tmp_path / name), f"alice/{name}", {}, {}) for name in ("hf", "pth")]
+    said = visitor.runs(PUSH.format(pushes=pushes))
+    assert [type(one) for one in said] == [list, list], said
+    cards = {name: hub.repositories[f"alice/{name}"].read("README.md").decode() for name in ("hf", "pth")}
+    assert "configuration_rwkv6.py and modeling_rwkv6.py of a released model" in cards["hf"]
+    assert "trust_remote_code=True" in code(cards["hf"])
+    assert 'RWKV(hf_hub_download("alice/pth", "model.pth"), "cpu fp32")' in code(cards["pth"])
+    assert front(cards["pth"]) == {"tags": ["converted", "svdconvert"]}
+    assert hub.repositories["alice/pth"].read("model.pth") == (tmp_path / "pth" / "model.pth").read_bytes()
 
 
 @pytest.mark.parametrize("card", ["", "# no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"])
