@@ -69,8 +69,6 @@ class Chunks:
     scores: Scores
     size: int
     """M, tokens of a chunk."""
-    dtype: torch.dtype
-    """Of the arithmetic."""
 
     def __call__(  # noqa: PLR0913
         self, r: Tensor, k: Tensor, v: Tensor, a: Tensor, u_HN: Tensor, state: Tensor
@@ -80,39 +78,43 @@ class Chunks:
         # What fills up the last chunk neither adds to the state (k = 0) nor decays it (a = 0).
         r, k, v, a = (self._cut(x) for x in (r, k, v, a))
         until = a.cumsum(-2)
-        before, after = pad(until[..., :-1, :], (0, 0, 1, 0)), _sum_after(a)
         scores = self.scores(r, k, a) + torch.diag_embed((r * u_HN[:, None, None] * k).sum(-1))
-        updates = (k * after.exp()).mT @ v
-        states = [state.to(self.dtype)]
+        # What goes through the state has exponents of at most 0, and no need of care.
+        updates = (k * _sum_after(a).exp()).mT @ v
+        states = [state]
         for decay, update in zip(until[..., -1, :].exp().unbind(2), updates.unbind(2), strict=True):
-            states.append(decay[..., None] * states[-1] + update)
-        y = scores @ v + (r * before.exp()) @ torch.stack(states[:-1], 2)
-        return y.flatten(2, 3)[:, :, :tokens].float(), states[-1].float()
+            states.append(torch.addcmul(update, decay[..., None], states[-1]))
+        y = scores @ v + (r * _exclusive(until).exp()) @ torch.stack(states[:-1], 2)
+        return y.flatten(2, 3)[:, :, :tokens], states[-1]
 
     def _cut(self, x: Tensor) -> Tensor:
         """(B, H, T, N) -> (B, H, J, M, N), with zeros at the end."""
         batch, heads, tokens, size = x.shape
-        padded = pad(x.to(self.dtype), (0, 0, 0, -tokens % self.size))
-        return padded.reshape(batch, heads, -1, self.size, size)
+        return pad(x, (0, 0, 0, -tokens % self.size)).reshape(batch, heads, -1, self.size, size)
+
+
+def _exclusive(until: Tensor) -> Tensor:
+    """a_1 + ... + a_{t-1} of the sums up to t: shifted, not subtracted, which would cancel."""
+    return pad(until[..., :-1, :], (0, 0, 1, 0))
 
 
 def _sum_after(a: Tensor) -> Tensor:
-    """a_{i+1} + ... + a_M for every i: summed, not subtracted, which would cancel."""
+    """a_{i+1} + ... + a_M for every i."""
     return pad(a[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
-def factored_scores(r: Tensor, k: Tensor, a: Tensor) -> Tensor:
-    """P as a product of two matrices.
+def factored_scores(r: Tensor, k: Tensor, a: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """P as a product of two matrices in `dtype`.
 
     Exponents stay within 20 M / 2: M is at most 8 in float32 and 64 in float64.
     """
     size = a.shape[-2]
-    until = a.clamp(min=_FLOOR).cumsum(-2)
-    before = pad(until[..., :-1, :], (0, 0, 1, 0))
+    until = a.to(dtype).clamp(min=_FLOOR).cumsum(-2)
+    before = _exclusive(until)
     middle = before[..., size // 2 : size // 2 + 1, :]
     product = (r * (before - middle).exp()) @ (k * (middle - until).exp()).mT
     # Filled, not multiplied: above the diagonal the product may be infinite.
-    return product.masked_fill(~_below(size, a.device), 0.0)
+    return product.masked_fill(~_below(size, a.device), 0.0).to(r.dtype)
 
 
 def exact_scores(r: Tensor, k: Tensor, a: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def _exact_scores(r: Tensor, k: Tensor, a: Tensor) -> Tensor:
     size = a.shape[-2]
     below = _below(size, a.device)
     # Row t, column i of the sum over rows: a_{i+1} + ... + a_{t-1}.
-    later = pad(a[..., :-1, :], (0, 0, 1, 0))[..., :, None, :].expand(*a.shape[:-1], size, a.shape[-1])
+    later = _exclusive(a)[..., :, None, :].expand(*a.shape[:-1], size, a.shape[-1])
     counted = pad(below[:-1], (0, 0, 1, 0))
     exponents = later.masked_fill(~counted[..., None], 0.0).cumsum(-3)
     exponents = exponents.masked_fill(~below[..., None], -torch.inf)
@@ -137,9 +139,9 @@ def _below(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
 
 
-WIDE = Chunks(factored_scores, 64, torch.float64)
-"""Long chunks in float64: the fastest on CPUs, whose float64 is half as fast as their float32."""
-EXACT = Chunks(exact_scores, 16, torch.float32)
+WIDE = Chunks(factored_scores, 64)
+"""Long chunks with scores in float64: the fastest on CPUs, whose float64 is half as fast as their float32."""
+EXACT = Chunks(exact_scores, 16)
 """For GPUs, whose float64 is slow, and which have the memory bandwidth."""
 
 
