@@ -44,7 +44,7 @@ for matrix in read_manifest(Path(sys.argv[2])).matrices.values():
     weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
     end, start = change.end(matrix.module), change.start(matrix.module)
     started = time.perf_counter()
-    merged_(weight, *as_lora(*end, *start), weight.dtype)
+    merged_(weight, as_lora(*end, *start), weight.dtype)
     seconds += time.perf_counter() - started
 print(json.dumps(seconds))
 """

@@ -241,6 +241,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
         {
             "from": f"the {manifest.options['side']} {origin.location if origin else ''}",
             "tensors": f"{len(manifest.checksums)} in {shards} files",
+            "update as stored": _update(manifest.options.get("update")),
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
@@ -258,6 +259,12 @@ def show_converted(out_dir: object, manifest: "Manifest") -> None:
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
+
+
+def _update(note: Mapping[str, Any] | None) -> str | None:
+    if note is None:
+        return None
+    return f"cosine {note['cosine']:.4f} with the intended one, {note['kept']:.1%} of it kept"
 
 
 def show_lora(out_dir: object, manifest: "Manifest") -> None:

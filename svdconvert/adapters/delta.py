@@ -1,5 +1,6 @@
 """What an adapter changes, applied to a matrix.  O: out features, I: in features, R: rank."""
 
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor
 
 from svdconvert.factors import Factors
 from svdconvert.linalg.blocks import in_float32, row_blocks, rows_of_a_block, total_energy
+from svdconvert.linalg.rounding import stochastic
+
+Product = tuple[Tensor, Tensor]
+"""(left_OR, right_RI)."""
 
 
 def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -44,22 +49,70 @@ def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tup
     return torch.cat([left - left0, left0], dim=1), torch.cat([right, turned], dim=0)
 
 
-def merged_(weight_OI: Tensor, left_OR: Tensor, right_RI: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight + left @ right in float32, one rounding to `dtype`; in place where the dtype stays.
+@dataclass(frozen=True, slots=True)
+class Realised:
+    """What rounding left of an update, in Frobenius norms and angles."""
 
-    Where the product is zero the weight's own bits stay, the sign of a zero included.
+    size: float
+    """||intended||."""
+    cosine: float
+    """Between the intended and the realised update."""
+    kept: float
+    """How much of the intended update is in the realised one: 1 where rounding is unbiased."""
+
+
+def merged_(
+    weight_OI: Tensor,
+    product: Product,
+    dtype: torch.dtype,
+    update: Product | None = None,
+    chance: torch.Generator | None = None,
+) -> tuple[Tensor, Realised | None]:
+    """(weight + product in float32 with one rounding to `dtype`, how much of the update is in it).
+
+    `update` is the part of the product that is meant to change the model, all of it where not given; by
+    `chance` the rounding is stochastic. In place where the dtype stays. Where the product is zero the
+    weight's own bits stay, the sign of a zero included, and there is no update to speak of.
     """
+    left_OR, right_RI = product
     merged_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     if not left_OR.any():
-        return merged_OI.copy_(weight_OI)
+        return merged_OI.copy_(weight_OI), None
     # x - (+0) is x for every x, and x + 0 is not: it takes the sign from -0.
     opposite_OR = -left_OR
-    change_OI, sum_OI = _block(weight_OI), _block(weight_OI)
+    change_OI, sum_OI, sums = _block(weight_OI), _block(weight_OI), _Sums()
     for rows in row_blocks(weight_OI):
         count = rows.stop - rows.start
         change = torch.mm(opposite_OR[rows], right_RI, out=change_OI[:count])
-        merged_OI[rows] = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
-    return merged_OI
+        exact = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
+        merged_OI[rows] = exact if chance is None else stochastic(exact, dtype, chance)
+        if update is not None:
+            change = torch.mm(-update[0][rows], update[1], out=change)
+        sums.add(change, exact.sub_(merged_OI[rows]))
+    return merged_OI, sums.realised()
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Over the blocks of a matrix, in float64: the update u and what rounding added to it, e."""
+
+    uu: float = 0.0
+    ue: float = 0.0
+    ee: float = 0.0
+
+    def add(self, minus_u: Tensor, minus_e: Tensor) -> None:
+        """One block; a product of two rows is summed in float32, the rows in float64."""
+        self.uu += total_energy(minus_u)
+        self.ee += total_energy(minus_e)
+        self.ue += float(torch.linalg.vecdot(minus_u, minus_e).double().sum())
+
+    def realised(self) -> Realised | None:
+        """None where nothing was to change."""
+        if self.uu == 0.0:
+            return None
+        along, whole = self.uu + self.ue, self.uu + 2.0 * self.ue + self.ee
+        cosine = along / sqrt(self.uu * whole) if whole > 0.0 else 0.0
+        return Realised(sqrt(self.uu), cosine, along / self.uu)
 
 
 def _block(matrix_OI: Tensor) -> Tensor:

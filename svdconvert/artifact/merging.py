@@ -1,13 +1,14 @@
 """Merge what training changed back into a plain checkpoint, one tensor at a time."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from math import hypot
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.delta import as_lora, merged_
+from svdconvert.adapters.delta import Product, as_lora, merged_
 from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import checksum
 from svdconvert.artifact.manifest import head_of
@@ -20,6 +21,7 @@ from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.errors import ArtifactError
 from svdconvert.layout import Layout
 from svdconvert.linalg.compute import at_once
+from svdconvert.linalg.solver import Solver
 from svdconvert.naming import in_order
 
 Side = Literal["base", "residual"]
@@ -40,6 +42,9 @@ class MergePlan:
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
     """Element type of every merged matrix."""
+    stochastic: bool = False
+    """Round by chance."""
+    seed: int = 0
 
 
 def plan_merge(
@@ -63,8 +68,17 @@ def plan_merge(
     dtypes = {name: _merged_code(change, source.infos[name], options) for name in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
     outputs += [_new(change, name, parameter) for name, parameter in added.items()]
-    files = tuple(_files(outputs, side, layout, options))
-    return MergePlan(change, side, modules, extras, added, files, dtypes)
+    return MergePlan(
+        change,
+        side,
+        modules,
+        extras,
+        added,
+        tuple(_files(outputs, side, layout, options)),
+        dtypes,
+        options.rounding == "stochastic",
+        options.seed,
+    )
 
 
 def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
@@ -154,9 +168,7 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
     return Work(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
-        compute=lambda name, stored: Outcome(
-            {(copies[name], name): _merge_one(plan, name, stored.to(device)).cpu()}
-        ),
+        compute=lambda name, stored: _merge_one(plan, name, copies[name], stored.to(device)),
         copies=copies,
         abreast=at_once(device),
         expected=expected,
@@ -164,14 +176,43 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
     )
 
 
-def _merge_one(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
+def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> Outcome:
+    dtype = torch_dtype(plan.dtypes[name])
     if name in plan.extras:
-        return plan.change.extra(plan.extras[name]).to(torch_dtype(plan.dtypes[name]))
+        return Outcome({(file, name): plan.change.extra(plan.extras[name]).to(dtype)})
     module = plan.modules[name]
     after, scale = plan.change.end(module)
+    told = plan.side == "base" or not plan.change.is_lost
+    update = as_lora(after, scale, *plan.change.start(module)) if told else None
     if plan.side == "residual":
         left, right = after.folded()
-        left = left * scale
+        product = left * scale, right
     else:
-        left, right = as_lora(after, scale, *plan.change.start(module))
-    return merged_(stored, left.to(stored.device), right.to(stored.device), torch_dtype(plan.dtypes[name]))
+        assert update is not None
+        product, update = update, None
+    chance = Solver(name, seed=plan.seed).generator() if plan.stochastic and dtype != torch.float32 else None
+    merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), chance)
+    return Outcome({(file, name): merged.cpu()}, asdict(realised) if realised and told else {})
+
+
+def _on(product: Product, like: Tensor) -> Product:
+    return product[0].to(like.device), product[1].to(like.device)
+
+
+def update_note(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How much of the intended update is in the merged matrices, over all of them and by tensor."""
+    found = {name: note for name, note in notes.items() if note}
+    if not found:
+        return {}
+    sizes = [note["size"] for note in found.values()]
+    along = sum(note["kept"] * note["size"] ** 2 for note in found.values())
+    # cosine = along / (|intended| |realised|), by tensor
+    lengths = [note["kept"] * note["size"] / note["cosine"] for note in found.values() if note["cosine"]]
+    whole = hypot(*lengths) if lengths else 0.0
+    return {
+        "update": {
+            "cosine": along / (hypot(*sizes) * whole) if whole else 0.0,
+            "kept": along / hypot(*sizes) ** 2,
+            "matrices": {name: dict(note) for name, note in found.items()},
+        }
+    }

@@ -85,6 +85,10 @@ class MergeOptions:
     """From which weights; auto is the base where it is given or found, else the residual."""
     dtype: AutoFloat = "auto"
     """Of the merged matrices; auto is the base's own."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """stochastic keeps on average what is smaller than the last place of a half-precision number."""
+    seed: int = 0
+    """Of stochastic rounding."""
     max_shard_size: str = "5GB"
     """Size of an output shard, as 5GB, 200MB or 4GiB."""
     alpha: Annotated[float, Field(gt=0)] | None = None

@@ -7,9 +7,9 @@ from typing import Any
 
 from svdconvert.artifact.change import Change, open_change
 from svdconvert.artifact.manifest import Manifest, head_of, is_ours, run_identity
-from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge, write_added
+from svdconvert.artifact.merging import MergePlan, Side, merge_work, plan_merge, update_note, write_added
 from svdconvert.artifact.options import MergeOptions
-from svdconvert.artifact.stream import file_checksums, source_checksums, stream
+from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model, read_config, write_config
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
@@ -18,6 +18,9 @@ from svdconvert.hub.locate import Home, locate, open_home
 from svdconvert.hub.restore import with_start
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
+
+FAITHFUL = 0.95
+"""The least cosine between intended and realised update that nothing is said about."""
 
 
 def merge(  # noqa: PLR0913 (three places that override the manifest's)
@@ -64,6 +67,8 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
             write_added(plan, staged)
         manifest = _manifest(staged, found, options, threads)
         if run.ranks.leads:
+            if remark := _swallowed(manifest):
+                run.say(remark)
             _write_sidecars(found, staged.path)
             manifest.write(staged.path)
     return manifest
@@ -124,13 +129,14 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
 def _manifest(staged: StagedOutput, found: Merging, options: MergeOptions, threads: int) -> Manifest:
     known, side = found.change.manifest, found.plan.side
     seen = found.home.origin(source_checksums(staged))
+    remarks = _restored(found.change) | update_note(notes(staged, found.plan.modules))
     return Manifest(
         kind="merged",
         layout=found.layout,
         method=known.method if known else "lora",
         base=seen if side == "base" else known.base if known else None,
         residual=seen if side == "residual" else None,
-        options=asdict(options) | {"side": side} | _restored(found.change) | head_of(known),
+        options=asdict(options) | {"side": side} | remarks | head_of(known),
         files=file_checksums(staged),
         threads=threads,
     )
@@ -180,6 +186,22 @@ def _residual_home(change: Change, places: Places) -> Home:
             "say where one is with --base or --residual"
         )
     return home
+
+
+def _swallowed(manifest: Manifest) -> str | None:
+    """A sentence where rounding to nearest left too little of the update in some matrices."""
+    if manifest.options["rounding"] != "nearest":
+        return None
+    rows = manifest.options.get("update", {}).get("matrices", {})
+    low = {name: row["cosine"] for name, row in rows.items() if row["cosine"] < FAITHFUL}
+    if not low:
+        return None
+    worst = min(low, key=low.__getitem__)
+    return (
+        f"rounding swallows updates in {len(low)} of {len(rows)} matrices: the cosine between realised and "
+        f"intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); --dtype float32 keeps it, "
+        "--rounding stochastic does on average"
+    )
 
 
 def _restored(change: Change) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Applying and converting what an adapter changes, against plain float64 arithmetic."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def test_a_residual_is_rounded_once_and_says_what_that_lost(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> None:
     before, start, end = weight(dtype), factors(1, core=core), factors(2, core=core)
-    found = merged_(before.clone(), *as_lora(end, 0.5, start, 2.0), dtype)
+    found = merged_(before.clone(), as_lora(end, 0.5, start, 2.0), dtype)[0]
     wanted = before.double() + product(end, 0.5) - product(start, 2.0)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=2e-5)
@@ -74,7 +75,7 @@ def test_a_change_is_added_with_one_rounding(dtype: torch.dtype, core: str) -> N
 def test_an_untrained_adapter_changes_no_bit(dtype: torch.dtype, scale: float) -> None:
     before, start = weight(dtype), factors(1)
     copy = Factors(start.left_OR.clone(), start.right_RI.clone())
-    found = merged_(before.clone(), *as_lora(copy, scale, start, scale), dtype)
+    found = merged_(before.clone(), as_lora(copy, scale, start, scale), dtype)[0]
     assert same_bits(found, weight(dtype))
     assert found[0, 0] == 0 and found[0, 0].signbit()
 
@@ -84,7 +85,7 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
     right = start.right_RI.clone()
     right[:, 5] += 1
     turned = as_lora(Factors(start.left_OR, right), 1.0, start, 1.0)
-    found = merged_(before.clone(), *turned, torch.bfloat16)
+    found = merged_(before.clone(), turned, torch.bfloat16)[0]
     others = [column for column in range(COLUMNS) if column != 5]
     assert same_bits(found[:, others].contiguous(), before[:, others].contiguous())
     assert not torch.equal(found[:, 5], before[:, 5])
@@ -95,7 +96,7 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
 def test_a_residual_is_restored_with_one_rounding(dtype: torch.dtype) -> None:
     residual, pieces = weight(), factors(1)
     left, right = pieces.folded()
-    found = merged_(residual.clone(), left * 0.5, right, dtype)
+    found = merged_(residual.clone(), (left * 0.5, right), dtype)[0]
     wanted = residual.double() + product(pieces, 0.5)
     assert found.dtype == dtype
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-5)
@@ -140,3 +141,45 @@ def test_a_small_change_survives_rounding_of_the_lora() -> None:
     wanted = product(end, 1.0) - product(start, 1.0)
     lost = torch.linalg.norm(left @ right - wanted) / torch.linalg.norm(wanted)
     assert lost < 0.01, "two large terms that nearly cancel would lose a multiple of the change"
+
+
+@pytest.mark.parametrize("part", ["all of it", "a part"])
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_what_rounding_leaves_of_an_update_is_what_numpy_says(size: float, part: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 200, generator=noise).bfloat16()
+    change = (size * torch.randn(300, 4, generator=noise), torch.randn(4, 200, generator=noise) / 2)
+    stay = (torch.randn(300, 2, generator=noise), torch.randn(2, 200, generator=noise))
+    product = (
+        change
+        if part == "all of it"
+        else (torch.cat([change[0], stay[0]], 1), torch.cat([change[1], stay[1]]))
+    )
+    before = weight.double() if part == "all of it" else weight.double() + stay[0].double() @ stay[1].double()
+    found, realised = merged_(
+        weight.clone(), product, torch.bfloat16, None if part == "all of it" else change
+    )
+    intended = (change[0].double() @ change[1].double()).numpy().ravel()
+    real = (found.double() - before).numpy().ravel()
+    assert realised is not None
+    assert realised.size == pytest.approx(np.linalg.norm(intended), rel=1e-4)
+    cosine = real @ intended / np.linalg.norm(real) / np.linalg.norm(intended)
+    assert realised.cosine == pytest.approx(cosine, abs=1e-3)
+    assert realised.kept == pytest.approx(real @ intended / (intended @ intended), abs=5e-3)
+    if part == "all of it":
+        assert (realised.cosine > 0.95) == (size >= 1e-2)
+
+
+def test_without_an_update_there_is_nothing_to_say() -> None:
+    weight = torch.randn(8, 6).bfloat16()
+    assert merged_(weight, (torch.zeros(8, 2), torch.ones(2, 6)), torch.bfloat16)[1] is None
+
+
+def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_swallows() -> None:
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 300, generator=noise).bfloat16()
+    change = (1e-4 * torch.randn(400, 2, generator=noise), torch.randn(2, 300, generator=noise))
+    _, nearest = merged_(weight.clone(), change, torch.bfloat16)
+    _, chance = merged_(weight.clone(), change, torch.bfloat16, None, torch.Generator().manual_seed(1))
+    assert nearest is not None and chance is not None
+    assert nearest.kept < 0.4 < 0.8 < chance.kept < 1.2
