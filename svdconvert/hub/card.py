@@ -144,9 +144,7 @@ class _Weights:
         )
         if not self.facts.absent:
             return code
-        return (
-            f"Put {' and '.join(self.facts.absent)} of a released model beside the weights.\n\n{code}"
-        )
+        return f"Put {' and '.join(self.facts.absent)} of a released model beside the weights.\n\n{code}"
 
 
 @dataclass(frozen=True)
