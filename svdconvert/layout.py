@@ -159,6 +159,8 @@ class Family:
     """Where its network has the module of a matrix."""
     rules: Sequence[Rule]
     """From the family's own names to the layout's, in the order in which its files have them."""
+    states: Callable[[Mapping[str, TensorInfo]], Sequence[TensorInfo]] | None = None
+    """The first states that a model of the family may have; None where its layers have no state."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """Words of `train --train-also` -> patterns of the family's names."""
     file: str | None = None

@@ -122,6 +122,18 @@ def as_family(source: TensorSource, rules: Sequence[Rule], place: str) -> View:
     return View(source, parts)
 
 
+def with_zeros(source: View, infos: Iterable[TensorInfo]) -> View:
+    """The tensors of a view, and zeros for those of `infos` that it does not have."""
+    added = {info.name: _Part((), _zeros(info)) for info in infos if info.name not in source.infos}
+    return View(source, {name: _Part((name,), None) for name in source.infos} | added)
+
+
+def _zeros(info: TensorInfo) -> "Callable[[Sequence[Tensor]], Tensor]":
+    import torch
+
+    return lambda _: torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
+
+
 def as_layout(family: TensorSource, rules: Sequence[Rule], layout: str) -> View:
     """The tensors of a family under the names of a layout, in the order of its rules.
 

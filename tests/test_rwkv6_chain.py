@@ -17,6 +17,9 @@ from svdconvert.artifact.manifest import read_manifest
 from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.method import METHODS
 from svdconvert.models.rwkv6 import Output, Rwkv6
+from svdconvert.progress import Progress
+from svdconvert.run import Run
+from svdconvert.verbs.merge import merge
 from tests.models.oracle import needs_rwkv, rwkv_logits
 from tests.models.test_rwkv6 import TOKENS, opened
 from tests.program import refused, succeeded
@@ -126,6 +129,22 @@ def test_a_pth_becomes_safetensors_under_its_names_and_a_pth_again(tmp_path: Pat
         )
         assert ZipFile(tmp_path / side / "model.pth").testzip() is None
         succeeded("verify", tmp_path / side)
+
+
+def test_a_merge_to_a_pth_goes_on_where_it_was_stopped(models: dict[str, Path], tmp_path: Path) -> None:
+    chain(models["blinkdl"], "pissa", tmp_path)
+    places = {"residual": str(tmp_path / "out")}
+
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "trained", tmp_path / "again", run=Run(track=stop), **places)
+    assert (tmp_path / "again.partial" / "model.pth").exists()
+    merge(tmp_path / "trained", tmp_path / "again", **places)
+    files = [tmp_path / name / "model.pth" for name in ("merged", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -257,6 +276,29 @@ def test_time_and_norms_are_trained_too_and_carried_to_the_checkpoint(
     # The same training gives the same values in every layout.
     wanted = read_once(models["blinkdl"], text)
     assert all(torch.allclose(after[name], wanted[name], atol=1e-5) for name in after)
+
+
+@needs_rwkv
+def test_a_first_state_is_added_tuned_and_run_by_the_package(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    succeeded("convert", models["hf"], "-o", tmp_path / "model", "--layout", "blinkdl", "--state")
+    added = read(tmp_path / "model" / "model.pth")
+    states = [name for name in added if name.endswith("time_state")]
+    assert [tuple(added[name].shape) for name in states] == [(2, 32, 32)] * 2
+    assert not any(added[name].any() for name in states)
+    command = ("train", tmp_path / "model", "-o", tmp_path / "trained", "--data", text, "--rank", RANK)
+    succeeded(*command, "--steps", 3, "--train-also", "*.time_state", "--lr", "1e-2", "--precision", "fp32")
+    succeeded("merge", tmp_path / "trained", "-o", tmp_path / "merged")
+    merged = read(tmp_path / "merged" / "model.pth")
+    assert list(merged) == list(added)
+    assert all(merged[name].any() for name in states)
+    wanted = rwkv_logits(tmp_path / "merged" / "model.pth", tmp_path, TOKENS)[0]
+    with torch.no_grad():
+        found = opened(tmp_path / "merged")(torch.tensor([TOKENS])).logits[0]
+    assert (found - wanted).abs().max() < 1e-5
+    command = ("convert", models["hf"], "-o", tmp_path / "fla", "--layout", "fla", "--state")
+    refused(*command, words=["time_state", "no place for"])
 
 
 _WANTED: dict[str, Tensor] = {}

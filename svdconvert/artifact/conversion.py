@@ -1,6 +1,6 @@
 """A checkpoint under the names of another layout: planned from headers, then copied tensor by tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ from svdconvert.artifact.options import ConvertOptions
 from svdconvert.artifact.sizes import parse_size
 from svdconvert.artifact.stream import Outcome, Work
 from svdconvert.checkpoint.shards import PlannedFile, plan_model
-from svdconvert.checkpoint.source import ELEMENTS, REAL, TensorSource, torch_dtype
+from svdconvert.checkpoint.source import ELEMENTS, REAL, TensorInfo, TensorSource, torch_dtype
 from svdconvert.errors import TargetError
 from svdconvert.layout import Layout
-from svdconvert.naming import View, as_family, as_layout
+from svdconvert.naming import View, as_family, as_layout, with_zeros
 
 _CODE = ("config.json", "configuration_*.py", "modeling_*.py")
 """What belongs to the names, and is another's in another layout."""
@@ -42,6 +42,8 @@ def plan_conversion(
     """Plan from headers. Raises CheckpointError where a tensor is missing, unknown or has no place."""
     assert layout.family is not None and target.family is not None
     family = as_family(source, layout.family.rules, "the checkpoint")
+    if options.state:
+        family = with_zeros(family, _states(layout, family, name))
     view = as_layout(family, target.family.rules, f"layout {name}")
     code = (
         next(code for code, (_, dtype) in ELEMENTS.items() if dtype == options.dtype)
@@ -66,6 +68,12 @@ def plan_conversion(
         left_out=_CODE if moved else (),
         advice=target.family.advice if moved else "",
     )
+
+
+def _states(layout: Layout, family: View, name: str) -> Sequence[TensorInfo]:
+    if layout.family is None or layout.family.states is None:
+        raise TargetError(f"models of layout {name} have no state to be tuned; leave --state out")
+    return layout.family.states(family.infos)
 
 
 def convert_work(plan: Conversion, origin: str) -> Work:

@@ -103,6 +103,8 @@ class ConvertOptions:
     """The layout to write: blinkdl, hf, fla or web-rwkv for an RWKV-6; see `svdconvert list layouts`."""
     dtype: AutoFloat = "auto"
     """Of all tensors; auto leaves each as it is, and the conversion without loss."""
+    state: bool = False
+    """Give every layer of an RWKV a first state, at zero, to be tuned; blinkdl and web-rwkv have a place."""
     max_shard_size: str = "5GB"
     """Size of an output shard, as 5GB, 200MB or 4GiB; a .pth or .st is one file in any case."""
 

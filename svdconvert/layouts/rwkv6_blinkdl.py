@@ -1,7 +1,7 @@
 """RWKV-6 as its author publishes it: one .pth file with a flat state dict, no configuration."""
 
 from svdconvert.layout import Family, Layout, Relative
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
 
 _ATT = "blocks.0.att"
 
@@ -22,6 +22,7 @@ LAYOUT = Layout(
         "rwkv6",
         path,
         tuple(rename(name, name) for name in NAMES),
+        states=states,
         groups=GROUPS,
         file="model.pth",
         loading='rwkv.model.RWKV("{path}/model.pth", "cpu fp32")',

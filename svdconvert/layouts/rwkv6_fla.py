@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.layout import Family, Layout, Relative
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, MIX_ORDER, ROLES, Sizes, path, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, MIX_ORDER, ROLES, Sizes, path, rename, states
 from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ LAYOUT = Layout(
         "rwkv6",
         path,
         _RULES,
+        states=states,
         groups=GROUPS,
         config=config,
         loading='fla.models.RWKV6ForCausalLM.from_pretrained("{path}")',

@@ -4,7 +4,7 @@ from typing import Any
 
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.layout import Family, Layout, Relative
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename, states
 
 _RENAMED = (
     ("emb.", "rwkv.embeddings."),
@@ -65,6 +65,7 @@ LAYOUT = Layout(
         "rwkv6",
         path,
         tuple(rename(own, name(own)) for own in NAMES if own != STATE),
+        states=states,
         groups=GROUPS,
         config=config,
         loading='AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)',

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svdconvert.layout import Family, Layout
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename
+from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
 from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ LAYOUT = Layout(
         "rwkv6",
         path,
         tuple(map(_rule, NAMES)),
+        states=states,
         groups=GROUPS,
         file="model.st",
         advice="its readers want float16: add --dtype float16 where the source has another element type",

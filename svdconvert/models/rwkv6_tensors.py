@@ -71,6 +71,11 @@ def path(slot: Slot) -> str:
     return f"{BLOCK.replace('{layer}', str(slot.layer))}.{slot.role}"
 
 
+def states(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The first states of a model's layers, whether it has them or not."""
+    return Sizes.of(infos).states()
+
+
 def rename(own: str, name: str) -> Rule:
     """The family's tensor `own` as a layout's `name`, with the same values in the same order."""
     # Vectors are found in several shapes; the family's own is (1, 1, C).
@@ -117,6 +122,12 @@ class Sizes:
                     "restore the checkpoint"
                 )
         return sizes
+
+    def states(self) -> list[TensorInfo]:
+        """The first state of every layer."""
+        shape = (self.heads, self.head_size, self.head_size)
+        names = [STATE.replace("{layer}", str(layer)) for layer in range(self.layers)]
+        return [TensorInfo(name, shape, "F32") for name in names]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, the optional ones included."""

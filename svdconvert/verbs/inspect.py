@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.adapters.peft_format import AdapterConfig, is_adapter, open_adapter
+from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.artifact.manifest import PLAIN, Manifest, Origin, is_ours, read_manifest
 from svdconvert.artifact.sizes import size_text
+from svdconvert.checkpoint.reader import open_file
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import open_home
@@ -40,6 +42,8 @@ def inspect(model: str | Path) -> Inspection:
         return _ours(str(model), read_manifest(path))
     if is_adapter(path):
         return _adapter(path)
+    if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
+        return _adapter_file(path)
     return _checkpoint(str(model))
 
 
@@ -127,6 +131,21 @@ def _adapter(path: Path) -> Inspection:
     return Inspection(
         str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
     )
+
+
+def _adapter_file(path: Path) -> Inspection:
+    adapter = open_adapter_file(path, None)
+    details = {
+        "rank": adapter.config.rank,
+        "modules": len(adapter.modules),
+        "trained_whole": len(adapter.extras),
+    }
+    commands = [
+        f"svdconvert merge {path} -o MERGED --base MODEL --init init_pissa.pth  (where it was PiSSA)",
+        f"svdconvert merge {path} -o MERGED --base MODEL --alpha LORA_ALPHA  (where it was LoRA)",
+    ]
+    summary = f"an adapter of rank {adapter.config.rank} in RWKV-PEFT's format, which does not say its scale"
+    return Inspection(str(path), "adapter", summary, commands, details)
 
 
 def _adapter_summary(config: AdapterConfig) -> str:

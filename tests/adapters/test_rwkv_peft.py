@@ -124,6 +124,12 @@ def test_a_trained_adapter_of_ours_is_written_for_it_from_every_layout(tmp_path:
     ]
 
 
+def test_inspect_says_what_it_is_and_what_it_lacks(files: Files) -> None:
+    said = succeeded("inspect", files.end).out
+    assert "RWKV-PEFT's format" in said and "--alpha LORA_ALPHA" in said
+    assert "rwkv6-blinkdl" in succeeded("inspect", files.base).out
+
+
 def test_what_is_missing_is_asked_for(files: Files, tmp_path: Path) -> None:
     out, base = ["-o", tmp_path / "out"], ["--base", files.base]
     refused(
