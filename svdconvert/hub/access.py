@@ -72,13 +72,19 @@ def patiently(action: Callable[[], T]) -> T:
 
 def _wanted_pause(error: BaseException) -> float | None:
     """Seconds that the Hub asks for; None where waiting is of no use."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         asked = error.response.headers.get("Retry-After", "0")
         return float(asked) if error.response.status_code in _BUSY and asked.isdigit() else None
-    broken = isinstance(error, transport_errors()) and not isinstance(error, OfflineModeIsEnabled)
-    return 0.0 if broken and type(error).__name__ != "ConnectError" else None
+    return 0.0 if is_passing(error) and type(error).__name__ != "ConnectError" else None
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """True for a connection that broke, which may hold the next time."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, transport_errors()) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def endpoint() -> str:

@@ -12,7 +12,7 @@ from svdconvert.checkpoint.sidecars import CONFIG, read_config
 from svdconvert.checkpoint.source import TensorSource
 from svdconvert.errors import CheckpointError
 from svdconvert.hub.fetch import Snapshot, fetch
-from svdconvert.hub.remote import RemoteSource
+from svdconvert.hub.remote import RemoteSource, Unstreamable
 from svdconvert.layout import Layout, find_layout, is_signed
 
 
@@ -53,10 +53,25 @@ def open_home(model: str, *, stream: bool = False) -> Home:
     Raises CheckpointError where it is not there or damaged.
     """
     snapshot = fetch(model, "sidecars" if stream else "all")
-    remote = stream and snapshot.revision is not None and not snapshot.path.is_file()
-    source = RemoteSource(snapshot) if remote else open_checkpoint(snapshot.path)
+    source = _streamed(snapshot) if stream and snapshot.revision else open_checkpoint(snapshot.path)
     bare = not (snapshot.path / CONFIG).exists() and is_signed(source.infos)
     return Home(snapshot, source, {} if bare else read_config(snapshot.path))
+
+
+def open_headers(model: str) -> Home:
+    """Open a model that is only looked at: its weights are fetched where nothing else tells their shapes."""
+    try:
+        return open_home(model, stream=True)
+    except Unstreamable:
+        return open_home(model)
+
+
+def _streamed(snapshot: Snapshot) -> TensorSource:
+    """The weights where they are: in the cache, if all of them are there already, else on the Hub."""
+    try:
+        return open_checkpoint(snapshot.path)
+    except CheckpointError:
+        return RemoteSource(snapshot)
 
 
 def at(origin: Origin) -> str:

@@ -13,7 +13,7 @@ from svdconvert.checkpoint.header import Extent, header_length, parse_header
 from svdconvert.checkpoint.reader import INDEX, places, refuse_misplaced
 from svdconvert.checkpoint.source import TensorInfo, pieces, torch_dtype
 from svdconvert.errors import CheckpointError
-from svdconvert.hub.access import endpoint, explained, transport_errors
+from svdconvert.hub.access import endpoint, explained, is_passing
 from svdconvert.hub.fetch import Snapshot, weight_files
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ _AT_ONCE = 8  # headers that are asked for together
 _RETRIES = 6  # in a row, without a byte in between
 _LONGEST_WAIT = 8.0  # seconds
 _SILENCE = 30.0  # seconds, after which a connection counts as broken
+
+
+class Unstreamable(CheckpointError):
+    """A repository whose weights cannot be read in ranges."""
 
 
 class RemoteFile:
@@ -56,7 +60,7 @@ class RemoteFile:
                         begin, failures = begin + len(piece), 0
                         yield piece
             except CheckpointError as error:
-                if not isinstance(error.__cause__, transport_errors()):
+                if not is_passing(error.__cause__):
                     raise
                 failures += 1
                 if failures > _RETRIES:
@@ -179,7 +183,7 @@ def _in_safetensors(snapshot: Snapshot) -> Iterator[None]:
     except CheckpointError as error:
         if not isinstance(error.__cause__, EntryNotFoundError):
             raise
-        raise CheckpointError(
+        raise Unstreamable(
             f"{snapshot.location} has no safetensors, and nothing else can be read without downloading it; "
             "leave out --stream, or give a directory"
         ) from error

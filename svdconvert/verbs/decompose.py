@@ -13,7 +13,7 @@ from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
-from svdconvert.hub.locate import Home, open_home
+from svdconvert.hub.locate import Home, open_headers, open_home
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
 
@@ -27,7 +27,9 @@ def decompose(
     """
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    home, plan = _prepare(str(model), options, run.stream)
+    _refuse_ours(str(model))
+    home = open_home(str(model), stream=run.stream)
+    plan = _plan(home, options)
     check_apart(Path(out), home.path)
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
@@ -52,16 +54,19 @@ def decompose(
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
     """What `decompose` would write and take, from headers alone. Writes nothing."""
-    return estimate(_prepare(str(model), options or SplitOptions(), stream=True)[1])
+    _refuse_ours(str(model))
+    return estimate(_plan(open_headers(str(model)), options or SplitOptions()))
 
 
-def _prepare(model: str, options: SplitOptions, stream: bool) -> tuple[Home, SplitPlan]:
+def _refuse_ours(model: str) -> None:
     place = fetch(model, "sidecars").path
     if is_ours(place) and (kind := read_manifest(place).kind) not in PLAIN:
         raise ArtifactError(f"{model} is a {kind} directory; decompose wants a plain checkpoint")
-    home = open_home(model, stream=stream)
+
+
+def _plan(home: Home, options: SplitOptions) -> SplitPlan:
     name, layout = home.layout(options.layout)
-    return home, plan_split(home.source, name, layout, options)
+    return plan_split(home.source, name, layout, options)
 
 
 def _manifest(staged: StagedOutput, plan: SplitPlan, base: Origin, threads: int) -> Manifest:

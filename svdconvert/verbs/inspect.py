@@ -12,7 +12,7 @@ from svdconvert.artifact.sizes import size_text
 from svdconvert.checkpoint.reader import open_file
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.fetch import fetch
-from svdconvert.hub.locate import open_home
+from svdconvert.hub.locate import open_headers
 from svdconvert.layout import is_transformers, loading
 from svdconvert.method import METHODS
 from svdconvert.recipe import SECTION_OF, unusual
@@ -167,7 +167,7 @@ def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
 
 
 def _checkpoint(model: str) -> Inspection:
-    home = open_home(model, stream=True)
+    home = open_headers(model)
     infos = home.source.infos
     details: dict[str, Any] = {
         "model_type": home.config.get("model_type"),

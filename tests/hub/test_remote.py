@@ -107,6 +107,24 @@ def test_a_connection_that_breaks_again_and_again_is_a_sentence(
     assert "again and again" in said and "run the same command again" in said
 
 
+def test_a_look_fetches_no_weights_and_what_is_fetched_already_needs_no_hub(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    hub.create("org/tiny", checkpoint("llama", shard=tiny.SHARDED))
+    hub.create("org/pickled", checkpoint("llama", pickled=True))
+    looks = [
+        [verb, model, *plan]
+        for model in ("org/tiny", "org/pickled")
+        for verb, plan in (("inspect", []), ("decompose", ["--rank", 4, "--plan"]))
+    ]
+    alice.succeeds_with(*looks[:2])
+    assert [name for name in alice.cached() if name.endswith(".safetensors")] == []
+    # Of a .bin nothing but all of it tells the shapes.
+    alice.succeeds_with(*looks[2:], [*looks[1][:-1], "-o", tmp_path / "fetched"])
+    alice.environment = {"HF_HUB_OFFLINE": "1"}
+    alice.succeeds_with(*looks, [*looks[1][:-1], "--stream", "-o", tmp_path / "out"])
+
+
 def test_what_is_not_in_safetensors_cannot_be_streamed(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
