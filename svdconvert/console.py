@@ -388,5 +388,7 @@ def show_trained(out_dir: object, manifest: "Manifest") -> None:
             "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
             "rate": manifest.options["lr"],
         },
-        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"],
+        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"]
+        if manifest.kind == "trained"
+        else [f'AutoModelForCausalLM.from_pretrained("{out_dir}")'],
     )

@@ -97,6 +97,21 @@ def start_from_plain(
     )
 
 
+def start_whole(method: str, layout: str, weights: Path, base: Origin) -> Start:
+    """A plain checkpoint that is trained itself, without an adapter."""
+    return Start(
+        weights=weights,
+        method=method,
+        layout=layout,
+        rebased=False,
+        config=AdapterConfig(rank=1, alpha=1.0, targets=()),
+        base=base,
+        residual=None,
+        matrices={},
+        factors={},
+    )
+
+
 def plan_adapter(
     path: str,
     factors: Mapping[str, Factors],

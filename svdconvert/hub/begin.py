@@ -4,10 +4,11 @@ from svdconvert.adapters.peft_format import PER_EXPERT
 from svdconvert.artifact.manifest import PLAIN, is_ours, read_manifest
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import plan_split
-from svdconvert.artifact.start import Start, start_from_decomposed, start_from_plain
+from svdconvert.artifact.start import Start, start_from_decomposed, start_from_plain, start_whole
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.fetch import fetch
 from svdconvert.hub.locate import locate, open_home
+from svdconvert.method import METHODS
 from svdconvert.run import Run
 
 
@@ -31,6 +32,8 @@ def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Start
     if not is_ours(snapshot.path) or read_manifest(snapshot.path).kind in PLAIN:
         home = open_home(model)
         name, layout = home.layout(split.layout)
+        if METHODS.get(split.method).split is None:
+            return start_whole(split.method, name, home.path, home.origin())
         return start_from_plain(
             plan_split(home.source, name, layout, split), home.source, home.path, home.origin(), run.track
         )

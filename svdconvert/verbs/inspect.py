@@ -71,6 +71,8 @@ def _ours(path: str, manifest: Manifest) -> Inspection:
 
 
 def _what(manifest: Manifest) -> str:
+    if manifest.kind == "merged" and METHODS.get(manifest.method).split is None:
+        return "a plain checkpoint that was fine-tuned whole, to be loaded as any other"
     if manifest.kind in PLAIN:
         return f"a {manifest.kind} plain checkpoint, to be loaded as any other"
     if manifest.kind == "lora":

@@ -18,6 +18,7 @@ from svdconvert.artifact.start import Start, plan_adapter, write_adapter
 from svdconvert.checkpoint.shards import PlannedFile
 from svdconvert.checkpoint.source import tensor_bytes
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
+from svdconvert.errors import RecipeError
 from svdconvert.hub.begin import find_start
 from svdconvert.hub.locate import open_home
 from svdconvert.layout import LAYOUTS
@@ -39,6 +40,7 @@ from svdconvert.training.samples import Samples
 from svdconvert.training.settle import settled
 from svdconvert.training.task import Task, open_task
 from svdconvert.training.trackers import Trackers, require_trackers
+from svdconvert.training.whole import WholeModel
 
 Watch = Callable[[Log, int], None]
 """Told of every step and held-out loss, with the number of steps in all."""
@@ -196,7 +198,13 @@ class _Pupil:
         )
 
 
-def _pupil(start: Start, plan: TrainPlan, task: Task, autocast: str, run: Run) -> _Pupil:
+def _pupil(start: Start, plan: TrainPlan, task: Task, autocast: str, run: Run) -> "_Pupil | WholeModel":
+    if METHODS.get(start.method).split is None:
+        if task.labels is not None or plan.train_also:
+            raise RecipeError(
+                f"{start.method} trains every weight of a causal language model, and nothing beside"
+            )
+        return WholeModel.load(start, trust_remote_code=run.trust_remote_code)
     # Under autocast the frozen weights stay as they are stored; without it all is float32.
     dtype, trust = torch.float32 if autocast == "no" else None, run.trust_remote_code
     head: Mapping[str, Any] = {}

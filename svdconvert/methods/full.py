@@ -1,0 +1,13 @@
+"""Full fine-tuning: every weight is trained and there is no adapter; the baseline of all the others."""
+
+from svdconvert.method import WEIGHT, Method
+
+METHOD = Method(
+    summary="trains every weight, without an adapter: the baseline, `train` only",
+    paper="-",
+    split=None,
+    trains=frozenset({WEIGHT}),
+    residual=False,
+    slice="whole",
+    learning_rate=1e-5,
+)
