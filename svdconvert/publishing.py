@@ -33,6 +33,9 @@ def publishes(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(*, push: str | None, pushing: Typed, **values: Any) -> None:
+        if push is None and pushing:
+            option = f"--{next(iter(pushing)).replace('_', '-')}"
+            raise typer.BadParameter(f"{option} is for pushing; say where to with --push ORG/NAME")
         if push is None or values.get("plan"):
             command(**values)
             return

@@ -11,6 +11,7 @@ from tests import tiny
 from tests.conftest import Build
 from tests.hub.conftest import Visitor
 from tests.hub.server import Hub
+from tests.program import svdconvert
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -244,6 +245,12 @@ def test_a_push_that_fails_after_the_work_loses_nothing_and_is_repeated_alone(
     said = alice.succeeds("push", out, "alice/new", "--private").out
     assert f"pushed {out} to alice/new" in said.replace("\n", "")
     assert "model.safetensors" in hub.repositories["alice/new"].names()
+
+
+def test_options_of_pushing_want_a_repository(tmp_path: Path) -> None:
+    ended = svdconvert("decompose", "org/name", "-o", tmp_path / "out", "--pull-request")
+    assert ended.status == 2
+    assert "--pull-request is for pushing" in ended.err
 
 
 def test_what_is_not_ours_is_not_pushed(hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path) -> None:
