@@ -1,5 +1,6 @@
 """Every recipe is read, and runs for two steps on a tiny model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,20 +27,64 @@ def test_a_recipe_is_listed_and_says_what_it_is(recipe: Path) -> None:
     assert recipe.name.startswith(options(SplitOptions, read_recipe(recipe), {}).method)
 
 
+FAMILIES = {"roberta": "roberta", "minilm": "bert", "gemma": "gemma", "mistral": "mistral"}
+
+
+def _model(recipe: Path, checkpoint: Build, directory: Path) -> Path:
+    """A tiny model of the recipe's family; Llama for what has no tiny one here."""
+    kind = next((kind for word, kind in FAMILIES.items() if word in recipe.stem), "llama")
+    return readable(checkpoint(kind, dtype=torch.float32), directory)
+
+
+def _rows(plan: TrainPlan, path: Path) -> Path:
+    """Rows with the recipe's fields."""
+    if plan.task == "text":
+        rows = [json.loads(line) for line in write_sums(path, rows=80).read_text().splitlines()]
+        names = (plan.prompt_field or "question", plan.response_field or "answer")
+        rows = [dict(zip(names, row.values(), strict=True)) for row in rows]
+    else:
+        rows = [{"sentence1": f"{n} + 1", "sentence2": "is", "label": n % 2} for n in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @every_recipe
 def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path: Path) -> None:
-    model = readable(checkpoint("llama", dtype=torch.float32), tmp_path / "model")
+    wanted = options(TrainPlan, read_recipe(recipe), {})
+    model = _model(recipe, checkpoint, tmp_path / "model")
+    rows, trained = _rows(wanted, tmp_path / "rows.jsonl"), tmp_path / "trained"
+    small: tuple[object, ...] = ("--data", rows, "--max-length", 56, "--accumulate", 1, "--batch-size", 4)
+    if wanted.eval_data:
+        small += ("--eval-data", rows, "--eval-split", "train")
+    if wanted.template:
+        small += ("--template", "none")
+    succeeded("train", model, "-o", trained, "--recipe", recipe, *small, "--steps", 2, "--rank", 4)
+    used = read_manifest(trained)
+    assert (used.options["steps"], used.options["epochs"]) == (2, None)
+    for key in ("lr", "seed", "schedule", "warmup", "task", "prompt_loss", "ending"):
+        assert used.options[key] == getattr(wanted, key)
+    assert used.method == options(SplitOptions, read_recipe(recipe), {}).method
+
+
+@pytest.mark.parametrize("name", ["pissa-smollm2-gsm8k", "lora-smollm2-gsm8k"])
+def test_a_recipe_serves_every_verb(name: str, checkpoint: Build, tmp_path: Path) -> None:
+    recipe, start, trained = ROOT / f"{name}.yaml", tmp_path / "start", tmp_path / "trained"
+    model = _model(recipe, checkpoint, tmp_path / "model")
     rows = write_sums(tmp_path / "sums.jsonl", rows=80)
-    start, trained = tmp_path / "start", tmp_path / "trained"
     succeeded("decompose", model, "-o", start, "--recipe", recipe, "--rank", 4, "--alpha", 4)
-    small = ("--data", rows, "--max-length", 48, "--accumulate", 1)
-    succeeded("train", start, "-o", trained, "--recipe", recipe, *small, "--steps", 2)
-    wanted = options(TrainPlan, read_recipe(recipe), {"data": str(rows), "steps": 2})
-    used = read_manifest(trained).options
-    assert (used["steps"], used["epochs"]) == (2, None)
-    assert [used[key] for key in ("lr", "seed", "schedule")] == [wanted.lr, wanted.seed, wanted.schedule]
+    small = ("--data", rows, "--max-length", 48, "--steps", 2)
+    succeeded("train", start, "-o", trained, "--recipe", recipe, *small)
     succeeded("merge", trained, "-o", tmp_path / "merged", "--recipe", recipe)
     succeeded("to-lora", trained, "-o", tmp_path / "lora", "--recipe", recipe)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations_and_they_say_what_was_tried(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes == 8
+    words = " ".join(path.read_text().replace("#", " ").split())
+    assert "Tried:" in words and "Not tried:" in words
 
 
 def test_pissas_published_setting_is_as_published() -> None:

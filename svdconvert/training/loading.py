@@ -37,10 +37,10 @@ def load_examples(plan: TrainPlan, encode: Encode) -> Examples:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
     remarks: list[str] = []
     marks: dict[str, str] = {}
-    rows = _encoded(plan.data, plan, encode, marks)
+    rows = _encoded(plan.data, plan.split, plan, encode, marks)
     remarks += _remarks(plan.data, rows, plan)
     if plan.eval_data is not None:
-        held_out = _encoded(plan.eval_data, plan, encode, marks)
+        held_out = _encoded(plan.eval_data, plan.eval_split or plan.split, plan, encode, marks)
         remarks += _remarks(plan.eval_data, held_out, plan)
     else:
         cut = len(rows) - plan.eval_rows
@@ -52,8 +52,8 @@ def load_examples(plan: TrainPlan, encode: Encode) -> Examples:
     return Examples(pack(train, plan.max_length) if plan.packing else train, tested, remarks, marks)
 
 
-def _encoded(data: str, plan: TrainPlan, encode: Encode, marks: dict[str, str]) -> Encoded:
-    found, mark = read_rows(data, plan.split), xxh3_64()
+def _encoded(data: str, split: str, plan: TrainPlan, encode: Encode, marks: dict[str, str]) -> Encoded:
+    found, mark = read_rows(data, split), xxh3_64()
 
     def marked() -> Iterator[Row]:
         for row in found:
@@ -66,7 +66,7 @@ def _encoded(data: str, plan: TrainPlan, encode: Encode, marks: dict[str, str]) 
             _refuse_long(rows, plan.max_length)
     except DataError as error:
         raise DataError(f"{data}: {error}") from error
-    marks[data] = mark.hexdigest()
+    marks[f"{data} ({split})" if data in marks else data] = mark.hexdigest()
     return rows
 
 

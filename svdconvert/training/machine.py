@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+# Ways to distribute in which no process has all parameters, or the step is not ours to take.
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+
+
 def make_accelerator(plan: TrainPlan) -> "Accelerator":
     """Accelerate for the plan's device and precision, whatever this process had trained before.
 
-    Raises RecipeError where there is no such device, or where it has no such precision.
+    Raises RecipeError where there is no such device or precision, or where accelerate is set to shard.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -33,6 +37,11 @@ def make_accelerator(plan: TrainPlan) -> "Accelerator":
     )
     if accelerator.device.type != device.type:
         raise RecipeError(f"device {plan.device}: accelerate runs on {accelerator.device.type} here")
+    if accelerator.distributed_type.value in _SHARDING:
+        raise RecipeError(
+            f"accelerate is set to {accelerator.distributed_type.value}, and train writes whole adapters: "
+            "use DDP, or train the initial adapter with PEFT and convert it with --residual"
+        )
     return accelerator
 
 

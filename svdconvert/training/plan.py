@@ -40,6 +40,8 @@ class TrainPlan:
     """Fields of the text, or of the two texts by a comma, of a row with a label; GLUE's are known."""
     label_field: str = "label"
     """Field of the label."""
+    eval_split: str | None = None
+    """Split of `eval_data`, where it is another one than `split`."""
     prompt_field: str | None = None
     """Name of the prompt's field, where it is not one of the known ones."""
     response_field: str | None = None

@@ -375,6 +375,19 @@ def test_auto_takes_bf16_on_a_cpu_that_multiplies_it(
     assert make_accelerator(replace(PLAN, precision="auto")).mixed_precision == expected
 
 
+def test_a_way_to_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(RecipeError, match="accelerate is set to FSDP.*use DDP"):
+        make_accelerator(PLAN)
+
+
+def test_fp16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(RecipeError, match="fp16 needs a GPU.*give bf16 or fp32"):
+        make_accelerator(replace(PLAN, precision="fp16"))
+
+
 @pytest.mark.parametrize("device", ["xpu:9", "nonsense", "meta"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(RecipeError, match=f"device {device}"):
