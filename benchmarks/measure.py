@@ -29,6 +29,7 @@ class Measured:
 def run(command: Sequence[object], threads: int | None = None) -> Measured:
     """Run a command to its end; its memory is looked at every few milliseconds."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, not at every start
     started = time.perf_counter()
     words = [str(word) for word in command]
     process = subprocess.Popen(
