@@ -57,7 +57,7 @@ def test_a_bare_from_pretrained_gives_what_the_files_hold(
 
 
 @every_family
-@pytest.mark.parametrize("targets", ["all-linear", "attn", "*.layers.1.*"])
+@pytest.mark.parametrize("targets", ["all-linear", "attn", "*.layer*.1.*"])
 def test_the_residual_and_its_start_give_the_logits_of_the_base(
     family: str, targets: str, checkpoint: Build, decomposed: Build
 ) -> None:
