@@ -3,7 +3,8 @@
     python benchmarks/train.py --model DIR --data FILE [--steps 8] [--repeat 3] [--only step|memory]
 
 `step` runs every contender in a process of its own, in turn, on the same rows with the same adapter shapes
-and precision, and prints medians of the step and the ratio pair by pair. `memory` accounts for the
+and precision, and prints medians of a step's processor time, which a busy machine disturbs less than the
+clock, and the ratio pair by pair. `memory` accounts for the
 activations that are kept for the backward pass of one row of 1024 tokens, tensor by tensor, for lora and for
 lora-fa.
 """
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", default=",".join(CONTENDERS))
     parser.add_argument("--only", choices=("step", "memory"))
     arguments = parser.parse_args()
@@ -54,7 +55,14 @@ def main() -> None:
 
 def steps(arguments: argparse.Namespace) -> None:
     """A table of step times and peak memory."""
-    table = Table("method", "who", "step", "svdconvert's share", "peak memory", "loss of the last step")
+    table = Table(
+        "method",
+        "who",
+        "processor time of a step",
+        "svdconvert's share",
+        "peak memory",
+        "loss of the last step",
+    )
     for method in arguments.methods.split(","):
         runs = {who: partial(_child, arguments, method, who) for who in CONTENDERS[method]}
         found = in_turn(runs, arguments.repeat)

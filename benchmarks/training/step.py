@@ -35,7 +35,7 @@ WARM = 2
 
 
 def main() -> None:
-    """Print {"step": median seconds, "loss": of the last step}."""
+    """Print {"step": median processor seconds, "loss": of the last step}."""
     who, options = sys.argv[1], SimpleNamespace(**json.loads(sys.argv[2]))
     plan = TrainPlan(
         data=options.data,
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def svdconvert(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
-    """(time, loss) behind every step."""
+    """(processor time so far, loss) behind every step."""
     logs = fit(_ours(options), task.examples, task.objective, plan)
-    return [(time.perf_counter(), log.loss) for log in logs if isinstance(log, StepLog)]
+    return [(time.process_time(), log.loss) for log in logs if isinstance(log, StepLog)]
 
 
 def peft(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
@@ -94,7 +94,7 @@ def trainer(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, floa
     class Watch(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
             if "loss" in logs:
-                marks.append((time.perf_counter(), float(logs["loss"])))
+                marks.append((time.process_time(), float(logs["loss"])))
 
     class Loop(Theirs):
         def get_train_dataloader(self) -> Any:
@@ -149,7 +149,7 @@ def _loop(
         before_step()
         optimizer.step()
         optimizer.zero_grad()
-        marks.append((time.perf_counter(), loss.item()))
+        marks.append((time.process_time(), loss.item()))
     return marks
 
 
