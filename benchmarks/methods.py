@@ -53,8 +53,8 @@ Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps 
 
 ![loss against steps](loss.png)
 
-| method | rate | values trained | held-out loss before | after | mean loss of the last 4 steps | step |
-|---|---|---|---|---|---|---|
+| method | rate | values trained | held-out loss before | after | mean loss of the last 4 steps |
+|---|---|---|---|---|---|
 {rows}
 
 Rows of more than {max_length} tokens are left out; the others are the same, in the same order, for every
@@ -64,7 +64,7 @@ processor multiplies it. `full` trains the matrices that the others adapt, in fl
 What it shows: that every method trains, from which loss it starts (all from the model's own), and how far a
 few steps take it at either rate. What it does not show: which method is best. A few steps of one seed on one
 small model say nothing about the end of a training, no answer was graded, and every method's published rate
-belongs to larger models, larger batches and hundreds of steps. The times were taken on a busy machine.
+belongs to larger models, larger batches and hundreds of steps.
 """
 
 
@@ -199,7 +199,6 @@ def _row(case: Case) -> str:
         f"{case.rate:g}" + (" (common)" if case.common else ""),
         f"{case.trained:,}",
         *(f"{loss:.4f}" for loss in (*case.held_out, sum(last) / len(last))),
-        f"{case.seconds:.1f} s",
     )
     return f"| {' | '.join(cells)} |"
 
