@@ -122,7 +122,8 @@ def test_what_makes_no_difference_may_change_and_checkpoints_may_stay(room: Path
     said: list[str] = []
     plan = TrainPlan(data=str(room / "sums.jsonl"), **changed)
     train(room / "start", tmp_path / "out", plan, Run(threads=1, say=said.append))
-    assert said == [f"going on from {tmp_path}/out.partial: 6 steps are done"]
+    # Advice about the rate and the dropout may stand before it.
+    assert said[-1] == f"going on from {tmp_path}/out.partial: 6 steps are done"
     train(
         room / "start", tmp_path / "whole", TrainPlan(data=str(room / "sums.jsonl"), **PLAN), Run(threads=1)
     )
