@@ -17,6 +17,8 @@ from tests.process import finish, finished_items, start, sums, wait_until_finish
 
 KILLS = int(os.environ.get("SVDCONVERT_KILLS", "5"))
 """Kills for each verb; `make soak` wants more."""
+SLOW: tuple[object, ...] = ("decompose", "--svd", "exact", "--rank", 8)
+"""A command that takes its time."""
 ITEMS = {"decompose": 57, "merge": 57, "to-lora": 56}
 """Tensors of the base, or adapted modules: 8 layers of 7 matrices, and the embedding."""
 
@@ -65,23 +67,17 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
 
 def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("decompose", model, "-o", out, "--rank", 8)
-    wait_until_finished(process, out, 3)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130, said
+    status, said = _interrupted(model, out, signal.SIGINT)
+    assert status == 130, said
     assert f"the same command goes on from {out}.partial" in said
     assert not out.exists()
-    assert "tensors are done" in finish(start("decompose", model, "-o", out, "--rank", 8))
+    assert "tensors are done" in finish(start(*SLOW, model, "-o", out))
 
 
 def test_a_run_that_is_told_to_end_says_where_it_can_go_on(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("decompose", model, "-o", out, "--rank", 8)
-    wait_until_finished(process, out, 3)
-    process.terminate()
-    _, said = process.communicate()
-    assert process.returncode == 143, said
+    status, said = _interrupted(model, out, signal.SIGTERM)
+    assert status == 143, said
     assert f"goes on from {out}.partial" in said
 
 
@@ -93,7 +89,7 @@ def test_another_option_is_refused_by_name(
 ) -> None:
     out = tmp_path / "out"
     _interrupted(model, out)
-    process = start("decompose", model, "-o", out, "--rank", 8, *change)
+    process = start(*SLOW, model, "-o", out, *change)
     _, said = process.communicate()
     assert process.returncode == 1
     assert named in said and "--overwrite" in said
@@ -104,11 +100,11 @@ def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
     model, out = medium.build(tmp_path / "base", layers=8, hidden=256, wide=704), tmp_path / "out"
     _interrupted(model, out)
     os.utime(model / "model-00002-of-00005.safetensors")
-    process = start("decompose", model, "-o", out, "--rank", 8)
+    process = start(*SLOW, model, "-o", out)
     _, said = process.communicate()
     assert process.returncode == 1
     assert "model-00002-of-00005.safetensors has changed" in said
-    said = finish(start("decompose", model, "-o", out, "--rank", 8, "--overwrite"))
+    said = finish(start(*SLOW, model, "-o", out, "--overwrite"))
     assert "are done" not in said
 
 
@@ -116,19 +112,19 @@ def test_a_file_that_was_removed_from_the_unfinished_output_is_made_again(
     model: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    finish(start("decompose", model, "-o", whole, "--rank", 8))
+    finish(start(*SLOW, model, "-o", whole))
     _interrupted(model, out)
     (partial(out) / "model.safetensors").unlink()
-    finish(start("decompose", model, "-o", out, "--rank", 8))
+    finish(start(*SLOW, model, "-o", out))
     assert sums(out) == sums(whole)
 
 
 def test_a_second_run_for_the_same_output_is_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = start("decompose", model, "-o", out, "--rank", 8)
+    first = start(*SLOW, model, "-o", out)
     wait_until_finished(first, out, 1)
     os.kill(first.pid, signal.SIGSTOP)
-    second = start("decompose", model, "-o", out, "--rank", 8)
+    second = start(*SLOW, model, "-o", out)
     _, said = second.communicate()
     os.kill(first.pid, signal.SIGCONT)
     assert second.returncode == 1
@@ -136,14 +132,15 @@ def test_a_second_run_for_the_same_output_is_refused(model: Path, tmp_path: Path
     finish(first)
 
 
-def _interrupted(model: Path, out: Path) -> None:
-    """Kill a run in the middle; a run that was faster than the kill is made again."""
+def _interrupted(model: Path, out: Path, how: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    """(status, complaints) of a run that was disturbed in the middle; a faster one is made again."""
     for _ in range(10):
-        process = start("decompose", model, "-o", out, "--rank", 8)
+        process = start(*SLOW, model, "-o", out)
         wait_until_finished(process, out, 5)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if finished_items(out) >= 5:
-            return
-        shutil.rmtree(out, ignore_errors=True)
-    raise AssertionError("no run could be killed in the middle")
+        os.kill(process.pid, how)
+        _, said = process.communicate()
+        if process.returncode:
+            assert finished_items(out) >= 5
+            return process.returncode, said
+        shutil.rmtree(out)
+    raise AssertionError("no run could be disturbed in the middle")

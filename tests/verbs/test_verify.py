@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdconvert import SplitOptions, decompose, merge, verify
-from svdconvert.method import METHODS
 from tests.conftest import Build
 from tests.program import refused, succeeded, svdconvert
 from tests.stock import start_of, tensors
+from tests.ways import chosen, every_way
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,12 +32,12 @@ def flip(file: Path, name: str) -> None:
     file.write_bytes(raw)
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@every_way
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_was_just_written_is_as_it_says(
-    method: str, family: str, checkpoint: Build, decomposed: Build
+    way: str, family: str, checkpoint: Build, decomposed: Build
 ) -> None:
-    report = verify(decomposed(checkpoint(family), method=method))
+    report = verify(decomposed(checkpoint(family), **chosen(way)))
     assert (report.faults, report.passed, report.matrices) == ([], True, 14)
     assert report.base == str(checkpoint(family))
 
