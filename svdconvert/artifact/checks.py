@@ -1,8 +1,8 @@
 """Recompute what a manifest claims, file by file and matrix by matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 import torch
@@ -12,9 +12,9 @@ from svdconvert.artifact.change import Change
 from svdconvert.artifact.fingerprint import tensor_checksum
 from svdconvert.artifact.manifest import Manifest, Matrix
 from svdconvert.checkpoint.reader import open_file
-from svdconvert.checkpoint.source import TensorSource, torch_dtype
+from svdconvert.checkpoint.source import TensorSource, blocks_of_rows, torch_dtype
 from svdconvert.factors import Factors
-from svdconvert.linalg.blocks import row_blocks
+from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.core import singular_values
 
 _ROUNDING = 2e-6
@@ -53,15 +53,20 @@ def check_matrix(change: Change, name: str, base: TensorSource, residual: Tensor
     """Compare one matrix with its base. `residual` is None where the method leaves the base as it is."""
     assert change.manifest is not None
     matrix = change.manifest.matrices[name]
-    weight_OI = base.read(name)
-    stored_OI = weight_OI if residual is None else residual.read(name)
+    rows = rows_at_once(*matrix.shape)
+    weights = blocks_of_rows(base, name, rows)
+    pairs = (
+        ((each, each) for each in weights)
+        if residual is None
+        else zip(weights, blocks_of_rows(residual, name, rows), strict=True)
+    )
     factors, scale = change.start(matrix.module)
-    sums = _compare(weight_OI, stored_OI, factors, scale, torch_dtype(matrix.dtype))
+    sums = _compare(pairs, factors, scale, torch_dtype(matrix.dtype))
     error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
     faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]
     if residual is not None:
         faults += _energy_fault(matrix, 1.0 - sums.rest / sums.whole if sums.whole else 1.0)
-    return MatrixCheck(name, error, sums.exact, weight_OI.numel(), tuple(faults))
+    return MatrixCheck(name, error, sums.exact, prod(matrix.shape), tuple(faults))
 
 
 def _slice_sigma(factors: Factors, scale: float) -> Tensor:
@@ -85,15 +90,16 @@ class _Sums:
 
 
 def _compare(
-    weight_OI: Tensor, stored_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype
+    pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
 ) -> _Sums:
-    """Merge and compare in blocks of rows, which bound the float32 copies."""
-    sums = _Sums()
+    """Merge and compare in blocks of rows of the base and the residual: no matrix is whole in memory."""
+    sums, start = _Sums(), 0
     left, right = factors.folded()
-    for rows in row_blocks(weight_OI):
-        wanted, stored = weight_OI[rows].float(), stored_OI[rows].float()
+    for weight, residual in pairs:
+        wanted, stored = weight.float(), residual.float()
+        rows = slice(start, start := start + len(weight))
         merged = torch.addmm(stored, left[rows], right, alpha=scale)
-        sums.exact += int((merged.to(dtype) == weight_OI[rows]).sum())
+        sums.exact += int((merged.to(dtype) == weight).sum())
         sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
         sums.rest += float(torch.linalg.vector_norm(stored)) ** 2
         sums.whole += float(torch.linalg.vector_norm(wanted)) ** 2

@@ -129,3 +129,22 @@ def pieces(data: memoryview, size: int, room: memoryview | None = None) -> Itera
             room[start : start + size] = piece
             piece = room[start : start + size]
         yield piece
+
+
+def blocks_of_rows(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:
+    """A matrix as stored, `rows` rows at a time; each is valid until the next is asked for."""
+    import torch
+
+    info = source.infos[name]
+    room = torch.empty(rows * (info.nbytes // info.shape[0]), dtype=torch.uint8)
+    view, filled = room.numpy().data, 0
+    for piece in source.chunks(name, len(view)):
+        while len(piece):
+            count = min(len(piece), len(view) - filled)
+            view[filled : filled + count] = piece[:count]
+            piece, filled = piece[count:], filled + count
+            if filled == len(view):
+                yield room.view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+                filled = 0
+    if filled:
+        yield room[:filled].view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])

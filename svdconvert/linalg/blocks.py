@@ -23,8 +23,11 @@ def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
 def rows_of_a_block(matrix_LS: Tensor) -> int:
     """How many rows are in work at a time; at least one."""
     rows, columns = matrix_LS.shape
-    if matrix_LS.device.type != "cpu":
-        return max(1, rows)
+    return rows_at_once(rows, columns) if matrix_LS.device.type == "cpu" else max(1, rows)
+
+
+def rows_at_once(rows: int, columns: int) -> int:
+    """The same of a matrix that is not in memory yet."""
     return max(1, min(rows, _BLOCK // max(1, columns)))
 
 

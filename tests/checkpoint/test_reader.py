@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdconvert.checkpoint.reader import INDEX, SafetensorsSource, open_checkpoint
-from svdconvert.checkpoint.source import TensorSource, torch_dtype
+from svdconvert.checkpoint.source import TensorSource, blocks_of_rows, torch_dtype
 from svdconvert.errors import CheckpointError
 from tests.tiny import SHARDED
 
@@ -171,3 +171,23 @@ def test_reading_keeps_no_file_open_after_it_is_closed(tmp_path: Path) -> None:
     source.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert torch.equal(source.read("wide"), TENSORS["wide"])
+
+
+@pytest.mark.parametrize("name", ["wide", "half", "tiny float"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_blocks_of_rows_are_the_matrix(rows: int, name: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    blocks = [block.clone() for block in blocks_of_rows(open_checkpoint(tmp_path), name, rows)]
+    assert torch.equal(torch.cat(blocks), TENSORS[name])
+    assert all(len(block) <= rows for block in blocks)
+
+
+def test_blocks_of_rows_do_not_mind_how_the_bytes_arrive(tmp_path: Path) -> None:
+    class Dribble(SafetensorsSource):
+        def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+            return super().chunks(name, min(size, 3), room)
+
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    source = Dribble([tmp_path / "model.safetensors"])
+    blocks = [block.clone() for block in blocks_of_rows(source, "half", 2)]
+    assert torch.equal(torch.cat(blocks), TENSORS["half"])
