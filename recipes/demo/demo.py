@@ -46,6 +46,10 @@ NEXT = (
     "`svdconvert decompose ORG/NAME -o DIR --plan` to see what it would take, "
     "or load demo-output/lora with PEFT on top of demo-output/smollm2."
 )
+RATE = (
+    "24 steps are few, so the rate is ten times the paper's; with a run of your own leave --lr out, "
+    "and the program takes the method's rate."
+)
 BARS = "▁▂▃▄▅▆▇█"
 
 console = Console(highlight=False)
@@ -57,6 +61,8 @@ def main() -> None:
     prepare()
     for command in COMMANDS:
         run(command)
+        if command.startswith("train"):
+            console.print(RATE)
     heading("How the loss fell")
     show_losses(read_metrics(REPOSITORY / OUT / "trained" / "metrics.jsonl"))
     heading("One held-out question, before and after")

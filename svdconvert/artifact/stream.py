@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.artifact.fingerprint import CHUNK, Checksum
-from svdconvert.checkpoint.source import TensorSource, torch_dtype
+from svdconvert.checkpoint.source import TensorSource, read_whole
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.linalg.compute import side_by_side
@@ -151,10 +151,8 @@ def _reading(work: Work, source: TensorSource, names: Iterable[str], rooms: "_Ro
     waiting: deque[Future[tuple[Tensor, str]]] = deque()
 
     def read(name: str, room: Tensor) -> tuple[Tensor, str]:
-        info = source.infos[name]
-        raw, passing = room[: info.nbytes], Checksum()
-        deque(passing.over(source.chunks(name, CHUNK, raw.numpy().data)), maxlen=0)
-        tensor = raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+        passing = Checksum()
+        tensor = read_whole(source, name, room, passing.over, CHUNK)
         return tensor, _expected(work, name, passing.text())
 
     with ThreadPoolExecutor(1, "read") as pool:

@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.source import TensorInfo, TensorSource, file_stamp, torch_dtype
+from svdconvert.checkpoint.source import TensorInfo, TensorSource, file_stamp, read_whole
 from svdconvert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -156,12 +155,7 @@ class SafetensorsSource:
 
     def read(self, name: str) -> "Tensor":
         """The whole tensor in its stored dtype, freshly allocated."""
-        import torch
-
-        info = self.infos[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        deque(self.chunks(name, max(1, info.nbytes), raw.numpy().data), maxlen=0)
-        return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+        return read_whole(self, name)
 
     def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`, in `room` or each valid until the next."""

@@ -1,6 +1,7 @@
 """What a checkpoint is to the rest of the program: named tensors, known before any is read."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,6 +42,10 @@ _CODES = {torch_name: code for code, (_, torch_name) in ELEMENTS.items() if torc
 
 # What can be decomposed: the formats whose values are the weights themselves.
 REAL = ("F64", "F32", "BF16", "F16")
+
+
+Passing = Callable[[Iterable[memoryview]], Iterable[memoryview]]
+"""Looks at the pieces of a tensor as they pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,25 @@ def pieces(data: memoryview, size: int, room: memoryview | None = None) -> Itera
             room[start : start + size] = piece
             piece = room[start : start + size]
         yield piece
+
+
+def read_whole(
+    source: TensorSource,
+    name: str,
+    room: "Tensor | None" = None,
+    over: Passing = iter,
+    size: int | None = None,
+) -> "Tensor":
+    """The tensor in its stored dtype, in pieces of `size` that pass `over`.
+
+    In the memory of `room`, bytes enough for it, or in memory of its own.
+    """
+    import torch
+
+    info = source.infos[name]
+    raw = torch.empty(info.nbytes, dtype=torch.uint8) if room is None else room[: info.nbytes]
+    deque(over(source.chunks(name, size or max(1, info.nbytes), raw.numpy().data)), maxlen=0)
+    return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
 
 def blocks_of_rows(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:

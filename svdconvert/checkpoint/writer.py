@@ -7,7 +7,7 @@ any order, and what is finished is kept in a journal. Only a complete directory 
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,18 +18,15 @@ from svdconvert.checkpoint.departed import Departed
 from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
-from svdconvert.checkpoint.source import TensorInfo, dtype_code, pieces, tensor_bytes
+from svdconvert.checkpoint.source import Passing, TensorInfo, dtype_code, pieces, tensor_bytes
 from svdconvert.errors import OutputError, SvdConvertError
-from svdconvert.ranks import Ranks
-from svdconvert.shipment import Shipment
+from svdconvert.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MARK = "svdconvert.json"
 JOURNAL = "journal.jsonl"
-ALONE = Ranks()
-Passing = Callable[[Iterable[memoryview]], Iterable[memoryview]]
 _PIECE = 1 << 19  # bytes: what passes is looked at and written while it is in cache
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
 
@@ -46,26 +43,23 @@ class StagedOutput:
         self,
         out: Path,
         files: Sequence[PlannedFile],
-        *,
         identity: Mapping[str, Any],
-        overwrite: bool = False,
-        ranks: Ranks = ALONE,
-        shipment: Shipment | None = None,
+        run: Run,
     ) -> None:
         """Plan `files` below `out`. Nothing is touched until the context is entered.
 
-        With a `shipment` finished shards are sent off and deleted, and in the end so is all the rest.
+        With a shipment in `run` finished shards are sent off and deleted, and in the end so is all the rest.
         """
-        self.out, self.ranks = out, ranks
+        self.out, self.ranks = out, run.ranks
         self.path = partial(out)
         self.finished: dict[str, Record] = {}
         """What was noted about each finished item, by earlier runs too; by other ranks after `gather`."""
-        self._files, self._identity, self._overwrite = files, identity, overwrite
+        self._files, self._identity, self._overwrite = files, identity, run.overwrite
         self._places: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
         self._open: dict[str, int] = {}
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
-        self._departed = Departed(self.path, files, identity, shipment) if shipment else None
+        self._departed = Departed(self.path, files, identity, run.shipment) if run.shipment else None
 
     def __enter__(self) -> "StagedOutput":
         if self.ranks.leads:

@@ -1,6 +1,5 @@
 """A checkpoint that stays on the Hub: headers and tensors by HTTP range, nothing on disk."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
 from svdconvert.checkpoint.reader import INDEX, places, refuse_misplaced
-from svdconvert.checkpoint.source import TensorInfo, pieces, torch_dtype
+from svdconvert.checkpoint.source import TensorInfo, pieces, read_whole
 from svdconvert.errors import CheckpointError
 from svdconvert.hub.access import endpoint, explained, is_passing
 from svdconvert.hub.fetch import Snapshot, weight_files
@@ -110,12 +109,7 @@ class RemoteSource:
 
     def read(self, name: str) -> "Tensor":
         """The whole tensor in its stored dtype, freshly allocated."""
-        import torch
-
-        info = self.infos[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        deque(self.chunks(name, max(1, info.nbytes), raw.numpy().data), maxlen=0)
-        return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+        return read_whole(self, name)
 
     def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`, from one request; in `room` where that is given."""

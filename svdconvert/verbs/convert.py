@@ -26,14 +26,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     check_apart(Path(out), home.path)
     threads = recorded(Path(out), "threads") or 0
     identity = run_identity("convert", asdict(options), threads) | {"model": home.identity()}
-    with StagedOutput(
-        Path(out),
-        plan.files,
-        identity=identity,
-        overwrite=run.overwrite,
-        ranks=run.ranks,
-        shipment=run.shipment,
-    ) as staged:
+    with StagedOutput(Path(out), plan.files, identity, run) as staged:
         stream(convert_work(plan, str(home.path)), plan.view, staged, run)
         manifest = Manifest(
             kind="converted",

@@ -34,14 +34,7 @@ def decompose(
     device = pick_device(run.device, run.ranks.local)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("decompose", asdict(options), threads) | {"model": home.identity()}
-    with StagedOutput(
-        Path(out),
-        plan.files,
-        identity=identity,
-        overwrite=run.overwrite,
-        ranks=run.ranks,
-        shipment=run.shipment,
-    ) as staged:
+    with StagedOutput(Path(out), plan.files, identity, run) as staged:
         stream(split_work(plan, device), home.source, staged, run)
         manifest = _manifest(staged, plan, home.origin(source_checksums(staged)), threads)
         if run.ranks.leads:

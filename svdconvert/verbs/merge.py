@@ -54,14 +54,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     work = merge_work(plan, device, _expected(change, side), str(home.path))
     if plan.added and run.shipment is not None:
         raise ArtifactError(f"{change.directory} brings a head of its own: merge it without --stream")
-    with StagedOutput(
-        Path(out),
-        plan.shards,
-        identity=identity,
-        overwrite=run.overwrite,
-        ranks=run.ranks,
-        shipment=run.shipment,
-    ) as staged:
+    with StagedOutput(Path(out), plan.shards, identity, run) as staged:
         stream(work, home.source, staged, run)
         if plan.added and run.ranks.leads:
             write_added(plan, staged)

@@ -49,7 +49,7 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
     plan = plan_lora(change, options)
     threads = use_threads(run.threads or recorded(Path(out), "threads"))
     identity = run_identity("to-lora", asdict(options), threads) | {"adapter": change.identity()}
-    with StagedOutput(Path(out), [plan.file], identity=identity, overwrite=run.overwrite) as staged:
+    with StagedOutput(Path(out), [plan.file], identity, run) as staged:
         write_lora(plan, staged, run.track)
         if options.format == "peft":
             (staged.path / CONFIG).write_text(lora_config(plan, _hub_base(change)).text())

@@ -84,9 +84,7 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     identity = run_identity("train", plan.shaping(), threads) | _found_again(start, split, task)
     identity |= {"processes": processes, "precision": precision}
     pupil = _pupil(start, plan, task, precision, run)
-    with StagedOutput(
-        target, pupil.files, identity=identity, overwrite=run.overwrite, ranks=run.ranks
-    ) as staged:
+    with StagedOutput(target, pupil.files, identity, run) as staged:
         checkpoints = _checkpoints(staged, plan, run)
         samples = Samples.of(pupil.network, task.tokenizer, task.examples.held_out, plan)
         trackers = Trackers(accelerator, plan, target.name)

@@ -11,6 +11,7 @@ from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.checkpoint.shards import plan_model
 from svdconvert.checkpoint.source import TensorInfo, dtype_code
 from svdconvert.checkpoint.writer import StagedOutput
+from svdconvert.run import Run
 
 TENSORS = OrderedDict(
     [
@@ -25,7 +26,7 @@ INFOS = [TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for nam
 
 
 def staged(out: Path) -> StagedOutput:
-    return StagedOutput(out, plan_model(INFOS, 10**9, "model.pth"), identity={"verb": "test"})
+    return StagedOutput(out, plan_model(INFOS, 10**9, "model.pth"), {"verb": "test"}, Run())
 
 
 def fill(output: StagedOutput, names: list[str]) -> None:

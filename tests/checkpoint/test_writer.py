@@ -19,6 +19,7 @@ from svdconvert.checkpoint.shards import PlannedFile, plan_file
 from svdconvert.checkpoint.source import TensorInfo, dtype_code
 from svdconvert.checkpoint.writer import MARK, StagedOutput
 from svdconvert.errors import OutputError
+from svdconvert.run import Run
 
 TENSORS = {
     "half": torch.randn(5, 3).bfloat16(),
@@ -38,7 +39,7 @@ def plan(*names: str, file: str = "model.safetensors") -> PlannedFile:
 
 
 def staged(out: Path, *files: PlannedFile, rank: int = 4, overwrite: bool = False) -> StagedOutput:
-    return StagedOutput(out, files or [plan()], identity={"rank": rank}, overwrite=overwrite)
+    return StagedOutput(out, files or [plan()], {"rank": rank}, Run(overwrite=overwrite))
 
 
 def write_all(output: StagedOutput, file: str = "model.safetensors", names: list[str] | None = None) -> None:
@@ -236,7 +237,7 @@ def test_a_short_write_is_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatc
         writer.os, "pwrite", lambda file, data, offset: real(file, memoryview(data)[:200], offset)
     )
     big = torch.randn(100, 10)
-    with StagedOutput(out, [plan_file("f", [TensorInfo("big", (100, 10), "F32")])], identity={}) as output:
+    with StagedOutput(out, [plan_file("f", [TensorInfo("big", (100, 10), "F32")])], {}, Run()) as output:
         output.write("f", "big", big)
     assert torch.equal(load_file(out / "f")["big"], big)
 

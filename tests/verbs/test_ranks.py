@@ -32,6 +32,19 @@ def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
     assert sums(tmp_path / "merged-by-two") == sums(tmp_path / "merged")
 
 
+def test_two_matrices_side_by_side_have_the_bytes_of_one_after_the_other(model: Path, tmp_path: Path) -> None:
+    for threads in (1, 2):
+        out = tmp_path / f"{threads}"
+        finish(start("decompose", model, "-o", out / "pissa", "--rank", 8, "--threads", threads))
+        finish(
+            start("merge", out / "pissa", "-o", out / "merged", "--from", "residual", "--threads", threads)
+        )
+    one, two = sums(tmp_path / "1"), sums(tmp_path / "2")
+    assert one.keys() == two.keys()
+    manifests = {name for name in one if name.endswith("svdconvert.json")}  # these note the threads
+    assert {name for name in one if one[name] != two[name]} <= manifests
+
+
 def test_a_dead_rank_ends_the_run_and_one_process_can_finish_it(model: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--rank", 8, "--max-shard-size", "300KB"]
     launcher = start("decompose", model, "-o", out, *options, program=TORCHRUN)
