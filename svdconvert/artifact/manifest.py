@@ -127,7 +127,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MARK
     if not path.is_file():
         if not directory.is_dir():
-            raise ArtifactError(f"{directory} does not exist; give a directory that svdconvert wrote")
+            what = "is a file" if directory.exists() else "does not exist"
+            raise ArtifactError(f"{directory} {what}; give a directory that svdconvert wrote")
         if directory.name.endswith(".partial"):
             raise ArtifactError(
                 f"{directory} is what an unfinished run left; repeat that command to finish it"

@@ -146,3 +146,9 @@ def test_merged_and_converted_directories_are_verified_too(
 def test_a_directory_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "x.bin")
     refused("verify", tmp_path, words=[tmp_path, "holds no svdconvert.json"])
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    refused("verify", tmp_path / "notes.txt", words=["notes.txt is a file; give a directory"])
+    refused("verify", tmp_path / "nothing.txt", words=["nothing.txt does not exist"])
