@@ -5,8 +5,9 @@
 
 The operator is timed alone and in a random model of two layers (`--tokens`, `--width`), forward and
 forward with backward. The package runs in a process of its own, because importing it changes settings of
-torch; it computes forward only. Times are
-medians of the processor's own, taken in turn.
+torch; it computes forward only. Times are medians of the processor's own, taken in turn, each right behind a
+run of the same that is not counted: the first run after another's also pays for the memory which that one
+gave back to the system.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> None:
     report("two layers", models(model, asked.tokens), asked.repeat)
     seconds = package(model, asked.threads, asked.tokens, asked.repeat)
     print(
-        f"    {'the rwkv package':16} {seconds * 1e3:8.0f}"
+        f"    {'the rwkv package':16} {seconds * 1e3:8.1f}"
         if seconds
         else "    the rwkv package is not installed"
     )
@@ -85,6 +86,7 @@ def report(title: str, works: dict[str, Work], repeat: int) -> None:
     for _ in range(repeat + 1):
         for name, work in works.items():
             for backward in (False, True):
+                work(backward)
                 start = time.process_time()
                 work(backward)
                 times.setdefault((name, backward), []).append(time.process_time() - start)
@@ -93,7 +95,7 @@ def report(title: str, works: dict[str, Work], repeat: int) -> None:
         cells = []
         for backward in (False, True):
             mine = found[name, backward]
-            cells.append(f"{mine * 1e3:8.0f} ({found['token by token', backward] / mine:.1f}x)")
+            cells.append(f"{mine * 1e3:8.1f} ({found['token by token', backward] / mine:.1f}x)")
         print(f"    {name:16} {'  '.join(cells)}")
 
 

@@ -5,34 +5,39 @@ For every head, with the state S (N, N) and the log-decay a <= 0 of every key ch
     y_t = r_t (diag(u) k_t v_t^T + S_{t-1})        S_t = diag(exp a_t) S_{t-1} + k_t v_t^T
 
 B: rows, H: heads, T: tokens, N: size of a head (keys first, values last), M: tokens of a chunk,
-J: chunks. Source: arXiv:2404.05892, section 4 and appendix.
+J: chunks, Z: chunks of all heads. Source: arXiv:2404.05892, section 4 and appendix.
 
 By chunks the state moves once in M tokens, and the M x M scores inside a chunk,
 
     P[t, i] = sum_n r_t[n] k_i[n] exp(a_{i+1}[n] + ... + a_{t-1}[n])    for i < t,
 
 become matrix products. Taking exp(A_t) exp(-A_i) apart over- and underflows, for a reaches -30 in trained
-models. Both forms here are safe for every a: `factored_scores` takes them apart about the middle of the
-chunk, where a floor far below rounding bounds both exponents; `exact_scores` never takes them apart.
+models; the usual remedy, a floor under a, changes the result. Both forms here are right for every a <= 0.
+
+`doubled` joins two neighbouring runs of tokens, 1 and 2, to one of twice the length. R is the r of a run,
+decayed from the run's beginning, K its k, decayed to the run's end, and D its whole decay. A single token has
+R = r, K = k, D = exp a and P = 0, and two runs have
+
+    P = [[P1, 0], [R2 K1^T, P2]]    R = [R1, R2 D1]    K = [K1 D2, K2]    D = D1 D2
+
+so that log2(M) steps make the chunk. Every factor is a product of decays, between 0 and 1: nothing
+overflows, nothing cancels, and what underflows is zero in float32 anyway. `exact` sums every exponent by
+itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-_FLOOR = -20.0  # exp of it is 2e-9, below float32's rounding of what it is added to
-
-Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(r, k, a), each (..., M, N) -> P without its diagonal, (..., M, M)."""
-
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A way to compute the recurrence: (r, k, v, a, u, state) -> (y, state), all float32."""
 
-_SHORT = 16  # tokens up to which a chunk costs more than it saves
+_SHORT = 8  # tokens below which a chunk costs more than it saves
 
 
 def wkv6(  # noqa: PLR0913 (the formula has these six)
@@ -62,11 +67,25 @@ def token_by_token(  # noqa: PLR0913
     return torch.stack(outputs, 2), state
 
 
+class Inside(NamedTuple):
+    """What a chunk does by itself."""
+
+    scores: Tensor
+    """P without its diagonal, (Z, M, M)."""
+    reads: Tensor
+    """R: what meets the state before the chunk, (Z, M, N)."""
+    writes: Tensor
+    """K: what the chunk adds to the state, (Z, M, N)."""
+    decay: Tensor
+    """D: what the chunk leaves of the state, (Z, N)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """The same by chunks: a Form."""
 
-    scores: Scores
+    inside: Callable[[Tensor, Tensor, Tensor], Inside]
+    """(r, k, a), each (Z, M, N)."""
     size: int
     """M, tokens of a chunk."""
 
@@ -74,75 +93,88 @@ class Chunks:
         self, r: Tensor, k: Tensor, v: Tensor, a: Tensor, u_HN: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `token_by_token`, to rounding."""
-        tokens = r.shape[2]
-        # What fills up the last chunk neither adds to the state (k = 0) nor decays it (a = 0).
-        r, k, v, a = (self._cut(x) for x in (r, k, v, a))
-        until = a.cumsum(-2)
-        scores = self.scores(r, k, a) + torch.diag_embed((r * u_HN[:, None, None] * k).sum(-1))
-        # What goes through the state has exponents of at most 0, and no need of care.
-        updates = (k * _sum_after(a).exp()).mT @ v
+        batch, heads, tokens, size = r.shape
+        own = (r * (k * u_HN[:, None])).sum(-1, keepdim=True) * v
+        r, k, v, a, own = (self._cut(x) for x in (r, k, v, a, own))
+        scores, reads, writes, decay = self.inside(r, k, a)
+        updates = (writes.mT @ v).view(batch, heads, -1, size, size)
+        decays = decay.view(batch, heads, -1, size, 1)
         states = [state]
-        for decay, update in zip(until[..., -1, :].exp().unbind(2), updates.unbind(2), strict=True):
-            states.append(torch.addcmul(update, decay[..., None], states[-1]))
-        y = scores @ v + (r * _exclusive(until).exp()) @ torch.stack(states[:-1], 2)
-        return y.flatten(2, 3)[:, :, :tokens], states[-1]
+        for left, update in zip(decays.unbind(2), updates.unbind(2), strict=True):
+            states.append(torch.addcmul(update, left, states[-1]))
+        before = torch.stack(states[:-1], 2).flatten(0, 2)
+        y = torch.baddbmm(torch.baddbmm(own, scores, v), reads, before)
+        return y.view(batch, heads, -1, size)[:, :, :tokens], states[-1]
 
     def _cut(self, x: Tensor) -> Tensor:
-        """(B, H, T, N) -> (B, H, J, M, N), with zeros at the end."""
-        batch, heads, tokens, size = x.shape
-        return pad(x, (0, 0, 0, -tokens % self.size)).reshape(batch, heads, -1, self.size, size)
+        """(B, H, T, N) -> (Z, M, N)."""
+        if missing := -x.shape[2] % self.size:
+            # Zeros at the end neither add to the state (k = 0) nor decay it (a = 0).
+            x = pad(x, (0, 0, 0, missing))
+        return x.reshape(-1, self.size, x.shape[-1])
+
+
+def doubled(r: Tensor, k: Tensor, a: Tensor) -> Inside:
+    """By joining runs of 1, 2, 4, ... tokens; M is a power of two."""
+    chunks, size, channels = r.shape
+    scores = r.new_zeros(chunks, size, size)
+    reads, writes, decay = (x.reshape(-1, 1, channels) for x in (r, k, a.exp()))
+    run = 1
+    while run < size:
+        (r1, r2), (k1, k2), (d1, d2) = (_pairs(x) for x in (reads, writes, decay))
+        _below_diagonal(scores, run).copy_((r2 @ k1.mT).view(chunks, -1, run, run))
+        run *= 2
+        if torch.is_grad_enabled() or run == 2:
+            reads, writes = torch.cat([r1, r2 * d1], 1), torch.cat([k1 * d2, k2], 1)
+        else:
+            # In place, a sixth faster: no gradient wants the old, and they are no longer the caller's.
+            r2.mul_(d1)
+            k1.mul_(d2)
+            reads, writes = (x.view(-1, run, channels) for x in (reads, writes))
+        decay = d1 * d2
+    return Inside(scores, reads, writes, decay.squeeze(1))
+
+
+def _pairs(x: Tensor) -> tuple[Tensor, ...]:
+    """The first and the second of every two."""
+    return x.view(-1, 2, *x.shape[1:]).unbind(1)
+
+
+def _below_diagonal(scores: Tensor, run: int) -> Tensor:
+    """The blocks (Z, M / 2 run, run, run) of rows of every second run and columns of the run before it."""
+    pairs = scores.shape[-1] // (2 * run)
+    blocks = scores.view(-1, pairs, 2, run, pairs, 2, run).diagonal(0, 1, 4)
+    return blocks[:, 1, :, 0].movedim(-1, 1)
+
+
+def exact(r: Tensor, k: Tensor, a: Tensor) -> Inside:
+    """From every exponent (Z, M, M, N) by itself; computed again for the gradient, not kept."""
+    scores: Tensor = checkpoint(_exact_scores, r, k, a, use_reentrant=False)
+    until = a.cumsum(-2)
+    after = pad(a[:, 1:].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return Inside(scores, r * _exclusive(until).exp(), k * after.exp(), until[:, -1].exp())
 
 
 def _exclusive(until: Tensor) -> Tensor:
     """a_1 + ... + a_{t-1} of the sums up to t: shifted, not subtracted, which would cancel."""
-    return pad(until[..., :-1, :], (0, 0, 1, 0))
-
-
-def _sum_after(a: Tensor) -> Tensor:
-    """a_{i+1} + ... + a_M for every i."""
-    return pad(a[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-
-
-def factored_scores(r: Tensor, k: Tensor, a: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """P as a product of two matrices in `dtype`.
-
-    Exponents stay within 20 M / 2: M is at most 8 in float32 and 64 in float64.
-    """
-    size = a.shape[-2]
-    until = a.to(dtype).clamp(min=_FLOOR).cumsum(-2)
-    before = _exclusive(until)
-    middle = before[..., size // 2 : size // 2 + 1, :]
-    product = (r * (before - middle).exp()) @ (k * (middle - until).exp()).mT
-    # Filled, not multiplied: above the diagonal the product may be infinite.
-    return product.masked_fill(~_below(size, a.device), 0.0).to(r.dtype)
-
-
-def exact_scores(r: Tensor, k: Tensor, a: Tensor) -> Tensor:
-    """P from every exponent (..., M, M, N) by itself; computed again for the gradient, not kept."""
-    scores: Tensor = checkpoint(_exact_scores, r, k, a, use_reentrant=False)
-    return scores
+    return pad(until[:, :-1], (0, 0, 1, 0))
 
 
 def _exact_scores(r: Tensor, k: Tensor, a: Tensor) -> Tensor:
-    size = a.shape[-2]
-    below = _below(size, a.device)
+    size = a.shape[1]
+    below = torch.ones(size, size, dtype=torch.bool, device=a.device).tril(-1)
     # Row t, column i of the sum over rows: a_{i+1} + ... + a_{t-1}.
-    later = _exclusive(a)[..., :, None, :].expand(*a.shape[:-1], size, a.shape[-1])
+    later = _exclusive(a)[:, :, None, :].expand(-1, -1, size, -1)
     counted = pad(below[:-1], (0, 0, 1, 0))
     exponents = later.masked_fill(~counted[..., None], 0.0).cumsum(-3)
     exponents = exponents.masked_fill(~below[..., None], -torch.inf)
-    return torch.einsum("...tn,...in,...tin->...ti", r, k, exponents.exp())
+    return torch.einsum("ztn,zin,ztin->zti", r, k, exponents.exp())
 
 
-def _below(size: int, device: torch.device) -> Tensor:
-    """True below the diagonal."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
-
-
-WIDE = Chunks(factored_scores, 64)
-"""Long chunks with scores in float64: the fastest on CPUs, whose float64 is half as fast as their float32."""
-EXACT = Chunks(exact_scores, 16)
-"""For GPUs, whose float64 is slow, and which have the memory bandwidth."""
+WIDE = Chunks(doubled, 32)
+"""The fastest on CPUs: little arithmetic besides matrix products, in some forty small steps."""
+EXACT = Chunks(exact, 16)
+"""For GPUs, which have the memory bandwidth, and to which every small step costs a launch."""
 
 
 def form_for(device: torch.device) -> Form:

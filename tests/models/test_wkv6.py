@@ -1,15 +1,12 @@
 """Every form of the recurrence is the recurrence: values and gradients, whatever the decay."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.models.wkv6 import EXACT, WIDE, Chunks, factored_scores, form_for, token_by_token, wkv6
+from svdconvert.models.wkv6 import EXACT, WIDE, Chunks, doubled, form_for, token_by_token, wkv6
 
-NARROW = Chunks(partial(factored_scores, dtype=torch.float32), 8)
-FORMS = {"wide": WIDE, "exact": EXACT, "narrow": NARROW}
+FORMS = {"wide": WIDE, "exact": EXACT}
 # Ranges of omega, the logarithm of what the log-decay is the negative of. Trained models reach a = -30.
 RANGES = [(-8.0, -1.0), (-8.0, 2.0), (-8.0, 6.0), (-3.0, 12.0)]
 
@@ -65,9 +62,21 @@ def test_token_by_token_is_the_definition() -> None:
         assert (found - wanted).abs().max() < 1e-12
 
 
-def test_the_derivative_of_the_factored_form_passes_gradcheck() -> None:
+def test_the_derivative_of_doubling_passes_gradcheck() -> None:
     given = [x.requires_grad_() for x in inputs(-4, 2, tokens=9, size=3)]
-    assert torch.autograd.gradcheck(Chunks(factored_scores, 4), given)
+    assert torch.autograd.gradcheck(Chunks(doubled, 4), given)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_without_gradients_the_values_are_the_same_and_the_inputs_are_left_alone(name: str) -> None:
+    """Without gradients WIDE computes in place. A length of whole chunks: nothing is copied to be padded."""
+    given = [x.float() for x in inputs(-8, 6, tokens=64)]
+    before = [x.clone() for x in given]
+    wanted = FORMS[name](*given)
+    with torch.no_grad():
+        found = FORMS[name](*given)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(given, before, strict=True))
 
 
 @pytest.mark.parametrize("name", FORMS)
