@@ -19,6 +19,9 @@ END = 0
 BYTES = 256
 """Up to this size a vocabulary is taken for the bytes themselves."""
 
+WORLD, WORLD_TOKENS, WORLD_SIZE = "rwkv_vocab_v20230424.txt", 65529, 65536
+"""The file of World's vocabulary, the tokens in it, and the entries of a model that is trained on it."""
+
 
 class WorldTokenizer:
     """Text to tokens and back, with what training asks of a tokenizer of transformers."""
@@ -85,15 +88,18 @@ def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
     file = next(iter(vocabularies(place if place.is_dir() else place.parent)), None) or _packaged()
     if file is None:
         raise MissingPackageError(
-            f"{place} has no vocabulary beside it; put rwkv_vocab_v20230424.txt there, or install the "
+            f"{place} has no vocabulary beside it; put {WORLD} there, or install the "
             "package that holds it: pip install 'svdconvert[rwkv]'"
         )
     tokens = _read(file)
-    if max(tokens.values()) >= vocabulary:
+    # World's serves a larger model without an error, and wrongly.
+    if max(tokens.values()) >= vocabulary or (len(tokens) == WORLD_TOKENS and vocabulary != WORLD_SIZE):
         raise CheckpointError(
-            f"{file} has tokens up to {max(tokens.values())}, the model in {place} has {vocabulary}; put its "
-            "own vocabulary beside it"
+            f"{file} has tokens up to {max(tokens.values())}, the model in {place} has {vocabulary} entries; "
+            "put its own vocabulary beside it"
         )
+    if file.name == WORLD and vocabulary == WORLD_SIZE and len(tokens) < WORLD_TOKENS:
+        raise CheckpointError(f"{file} has {len(tokens)} of {WORLD_TOKENS} tokens; fetch the file again")
     return WorldTokenizer(tokens)
 
 

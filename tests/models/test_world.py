@@ -61,6 +61,15 @@ def test_the_packages_vocabulary_serves_where_none_is_beside_the_model(tmp_path:
 
 
 @needs_rwkv
+@pytest.mark.parametrize("entries", [50277, 151936])
+def test_the_packages_vocabulary_does_not_serve_a_model_of_another_size(entries: int) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"65529, the model in nowhere has {entries} entries; put its own"
+    ):
+        load_tokenizer(Path("nowhere"), entries)
+
+
+@needs_rwkv
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=40))
 def test_every_text_comes_back(text: str) -> None:
@@ -83,11 +92,14 @@ def packaged() -> WorldTokenizer:
 
 def test_what_is_wrong_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "rwkv_vocab_v20230424.txt").write_text(LINES + "700 'x' 1\n", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="tokens up to 700, the model .* has 300"):
+    with pytest.raises(CheckpointError, match="tokens up to 700, the model .* has 300 entries"):
         load_tokenizer(place, 300)
     (place / "rwkv_vocab_v20230424.txt").write_text("1 'a' 1\n2 __import__('os') 3\n")
     with pytest.raises(CheckpointError, match="line 2"):
         load_tokenizer(place, 300)
+    (place / "rwkv_vocab_v20230424.txt").write_text(LINES, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="has 10 of 65529 tokens; fetch"):
+        load_tokenizer(place, 65536)
     monkeypatch.setattr(world, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"svdconvert\[rwkv\]"):
         load_tokenizer(Path("nowhere"), 65536)
