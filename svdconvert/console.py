@@ -282,7 +282,7 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
         },
         [
             *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
-            f"svdconvert merge {out_dir} -o MERGED",
+            f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else " --base BASE"),
         ],
     )
 

@@ -15,6 +15,8 @@ from svdconvert.checkpoint.reader import open_file
 from svdconvert.errors import ArtifactError
 
 ENDING = ".pth"
+LAYOUT = "rwkv6-blinkdl"
+"""Whose names the files use."""
 FILE = "rwkv_lora.pth"
 """What `to-lora` calls such a file."""
 _KEY = re.compile(r"(?P<module>.+)\.(?:init_)?(?P<piece>lora_[AB])")

@@ -87,12 +87,13 @@ def _what(manifest: Manifest) -> str:
 def _commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
     peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
         "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
         "merged": [*plain, f"svdconvert verify {path}"],
         "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],
-        "lora": [*peft, f"svdconvert merge {path} -o MERGED"],
+        "lora": [*peft, f"svdconvert merge {path} -o MERGED{base}"],
     }[manifest.kind]
 
 

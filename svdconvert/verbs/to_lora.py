@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from svdconvert.adapters import rwkv_peft
 from svdconvert.adapters.peft_format import CONFIG, PER_EXPERT
 from svdconvert.artifact.change import NO_START, Change, open_change
 from svdconvert.artifact.lora import lora_config, plan_lora, write_lora
@@ -58,7 +59,7 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
         notes |= {"recovered": change.recovered.note()} if change.recovered else {}
         return Manifest(
             kind="lora",
-            layout=manifest.layout if manifest else "",
+            layout=manifest.layout if manifest else _layout_of_file(change),
             method=manifest.method if manifest else "lora",
             base=manifest.base if manifest else None,
             options=asdict(options) | {"rank": plan.rank} | notes | head_of(manifest),
@@ -79,6 +80,11 @@ def _refuse_unknown_start(change: Change, init: str | None) -> None:
             f"{change.directory} does not say where it started; name what decompose wrote with "
             f"--residual, its initial adapter with --init, or --init {NO_START} for one that started at zero"
         )
+
+
+def _layout_of_file(change: Change) -> str:
+    """The layout of an adapter that has no manifest, where it can be told."""
+    return rwkv_peft.LAYOUT if rwkv_peft.is_adapter_file(change.directory) else ""
 
 
 def _hub_base(change: Change) -> str | None:

@@ -80,7 +80,10 @@ def test_a_lora_is_merged_with_its_alpha(files: Files, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["peft", "rwkv-peft"])
 def test_to_lora_and_merge_are_the_same_change(kind: str, files: Files, tmp_path: Path) -> None:
-    succeeded("to-lora", files.end, "-o", tmp_path / "lora", "--init", files.start, "--format", kind)
+    said = succeeded("to-lora", files.end, "-o", tmp_path / "lora", "--init", files.start, "--format", kind)
+    # The file names no base, and transformers has no model of its names to be adapted.
+    for out in (said.out, succeeded("inspect", tmp_path / "lora").out):
+        assert "-o MERGED --base BASE" in out and "PeftModel" not in out
     succeeded("verify", tmp_path / "lora")
     succeeded("merge", tmp_path / "lora", "-o", tmp_path / "out", "--base", files.base)
     check(tmp_path / "out", files.pissa)
