@@ -170,6 +170,14 @@ def test_targets_tell_the_attentions_key_from_the_feed_forwards(
         assert any(role in module for role in roles)
 
 
+def test_a_residual_base_is_not_converted_without_its_adapter(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    succeeded("decompose", models["blinkdl"], "-o", tmp_path / "out", "--rank", RANK)
+    command = ("convert", tmp_path / "out", "-o", tmp_path / "hf", "--layout", "hf")
+    refused(*command, words=["a decomposed directory", "convert wants a plain checkpoint"])
+
+
 def test_vectors_and_small_factors_are_no_targets(models: dict[str, Path], tmp_path: Path) -> None:
     command = ("decompose", models["blinkdl"], "-o", tmp_path / "out")
     refused(*command, "--targets", "*.time_maa_w1", words=["time_maa_w1", "never decomposed"])

@@ -118,12 +118,13 @@ def _from_file(path: Path, init: str | None, alpha: float | None) -> Change:
         assert change.before is not None
         _fits(change.after, change.before)
         return change
+    after = open_adapter_file(path, alpha)
     if alpha is None:
         raise ArtifactError(
             f"{path} does not say its scale; give the lora_alpha of its training with --alpha or, for PiSSA, "
             "its init_pissa.pth with --init"
         )
-    return Change(path, open_adapter_file(path, alpha), None, None)
+    return Change(path, after, None, None)
 
 
 def _ours(directory: Path, residual: Path | None, init: Path | None) -> Change:

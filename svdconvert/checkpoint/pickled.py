@@ -57,8 +57,12 @@ def _load(file: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{file} is not a state dict (a mapping from names to tensors)")
+    if not isinstance(loaded, dict) or not all(_is_dense(value) for value in loaded.values()):
+        raise CheckpointError(f"{file} is not a state dict (a mapping from names to dense tensors)")
     if all(name.startswith(_WRAPPED) for name in loaded):
         return {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
     return loaded
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svdconvert.artifact.manifest import Origin
+from svdconvert.artifact.manifest import PLAIN, Origin, is_ours, read_manifest
 from svdconvert.artifact.origin import fingerprint, same_model
 from svdconvert.checkpoint.reader import open_checkpoint
 from svdconvert.checkpoint.sidecars import CONFIG, read_config
 from svdconvert.checkpoint.source import TensorSource
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.hub.fetch import Snapshot, fetch
 from svdconvert.hub.remote import RemoteSource, Unstreamable
 from svdconvert.layout import Layout, find_layout, is_signed
@@ -54,8 +54,21 @@ def open_home(model: str, *, stream: bool = False) -> Home:
     """
     snapshot = fetch(model, "sidecars" if stream else "all")
     source = _streamed(snapshot) if stream and snapshot.revision else open_checkpoint(snapshot.path)
-    bare = not (snapshot.path / CONFIG).exists() and is_signed(source.infos)
+    signed = is_signed(source.infos)
+    if snapshot.path.is_file() and not signed:
+        raise CheckpointError(
+            f"{snapshot.path} is no model that is known by its tensors' names "
+            f"(it has {next(iter(source.infos), 'none')}); give a model's directory, and an adapter to merge"
+        )
+    bare = signed and not (snapshot.path / CONFIG).exists()
     return Home(snapshot, source, {} if bare else read_config(snapshot.path))
+
+
+def want_plain(model: str, verb: str) -> None:
+    """Raise ArtifactError where `model` is a directory of ours whose weights are of no use by themselves."""
+    place = fetch(model, "sidecars").path
+    if is_ours(place) and (kind := read_manifest(place).kind) not in PLAIN:
+        raise ArtifactError(f"{model} is a {kind} directory; {verb} wants a plain checkpoint")
 
 
 def open_headers(model: str) -> Home:

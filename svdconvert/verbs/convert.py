@@ -9,7 +9,7 @@ from svdconvert.artifact.options import ConvertOptions
 from svdconvert.artifact.stream import file_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model, write_config
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
-from svdconvert.hub.locate import Home, open_home
+from svdconvert.hub.locate import Home, open_home, want_plain
 from svdconvert.layout import in_family
 from svdconvert.run import Run
 
@@ -22,6 +22,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
+    want_plain(str(model), "convert")
     home, plan = _prepare(str(model), options, run.stream)
     check_apart(Path(out), home.path)
     threads = recorded(Path(out), "threads") or 0

@@ -5,15 +5,13 @@ from pathlib import Path
 
 from svdconvert.adapters.peft_format import CONFIG as ADAPTER_CONFIG
 from svdconvert.artifact.estimate import Estimate, estimate
-from svdconvert.artifact.manifest import PLAIN, Manifest, Matrix, Origin, is_ours, read_manifest, run_identity
+from svdconvert.artifact.manifest import Manifest, Matrix, Origin, run_identity
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.artifact.split import SplitPlan, plan_split, split_work
 from svdconvert.artifact.stream import file_checksums, notes, source_checksums, stream
 from svdconvert.checkpoint.sidecars import finish_model
 from svdconvert.checkpoint.writer import StagedOutput, check_apart, check_free, recorded
-from svdconvert.errors import ArtifactError
-from svdconvert.hub.fetch import fetch
-from svdconvert.hub.locate import Home, open_headers, open_home
+from svdconvert.hub.locate import Home, open_headers, open_home, want_plain
 from svdconvert.linalg.compute import pick_device, use_threads
 from svdconvert.run import Run
 
@@ -27,7 +25,7 @@ def decompose(
     """
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    _refuse_ours(str(model))
+    want_plain(str(model), "decompose")
     home = open_home(str(model), stream=run.stream)
     plan = _plan(home, options)
     check_apart(Path(out), home.path)
@@ -47,14 +45,8 @@ def decompose(
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
     """What `decompose` would write and take, from headers alone. Writes nothing."""
-    _refuse_ours(str(model))
+    want_plain(str(model), "decompose")
     return estimate(_plan(open_headers(str(model)), options or SplitOptions()))
-
-
-def _refuse_ours(model: str) -> None:
-    place = fetch(model, "sidecars").path
-    if is_ours(place) and (kind := read_manifest(place).kind) not in PLAIN:
-        raise ArtifactError(f"{model} is a {kind} directory; decompose wants a plain checkpoint")
 
 
 def _plan(home: Home, options: SplitOptions) -> SplitPlan:

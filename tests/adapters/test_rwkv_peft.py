@@ -142,7 +142,10 @@ def test_what_is_missing_is_asked_for(files: Files, tmp_path: Path) -> None:
     refused("merge", files.end, *out, "--alpha", 3, words=["base", "--base"])
     words = ["leave --alpha out"]
     refused("merge", files.end, *out, *base, "--alpha", 3, "--init", files.start, words=words)
-    refused("merge", files.base, *out, *base, "--alpha", 3, words=["base.pth holds no lora_A"])
+    for scale in (["--alpha", 3], []):
+        refused("merge", files.base, *out, *base, *scale, words=["base.pth holds no lora_A"])
+    for file in (files.start, files.end):
+        refused("decompose", file, *out, words=[f"{file} is no model", "lora_A", "adapter to merge"])
     tensors = read(files.end)
     tensors.popitem(last=False)
     torch.save(tensors, tmp_path / "half.pth")

@@ -60,6 +60,7 @@ def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(tmp_path: Path,
         ({"model": {"w": torch.ones(2)}}, "not a state dict"),
         ({"w": torch.ones(2), "step": 3}, "not a state dict"),
         (torch.ones(2), "not a state dict"),
+        ({"w": torch.ones(2).to_sparse()}, "dense"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, complaint: str) -> None:
