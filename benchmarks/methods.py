@@ -1,16 +1,19 @@
 """Every method on the same rows: the loss against the steps, at its own rate and at one rate for all.
 
-    python benchmarks/methods.py --model DIR --data FILE --out DIR [--steps 16] [--only pissa,lora]
+    python benchmarks/methods.py --model DIR --data FILE --out DIR [--steps 32] [--seeds 0,1,2] [--only pissa]
 
 Writes metrics.jsonl (a line a curve), loss.png (matplotlib) and README.md (a table) into OUT. The model is in
-memory once at a time; rows, their order, steps, batch, rank and schedule are the same for all.
+memory once at a time; steps, batch, rank and schedule are the same for all, and so are, for one seed, the
+rows and their order.
 """
 
 import argparse
 import json
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from svdconvert.training.settle import settled
 from svdconvert.training.task import Task, open_task
 
 COMMON = 2e-4
+HELD_OUT = 40
 FULL = 2e-5
 """The rate of full fine-tuning, as PiSSA and SORSA train it."""
 CASES: dict[str, tuple[str, str | None]] = {
@@ -49,20 +53,22 @@ CASES: dict[str, tuple[str, str | None]] = {
 TEXT = """# The methods side by side
 
 Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps {steps} --rank {rank}
---batch-size {batch_size} --max-length {max_length} --seed {seed}`.
+--batch-size {batch_size} --max-length {max_length} --seeds {seeds}`.
 
 ![loss against steps](loss.png)
 
-| method | rate | values trained | held-out loss before | after | mean loss of the last 4 steps |
+| method | rate | values trained | held-out loss before | after | mean loss of the last 8 steps |
 |---|---|---|---|---|---|
 {rows}
 
-Rows of more than {max_length} tokens are left out; the others are the same, in the same order, for every
-method: {steps} steps of {batch_size} rows, one seed, a constant rate after a short warm-up, bf16 where the
-processor multiplies it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
+Every figure is the mean over the seeds {seeds}; behind ± stands half the distance between the least and
+the largest. A seed decides the order of the rows and what a method draws by chance, alike for all methods; the
+{held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve is
+{steps} steps of {batch_size} rows, a constant rate after a short warm-up, bf16 where the processor multiplies
+it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
 
 What it shows: that every method trains, from which loss it starts (all from the model's own), and how far a
-few steps take it at either rate. What it does not show: which method is best. A few steps of one seed on one
+few steps take it at either rate. What it does not show: which method is best. A few steps of few seeds on one
 small model say nothing about the end of a training, no answer was graded, and every method's published rate
 belongs to larger models, larger batches and hundreds of steps.
 """
@@ -76,11 +82,12 @@ class Case:
     rate: float
     common: bool
     """True where the rate is that of all."""
+    seed: int
     trained: int
     losses: list[float]
     held_out: tuple[float, float]
     seconds: float
-    """Of a step, the median."""
+    """Processor time of a step, the median."""
 
 
 def main() -> None:
@@ -91,24 +98,24 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--max-length", type=int, default=144)
+    parser.add_argument("--seeds", default="0,1,2", help="numbers by commas")
     parser.add_argument("--only", default=",".join(CASES), help="methods by commas")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     cases = []
     with (arguments.out / "metrics.jsonl").open("w") as lines:
-        for name in arguments.only.split(","):
-            for rate, common in ((_own_rate(name), False), (COMMON, True)):
-                if common and rate == _own_rate(name):
-                    continue  # the same curve again
-                cases.append(_train(arguments, name, rate, common))
-                lines.write(json.dumps(asdict(cases[-1])) + "\n")
-                lines.flush()
-                print(_row(cases[-1]), flush=True)
+        for seed in map(int, arguments.seeds.split(",")):
+            for name in arguments.only.split(","):
+                # Where its own rate is the common one, the second would be the same curve again.
+                for rate in dict.fromkeys((_own_rate(name), COMMON)):
+                    cases.append(_train(arguments, seed, name, rate))
+                    lines.write(json.dumps(asdict(cases[-1])) + "\n")
+                    lines.flush()
+                    print(_row(cases[-1:]), flush=True)
     (arguments.out / "README.md").write_text(_text(arguments, cases))
     draw(cases, arguments.out / "loss.png")
 
@@ -118,11 +125,11 @@ def _own_rate(name: str) -> float:
     return FULL if method == "full" else METHODS.get(method).learning_rate
 
 
-def _plan(arguments: argparse.Namespace, rate: float) -> TrainPlan:
+def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainPlan:
     return TrainPlan(
         data=arguments.data,
         split="train[:600]",
-        eval_rows=40,
+        eval_rows=HELD_OUT,
         max_length=arguments.max_length,
         too_long="drop",
         steps=arguments.steps,
@@ -130,48 +137,39 @@ def _plan(arguments: argparse.Namespace, rate: float) -> TrainPlan:
         lr=rate,
         schedule="constant",
         warmup=0.1,
-        seed=arguments.seed,
+        seed=seed,
     )
 
 
-def _train(arguments: argparse.Namespace, name: str, rate: float, common: bool) -> Case:
+def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> Case:
     method, init = CASES[name]
-    plan = _plan(arguments, rate)
+    plan = _plan(arguments, seed, rate)
     layout = find_layout(None, open_home(arguments.model).config.get("model_type"), arguments.model)[1]
     task = open_task(Path(arguments.model), layout, plan)
     if method == "full":
         network = _full(arguments, layout)
     else:
-        network = _adapted(arguments, method, init)
+        network = _adapted(arguments, seed, method, init)
         plan = settled(plan, METHODS.get(method).started(init), 0.0, print)
-    return _measured(
-        Case(name, rate, common, trainable_count(network), [], (0.0, 0.0), 0.0), network, task, plan
-    )
+    curve = _curve(network, task, plan)
+    return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
 
-def _measured(case: Case, network: nn.Module, task: Task, plan: TrainPlan) -> Case:
-    losses, held_out, marks = [], [], [time.perf_counter()]
+def _curve(network: nn.Module, task: Task, plan: TrainPlan) -> tuple[list[float], tuple[float, float], float]:
+    """The losses, the held-out loss before and after, and a step's processor time."""
+    losses, held_out, times, mark = [], [], [], time.process_time()
     for log in fit(network, task.examples, task.objective, plan):
         if isinstance(log, StepLog):
             losses.append(log.loss)
-            marks.append(time.perf_counter())
+            times.append(time.process_time() - mark)
         else:
             held_out.append(log.eval_loss)
-            marks[-1] = time.perf_counter()
-    times = sorted(b - a for a, b in zip(marks, marks[1:], strict=False))
-    return Case(
-        case.name,
-        case.rate,
-        case.common,
-        case.trained,
-        losses,
-        (held_out[0], held_out[-1]),
-        times[len(times) // 2],
-    )
+        mark = time.process_time()
+    return losses, (held_out[0], held_out[-1]), statistics.median(times)
 
 
-def _adapted(arguments: argparse.Namespace, method: str, init: str | None) -> nn.Module:
-    split = SplitOptions(method=method, init=init, rank=arguments.rank, seed=arguments.seed)
+def _adapted(arguments: argparse.Namespace, seed: int, method: str, init: str | None) -> nn.Module:
+    split = SplitOptions(method=method, init=init, rank=arguments.rank, seed=seed)
     start = find_start(arguments.model, split, None, Run())
     network = load_network(start.weights, LAYOUTS.get(start.layout), None)
     replace_weights(network, start.replaced)
@@ -189,22 +187,35 @@ def _full(arguments: argparse.Namespace, layout: Any) -> nn.Module:
 
 
 def _text(arguments: argparse.Namespace, cases: list[Case]) -> str:
-    return TEXT.format(**vars(arguments), rows="\n".join(map(_row, cases)))
+    return TEXT.format(**vars(arguments), held_out=HELD_OUT, rows="\n".join(map(_row, _by_curve(cases))))
 
 
-def _row(case: Case) -> str:
-    last = case.losses[-4:]
+def _by_curve(cases: list[Case]) -> list[list[Case]]:
+    """The seeds of every method and rate, together."""
+    order = list(CASES)
+    ordered = sorted(cases, key=lambda case: (order.index(case.name), case.common, case.seed))
+    return [list(seeds) for _, seeds in groupby(ordered, lambda case: (case.name, case.rate))]
+
+
+def _row(seeds: list[Case]) -> str:
+    case = seeds[0]
     cells = (
         case.name,
         f"{case.rate:g}" + (" (common)" if case.common else ""),
         f"{case.trained:,}",
-        *(f"{loss:.4f}" for loss in (*case.held_out, sum(last) / len(last))),
+        _spread([case.held_out[0] for case in seeds]),
+        _spread([case.held_out[1] for case in seeds]),
+        _spread([statistics.mean(case.losses[-8:]) for case in seeds]),
     )
     return f"| {' | '.join(cells)} |"
 
 
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
 def draw(cases: list[Case], path: Path) -> None:
-    """Two panels: every method at its own rate, and at that of all."""
+    """Two panels: every method at its own rate, and at that of all; the mean over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -213,20 +224,20 @@ def draw(cases: list[Case], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     titles = ("each at its own rate", f"all at {COMMON:g}")
     for panel, common, title in zip(panels, (False, True), titles, strict=True):
-        for case in _shown(cases, common):
-            smooth = [
-                sum(case.losses[max(0, n - 3) : n + 1]) / min(4, n + 1) for n in range(len(case.losses))
-            ]
-            panel.plot(range(1, len(smooth) + 1), smooth, label=f"{case.name}, {case.rate:g}", linewidth=1.4)
+        for seeds in _by_curve(cases):
+            case = seeds[0]
+            if not (case.rate == COMMON if common else not case.common):
+                continue
+            means = [statistics.mean(losses) for losses in zip(*(each.losses for each in seeds), strict=True)]
+            smooth = [statistics.mean(means[max(0, step - 3) : step + 1]) for step in range(len(means))]
+            # The same colour in both panels.
+            colour = f"C{list(CASES).index(case.name)}"
+            panel.plot(range(1, len(smooth) + 1), smooth, colour, label=f"{case.name}, {case.rate:g}")
         panel.set(title=title, xlabel="step", ylabel="" if common else "loss, mean of the last 4 steps")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-
-
-def _shown(cases: list[Case], common: bool) -> Iterator[Case]:
-    return (case for case in cases if case.common == common or (common and case.rate == COMMON))
 
 
 if __name__ == "__main__":
