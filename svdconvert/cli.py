@@ -15,7 +15,7 @@ import typer
 from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.command import Typed, with_options
-from svdconvert.memory import return_freed_matrices, use_huge_pages
+from svdconvert.memory import keep_freed_blocks, return_freed_matrices, use_huge_pages
 from svdconvert.progress import Track
 from svdconvert.publishing import publishes
 from svdconvert.ranks import find_ranks
@@ -167,6 +167,7 @@ def train(
     with console.telling(debug=debug, out=out):
         from svdconvert.verbs.train import train as verb
 
+        keep_freed_blocks()
         shared = read_recipe(recipe)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.hub.begin import find_start
 from svdconvert.layout import LAYOUTS
+from svdconvert.memory import keep_freed_blocks, return_freed_matrices, use_huge_pages
 from svdconvert.method import METHODS
 from svdconvert.run import Run
 from svdconvert.training.example import IGNORED, Example
@@ -56,7 +57,10 @@ def main() -> None:
 
 
 def svdconvert(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
-    """(processor time so far, loss) behind every step."""
+    """(processor time so far, loss) behind every step; the memory is asked for as the program does it."""
+    return_freed_matrices()
+    keep_freed_blocks()
+    use_huge_pages()
     logs = fit(_ours(options), task.examples, task.objective, plan)
     return [(time.process_time(), log.loss) for log in logs if isinstance(log, StepLog)]
 

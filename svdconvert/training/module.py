@@ -60,9 +60,15 @@ class AdaptedLinear(nn.Module):
         Under autocast the adapter computes in autocast's dtype, otherwise in float32.
         """
         out: Tensor = self.base(x)
-        low = self._through_core(self._down(x)) * self.scale
-        # The sum before the cast: one rounding to the base's dtype, not two.
-        return (out + linear(low, self.get("lora_B"))).to(out.dtype)
+        low, left = self._through_core(self._down(x)), self.get("lora_B")
+        if low.dtype != out.dtype:
+            # The sum before the cast: one rounding to the base's dtype, not two.
+            return (out + self.scale * linear(low, left)).to(out.dtype)
+        # One kernel, which rounds once as well, and nothing as large as the output beside it.
+        sum_NO = torch.addmm(
+            out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1]), left.T, alpha=self.scale
+        )
+        return sum_NO.view_as(out)
 
     @property
     def has_spectrum(self) -> bool:
@@ -82,7 +88,8 @@ class AdaptedLinear(nn.Module):
 
     def _through_core(self, low: Tensor) -> Tensor:
         if self.has_spectrum:
-            return low * self.get("lora_S")
+            # Multiplied in float32; the next product would round it to autocast's dtype in any case.
+            return (low * self.get("lora_S")).to(low.dtype)
         return linear(low, self.get("lora_R")) if "lora_R" in self._pieces else low
 
     def get(self, piece: str) -> Tensor:

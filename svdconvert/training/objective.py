@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from svdconvert.training.crossentropy import summed_cross_entropy
 from svdconvert.training.data import collate
 from svdconvert.training.example import IGNORED, Example
 
@@ -66,8 +66,8 @@ class NextToken:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with _only_at(chosen_BT, plain) as cut:
             logits = model(**inputs).logits
-        logits_NV = logits[0] if cut else logits[chosen_BT]
-        return cross_entropy(logits_NV.float(), wanted_BT[chosen_BT], reduction="sum")
+        logits_NV = logits.flatten(0, 1) if cut else logits[chosen_BT]
+        return summed_cross_entropy(logits_NV, wanted_BT[chosen_BT])
 
     def scores(self, found: Findings) -> dict[str, float]:
         """None beside the loss."""
