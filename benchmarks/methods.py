@@ -62,10 +62,10 @@ Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps 
 {rows}
 
 Every figure is the mean over the seeds {seeds}; behind ± stands half the distance between the least and
-the largest. A seed decides the order of the rows and what a method draws by chance, alike for all methods; the
-{held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve is
-{steps} steps of {batch_size} rows, a constant rate after a short warm-up, bf16 where the processor multiplies
-it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
+the largest. A seed decides the order of the rows and what a method draws by chance, alike for all methods;
+the {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve
+is {steps} steps of {batch_size} rows, a constant rate after a short warm-up, bf16 where the processor
+multiplies it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
 
 What it shows: that every method trains, from which loss it starts (all from the model's own), and how far a
 few steps take it at either rate. What it does not show: which method is best. A few steps of few seeds on one
