@@ -390,5 +390,5 @@ def show_trained(out_dir: object, manifest: "Manifest") -> None:
         },
         [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"]
         if manifest.kind == "trained"
-        else [f'AutoModelForCausalLM.from_pretrained("{out_dir}")'],
+        else [loading(manifest.layout, out_dir)],
     )

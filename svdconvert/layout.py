@@ -10,8 +10,10 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.sidecars import CONFIG, read_config
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 from svdconvert.errors import CheckpointError, TargetError, UnknownNameError, did_you_mean
 from svdconvert.naming import Rule, rule_of
@@ -201,16 +203,37 @@ def find_layout(
     )
 
 
+CAUSAL = "AutoModelForCausalLM"
+_AUTO_CLASSES = {
+    "ForCausalLM": CAUSAL,
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the first architecture of a config.json."""
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((name for end, name in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+
+
 def loading(name: str, path: object) -> str:
-    """How a program loads a plain checkpoint of the layout `name`, empty where there is none to name."""
-    family = LAYOUTS.get(name).family if name in LAYOUTS.names() else None
-    line = family.loading if family else 'AutoModelForCausalLM.from_pretrained("{path}")'
-    return line.format(path=path)
+    """How a program loads the plain checkpoint at `path`, of the layout `name`; empty where none can."""
+    if family := _family(name):
+        return family.loading.format(path=path)
+    place = Path(str(path))
+    kind = auto_class(read_config(place)) if (place / CONFIG).is_file() else CAUSAL
+    return f'{kind}.from_pretrained("{path}")'
 
 
 def is_transformers(name: str) -> bool:
     """True where transformers, and so PEFT, loads models of the layout `name`."""
-    return "AutoModel" in loading(name, "")
+    family = _family(name)
+    return family is None or "AutoModel" in family.loading
+
+
+def _family(name: str) -> Family | None:
+    return LAYOUTS.get(name).family if name in LAYOUTS.names() else None
 
 
 def in_family(name: str, layout: Layout, wanted: str) -> tuple[str, Layout]:

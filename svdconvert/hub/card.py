@@ -13,6 +13,7 @@ import yaml
 from svdconvert.artifact.manifest import Manifest
 from svdconvert.hub.access import endpoint
 from svdconvert.hub.parcel import Kin
+from svdconvert.layout import CAUSAL, auto_class
 
 _LICENCE = ("license", "license_name", "license_link")
 _STAMP = re.compile(r"\n<!-- written by svdconvert ([0-9a-f]{16}) -->\n$")
@@ -101,7 +102,8 @@ class _Weights:
     def front(self) -> dict[str, Any]:
         plain = self._plain
         relation = {} if self.manifest.kind == "converted" else {"base_model_relation": "finetune"}
-        task = {"pipeline_tag": "text-generation"} if plain and _auto_class(self.facts) == _CAUSAL else {}
+        tag = _TASKS.get(auto_class(self.facts.config))
+        task = {"pipeline_tag": tag} if plain and tag else {}
         return {
             **_base_model(self.facts.kin.base_id, relation),
             **({"library_name": "transformers"} if self.facts.config else {}),
@@ -135,7 +137,7 @@ class _Weights:
             return _residual_code(self.manifest, self.facts, repository)
         if not self.facts.config:
             return _rwkv_code(self.manifest, self.facts)
-        name = _auto_class(self.facts)
+        name = auto_class(self.facts.config)
         trust = ", trust_remote_code=True" if "auto_map" in self.facts.config else ""
         code = _python(
             f"from transformers import AutoTokenizer, {name}\n\n"
@@ -163,11 +165,16 @@ class _Adapter:
     def _on_residual(self) -> bool:
         return self.manifest.rebased and self.manifest.kind == "trained"
 
+    @property
+    def _has_head(self) -> bool:
+        return self.facts.adapter.get("task_type") == "SEQ_CLS"
+
     def front(self) -> dict[str, Any]:
         kind = "lora" if self.manifest.kind == "lora" else f"{self.manifest.kind}-adapter"
         data = self.manifest.options.get("data")
         sets = [str(data).split(":")[0]] if isinstance(data, str) and _is_data_set(data) else []
-        task = {"pipeline_tag": "text-generation"} if self.manifest.kind != "decomposed" else {}
+        tag = "text-classification" if self._has_head else "text-generation"
+        task = {"pipeline_tag": tag} if self.manifest.kind != "decomposed" else {}
         return {
             **_base_model(self._weights_id or self.facts.kin.base_id, {"base_model_relation": "adapter"}),
             "library_name": "peft",
@@ -196,9 +203,13 @@ class _Adapter:
 
     def loading(self) -> str:
         repository, weights = self.facts.repository, self._weights_id
+        merge = f"```\nsvdconvert merge {repository} -o merged\n```"
         if self.facts.adapter.get("peft_type") != "LORA":
-            merge = f"```\nsvdconvert merge {repository} -o merged\n```"
             return f"Stock PEFT has no such adapter. Merge it:\n\n{merge}"
+        if self._has_head:
+            return (
+                f"It holds a head of its own, with its labels. Merged they are a plain checkpoint:\n\n{merge}"
+            )
         folder = f', subfolder="{_folder(self.manifest)}"' if self.manifest.kind == "decomposed" else ""
         name = "residual" if self._on_residual else "base"
         return _python(
@@ -208,15 +219,7 @@ class _Adapter:
         ) + ("" if weights else f"\n\n{name.upper()} is the directory of the model that it belongs to.")
 
 
-_CAUSAL = "AutoModelForCausalLM"
-
-
-def _auto_class(facts: Facts) -> str:
-    """The class of transformers that loads a configuration's architecture."""
-    architecture = str((facts.config.get("architectures") or [""])[0])
-    if architecture.endswith("ForConditionalGeneration"):
-        return "AutoModelForImageTextToText"
-    return _CAUSAL if architecture.endswith("ForCausalLM") else "AutoModel"
+_TASKS = {CAUSAL: "text-generation", "AutoModelForSequenceClassification": "text-classification"}
 
 
 def _residual_code(manifest: Manifest, facts: Facts, repository: str) -> str:
@@ -224,8 +227,8 @@ def _residual_code(manifest: Manifest, facts: Facts, repository: str) -> str:
     if not facts.config or facts.adapter.get("peft_type") != "LORA":
         return f"svdconvert trains it; stock PEFT does not know its like:\n\n{train}"
     load = _python(
-        f"from peft import PeftModel\nfrom transformers import {_auto_class(facts)}\n\n"
-        f"residual = {_auto_class(facts)}.from_pretrained({repository})\n"
+        f"from peft import PeftModel\nfrom transformers import {auto_class(facts.config)}\n\n"
+        f"residual = {auto_class(facts.config)}.from_pretrained({repository})\n"
         f'model = PeftModel.from_pretrained(residual, {repository}, subfolder="{_folder(manifest)}", '
         "is_trainable=True)"
     )

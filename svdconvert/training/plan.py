@@ -117,7 +117,7 @@ class TrainPlan:
     track: str | None = None
     """Send the metrics to tensorboard, wandb or trackio, by commas."""
     track_dir: str = "runs"
-    """Where such a tracker keeps its files."""
+    """Where tensorboard and wandb keep their files; trackio has a place of its own."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

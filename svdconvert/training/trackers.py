@@ -1,6 +1,7 @@
 """Metrics to where people watch them: tensorboard, wandb, trackio, through accelerate."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import MissingPackageError
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 def require_trackers(plan: TrainPlan) -> None:
     """Raise MissingPackageError where a tracker of the plan is not installed."""
     for name in plan.trackers:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        # A folder of that name is found too, with no file behind it: wandb leaves one where it ran.
+        if spec is None or spec.origin is None:
             raise MissingPackageError(f'{name} is not installed: pip install "svdconvert[{name}]"')
 
 
@@ -25,7 +28,9 @@ class Trackers:
         self._accelerator = accelerator
         if plan.trackers:
             options = {key: value for key, value in plan.shaping().items() if value is not None}
-            accelerator.init_trackers(name, config=options)
+            Path(plan.track_dir).mkdir(parents=True, exist_ok=True)  # or wandb would choose a place itself
+            own = {"wandb": {"name": name, "dir": plan.track_dir}, "trackio": {"name": name}}
+            accelerator.init_trackers(name, config=options, init_kwargs=own)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send what was measured."""

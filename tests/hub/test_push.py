@@ -12,6 +12,7 @@ from tests.conftest import Build
 from tests.hub.conftest import Visitor
 from tests.hub.server import Hub
 from tests.program import svdconvert
+from tests.reading import readable, write_sums
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -245,6 +246,19 @@ def test_a_push_that_fails_after_the_work_loses_nothing_and_is_repeated_alone(
     said = alice.succeeds("push", out, "alice/new", "--private").out
     assert f"pushed {out} to alice/new" in said.replace("\n", "")
     assert "model.safetensors" in hub.repositories["alice/new"].names()
+
+
+def test_kept_checkpoints_of_a_training_stay_here(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    base, out = readable(checkpoint("llama"), tmp_path / "base"), tmp_path / "out"
+    data = ["--data", write_sums(tmp_path / "sums.jsonl"), "--steps", 2, "--max-length", 48]
+    kept = ["--save-every", 1, "--keep-checkpoints", "--push", "alice/trained"]
+    alice.succeeds("train", base, "-o", out, "--method", "lora", "--rank", 4, *data, *kept)
+    assert any((out / "checkpoints").iterdir())
+    sent = hub.repositories["alice/trained"].names()
+    assert "adapter_model.safetensors" in sent
+    assert not [name for name in sent if name.startswith("checkpoints")]
 
 
 def test_options_of_pushing_want_a_repository(tmp_path: Path) -> None:

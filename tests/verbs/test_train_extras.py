@@ -1,6 +1,7 @@
 """What a trainer is expected to do beside training: samples, trackers, warnings, less memory."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,17 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
     ):
         train(base, tmp_path / "out", plan(base, track="wandb"), split=LORA)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_trackers_name_is_no_tracker(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()  # as its runs leave one
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingPackageError, match="wandb is not installed"):
+        train(base, tmp_path / "out", plan(base, track="wandb"), split=LORA)
 
 
 def test_an_unknown_tracker_is_refused(base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from svdconvert import Run, SplitOptions, TrainPlan, decompose, merge, read_manifest, to_lora, train
 from svdconvert.errors import ArtifactError, DataError, MissingPackageError
+from svdconvert.hub.card import Facts, write_card
+from svdconvert.hub.parcel import Kin
 from tests.conftest import Build
 from tests.program import content, refused, succeeded
 from tests.reading import readable
@@ -84,6 +86,10 @@ def body(checkpoint: Path, directory: Path) -> Path:
 
 def metrics(trained: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def logits(model: PreTrainedModel, home: Path) -> torch.Tensor:
@@ -202,6 +208,31 @@ def test_verify_and_inspect_know_the_head(chain: Callable[[str, str], Path]) -> 
     assert head["id2label"] == {"0": "large", "1": "small"}
     stored = load_file(home / "trained" / "adapter_model.safetensors")
     assert any(".classifier." in name for name in stored)
+
+
+def test_the_class_that_loads_a_classifier_is_named(
+    chain: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    home = chain("bert", "classify")
+    for said in (
+        succeeded("merge", home / "trained", "-o", tmp_path / "m"),
+        succeeded("inspect", tmp_path / "m"),
+    ):
+        assert "AutoModelForSequenceClassification.from_pretrained(" in said.out
+    for kind in ("trained", "lora", "merged"):
+        config, adapter = (object_in(home / kind / f"{name}.json") for name in ("config", "adapter_config"))
+        facts = Facts(
+            repository="me/it",
+            revision=None,
+            kin=Kin(None, None),
+            config=config,
+            adapter=adapter,
+            licence={},
+            command="svdconvert",
+        )
+        card = write_card(read_manifest(home / kind), facts)
+        assert "pipeline_tag: text-classification" in card
+        assert "AutoModelForCausalLM" not in card
 
 
 # --- what is refused --------------------------------------------------------------------------------------
