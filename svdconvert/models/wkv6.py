@@ -71,7 +71,7 @@ class Inside(NamedTuple):
     """What a chunk does by itself."""
 
     scores: Tensor
-    """P without its diagonal, (Z, M, M)."""
+    """P with zeros on its diagonal and above, (Z, M, M)."""
     reads: Tensor
     """R: what meets the state before the chunk, (Z, M, N)."""
     writes: Tensor
@@ -94,16 +94,18 @@ class Chunks:
     ) -> tuple[Tensor, Tensor]:
         """As `token_by_token`, to rounding."""
         batch, heads, tokens, size = r.shape
-        own = (r * (k * u_HN[:, None])).sum(-1, keepdim=True) * v
+        own = (r * (k * u_HN[:, None])).sum(-1, keepdim=True)
         r, k, v, a, own = (self._cut(x) for x in (r, k, v, a, own))
         scores, reads, writes, decay = self.inside(r, k, a)
+        # A token meets what it writes itself by u.
+        scores.diagonal(0, 1, 2).copy_(own.squeeze(-1))
         updates = (writes.mT @ v).view(batch, heads, -1, size, size)
         decays = decay.view(batch, heads, -1, size, 1)
         states = [state]
         for left, update in zip(decays.unbind(2), updates.unbind(2), strict=True):
             states.append(torch.addcmul(update, left, states[-1]))
         before = torch.stack(states[:-1], 2).flatten(0, 2)
-        y = torch.baddbmm(torch.baddbmm(own, scores, v), reads, before)
+        y = torch.baddbmm(scores @ v, reads, before)
         return y.view(batch, heads, -1, size)[:, :, :tokens], states[-1]
 
     def _cut(self, x: Tensor) -> Tensor:
