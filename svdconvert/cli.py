@@ -15,7 +15,7 @@ import typer
 from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.command import Typed, with_options
-from svdconvert.memory import keep_freed_blocks, return_freed_matrices, use_huge_pages
+from svdconvert.memory import collect_seldom, keep_freed_blocks, return_freed_matrices, use_huge_pages
 from svdconvert.progress import Track
 from svdconvert.publishing import publishes
 from svdconvert.ranks import find_ranks
@@ -369,6 +369,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    collect_seldom()
     return_freed_matrices()
     use_huge_pages()
     app()

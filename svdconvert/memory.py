@@ -1,12 +1,15 @@
 """How the process asks the system for memory, and when it gives it back."""
 
+import atexit
 import ctypes
+import gc
 import os
 
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _LARGE, _KEPT = 8 << 20, 64 << 20
 _MOST = 2**31 - 1
+_OBJECTS = 100_000
 
 
 def return_freed_matrices() -> None:
@@ -43,3 +46,13 @@ def use_huge_pages() -> None:
     torch reads the variable at its first allocation; what the user set is left.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def collect_seldom() -> None:
+    """Spare Python's collector its walks through the hundreds of thousands of objects that torch is made of.
+
+    It finds nothing there, neither while torch is imported nor at the end of the process, where it takes
+    as long again. Tensors are freed when the last name of them goes, and do not wait for it.
+    """
+    gc.set_threshold(_OBJECTS)
+    atexit.register(gc.freeze)
