@@ -27,6 +27,7 @@ from svdconvert.run import Run
 Place = tuple[str, str]
 """(file, name) of an output tensor."""
 
+_UNSYNCED = 256 << 20  # bytes of a file that may wait for the disk
 _WINDOW = 4  # shards per rank that are shared out together, so that finished shards come early
 
 
@@ -244,6 +245,7 @@ class _Behind:
         self._rooms = rooms
         self._pending: deque[Future[Any]] = deque()
         self._syncs: list[Future[None]] = []
+        self._unsynced: Counter[str] = Counter()
 
     def matrix(self, name: str, mark: str, outcome: Outcome) -> None:
         """Have a computed matrix written."""
@@ -274,6 +276,7 @@ class _Behind:
             passing = Checksum()
             self._staged.write(file, key, piece, passing.over)
             files.setdefault(file, {})[key] = passing.text()
+            self._sync_behind(file, piece.nbytes)
         self._rooms.give_back(name)
         self._finish(name, {"source": mark, "files": files, "note": dict(outcome.note)})
 
@@ -285,8 +288,16 @@ class _Behind:
             deque(chunks, maxlen=0)
         else:
             self._staged.write_bytes(file, name, chunks)
+            self._sync_behind(file, self._source.infos[name].nbytes)
         mark = _expected(self._work, name, passing.text())
         self._finish(name, {"source": mark, "files": {file: {name: mark}} if file else {}})
+
+    def _sync_behind(self, file: str, nbytes: int) -> None:
+        """Keep the disk busy all the time, so that the end does not wait for it."""
+        self._unsynced[file] += nbytes
+        if self._unsynced[file] > _UNSYNCED and not self._staged.departs(file):
+            self._unsynced[file] = 0
+            self._syncs.append(self._syncing.submit(self._staged.sync, file))
 
     def _finish(self, name: str, record: dict[str, Any]) -> None:
         self._staged.finish(name, record)

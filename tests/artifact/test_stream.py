@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdconvert.artifact import stream
 from svdconvert.artifact.options import SplitOptions
 from svdconvert.checkpoint.writer import StagedOutput
 from svdconvert.linalg.compute import side_by_side
@@ -43,3 +44,19 @@ def test_workers_share_the_threads_and_give_them_back() -> None:
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_large_file_goes_to_the_disk_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = medium.build(tmp_path / "base", layers=2)
+    synced: list[str] = []
+    real = StagedOutput.sync
+    monkeypatch.setattr(StagedOutput, "sync", lambda self, file: synced.append(file) or real(self, file))
+    counts = []
+    for unsynced in (1 << 40, 1 << 12):
+        monkeypatch.setattr(stream, "_UNSYNCED", unsynced)
+        synced.clear()
+        decompose(model, tmp_path / str(unsynced), SplitOptions(rank=8), Run(threads=1))
+        counts.append(synced.count("model.safetensors"))
+    assert counts[1] > counts[0] + 4, "the disk was left alone until the file was complete"
