@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.blocks import times
-from svdconvert.linalg.orthonormal import orthonormal
+from svdconvert.linalg.orthonormal import gram_eigen, orthonormal, turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +52,20 @@ def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eigh of the R x R Gram matrix in float64 in place of an SVD: from a float32 block it loses nothing
     until sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
     """
-    wide_LR = block_LR.double()
-    squares, mix = torch.linalg.eigh(wide_LR.T @ wide_LR)
-    squares, mix = squares.flip(0), mix.flip(1)
+    squares, mix = gram_eigen(block_LR)
     if not float(squares[-1]) > 1e-12 * float(squares[0]):
-        left, sigma, right = torch.linalg.svd(wide_LR, full_matrices=False)
+        left, sigma, right = torch.linalg.svd(block_LR.double(), full_matrices=False)
         left = orthonormal(left.to(block_LR.dtype))
         return left, sigma.to(block_LR.dtype), right.T.to(block_LR.dtype)
-    sigma = squares.sqrt()
-    left_LR = wide_LR @ (mix / sigma)
-    return left_LR.to(block_LR.dtype), sigma.to(block_LR.dtype), mix.to(block_LR.dtype)
+    left_LR = turned(block_LR, squares, mix)
+    return left_LR, squares.sqrt().to(block_LR.dtype), mix.to(block_LR.dtype)
 
 
-def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
+def project(image_LR: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
     """The SVD of W Q Q^T, from the product W Q and the SVD of its thin result.
 
     L, S: the longer and the shorter side, Q the basis.
     """
-    left_LR, sigma_R, mix_RR = thin_svd(times(weight_LS, basis_SR))
+    left_LR, sigma_R, mix_RR = thin_svd(image_LR)
     right_RS = (basis_SR @ mix_RR).T
     return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

@@ -10,6 +10,7 @@ from svdconvert.linalg.blocks import (
     gram,
     gram_times,
     in_float32,
+    low_gram_times,
     row_blocks,
     times,
     total_energy,
@@ -44,6 +45,7 @@ def test_products_are_those_of_the_whole_matrix(
     dtype: torch.dtype, turned: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", size)
+    monkeypatch.setattr(blocks, "_LOW_BLOCK", size)
     given = matrix(dtype, turned=turned)
     kept, wide = given.clone(), given.double()
     thin = torch.randn(given.shape[1], 3, generator=torch.Generator().manual_seed(1))
@@ -55,6 +57,8 @@ def test_products_are_those_of_the_whole_matrix(
     }
     for name, (found, exact) in wanted.items():
         assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-4), name
+    found = low_gram_times(given.bfloat16(), thin)
+    assert (found.double() - wanted["gram_times"][1]).norm() < 1e-2 * wanted["gram_times"][1].norm()
     assert total_energy(given) == pytest.approx(float(wide.square().sum()), rel=1e-6)
     outside = float((wide - left.double() @ thin.T.double()).square().sum())
     assert energy_outside(given, left, thin.T) == pytest.approx(outside, rel=1e-6)
