@@ -28,6 +28,7 @@ Place = tuple[str, str]
 """(file, name) of an output tensor."""
 
 _UNSYNCED = 256 << 20  # bytes of a file that may wait for the disk
+_COPIES = 4  # untouched tensors that may wait for the writer, while matrices are read and computed
 _WINDOW = 4  # shards per rank that are shared out together, so that finished shards come early
 
 
@@ -163,13 +164,13 @@ def _reading(work: Work, source: TensorSource, names: Iterable[str], rooms: "_Ro
             waiting.append(pool.submit(read, name, rooms.take(name)))
 
         def take(name: str) -> tuple[Tensor, str]:
-            if not waiting:
-                begin()
             found = waiting.popleft().result()
             if matrices:
                 begin()
             return found
 
+        if matrices:
+            begin()
         yield take
 
 
@@ -248,12 +249,14 @@ class _Behind:
         self._unsynced: Counter[str] = Counter()
 
     def matrix(self, name: str, mark: str, outcome: Outcome) -> None:
-        """Have a computed matrix written."""
-        self._submit(self._pool, self._write, name, mark, outcome)
+        """Have a computed matrix written, once nothing else waits: one outcome at most is in memory."""
+        self.drain(0)
+        self._pending.append(self._pool.submit(self._write, name, mark, outcome))
 
     def copy(self, name: str) -> None:
-        """Have an untouched tensor copied."""
-        self._submit(self._pool, self._copy, name)
+        """Have an untouched tensor copied; a few may wait, which take no memory."""
+        self.drain(_COPIES)
+        self._pending.append(self._pool.submit(self._copy, name))
 
     def drain(self, most: int) -> None:
         """Wait until at most `most` tasks are under way; raises what went wrong in one."""
@@ -265,10 +268,6 @@ class _Behind:
         self.drain(0)
         for sync in self._syncs:
             sync.result()
-
-    def _submit(self, pool: ThreadPoolExecutor, task: Callable[..., None], *arguments: Any) -> None:
-        self.drain(0)  # so that one outcome at most waits in memory beside the one in work
-        self._pending.append(pool.submit(task, *arguments))
 
     def _write(self, name: str, mark: str, outcome: Outcome) -> None:
         files: dict[str, dict[str, str]] = {}

@@ -44,7 +44,7 @@ def test_memory_depends_on_the_largest_matrix_and_not_on_the_model(
         max(_peak(_command(verb, model, tmp_path / f"{model.name}-{run}")) for run in range(2))
         for model in models
     )
-    bound = 10 * SQUARE if verb == "exact" else 6 * LARGEST
+    bound = 11 * SQUARE if verb == "exact" else 6 * LARGEST
     assert large - bare <= bound, f"{(large - bare) / 1e6:.0f} MB where {bound / 1e6:.0f} are promised"
     # Three times the model, and not one matrix more in memory. What the peak is, is chance by a few per
     # cent: whether reading, computing and writing meet, and when it is looked at.
