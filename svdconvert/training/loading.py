@@ -47,8 +47,8 @@ def load_examples(plan: TrainPlan, encode: Encode) -> Examples:
         if cut <= 0:
             raise DataError(f"{plan.data}: eval_rows holds out {plan.eval_rows} of its {len(rows)} rows")
         rows, held_out = rows[:cut], rows[cut:]
-    train = _kept(rows, plan.data, plan)
-    tested = _kept(held_out, plan.eval_data or plan.data, plan) if held_out else []
+    train = _kept(rows, plan.data, "training", plan)
+    tested = _kept(held_out, plan.eval_data or plan.data, "held-out", plan) if held_out else []
     return Examples(pack(train, plan.max_length) if plan.packing else train, tested, remarks, marks)
 
 
@@ -101,10 +101,11 @@ def _remarks(data: str, rows: Encoded, plan: TrainPlan) -> Iterator[str]:
         )
 
 
-def _kept(rows: Encoded, data: str, plan: TrainPlan) -> list[Example]:
+def _kept(rows: Encoded, data: str, part: str, plan: TrainPlan) -> list[Example]:
     kept = [row for row in rows if row is not None and not (plan.too_long == "drop" and _is_long(row))]
     if not kept:
         raise DataError(
-            f"{data}: not one of {len(rows)} rows has a response within max_length {plan.max_length}"
+            f"{data}: not one of the {len(rows)} {part} rows has a response within max_length "
+            f"{plan.max_length}: give a larger one"
         )
     return kept

@@ -39,8 +39,9 @@ def make_accelerator(plan: TrainPlan) -> "Accelerator":
         raise RecipeError(f"device {plan.device}: accelerate runs on {accelerator.device.type} here")
     if accelerator.distributed_type.value in _SHARDING:
         raise RecipeError(
-            f"accelerate is set to {accelerator.distributed_type.value}, and train writes whole adapters: "
-            "use DDP, or train the initial adapter with PEFT and convert it with --residual"
+            f"accelerate is set to {accelerator.distributed_type.value}, and train needs the whole model in "
+            "every process: use DDP, or train the initial adapter with PEFT and bring it back with to-lora "
+            "ADAPTER --residual DECOMPOSED"
         )
     return accelerator
 

@@ -1,6 +1,7 @@
 """Rows of training data, from a file or the Hub, by Hugging Face's `datasets`."""
 
 import csv
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -51,7 +52,22 @@ def _read_file(path: Path, split: str) -> Any:
         options = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
         if READERS[path.suffix] == "csv":
             options |= _columns_as_text(path)
-        return _load(str(path), READERS[path.suffix], **options)
+        try:
+            return _load(str(path), READERS[path.suffix], **options)
+        except DataError:
+            if path.suffix == ".jsonl":
+                _check_lines(path)
+            raise
+
+
+def _check_lines(path: Path) -> None:
+    """Name the first line that is no JSON; `datasets` counts from 0, anew in every block it reads."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line.strip() or b"{}")
+            except ValueError as error:
+                raise DataError(f"{path}: row {number} is not JSON: {error}") from error
 
 
 def _columns_as_text(path: Path) -> dict[str, Any]:

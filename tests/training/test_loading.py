@@ -68,6 +68,7 @@ def test_reading_leaves_nothing_behind_and_shows_nothing(
         ("sub dir/none", None, "there is no such file, and it is no Hub data set"),
         ("empty.jsonl", "", "the file is empty"),
         ("empty.json", "[]", "it has no rows"),
+        ("rows.jsonl", '{"text": "a"}\n\n{"text":\n', r"rows.jsonl: row 3 is not JSON"),
         ("rows.txt", "a", r"the ending '.txt' is not one of .jsonl, .json, .parquet, .csv"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl: .*JSON"),
         (".", None, "a directory, give a file in it"),
@@ -165,7 +166,9 @@ def test_positions_begin_anew_in_every_packed_row_and_in_the_padding() -> None:
 
 def test_data_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError, match="rows.jsonl: not one of 5 rows has a response within max_length 8"):
+    with pytest.raises(
+        DataError, match="rows.jsonl: not one of the 5 training rows has a response within max_length 8"
+    ):
         load_examples(TrainPlan(data=data, max_length=8), tokenizer)
 
 
