@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from svdconvert.errors import SvdConvertError
+from svdconvert.training.attention import attention_for
 from svdconvert.training.checkpoints import Checkpoints
 from svdconvert.training.loading import Examples
 from svdconvert.training.machine import make_accelerator
@@ -82,7 +83,10 @@ def fit(  # noqa: PLR0913 (what is trained, on what, for what, how, where, and f
     # For dropout, with different masks in every process; the rows' order has a generator of its own.
     set_seed(plan.seed, device_specific=True)
     total = plan.total_steps(len(examples.train), accelerator.num_processes)
-    with as_trained(model, checkpointing=plan.gradient_checkpointing):
+    with (
+        as_trained(model, checkpointing=plan.gradient_checkpointing),
+        attention_for(model, plan, accelerator),
+    ):
         run = _Run(Trainer.ready(model, objective, plan, accelerator), examples, total)
         state = checkpoints.newest() if checkpoints else None
         if state is not None:
