@@ -18,7 +18,7 @@ _SHORT = 512  # tokens; with 1024 nothing is gained any more, and the scores are
 def attention_for(model: nn.Module, plan: TrainPlan, accelerator: "Accelerator") -> Iterator[None]:
     """Compute short rows in bfloat16 on a CPU as matrix products, and as before afterwards.
 
-    There torch's fused attention takes half as long again (benchmarks/train.py). The plan decides and not the
+    There torch's fused attention takes half as long again (docs/training.md). The plan decides and not the
     rows at hand, so that a training that goes on computes as it began. A model that has another attention
     than transformers' usual one keeps it.
     """
