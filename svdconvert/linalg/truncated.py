@@ -6,7 +6,8 @@ A randomised start, some powers of W^T W, then a block Krylov space on the short
 Ritz choose R vectors in it, and one product of W with them gives the factors. The energy that every
 block gains says how much is still missing, so the space grows by a tolerance and not by a count.
 Where W holds bfloat16 numbers and the processor multiplies them faster, the space is built in
-bfloat16; the last product is in float32, and so is the energy that the result is judged by.
+bfloat16, and so is the last product where its rounding is nothing beside the tolerance; the result is
+judged by the energy of its own factors.
 """
 
 from dataclasses import dataclass, replace
