@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.blocks import times, total_energy
+from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.compute import exact_products, multiplies_bfloat16
 from svdconvert.linalg.krylov import (
     Krylov,
@@ -118,7 +118,7 @@ class _Minor:
 
     def finish(self, vectors_SR: Tensor, outlook: Outlook) -> Triplets:
         """The factors, and the excess with the energy inside as they have it."""
-        found = project(times(self.weight_LS, vectors_SR), vectors_SR, self.total, 0.0, "fast")
+        found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         inside = found.spectrum.energy
         outlook = replace(outlook, missing=outlook.missing + self.noise)
         excess = outlook.excess(inside) if inside > _FLOOR else 0.0

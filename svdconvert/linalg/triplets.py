@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.blocks import times
 from svdconvert.linalg.orthonormal import gram_eigen, orthonormal, turned
 
 
@@ -61,11 +62,11 @@ def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left_LR, squares.sqrt().to(block_LR.dtype), mix.to(block_LR.dtype)
 
 
-def project(image_LR: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
+def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
     """The SVD of W Q Q^T, from the product W Q and the SVD of its thin result.
 
     L, S: the longer and the shorter side, Q the basis.
     """
-    left_LR, sigma_R, mix_RR = thin_svd(image_LR)
+    left_LR, sigma_R, mix_RR = thin_svd(times(weight_LS, basis_SR))
     right_RS = (basis_SR @ mix_RR).T
     return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

@@ -6,8 +6,7 @@ A randomised start, some powers of W^T W, then a block Krylov space on the short
 Ritz choose R vectors in it, and one product of W with them gives the factors. The energy that every
 block gains says how much is still missing, so the space grows by a tolerance and not by a count.
 Where W holds bfloat16 numbers and the processor multiplies them faster, the space is built in
-bfloat16, and so is the last product where its rounding is nothing beside the tolerance; the result is
-judged by the energy of its own factors.
+bfloat16; the last product is in float32, and so is the energy that the result is judged by.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from svdconvert.linalg.blocks import (
     gram,
     gram_times,
     low_gram_times,
-    times,
     total_energy,
 )
 from svdconvert.linalg.compute import multiplies_bfloat16
@@ -43,7 +41,6 @@ POWERS = 4
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
 _COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
-_ROUNDED = 2e-5  # twenty times the share of the energy that rounding an image to bfloat16 may take
 _COARSE = 1e-3  # the least share outside that products in bfloat16 can be trusted with
 
 
@@ -56,8 +53,7 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
         return gram_top(weight_OI.T, rank).turned()
     squares, vectors = torch.linalg.eigh(gram(weight_OI))
     basis_SR = vectors[:, -rank:].flip(1).float()
-    image_OR = times(weight_OI, basis_SR)
-    return project(image_OR, basis_SR, float(squares.clamp_min(0.0).sum()), 0.0, "exact")
+    return project(weight_OI, basis_SR, float(squares.clamp_min(0.0).sum()), 0.0, "exact")
 
 
 def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
@@ -73,10 +69,10 @@ def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Gener
         return _nothing(weight_OI, rank)
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
     if tol > _COARSE_TOL and multiplies_bfloat16(weight_OI):
-        found = _Top(weight_OI, rank, total, tol, weight_OI.bfloat16()).search(start_SB)
+        found = _Top(weight_OI, rank, total, weight_OI.bfloat16()).search(start_SB, tol)
         if found is not None:
             return found
-    return _Top(weight_OI, rank, total, tol).search(start_SB)
+    return _Top(weight_OI, rank, total).search(start_SB, tol)
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,6 @@ class _Top:
     weight_LS: Tensor
     rank: int
     total: float
-    tol: float
     low_LS: Tensor | None = None
     """The matrix in bfloat16, where the space is built in it."""
 
@@ -95,12 +90,12 @@ class _Top:
         """True where the space is built in a narrower dtype than float32."""
         return self.low_LS is not None
 
-    def search(self, start_SB: Tensor) -> Triplets | None:
+    def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
         """The truncation, or None where the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         core = torch.float32 if self.coarse else torch.float64
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, POWERS), limit, core)
-        return Search(self.rank, self.tol, self.outlook, self.finish, 1 if self.coarse else 8).run(krylov)
+        return Search(self.rank, tol, self.outlook, self.finish, 1 if self.coarse else 8).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
@@ -114,19 +109,9 @@ class _Top:
         kept, before, coming = (float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.coming_R))
         return Outlook.of(1.0 - before, 1.0 - kept, coming)
 
-    def image(self, basis_SR: Tensor, outlook: Outlook) -> Tensor:
-        """W Q in float32; multiplied in bfloat16 where its rounding is nothing beside the tolerance.
-
-        What is rounded stays in the residual, and the SVD of the rounded image is a true one: all that
-        rounding can do is to take from the truncation a little of what it might hold.
-        """
-        if self.low_LS is not None and outlook.cost * self.tol > _ROUNDED:
-            return (self.low_LS @ basis_SR.to(self.low_LS.dtype)).float()
-        return times(self.weight_LS, basis_SR)
-
     def finish(self, vectors_SR: Tensor, outlook: Outlook) -> Triplets:
         """The factors, and the excess with the energy outside as they leave it."""
-        found = project(self.image(vectors_SR, outlook), vectors_SR, self.total, 0.0, "fast")
+        found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         outside = 1.0 - found.spectrum.energy
         if self.coarse:
             excess = outlook.excess(outside) if outside > _COARSE else inf
