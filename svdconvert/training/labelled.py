@@ -9,7 +9,7 @@ import torch
 from svdconvert.errors import DataError, did_you_mean
 from svdconvert.training.example import Example
 from svdconvert.training.plan import TrainPlan
-from svdconvert.training.prompts import Row
+from svdconvert.training.prompts import Row, known_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,20 +78,9 @@ class Labelled:
 
 
 def _fields(row: Row, plan: TrainPlan) -> tuple[str, ...]:
-    if plan.text_fields is not None:
-        named = tuple(name.strip() for name in plan.text_fields.split(","))
-        for name in named:
-            if name not in row:
-                raise DataError(f"there is no field {name}; {did_you_mean(name, row)}")
-        return named
-    for fields in FIELD_SETS:
-        if all(name in row for name in fields):
-            return fields
-    known = ", ".join("/".join(fields) for fields in FIELD_SETS)
-    raise DataError(
-        f"none of the known field sets ({known}) is among the fields {', '.join(row)}: "
-        "name yours with text_fields"
-    )
+    names = plan.text_fields
+    named = None if names is None else tuple(name.strip() for name in names.split(","))
+    return known_fields(row, named, FIELD_SETS, "text_fields")
 
 
 def _text(row: Row, name: str) -> str:

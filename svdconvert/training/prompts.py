@@ -70,18 +70,31 @@ def choose_fields(row: Row, plan: TrainPlan) -> tuple[str, ...]:
 
     Raises DataError where the row has neither the plan's fields nor a known set.
     """
+    named = None
     if plan.prompt_field is not None and plan.response_field is not None:
-        for field in (plan.prompt_field, plan.response_field):
+        named = (plan.prompt_field, plan.response_field)
+    return known_fields(row, named, FIELD_SETS, "prompt_field and response_field")
+
+
+def known_fields(
+    row: Row, named: tuple[str, ...] | None, known: Sequence[tuple[str, ...]], options: str
+) -> tuple[str, ...]:
+    """The fields that were named, or the first known set that the row has.
+
+    `options` are the settings that name them. Raises DataError where the row has not got them.
+    """
+    if named is not None:
+        for field in named:
             if field not in row:
                 raise DataError(f"there is no field {field}; {did_you_mean(field, row)}")
-        return plan.prompt_field, plan.response_field
-    for fields in FIELD_SETS:
+        return named
+    for fields in known:
         if all(field in row for field in fields):
             return fields
-    known = ", ".join("/".join(fields) for fields in FIELD_SETS)
+    sets = ", ".join("/".join(fields) for fields in known)
     raise DataError(
-        f"none of the known field sets ({known}) is among the fields {', '.join(row)}: "
-        "name yours with prompt_field and response_field"
+        f"none of the known field sets ({sets}) is among the fields {', '.join(row)}: "
+        f"name yours with {options}"
     )
 
 
