@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdconvert.checkpoint.uncached import Uncached
 from svdconvert.errors import SvdConvertError
 from tests.conftest import Build
 from tests.program import content, refused, succeeded, svdconvert
@@ -271,15 +272,15 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_finishes(base: Path, 
 
 
 def test_no_space_left_is_a_sentence(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, left = os.pwrite, [20]
+    real, left = Uncached.write, [20]
 
-    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+    def write(self: Uncached, descriptor: int, data: bytes, offset: int) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data, offset)
+        return real(self, descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(Uncached, "write", write)
     refused(
         "decompose",
         base,

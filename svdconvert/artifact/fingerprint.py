@@ -9,7 +9,7 @@ import xxhash
 
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 """Bytes of a tensor that pass at a time: they are read, noted and written while they are in cache."""
 
 # What loaders and savers rewrite without changing the model.

@@ -19,6 +19,7 @@ from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.journal import Journal, Record, journals, read_journal
 from svdconvert.checkpoint.shards import PlannedFile
 from svdconvert.checkpoint.source import Passing, TensorInfo, dtype_code, pieces, tensor_bytes
+from svdconvert.checkpoint.uncached import Uncached
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.run import Run
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MARK = "svdconvert.json"
 JOURNAL = "journal.jsonl"
-_PIECE = 1 << 19  # bytes: what passes is looked at and written while it is in cache
+_PIECE = 1 << 20  # bytes: what passes is looked at and written while it is in the processor's cache
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
 
 
@@ -59,6 +60,7 @@ class StagedOutput:
         self._open: dict[str, int] = {}
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
+        self._uncached = Uncached()
         self._departed = Departed(self.path, files, identity, run.shipment) if run.shipment else None
 
     def __enter__(self) -> "StagedOutput":
@@ -137,7 +139,7 @@ class StagedOutput:
             header, offsets = build_header(file.infos)
             if create:
                 os.ftruncate(descriptor, len(header) + file.nbytes)
-                os.pwrite(descriptor, header, 0)
+                self._uncached.write(descriptor, header, 0)
         for info in file.infos:
             self._places[file.path, info.name] = (offsets[info.name], info)
 
@@ -157,7 +159,7 @@ class StagedOutput:
             crc = zlib.crc32(chunk, crc) if summed else 0
             with explained(self.path / file):
                 while len(chunk):
-                    count = os.pwrite(self._open[file], chunk, offset)
+                    count = self._uncached.write(self._open[file], chunk, offset)
                     chunk, offset = chunk[count:], offset + count
         assert offset == end, f"{name}: {offset - end:+} bytes against the plan"
         if summed:

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdconvert.checkpoint import writer
 from svdconvert.checkpoint.shards import PlannedFile, plan_file
 from svdconvert.checkpoint.source import TensorInfo, dtype_code
+from svdconvert.checkpoint.uncached import Uncached
 from svdconvert.checkpoint.writer import MARK, StagedOutput
 from svdconvert.errors import OutputError
 from svdconvert.run import Run
@@ -200,17 +200,17 @@ def test_a_place_that_cannot_be_written_is_a_sentence(path: str) -> None:
 
 def full(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
     """Make the disk full after so many writes; the result makes room again."""
-    real, count = os.pwrite, 0
+    real, count = Uncached.write, 0
 
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    def write(self: Uncached, descriptor: int, data: memoryview, offset: int) -> int:
         nonlocal count
         count += 1
         if count > after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(descriptor, data, offset)
+        return real(self, descriptor, data, offset)
 
-    monkeypatch.setattr(writer.os, "pwrite", pwrite)
-    return lambda: monkeypatch.setattr(writer.os, "pwrite", real)
+    monkeypatch.setattr(Uncached, "write", write)
+    return lambda: monkeypatch.setattr(Uncached, "write", real)
 
 
 @pytest.mark.parametrize("after", range(4))
@@ -232,9 +232,9 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(
 
 
 def test_a_short_write_is_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
+    real = Uncached.write
     monkeypatch.setattr(
-        writer.os, "pwrite", lambda file, data, offset: real(file, memoryview(data)[:200], offset)
+        Uncached, "write", lambda self, file, data, at: real(self, file, memoryview(data)[:200], at)
     )
     big = torch.randn(100, 10)
     with StagedOutput(out, [plan_file("f", [TensorInfo("big", (100, 10), "F32")])], {}, Run()) as output:

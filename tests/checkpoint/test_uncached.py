@@ -1,0 +1,56 @@
+"""Writing past the page cache, and without that where the system cannot do it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from svdconvert.checkpoint import uncached
+from svdconvert.checkpoint.uncached import Uncached
+
+
+def write(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        output = Uncached()
+        assert output.write(descriptor, b"there", 3) == 5
+        assert output.write(descriptor, memoryview(b"here"), 8) == 4
+    finally:
+        os.close(descriptor)
+    return path.read_bytes()
+
+
+def test_what_is_written_lies_at_its_place(tmp_path: Path) -> None:
+    assert write(tmp_path / "file") == b"\0\0\0therehere"
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_system_that_cannot_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    asked: list[int] = []
+
+    def pwritev(*arguments: object) -> int:
+        asked.append(number)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(uncached.os, "pwritev", pwritev, raising=False)
+    monkeypatch.setattr(uncached.sys, "platform", "linux")
+    assert write(tmp_path / "file") == b"\0\0\0therehere"
+    assert asked == [number]
+
+
+def test_other_systems_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(uncached.os, "pwritev", raising=False)
+    monkeypatch.setattr(uncached.sys, "platform", "darwin")
+    assert write(tmp_path / "file") == b"\0\0\0therehere"
+
+
+def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor = os.open("/dev/full", os.O_RDWR)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            Uncached().write(descriptor, b"x" * 10, 0)
+    finally:
+        os.close(descriptor)
