@@ -8,6 +8,7 @@ from torch import Tensor
 
 from svdconvert.factors import Factors
 from svdconvert.linalg.blocks import in_float32, row_blocks, rows_of_a_block, total_energy
+from svdconvert.linalg.products import product
 from svdconvert.linalg.rounding import stochastic
 
 Product = tuple[Tensor, Tensor]
@@ -20,10 +21,11 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     In place where the dtype stays.
     """
     left, right = factors.folded()
+    left = left * scale
     room_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     lost = 0.0
     for rows, part in in_float32(weight_OI):
-        exact = part.addmm_(left[rows], right, alpha=-scale)
+        exact = part.sub_(product(left[rows], right))
         room_OI[rows] = exact
         if dtype != torch.float32:
             lost += total_energy(exact.sub_(room_OI[rows]))
@@ -63,31 +65,31 @@ class Realised:
 
 def merged_(
     weight_OI: Tensor,
-    product: Product,
+    adapter: Product,
     dtype: torch.dtype,
     update: Product | None = None,
     chance: torch.Generator | None = None,
 ) -> tuple[Tensor, Realised | None]:
-    """(weight + product in float32 with one rounding to `dtype`, how much of the update is in it).
+    """(weight + left @ right in float32 with one rounding to `dtype`, how much of the update is in it).
 
-    `update` is the part of the product that is meant to change the model, all of it where not given; by
+    `update` is the part of that product that is meant to change the model, all of it where not given; by
     `chance` the rounding is stochastic. In place where the dtype stays. Where the product is zero the
     weight's own bits stay, the sign of a zero included, and there is no update to speak of.
     """
-    left_OR, right_RI = product
+    left_OR, right_RI = adapter
     merged_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     if not left_OR.any():
         return merged_OI.copy_(weight_OI), None
     # x - (+0) is x for every x, and x + 0 is not: it takes the sign from -0.
     opposite_OR = -left_OR
-    change_OI, sum_OI, sums = _block(weight_OI), _block(weight_OI), _Sums()
+    sum_OI, sums = _block(weight_OI), _Sums()
     for rows in row_blocks(weight_OI):
         count = rows.stop - rows.start
-        change = torch.mm(opposite_OR[rows], right_RI, out=change_OI[:count])
+        change = product(opposite_OR[rows], right_RI)
         exact = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
         merged_OI[rows] = exact if chance is None else stochastic(exact, dtype, chance)
         if update is not None:
-            change = torch.mm(-update[0][rows], update[1], out=change)
+            change = product(-update[0][rows], update[1])
         sums.add(change, exact.sub_(merged_OI[rows]))
     return merged_OI, sums.realised()
 

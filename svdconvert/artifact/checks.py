@@ -16,6 +16,7 @@ from svdconvert.checkpoint.source import TensorSource, blocks_of_rows, torch_dty
 from svdconvert.factors import Factors
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.core import singular_values
+from svdconvert.linalg.products import product
 
 _ROUNDING = 2e-6
 """What float32 may differ by between two computations of one error."""
@@ -98,7 +99,7 @@ def _compare(
     for weight, residual in pairs:
         wanted, stored = weight.float(), residual.float()
         rows = slice(start, start := start + len(weight))
-        merged = torch.addmm(stored, left[rows], right, alpha=scale)
+        merged = stored + product(left[rows], right) * scale
         sums.exact += int((merged.to(dtype) == weight).sum())
         sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
         sums.rest += float(torch.linalg.vector_norm(stored)) ** 2

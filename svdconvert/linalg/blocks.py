@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.products import product
+
 # Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
 # own, with gaps between them that make the heap grow with the length of a run.
 _BLOCK = 3 << 17
@@ -48,7 +50,7 @@ def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W X in float32, (L, B)."""
     product_LB = thin_SB.new_empty(matrix_LS.shape[0], thin_SB.shape[1])
     for rows, part in in_float32(matrix_LS):
-        torch.mm(part, thin_SB, out=product_LB[rows])
+        product_LB[rows] = product(part, thin_SB)
     return product_LB
 
 
@@ -56,7 +58,7 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
     sum_SB = torch.zeros_like(thin_SB)
     for _, part in in_float32(matrix_LS):
-        sum_SB.addmm_(part.T, part @ thin_SB)
+        sum_SB += product(part.T, product(part, thin_SB))
     return sum_SB
 
 
@@ -87,9 +89,7 @@ def total_energy(matrix_LS: Tensor) -> float:
 
 def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:
     """||W - left right||_F^2."""
-    return sum(
-        _energy(torch.addmm(part, left_LB[rows], right_BS, alpha=-1)) for rows, part in in_float32(matrix_LS)
-    )
+    return sum(_energy(part - product(left_LB[rows], right_BS)) for rows, part in in_float32(matrix_LS))
 
 
 def _energy(block: Tensor) -> float:

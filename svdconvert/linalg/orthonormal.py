@@ -1,10 +1,20 @@
 """Orthonormal bases of thin blocks.  N: rows, B: columns, K: columns of a basis."""
 
+from dataclasses import dataclass
+from math import inf
+
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.blocks import total_energy
+from svdconvert.linalg.products import product
+
 _THIN = 1e-10  # of the largest eigenvalue of a Gram matrix: below, Householder's reflections are used
-_FLAT = 1e-4  # above, a product in float32 keeps the vectors orthonormal
+_DEPENDENT = (
+    0.1  # of the energy of the columns that an eigenvector mixes: a smaller eigenvalue is the rest of a
+)
+# cancellation
+_TINY = 1e-30  # an energy that float32 still holds to all its digits
 _MIXED = 1e-4  # a share of the basis in a unit vector that can be subtracted without changing its length
 
 
@@ -29,25 +39,52 @@ def ordered(block_NB: Tensor) -> Tensor:
     Multiplied next, such columns lose to rounding in proportion to their own singular value; the
     columns of Cholesky QR all lose in proportion to the largest.
     """
-    squares_B, mix_BB = gram_eigen(block_NB)
-    if not float(squares_B[-1]) > _THIN * float(squares_B[0]):
+    turn = gram_eigen(block_NB)
+    if not float(turn.squares_B[-1]) > _THIN * float(turn.squares_B[0]):
         return householder(block_NB)
-    return turned(block_NB, squares_B, mix_BB)
+    return turn.left(block_NB)
 
 
-def gram_eigen(block_NB: Tensor) -> tuple[Tensor, Tensor]:
-    """(squares, mix): the eigenvalues of the Gram matrix, falling, and its eigenvectors, in float64."""
+@dataclass(frozen=True, slots=True)
+class GramEigen:
+    """Of a block (N, B), in float64."""
+
+    squares_B: Tensor
+    """The eigenvalues of its Gram matrix, falling: its squared singular values."""
+    mix_BB: Tensor
+    """The eigenvectors: its right singular vectors, as columns."""
+    independent: bool
+    """True where float32 tells all of that, and the left vectors, to 1e-5."""
+
+    def left(self, block_NB: Tensor) -> Tensor:
+        """The left singular vectors of the block, in its dtype."""
+        dtype = block_NB.dtype if self.independent else torch.float64
+        turn_BB = (self.mix_BB / self.squares_B.sqrt()).to(dtype)
+        return product(block_NB.to(dtype), turn_BB).to(block_NB.dtype)
+
+
+def gram_eigen(block_NB: Tensor) -> GramEigen:
+    """The eigenvalues and eigenvectors of a block's Gram matrix.
+
+    The columns are multiplied in float32. An entry is then off by a rounding of the two columns' lengths, and
+    an eigenvalue by a rounding of the energy of the columns that its vector mixes. Only where that is much
+    more than the eigenvalue, because columns are nearly dependent, they are multiplied in float64.
+    """
+    if block_NB.dtype == torch.float32:
+        gram_BB, energy = product(block_NB.T, block_NB).double(), total_energy(block_NB)
+        if _TINY < energy < inf:
+            gram_BB *= energy / gram_BB.trace()  # as energies are subtracted from one another
+            squares_B, mix_BB = _falling(gram_BB)
+            mixed_B = (mix_BB.square() * gram_BB.diagonal()[:, None]).sum(0)
+            if bool((squares_B > _DEPENDENT * mixed_B).all()):
+                return GramEigen(squares_B, mix_BB, independent=True)
     wide_NB = block_NB.double()
-    squares_B, mix_BB = torch.linalg.eigh(wide_NB.T @ wide_NB)
-    return squares_B.flip(0), mix_BB.flip(1)
+    return GramEigen(*_falling(wide_NB.T @ wide_NB), independent=False)
 
 
-def turned(block_NB: Tensor, squares_B: Tensor, mix_BB: Tensor) -> Tensor:
-    """The left singular vectors of a block, in its dtype, of what `gram_eigen` gave."""
-    turn_BB = mix_BB / squares_B.sqrt()
-    if float(squares_B[-1]) > _FLAT * float(squares_B[0]):
-        return block_NB @ turn_BB.to(block_NB.dtype)
-    return (block_NB.double() @ turn_BB).to(block_NB.dtype)
+def _falling(symmetric_BB: Tensor) -> tuple[Tensor, Tensor]:
+    values_B, vectors_BB = torch.linalg.eigh(symmetric_BB)
+    return values_B.flip(0), vectors_BB.flip(1)
 
 
 def householder(block_NB: Tensor) -> Tensor:
@@ -58,9 +95,9 @@ def householder(block_NB: Tensor) -> Tensor:
 
 def polished(block_NB: Tensor) -> Tensor:
     """A block that is orthonormal but for some rounding, without it: one step of Newton and Schulz."""
-    gram_BB = block_NB.T @ block_NB
+    gram_BB = product(block_NB.T, block_NB)
     step_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device).mul_(1.5).sub_(gram_BB / 2)
-    return block_NB @ step_BB
+    return product(block_NB, step_BB)
 
 
 def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
@@ -72,8 +109,8 @@ def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
     """
     block_NB = ordered(rest_NB)
     for _ in range(3):
-        shares_KB = basis_KN @ block_NB
-        block_NB = torch.addmm(block_NB, basis_KN.T, shares_KB, alpha=-1)
+        shares_KB = product(basis_KN, block_NB)
+        block_NB = block_NB - product(basis_KN.T, shares_KB)
         if float(shares_KB.abs().max()) < _MIXED:
             break
         block_NB = householder(block_NB)

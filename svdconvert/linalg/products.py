@@ -23,8 +23,13 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 
 def _linear(input_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(input_MK, weight_NK, None, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(input_MK, _dense(weight_NK), None, "none", [], "")
     return found
+
+
+def _dense(weight_NK: Tensor) -> Tensor:
+    """The weight without gaps: a part of a larger matrix takes oneDNN a thousand times as long."""
+    return weight_NK if weight_NK.is_contiguous() or weight_NK.T.is_contiguous() else weight_NK.contiguous()
 
 
 def _for_onednn(matrix: Tensor) -> bool:

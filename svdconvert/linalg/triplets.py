@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import times
-from svdconvert.linalg.orthonormal import gram_eigen, orthonormal, turned
+from svdconvert.linalg.orthonormal import gram_eigen, orthonormal
+from svdconvert.linalg.products import product
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eigh of the R x R Gram matrix in float64 in place of an SVD: from a float32 block it loses nothing
     until sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
     """
-    squares, mix = gram_eigen(block_LR)
-    if not float(squares[-1]) > 1e-12 * float(squares[0]):
+    found = gram_eigen(block_LR)
+    if not float(found.squares_B[-1]) > 1e-12 * float(found.squares_B[0]):
         left, sigma, right = torch.linalg.svd(block_LR.double(), full_matrices=False)
         left = orthonormal(left.to(block_LR.dtype))
         return left, sigma.to(block_LR.dtype), right.T.to(block_LR.dtype)
-    left_LR = turned(block_LR, squares, mix)
-    return left_LR, squares.sqrt().to(block_LR.dtype), mix.to(block_LR.dtype)
+    sigma_R, mix_RR = found.squares_B.sqrt(), found.mix_BB
+    return found.left(block_LR), sigma_R.to(block_LR.dtype), mix_RR.to(block_LR.dtype)
 
 
 def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
@@ -68,5 +69,5 @@ def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, en
     L, S: the longer and the shorter side, Q the basis.
     """
     left_LR, sigma_R, mix_RR = thin_svd(times(weight_LS, basis_SR))
-    right_RS = (basis_SR @ mix_RR).T
+    right_RS = product(basis_SR, mix_RR).T
     return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

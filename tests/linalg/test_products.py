@@ -40,6 +40,15 @@ def test_a_product_is_numpys(
             assert (error < 3e-6 * (np.abs(wide) @ np.abs(narrow))).all()
 
 
+def test_a_part_of_a_matrix_is_copied_and_a_whole_one_is_not() -> None:
+    for name, matrix in layouts(20, 30).items():
+        for view in (matrix, matrix.T):
+            dense = products._dense(view)
+            assert torch.equal(dense, view)
+            assert (dense is view) == (name in ("rows", "columns"))
+            assert dense.is_contiguous() or dense.T.is_contiguous()
+
+
 def test_an_empty_product_is_empty_or_zero() -> None:
     assert product(torch.ones(0, 3), torch.ones(3, 2)).shape == (0, 2)
     assert torch.equal(product(torch.ones(2, 0), torch.ones(0, 3)), torch.zeros(2, 3))
