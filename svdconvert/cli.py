@@ -3,8 +3,6 @@
 Verbs are imported inside their commands, so that `--help` loads no torch.
 """
 
-import os
-import sys
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -14,8 +12,9 @@ import typer
 
 from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
+from svdconvert.checkpoint.ahead import fetched_meanwhile
 from svdconvert.command import Typed, with_options
-from svdconvert.memory import collect_seldom, keep_freed_blocks, return_freed_matrices, use_huge_pages
+from svdconvert.memory import collect_seldom, keep_freed_blocks
 from svdconvert.progress import Track
 from svdconvert.publishing import publishes
 from svdconvert.ranks import find_ranks
@@ -123,14 +122,15 @@ def decompose(
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
     with console.telling(debug=debug, out=out):
-        from svdconvert.verbs.decompose import decompose as verb
-        from svdconvert.verbs.decompose import plan_decompose
-
         shared = read_recipe(recipe)
         chosen, source = (
             options(SplitOptions, shared, typed),
             _needed(model or shared.get("model"), "a MODEL"),
         )
+        with fetched_meanwhile(Path(source)):
+            from svdconvert.verbs.decompose import decompose as verb
+            from svdconvert.verbs.decompose import plan_decompose
+
         if plan:
             console.show_estimate(source, plan_decompose(source, chosen))
             return
@@ -168,6 +168,7 @@ def train(
         from svdconvert.verbs.train import train as verb
 
         keep_freed_blocks()
+        collect_seldom(objects=100_000)
         shared = read_recipe(recipe)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
@@ -360,16 +361,3 @@ def _run(
         track=track or known.track,
         say=console.say,
     )
-
-
-def main() -> None:
-    """The entry point of the program."""
-    # huggingface_hub reads these when it is imported: its own words are for programmers, and its bars for
-    # terminals.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    collect_seldom()
-    return_freed_matrices()
-    use_huge_pages()
-    app()

@@ -9,6 +9,7 @@ import torch
 from svdconvert.artifact.split import SplitPlan, matrices_at_once
 from svdconvert.linalg.compute import side_by_side
 from svdconvert.linalg.krylov import block_width, first_width
+from svdconvert.linalg.products import product
 from svdconvert.linalg.truncated import POWERS
 
 _GROWN = 2  # blocks that the fast engine adds to its first space for trained weights, about
@@ -98,6 +99,6 @@ def _flops_per_second() -> float:
     seconds = []
     for _ in range(6):
         start = perf_counter()
-        wide @ thin
+        product(wide, thin)
         seconds.append(perf_counter() - start)
     return 2.0 * 1024 * 1024 * 64 / min(seconds)

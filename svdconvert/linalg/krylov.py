@@ -26,8 +26,8 @@ Apply = Callable[[Tensor], Tensor]
 
 
 def block_width(rank: int) -> int:
-    """Columns of a block for a rank: half of it, in sixteens, as matrix units like them."""
-    return min(16 * ceil(rank / 32), 64)
+    """Columns of a block for a rank: three eighths of it, in sixteens, as matrix units like them."""
+    return min(16 * ceil(3 * rank / 128), 48)
 
 
 def first_width(rank: int) -> int:
@@ -174,12 +174,15 @@ class Search:
     outlook: Callable[[Ritz], Outlook]
     finish: Callable[[Tensor, Outlook], Triplets]
     """(vectors_NR, outlook) -> the factors, with the excess that is measured on them."""
+    more: int = 0
+    """Blocks above the usual ones before the first look."""
     attempts: int = 8
     """How often a result may miss what the space promised."""
 
     def run(self, krylov: Krylov) -> Triplets | None:
         """The truncation, or None where the space was full first."""
-        blocks, attempts = first_width(self.rank) // krylov.block, self.attempts
+        first = first_width(self.rank) // krylov.block + self.more
+        blocks, attempts = min(first, krylov.limit // krylov.block), self.attempts
         while krylov.width + blocks * krylov.block <= krylov.limit and attempts:
             krylov.grow(blocks)
             ritz = krylov.ritz(self.rank)

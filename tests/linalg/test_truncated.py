@@ -13,6 +13,7 @@ from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, truth, well_for
 
 RANK = 16
 NOISE = 2e-6  # an excess that float32 makes itself
+COARSE = 1.5e-5  # what the rounding of products in bfloat16 adds to an estimate
 
 
 def fast(weight: torch.Tensor, tol: float, seed: int = 1, rank: int = RANK) -> Triplets:
@@ -107,7 +108,8 @@ def test_the_estimate_holds_on_trained_weights_in_either_arithmetic(
 ) -> None:
     found = fast(matrix("trained", *shape), tol, rank=rank)
     true = truth("trained", *shape).excess(found)
-    assert 0.7 * true - NOISE < found.spectrum.excess < 3 * true + NOISE
+    noise = COARSE if bfloat16 else NOISE
+    assert 0.7 * true - noise < found.spectrum.excess < 3 * true + noise
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
