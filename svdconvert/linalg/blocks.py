@@ -70,12 +70,12 @@ def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
     return sum_SB
 
 
-def gram(matrix_LS: Tensor) -> Tensor:
-    """W^T W in float64, (S, S)."""
-    sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=torch.float64)
+def gram(matrix_LS: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T W in float32 or float64, (S, S)."""
+    sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=dtype)
     for _, part in in_float32(matrix_LS):
-        wide = part.double()
-        sum_SS.addmm_(wide.T, wide)
+        wide = part.to(dtype)
+        sum_SS += product(wide.T, wide)
     return sum_SS
 
 

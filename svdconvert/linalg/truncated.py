@@ -38,6 +38,7 @@ from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
 __all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
 
 POWERS = 3
+_CLEAR = 0.01  # of the largest square: what float32 holds to five digits in a Gram matrix
 _LOOSE = (
     3e-3  # from this tolerance on a power less, and a block more before the first look, is the faster way
 )
@@ -48,15 +49,19 @@ _COARSE = 1e-3  # the least share outside that products in bfloat16 can be trust
 
 
 def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
-    """The `rank` largest triplets of a matrix with a short side, from its whole Gram matrix in float64.
+    """The `rank` largest triplets of a matrix with a short side, from its whole Gram matrix.
 
-    As good as LAPACK's in float32 for what is no smaller than 1e-6 of the largest singular value.
+    As good as LAPACK's in float32 for what is no smaller than 1e-6 of the largest singular value: where
+    something is kept that is small enough to suffer from rounding in float32, that is left for float64.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).turned()
-    squares, vectors = torch.linalg.eigh(gram(weight_OI))
+    for dtype in (torch.float32, torch.float64):
+        squares, vectors = torch.linalg.eigh(gram(weight_OI, dtype))
+        if float(squares[-rank]) > _CLEAR * float(squares[-1]):
+            break
     basis_SR = vectors[:, -rank:].flip(1).float()
-    return project(weight_OI, basis_SR, float(squares.clamp_min(0.0).sum()), 0.0, "exact")
+    return project(weight_OI, basis_SR, total_energy(weight_OI), 0.0, "exact")
 
 
 def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:

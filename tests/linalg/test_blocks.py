@@ -53,7 +53,8 @@ def test_products_are_those_of_the_whole_matrix(
     wanted = {
         "times": (times(given, thin), wide @ thin.double()),
         "gram_times": (gram_times(given, thin), wide.T @ (wide @ thin.double())),
-        "gram": (gram(given), wide.T @ wide),
+        "gram in float32": (gram(given, torch.float32), wide.T @ wide),
+        "gram in float64": (gram(given, torch.float64), wide.T @ wide),
     }
     for name, (found, exact) in wanted.items():
         assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-4), name
