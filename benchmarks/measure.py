@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 SVDCONVERT = [sys.executable, "-m", "svdconvert"]
+_SETTLING = 5.0  # seconds; a virtual machine gives free memory back to its host two after it was freed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 
 
@@ -27,9 +28,15 @@ class Measured:
 
 
 def run(command: Sequence[object], threads: int | None = None) -> Measured:
-    """Run a command to its end; its memory is looked at every few milliseconds."""
+    """Run a command to its end; its memory is looked at every few milliseconds.
+
+    What an earlier one left to the system, files to write and memory to hand back, is not this one's work: it
+    is waited for before the clock starts.
+    """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, not at every start
+    os.sync()
+    time.sleep(_SETTLING)
     started = time.perf_counter()
     words = [str(word) for word in command]
     process = subprocess.Popen(
