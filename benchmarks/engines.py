@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from svdconvert.linalg.blocks import gram_times, low_gram_times
 from svdconvert.linalg.krylov import Krylov, warm_start
 from svdconvert.linalg.truncated import fast_top
 
@@ -61,6 +62,7 @@ class Trial:
             yield self._row("Krylov, 144 columns a block, no powers", dtype, self.rank + 16, powers=0)
             yield self._row("Krylov, 64 columns a block, no powers", dtype, 64, powers=0)
             yield self._row("Krylov, 64 columns a block, 4 powers", dtype, 64, powers=4)
+            yield self._row("Krylov, 48 columns a block, 3 powers", dtype, 48, powers=3)
             yield self._row("Krylov, 32 columns a block, 4 powers", dtype, 32, powers=4)
         started = time.thread_time()
         found = fast_top(self.weight_LS, self.rank, tol=self.tol, generator=self._generator())
@@ -97,23 +99,21 @@ class Trial:
         columns = f"{self.columns} + {self.rank}"
         return name, str(dtype)[6:], columns, f"{flops:.1f}", f"{milliseconds:.0f}", f"{error:.1e}"
 
-    def _apply(self, dtype: torch.dtype, block: Tensor) -> Tensor:
-        self.columns += 2 * block.shape[1]
-        low = self.low[dtype]
-        return (low.T @ (low @ block.to(dtype))).float() / self.total
-
     def _iterated(self, start: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         """Householder QR after every sweep, then Rayleigh and Ritz, as torch.svd_lowrank does."""
-        block = start
+        block, low = start, self.low[dtype]
         for _ in range(steps):
-            block = torch.linalg.qr(self._apply(dtype, block)).Q
+            self.columns += 2 * block.shape[1]
+            block = torch.linalg.qr((low.T @ (low @ block.to(dtype))).float() / self.total).Q
         core = torch.linalg.eigh((self.weight_LS @ block).T @ (self.weight_LS @ block))
         self.columns += block.shape[1]
         return block @ core.eigenvectors[:, -self.rank :]
 
     def _space(self, start: Tensor, steps: int, powers: int, dtype: torch.dtype) -> Tensor:
         def apply(block: Tensor) -> Tensor:
-            return self._apply(dtype, block)
+            self.columns += 2 * block.shape[1]
+            times = gram_times if dtype == torch.float32 else low_gram_times
+            return times(self.low[dtype], block) / self.total
 
         blocks = -(-self.rank // start.shape[1]) + steps - 1
         krylov = Krylov(apply, warm_start(apply, start, powers), blocks * start.shape[1])

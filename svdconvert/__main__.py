@@ -11,6 +11,8 @@ def main() -> None:
     collect_seldom()
     return_freed_matrices()
     use_huge_pages()
+    # numpy makes threads when torch imports it, which wait busily for products that nobody asks it for.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # huggingface_hub reads these when it is imported: its own words are for programmers, and its bars for
     # terminals.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
