@@ -3,6 +3,7 @@
 Verbs are imported inside their commands, so that `--help` loads no torch.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -127,7 +128,7 @@ def decompose(
             options(SplitOptions, shared, typed),
             _needed(model or shared.get("model"), "a MODEL"),
         )
-        with fetched_meanwhile(Path(source)):
+        with nullcontext() if plan else fetched_meanwhile(Path(str(source))):
             from svdconvert.verbs.decompose import decompose as verb
             from svdconvert.verbs.decompose import plan_decompose
 

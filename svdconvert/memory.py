@@ -1,4 +1,4 @@
-"""How the process asks the system for memory, and when it gives it back."""
+"""How the process asks the system for memory, and when it gives it back, at the latest at its end."""
 
 import atexit
 import ctypes
@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
@@ -75,6 +75,11 @@ def leave_at_once() -> Iterator[None]:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # whoever read it is gone
-                stream.flush()
+            try:
+                if stream is not None:
+                    stream.flush()
+            except BrokenPipeError:  # whoever read it is gone
+                pass
+            except (OSError, ValueError):  # Python complains of what is lost, and ends with 120
+                raise end from None
         os._exit(end.code or 0)

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -118,3 +118,8 @@ def test_ctrl_c_ends_with_status_130(
     monkeypatch.setattr("svdconvert.verbs.decompose.stream", interrupt)
     ended = svdconvert("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
     assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
+
+
+def test_the_installed_program_is_there() -> None:
+    (program,) = [point for point in entry_points(group="console_scripts") if point.name == "svdconvert"]
+    assert callable(program.load())

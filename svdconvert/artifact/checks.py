@@ -96,10 +96,11 @@ def _compare(
     """Merge and compare in blocks of rows of the base and the residual: no matrix is whole in memory."""
     sums, start = _Sums(), 0
     left, right = factors.folded()
+    left = left * scale
     for weight, residual in pairs:
         wanted, stored = weight.float(), residual.float()
         rows = slice(start, start := start + len(weight))
-        merged = stored + product(left[rows], right) * scale
+        merged = product(left[rows], right).add_(stored)
         sums.exact += int((merged.to(dtype) == weight).sum())
         sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
         sums.rest += float(torch.linalg.vector_norm(stored)) ** 2

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 
-_PIECE, _AT_ONCE = 1 << 20, 64  # bytes, and how many such pieces one call to the system fetches
+_PIECE, _AT_ONCE = 1 << 20, 16  # bytes, and how many such pieces one call to the system fetches
+_MOST = 4 << 30  # bytes: no disk gives more in the second that is waited for
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def fetched_meanwhile(model: Path) -> Iterator[None]:
     left for those to complain of who need it.
     """
     stop = Event()
-    Thread(target=_fetch, args=(model, stop), daemon=True).start()
+    Thread(target=_fetch, args=(model, stop), name="fetch", daemon=True).start()
     try:
         yield
     finally:
@@ -25,12 +26,13 @@ def fetched_meanwhile(model: Path) -> Iterator[None]:
 
 
 def _fetch(model: Path, stop: Event) -> None:
-    room = bytearray(_PIECE)  # all pieces one over the other: what counts is that they were read
-    for path in [model] if model.is_file() else sorted(model.glob("*.safetensors")):
-        try:
+    room, left = bytearray(_PIECE), _MOST  # all pieces one over the other: what counts is that they were read
+    with suppress(OSError):
+        for path in [model] if model.is_file() else sorted(model.glob("model*.safetensors")):
             with path.open("rb", buffering=0) as file:
                 offset = 0
-                while not stop.is_set() and (count := os.preadv(file.fileno(), [room] * _AT_ONCE, offset)):
-                    offset += count
-        except OSError:
-            return
+                while left > 0 and not stop.is_set():
+                    count = os.preadv(file.fileno(), [room] * _AT_ONCE, offset)
+                    offset, left = offset + count, left - count
+                    if count == 0:
+                        break

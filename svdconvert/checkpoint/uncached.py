@@ -5,14 +5,12 @@ wait for the disk at the end. On a virtual machine that gives its free pages bac
 the host, which takes five times as long as writing it.
 """
 
-import errno
 import os
 import sys
 
 # RWF_DONTCACHE of linux/fs.h (6.14, where the file system has it): what is written goes to the disk at once,
 # and its pages are let go when it is there.
 _DONTCACHE = 0x80
-_UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 class Uncached:
@@ -26,8 +24,6 @@ class Uncached:
         if self._possible:
             try:
                 return os.pwritev(descriptor, [chunk], offset, _DONTCACHE)
-            except OSError as error:
-                if error.errno not in _UNKNOWN:
-                    raise
+            except (OSError, NotImplementedError):  # the latter from a Python built for an older system
                 self._possible = False
-        return os.pwrite(descriptor, chunk, offset)
+        return os.pwrite(descriptor, chunk, offset)  # and says so where it was not the flag

@@ -181,8 +181,8 @@ class Search:
 
     def run(self, krylov: Krylov) -> Triplets | None:
         """The truncation, or None where the space was full first."""
-        first = first_width(self.rank) // krylov.block + self.more
-        blocks, attempts = min(first, krylov.limit // krylov.block), self.attempts
+        first, room = first_width(self.rank) // krylov.block, krylov.limit // krylov.block
+        blocks, attempts = min(first + self.more, max(first, room)), self.attempts
         while krylov.width + blocks * krylov.block <= krylov.limit and attempts:
             krylov.grow(blocks)
             ritz = krylov.ritz(self.rank)

@@ -2,7 +2,7 @@
 
 torch multiplies float32 with MKL, which on the processors of other makers leaves the AVX-512 units idle:
 on an AMD Zen 5 oneDNN, which is in torch too, is 2.1 times as fast. It is reached through the operator
-that torch's compiler uses for linear layers. Neither library's products are differentiable here.
+that torch's compiler uses for linear layers, and is not differentiable there.
 
 M, K, N: the sides of a product.
 """

@@ -38,10 +38,9 @@ from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
 __all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
 
 POWERS = 3
-_CLEAR = 0.01  # of the largest square: what float32 holds to five digits in a Gram matrix
-_LOOSE = (
-    3e-3  # from this tolerance on a power less, and a block more before the first look, is the faster way
-)
+_LOOSE = 3e-3  # above it a power less, and a block more before the first look, is the faster way
+_CLEAR = 0.01  # of the largest square, or of all: what float32 holds to five digits in a Gram matrix
+_TINY = 1e-30  # float32 holds an energy above it, and below its reciprocal, to all its digits
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
 _COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
@@ -51,17 +50,21 @@ _COARSE = 1e-3  # the least share outside that products in bfloat16 can be trust
 def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     """The `rank` largest triplets of a matrix with a short side, from its whole Gram matrix.
 
-    As good as LAPACK's in float32 for what is no smaller than 1e-6 of the largest singular value: where
-    something is kept that is small enough to suffer from rounding in float32, that is left for float64.
+    As good as LAPACK's in float32 for what is no smaller than 1e-6 of the largest singular value: the Gram
+    matrix is in float32 only where nothing that is kept, nor all that is not, is small in it.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).turned()
-    for dtype in (torch.float32, torch.float64):
-        squares, vectors = torch.linalg.eigh(gram(weight_OI, dtype))
-        if float(squares[-rank]) > _CLEAR * float(squares[-1]):
-            break
+    total, clear = total_energy(weight_OI), False
+    if _TINY < total < 1.0 / _TINY:
+        squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float32))
+        outside = float(squares[:-rank].double().sum())
+        clear = float(squares[-rank]) > _CLEAR * float(squares[-1]) and outside > _CLEAR * total
+    if not clear:
+        squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float64))
+        total = float(squares.clamp_min(0.0).sum())
     basis_SR = vectors[:, -rank:].flip(1).float()
-    return project(weight_OI, basis_SR, total_energy(weight_OI), 0.0, "exact")
+    return project(weight_OI, basis_SR, total, 0.0, "exact")
 
 
 def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:

@@ -87,6 +87,23 @@ def test_singular_values_are_right(kind: str, shape: tuple[int, int]) -> None:
         assert np.abs(engine(weight, RANK).sigma_R.numpy() - wanted).max() < 2e-6 * wanted[0]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_a_matrix_that_is_solved_whole_is_the_optimum(kind: str, shape: tuple[int, int]) -> None:
+    assert truth(kind, *shape).excess(gram_top(matrix(kind, *shape), RANK)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-18, 1e18])
+def test_a_matrix_that_is_solved_whole_may_be_large_or_small(size: float) -> None:
+    weight = matrix("trained", 60, 40)
+    found, wanted = gram_top(weight * size, 8), torch.linalg.svdvals(weight.double())[:8]
+    assert (found.sigma_R.double() / size - wanted).abs().max() < 1e-5 * wanted[0]
+
+
+def test_a_matrix_too_small_for_a_space_has_none() -> None:
+    assert fast_top(torch.randn(10, 10), 5, tol=1e-2, generator=torch.Generator().manual_seed(0)) is None
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("shape", SHAPES)
