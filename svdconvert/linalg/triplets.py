@@ -51,8 +51,8 @@ def spectrum_of(sigma_R: Tensor, total: float, excess: float | None, engine: str
 def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(left_LR, sigma_R, mix_RR) with block = left @ diag(sigma) @ mix.T, L >= R, in the block's dtype.
 
-    eigh of the R x R Gram matrix in float64 in place of an SVD: from a float32 block it loses nothing
-    until sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
+    eigh of the R x R Gram matrix in place of an SVD: from a float32 block it loses nothing until
+    sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
     """
     found = gram_eigen(block_LR)
     if not float(found.squares_B[-1]) > 1e-12 * float(found.squares_B[0]):
