@@ -123,3 +123,11 @@ def test_ctrl_c_ends_with_status_130(
 def test_the_installed_program_is_there() -> None:
     (program,) = [point for point in entry_points(group="console_scripts") if point.name == "svdconvert"]
     assert callable(program.load())
+
+
+def test_a_plan_reads_no_weights_ahead(checkpoint: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(model: Path) -> None:
+        raise AssertionError(f"{model} is read")
+
+    monkeypatch.setattr("svdconvert.cli.fetched_meanwhile", fetched)
+    succeeded("decompose", checkpoint("llama"), "--plan", "--rank", 4)

@@ -5,12 +5,20 @@ wait for the disk at the end. On a virtual machine that gives its free pages bac
 the host, which takes five times as long as writing it.
 """
 
+import errno
 import os
 import sys
 
 # RWF_DONTCACHE of linux/fs.h (6.14, where the file system has it): what is written goes to the disk at once,
 # and its pages are let go when it is there.
 _DONTCACHE = 0x80
+# What those answer that do not know it; the last where calls to the system are filtered.
+_UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM)
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EPERM,
+)  # the last from filters of system calls
 
 
 class Uncached:
@@ -24,6 +32,10 @@ class Uncached:
         if self._possible:
             try:
                 return os.pwritev(descriptor, [chunk], offset, _DONTCACHE)
-            except (OSError, NotImplementedError):  # the latter from a Python built for an older system
+            except NotImplementedError:  # a Python that was built for an older system
                 self._possible = False
-        return os.pwrite(descriptor, chunk, offset)  # and says so where it was not the flag
+            except OSError as error:
+                if error.errno not in _UNKNOWN:
+                    raise
+                self._possible = False
+        return os.pwrite(descriptor, chunk, offset)

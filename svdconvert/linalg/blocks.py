@@ -15,6 +15,7 @@ from svdconvert.linalg.products import product
 # Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
 # own, with gaps between them that make the heap grow with the length of a run.
 _BLOCK = 3 << 17
+_TINY = 1e-30
 _LOW_BLOCK = 1 << 21  # elements in bfloat16: of these no copy is made, and their products are faster on more
 
 
@@ -85,6 +86,11 @@ def total_energy(matrix_LS: Tensor) -> float:
     One float32 sum over all of a large matrix is wrong by 5e-4.
     """
     return sum(_energy(part) for _, part in in_float32(matrix_LS))
+
+
+def held_by_float32(energy: float) -> bool:
+    """True where float32 holds sums of squares of this size to all their digits."""
+    return _TINY < energy < 1.0 / _TINY
 
 
 def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:

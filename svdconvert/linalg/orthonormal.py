@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.blocks import total_energy
+from svdconvert.linalg.blocks import held_by_float32, total_energy
 from svdconvert.linalg.products import product
 
 _THIN = 1e-10  # of the largest eigenvalue of a Gram matrix: below, Householder's reflections are used
 # Of the energy of the columns that an eigenvector mixes: a smaller eigenvalue is the rest of a cancellation.
 _DEPENDENT = 0.1
-_TINY = 1e-30  # float32 holds an energy above it, and below its reciprocal, to all its digits
 _MIXED = 1e-4  # a share of the basis in a unit vector that can be subtracted without changing its length
 
 
@@ -69,7 +68,7 @@ def gram_eigen(block_NB: Tensor) -> GramEigen:
     """
     if block_NB.dtype == torch.float32:
         gram_BB, energy = product(block_NB.T, block_NB).double(), total_energy(block_NB)
-        if _TINY < energy < 1.0 / _TINY:
+        if held_by_float32(energy):
             gram_BB *= energy / gram_BB.trace()  # as energies are subtracted from one another
             squares_B, mix_BB = _falling(gram_BB)
             mixed_B = (mix_BB.square() * gram_BB.diagonal()[:, None]).sum(0)

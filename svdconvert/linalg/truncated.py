@@ -19,6 +19,7 @@ from svdconvert.linalg.blocks import (
     energy_outside,
     gram,
     gram_times,
+    held_by_float32,
     low_gram_times,
     total_energy,
 )
@@ -40,7 +41,6 @@ __all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"
 POWERS = 3
 _LOOSE = 3e-3  # above it a power less, and a block more before the first look, is the faster way
 _CLEAR = 0.01  # of the largest square, or of all: what float32 holds to five digits in a Gram matrix
-_TINY = 1e-30  # float32 holds an energy above it, and below its reciprocal, to all its digits
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
 _COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
@@ -56,7 +56,7 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).turned()
     total, clear = total_energy(weight_OI), False
-    if _TINY < total < 1.0 / _TINY:
+    if held_by_float32(total):
         squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float32))
         outside = float(squares[:-rank].double().sum())
         clear = float(squares[-rank]) > _CLEAR * float(squares[-1]) and outside > _CLEAR * total

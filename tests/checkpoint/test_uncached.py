@@ -49,7 +49,30 @@ def test_other_systems_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert write(tmp_path / "file") == b"\0\0\0therehere"
 
 
-def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_way_is_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[int] = []
+
+    def pwritev(descriptor: int, chunks: list[bytes], offset: int, flag: int) -> int:
+        flags.append(flag)
+        return os.pwrite(descriptor, chunks[0], offset)
+
+    monkeypatch.setattr(uncached.os, "pwritev", pwritev, raising=False)
+    monkeypatch.setattr(uncached.sys, "platform", "linux")
+    assert write(tmp_path / "file") == b"\0\0\0therehere"
+    assert flags == [0x80, 0x80]
+
+
+def test_an_error_of_the_disk_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwritev(*arguments: object) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(uncached.os, "pwritev", pwritev, raising=False)
+    monkeypatch.setattr(uncached.sys, "platform", "linux")
+    with pytest.raises(OSError, match="broken"):
+        write(tmp_path / "file")
+
+
+def test_a_full_disk_is_an_error() -> None:
     descriptor = os.open("/dev/full", os.O_RDWR)
     try:
         with pytest.raises(OSError, match="No space left"):
