@@ -14,11 +14,6 @@ import sys
 _DONTCACHE = 0x80
 # What those answer that do not know it; the last where calls to the system are filtered.
 _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM)
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EPERM,
-)  # the last from filters of system calls
 
 
 class Uncached:
