@@ -9,8 +9,8 @@ import xxhash
 
 from svdconvert.checkpoint.source import TensorInfo, TensorSource
 
-CHUNK = 1 << 20
-"""Bytes of a tensor that pass at a time: they are read, noted and written while they are in cache."""
+CHUNK = 4 << 20
+"""Bytes of a tensor that pass at a time: read, noted and written."""
 
 # What loaders and savers rewrite without changing the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdconvert.checkpoint.source import ELEMENTS, TensorInfo
+from svdconvert.checkpoint.uncached import PAGE
 from svdconvert.errors import CheckpointError
 
 _LENGTH = 8
@@ -104,6 +105,8 @@ def build_header(infos: Iterable[TensorInfo]) -> tuple[bytes, Mapping[str, int]]
             "data_offsets": [end, end := end + info.nbytes],
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (
+        -(_LENGTH + len(text)) % PAGE
+    )  # the first tensor begins on a page, to be written directly
     head = len(text).to_bytes(_LENGTH, "little") + text
     return head, {name: len(head) + offset for name, offset in offsets.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from mmap import mmap
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -161,7 +162,8 @@ class SafetensorsSource:
         """The tensor's bytes in pieces of at most `size`, in `room` or each valid until the next."""
         path, extent = self._extents[name]
         total = extent.info.nbytes
-        passing = memoryview(bytearray(min(size, total) if room is None else 0))
+        # A map lies on pages, so that what passes through it can be written directly.
+        passing = memoryview(mmap(-1, max(1, min(size, total))) if room is None else b"")
         for start in range(0, total, size):
             stop = min(start + size, total)
             piece = passing[: stop - start] if room is None else room[start:stop]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from svdconvert.checkpoint.source import ELEMENTS, TensorInfo
+from svdconvert.checkpoint.uncached import PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,17 @@ class PlannedFile:
 
 
 def plan_file(path: str, infos: Iterable[TensorInfo]) -> PlannedFile:
-    """One file; wide elements first, so that every tensor is aligned, else in the order given."""
-    return PlannedFile(path, tuple(sorted(infos, key=lambda info: -ELEMENTS[info.dtype][0])))
+    """One file: tensors of whole pages first, which so lie on pages, then wide elements first; as given else.
+
+    Every tensor is aligned then, and nearly every matrix can be written past the system's cache.
+    """
+    return PlannedFile(
+        path, tuple(sorted(infos, key=lambda info: (not _in_pages(info), -ELEMENTS[info.dtype][0])))
+    )
+
+
+def _in_pages(info: TensorInfo) -> bool:
+    return info.nbytes > 0 and info.nbytes % PAGE == 0
 
 
 def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = None) -> list[PlannedFile]:

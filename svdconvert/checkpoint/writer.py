@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MARK = "svdconvert.json"
 JOURNAL = "journal.jsonl"
-_PIECE = 1 << 20  # bytes: what passes is looked at and written while it is in the processor's cache
+_PIECE = 4 << 20  # bytes that are looked at and written at a time; a disk likes more than a cache holds
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
 
 
@@ -139,7 +139,7 @@ class StagedOutput:
             header, offsets = build_header(file.infos)
             if create:
                 os.ftruncate(descriptor, len(header) + file.nbytes)
-                self._uncached.write(descriptor, header, 0)
+                self._put(file.path, memoryview(header), 0)
         for info in file.infos:
             self._places[file.path, info.name] = (offsets[info.name], info)
 
@@ -158,12 +158,17 @@ class StagedOutput:
         for chunk in chunks:
             crc = zlib.crc32(chunk, crc) if summed else 0
             with explained(self.path / file):
-                while len(chunk):
-                    count = self._uncached.write(self._open[file], chunk, offset)
-                    chunk, offset = chunk[count:], offset + count
+                offset = self._put(file, chunk, offset)
         assert offset == end, f"{name}: {offset - end:+} bytes against the plan"
         if summed:
             self._sums.setdefault(file, {})[name] = crc
+
+    def _put(self, file: str, chunk: memoryview, offset: int) -> int:
+        """Write all of a chunk; return where it ends."""
+        while len(chunk):
+            count = self._uncached.write(self._open[file], chunk, offset)
+            chunk, offset = chunk[count:], offset + count
+        return offset
 
     def finish(self, item: str, record: Record) -> None:
         """Note that everything of `item` is written."""

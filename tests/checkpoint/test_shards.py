@@ -7,6 +7,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.shards import index_text, plan_file, plan_shards
 from svdconvert.checkpoint.source import TensorInfo
 
@@ -48,6 +49,15 @@ def test_wide_elements_come_first_and_else_the_order_stays() -> None:
         "t2",
         "t7",
     ]
+
+
+def test_whole_pages_come_first_and_lie_on_pages() -> None:
+    shapes = {"norm": (3584,), "q": (64, 64), "bias": (5,), "empty": (0, 4), "wide": (2, 512), "k": (32, 64)}
+    mixed = [TensorInfo(name, shape, "F32" if name == "wide" else "BF16") for name, shape in shapes.items()]
+    planned = plan_file("f", mixed).infos
+    assert [info.name for info in planned] == ["wide", "q", "k", "norm", "bias", "empty"]
+    offsets = build_header(planned)[1]
+    assert [offsets[name] % 4096 for name in ("wide", "q", "k", "norm")] == [0, 0, 0, 0]
 
 
 def test_the_index_counts_bytes_and_places_every_tensor() -> None:
