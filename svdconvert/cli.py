@@ -15,6 +15,7 @@ from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.checkpoint.ahead import fetched_meanwhile
 from svdconvert.command import Typed, with_options
+from svdconvert.importing import for_arithmetic
 from svdconvert.memory import collect_seldom, keep_freed_blocks
 from svdconvert.progress import Track
 from svdconvert.publishing import publishes
@@ -128,7 +129,7 @@ def decompose(
             options(SplitOptions, shared, typed),
             _needed(model or shared.get("model"), "a MODEL"),
         )
-        with nullcontext() if plan else fetched_meanwhile(Path(str(source))):
+        with for_arithmetic(), nullcontext() if plan else fetched_meanwhile(Path(str(source))):
             from svdconvert.verbs.decompose import decompose as verb
             from svdconvert.verbs.decompose import plan_decompose
 

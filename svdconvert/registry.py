@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 from typing import Generic, TypeVar, cast
 
 from svdconvert.errors import UnknownNameError, did_you_mean
+from svdconvert.importing import whole_torch
 
 T = TypeVar("T")
 
@@ -40,5 +41,6 @@ class Registry(Generic[T]):
             module = import_module(f"{self._package}.{self._files[name]}")
             return cast(T, getattr(module, self._attribute))
         if name in self._foreign:
+            whole_torch()
             return cast(T, self._foreign[name].load())
         raise UnknownNameError(f"there is no {self._noun} {name!r}; {did_you_mean(name, self.names())}")

@@ -28,7 +28,8 @@ class Solver:
     def generator(self) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
         digest = xxhash.xxh3_64_intdigest(f"{self.seed}:{self.name}".encode())
-        return torch.Generator().manual_seed(digest >> 1)
+        # A copy, and not a new one, which wants a part of torch that decompose does without.
+        return torch.default_generator.clone_state().manual_seed(digest >> 1)
 
     def top(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` largest singular triplets.
