@@ -4,14 +4,17 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 SVDCONVERT = [sys.executable, "-m", "svdconvert"]
+_BETWEEN_LOOKS, _LOOKS = 0.01, 50  # seconds; and so many looks until the next at who its children are
 _SETTLING = 5.0  # seconds; a virtual machine gives free memory back to its host two after it was freed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 
@@ -28,7 +31,7 @@ class Measured:
 
 
 def run(command: Sequence[object], threads: int | None = None) -> Measured:
-    """Run a command to its end; its memory is looked at every few milliseconds.
+    """Run a command to its end, and look at its memory meanwhile.
 
     What an earlier one left to the system, files to write and memory to hand back, is not this one's work: it
     is waited for before the clock starts.
@@ -37,31 +40,56 @@ def run(command: Sequence[object], threads: int | None = None) -> Measured:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, not at every start
     os.sync()
     time.sleep(_SETTLING)
-    started = time.perf_counter()
     words = [str(word) for word in command]
+    started = time.perf_counter()
     process = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    peak, seconds = 0, 0.0
-    while process.poll() is None:
-        looked = time.perf_counter()
-        peak = max(peak, anonymous_memory(process.pid))
-        # Looking takes a core that the process wants: one part in twenty of it, no more.
-        time.sleep(max(0.005, 20 * (time.perf_counter() - looked)))
+    with watching(process.pid) as watched:
+        said = process.communicate()[0]
     seconds = time.perf_counter() - started
-    said = process.communicate()[0]
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}:\n{said}")
-    return Measured(seconds, peak, said)
+    return Measured(seconds, watched.peak, said)
 
 
-def anonymous_memory(pid: int) -> int:
-    """RssAnon of a process and its children: memory-mapped files do not count."""
+@dataclass
+class Watched:
+    """What was seen of a process so far."""
+
+    peak: int = 0
+
+
+@contextmanager
+def watching(pid: int) -> Iterator[Watched]:
+    """Look at the anonymous memory of a process and its children; memory-mapped files do not count.
+
+    Without taking a core that the process wants: a look takes 30 microseconds; who the children are takes a
+    millisecond, and is asked seldom.
+    """
+    watched, over = Watched(), threading.Event()
+
+    def watch() -> None:
+        looks, family = 0, [pid]
+        while not over.wait(_BETWEEN_LOOKS):
+            family = _family(pid) if looks % _LOOKS == 0 else family
+            watched.peak = max(watched.peak, sum(_rss_anon(member) for member in family))
+            looks += 1
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-        return sum(_rss_anon(member) for member in family)
+        yield watched
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
-        return 0
+        return [pid]
 
 
 def _rss_anon(pid: int) -> int:
