@@ -24,6 +24,8 @@ from svdconvert.linalg.krylov import (
     warm_start,
 )
 from svdconvert.linalg.orthonormal import ordered
+from svdconvert.linalg.products import product
+from svdconvert.linalg.triangular import Triangular
 from svdconvert.linalg.triplets import Triplets, project
 
 _POWERS = 4
@@ -57,16 +59,17 @@ def _by_gram(weight_LS: Tensor, rank: int, total: float, start_SB: Tensor, tol: 
     Worth it for a long matrix of bfloat16 numbers: their products are exact in float32, so that the fast
     units lose nothing. A square one is mostly too ill-conditioned; what that costs is counted as noise.
     """
-    upper_SS, failed = torch.linalg.cholesky_ex(_upper_gram(weight_LS).div_(total), upper=True)
-    if int(failed):
+    gram_SS = _gram(weight_LS).div_(total)
+    strong_SB = ordered(product(gram_SS, start_SB))
+    largest = float((strong_SB * product(gram_SS, strong_SB)).sum(0).max())
+    factor = Triangular.cholesky(gram_SS)
+    if factor is None:
         return None
-    images_SB = upper_SS @ ordered(upper_SS.T @ (upper_SS @ start_SB))
-    largest = float(torch.linalg.vector_norm(images_SB, dim=0).max()) ** 2
-    return _Minor(weight_LS, upper_SS.T, rank, total, rank * _ROUNDING * largest).search(start_SB, tol)
+    return _Minor(weight_LS, factor, rank, total, rank * _ROUNDING * largest).search(start_SB, tol)
 
 
-def _upper_gram(weight_LS: Tensor) -> Tensor:
-    """W^T W, of which only the blocks on and above the diagonal are computed; the rest is anything."""
+def _gram(weight_LS: Tensor) -> Tensor:
+    """W^T W, of which only the blocks on and above the diagonal are multiplied."""
     short = weight_LS.shape[1]
     gram_SS = weight_LS.new_empty(short, short)
     step = -(-short // 8)
@@ -74,17 +77,18 @@ def _upper_gram(weight_LS: Tensor) -> Tensor:
         for first in range(0, short, step):
             rows = slice(first, first + step)
             gram_SS[rows, first:] = weight_LS[:, rows].T @ weight_LS[:, first:]
+            gram_SS[first + step :, rows] = gram_SS[rows, first + step :].T
     return gram_SS
 
 
-def _qr_factor(weight_LS: Tensor, total: float) -> Tensor:
-    """R^T / ||W|| (lower) of W = Q R, with pivots that can be divided by."""
+def _qr_factor(weight_LS: Tensor, total: float) -> Triangular:
+    """R^T / ||W|| of W = Q R, with pivots that can be divided by."""
     upper_SS = torch.linalg.qr(weight_LS, mode="r").R
-    factor_SS: Tensor = (upper_SS / total**0.5).T.contiguous()
+    factor_SS = upper_SS.div_(total**0.5).T
     pivots = factor_SS.diagonal()
     least = _PIVOT * float(pivots.abs().max())
     pivots.copy_(torch.where(pivots.abs() < least, least, pivots))
-    return factor_SS
+    return Triangular.of(factor_SS)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class _Minor:
     """A matrix, the lower triangular factor of its scaled Gram matrix, and what is wanted of it."""
 
     weight_LS: Tensor
-    factor_SS: Tensor
+    factor: Triangular
     rank: int
     total: float
     noise: float = 0.0
@@ -100,15 +104,13 @@ class _Minor:
 
     def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
         """The truncation, or None where the estimate stayed above the tolerance."""
-        limit = most_columns(self.factor_SS.shape[0], self.rank)
+        limit = most_columns(self.weight_LS.shape[1], self.rank)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit)
         return Search(self.rank, tol, self.outlook, self.finish).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""
-        half_SB = torch.linalg.solve_triangular(self.factor_SS, block_SB, upper=False)
-        image_SB: Tensor = torch.linalg.solve_triangular(self.factor_SS.T, half_SB, upper=True)
-        return image_SB
+        return self.factor.solve_turned(self.factor.solve(block_SB))
 
     def outlook(self, ritz: Ritz) -> Outlook:
         """The cost is the share of the energy inside the R best directions of the space."""
