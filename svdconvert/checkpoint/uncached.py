@@ -26,7 +26,10 @@ _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM)
 
 
 class Uncached:
-    """How one output is written: past the cache until the system says that it cannot do that there."""
+    """How one output is written: past the cache until the system says that it cannot do that there.
+
+    By one thread at a time, as a descriptor is set to direct writing and back.
+    """
 
     def __init__(self) -> None:
         self._ways = [_directly, _dropping] if sys.platform == "linux" else []
