@@ -30,7 +30,7 @@ def for_arithmetic() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[_PART]
+        sys.modules.pop(_PART, None)
         if "torch" in sys.modules:
             vars(sys.modules["torch"]).pop(_PART.removeprefix("torch."), None)
         os.environ.pop(_BACKENDS)
