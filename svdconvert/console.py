@@ -2,13 +2,11 @@
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from threading import current_thread, main_thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +30,7 @@ from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import SvdConvertError
 from svdconvert.layout import is_transformers, loading
 from svdconvert.progress import Progress, Track, silent
+from svdconvert.stopping import Terminated, heeding, stoppable
 
 if TYPE_CHECKING:
     from svdconvert.artifact.estimate import Estimate
@@ -45,15 +44,13 @@ if TYPE_CHECKING:
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
-
-class Terminated(BaseException):
-    """SIGTERM, as a scheduler or a launcher sends it."""
+_MANY = 12  # entries of a mapping that a screen shows
 
 
 @contextmanager
 def telling(*, debug: bool, out: object = None) -> Iterator[None]:
     """Turn errors into one sentence and an exit status: 1 refused or failed, 130 Ctrl-C, 143 SIGTERM."""
-    with _terminable():
+    with stoppable():
         try:
             yield
         except SvdConvertError as error:
@@ -64,23 +61,6 @@ def telling(*, debug: bool, out: object = None) -> Iterator[None]:
             _stop(f"interrupted{_kept(out)}", 130)
         except Terminated:
             _stop(f"terminated{_kept(out)}", 143)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that what it left is said."""
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    if current_thread() is not main_thread():
-        yield  # only the main thread may set handlers; there is none to set in a test's thread
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _kept(out: object) -> str:
@@ -108,7 +88,7 @@ def _follows() -> bool:
 def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
     """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
     if _follows() or not stderr.is_terminal:
-        yield silent
+        yield heeding(silent)
         return
     amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = [
@@ -124,7 +104,7 @@ def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
         def track(step: Progress) -> None:
             bar.update(task, completed=step.done, total=step.total, at=f"{step.file} {step.name}")
 
-        yield track
+        yield heeding(track)
 
 
 def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
@@ -332,6 +312,8 @@ def show_inspection(found: "Inspection") -> None:
 
 def _readable(value: object) -> str:
     """A value of an inspection as people write it."""
+    if isinstance(value, Mapping) and len(value) > _MANY:
+        return f"{len(value)} values, which --json shows"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -347,7 +329,7 @@ def _readable(value: object) -> str:
 def training() -> Iterator[Callable[["Log", int], None]]:
     """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
     if _follows() or not stderr.is_terminal:
-        yield lambda log, steps: None
+        yield heeding(lambda log, steps: None)
         return
     from svdconvert.training.loop import EvalLog, StepLog
 
@@ -372,7 +354,7 @@ def training() -> Iterator[Callable[["Log", int], None]]:
                 at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
                 bar.update(task, completed=log.step, total=steps, at=at)
 
-        yield watch
+        yield heeding(watch)
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:

@@ -15,7 +15,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FLOORS = (
     {"errors"},
     {"importing", "memory", "progress", "ranks", "shipment"},
-    {"run"},
+    {"run", "stopping"},
     {"checkpoint", "factors", "registry"},
     {"linalg", "naming"},
     {"layout", "method"},

@@ -53,6 +53,17 @@ def test_merging_over_the_base_is_refused(room: Path) -> None:
     assert content(room) == before
 
 
+@pytest.mark.parametrize("verb", ["merge", "to-lora"])
+def test_the_residual_of_a_trained_adapter_is_not_replaced(verb: str, room: Path) -> None:
+    sums = write_sums(room / "sums.jsonl")
+    succeeded(
+        "train", room / "split", "-o", room / "trained", "--data", sums, "--steps", 1, "--max-length", 64
+    )
+    before = content(room)
+    refused(verb, room / "trained", "-o", room / "split", "--overwrite", words=[room / "split", "overlaps"])
+    assert content(room) == before
+
+
 def test_a_layout_that_fits_in_part_is_refused_when_insisted_on(checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("mixtral")
     command = ["decompose", base, "-o", tmp_path / "out", "--rank", 4, "--layout", "llama"]

@@ -60,8 +60,13 @@ class Change:
         return self.after.source.read(self.after.extras[parameter])
 
     def places(self) -> list[Path]:
-        """The directories that it is read from."""
-        return [self.directory, *([self.before.directory] if self.before else [])]
+        """The directories that it is read from, and its residual's, without which it is worth nothing."""
+        residual = self.manifest.residual if self.manifest else None
+        return [
+            self.directory,
+            *([self.before.directory] if self.before else []),
+            *([Path(residual.location)] if residual and Path(residual.location).exists() else []),
+        ]
 
     def identity(self) -> dict[str, Any]:
         """What a run that reads it must find again when it goes on."""

@@ -65,6 +65,17 @@ def test_what_merge_and_to_lora_wrote(checkpoint: Build, decomposed: Build, tmp_
     assert inspect(tmp_path / "lora").details["options"] == {"rank": 4}
 
 
+def test_what_is_known_of_every_matrix_is_left_to_json(
+    checkpoint: Build, decomposed: Build, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora"
+    succeeded("to-lora", decomposed(checkpoint("llama")), "-o", lora, "--rank", 2)
+    shown = succeeded("inspect", lora).out
+    assert "14 values, which --json shows" in shown
+    assert "q_proj" not in shown
+    assert "q_proj" in succeeded("inspect", lora, "--json").out
+
+
 def test_an_adapter_of_pefts_says_where_it_belongs(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
