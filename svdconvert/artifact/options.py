@@ -66,8 +66,7 @@ class SplitOptions:
     dtype: Float = "float32"
     """In which the factors are stored."""
     residual_dtype: AutoFloat = "auto"
-    """In which the residual is stored; auto is the source's own, and float32 for the minor slice (milora),
-    which is as small as what bfloat16 rounds off."""
+    """In which the residual is stored; auto is the source's own, and float32 for milora's minor slice."""
     max_shard_size: str = "5GB"
     """Size of an output shard, as 5GB, 200MB or 4GiB."""
     copy_base: bool = False
