@@ -89,6 +89,19 @@ def test_a_decomposition_is_as_good_as_its_tolerance(
     assert known.energy == pytest.approx(float(sigma[:RANK].square().sum() / sigma.square().sum()), rel=0.02)
 
 
+@pytest.mark.parametrize(("svd", "digits"), [("exact", 1e-5), ("exact64", 2e-7)])
+def test_exact_is_lapack_in_either_precision(svd: str, digits: float, model: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    options = SplitOptions(rank=RANK, svd=svd, targets=(name,), residual_dtype="float32")
+    known = decompose(model, tmp_path / "out", options).matrices[name]
+    sigma = torch.linalg.svdvals(open_checkpoint(model).read(name).double())
+    optimum = torch.linalg.vector_norm(sigma[RANK:])
+    assert known.engine == "exact"
+    assert known.sigma_first == pytest.approx(float(sigma[0]), rel=digits)
+    assert known.sigma_last == pytest.approx(float(sigma[RANK - 1]), rel=digits)
+    assert abs(torch.linalg.vector_norm(residual(tmp_path / "out", name)) / optimum - 1) < 1e-6
+
+
 def residual(out: Path, name: str) -> Tensor:
     return open_checkpoint(out).read(name).double()
 

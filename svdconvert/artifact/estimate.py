@@ -52,7 +52,7 @@ def estimate(plan: SplitPlan) -> Estimate:
     ]
     read = sum(info.nbytes for info in plan.infos.values())
     written = sum(file.nbytes for file in plan.files)
-    exact = plan.options.svd == "exact" or plan.method.slice in ("middle", "random")
+    exact = plan.options.svd != "fast" or plan.method.slice in ("middle", "random")
     work = sum(row.count * _flops(*row.shape, row.rank, exact=exact) for row in rows)
     return Estimate(
         rows=sorted(rows, key=lambda row: (row.role, row.rank)),
@@ -67,7 +67,8 @@ def estimate(plan: SplitPlan) -> Estimate:
 def _matrices_in_memory(plan: SplitPlan, *, exact: bool) -> int:
     """Those being read, in work and being written, as stored, and what the engine makes of one in work."""
     stored = max(plan.infos[name].nbytes for name in plan.slots)
-    wide = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots)) * 4
+    wide = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
+    wide *= 8 if plan.options.svd == "exact64" else 4
     count = matrices_at_once(plan, torch.device("cpu"))
     return (count + 2) * stored + (9 * wide if exact else count * wide)
 

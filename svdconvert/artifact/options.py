@@ -59,8 +59,8 @@ class SplitOptions:
     """Dropout before the adapter in training, for adapter_config.json."""
     targets: Names = ("all-linear",)
     """What is decomposed: all-linear, roles (attn, mlp, attn.q), globs on tensor names; by commas."""
-    svd: Literal["fast", "exact"] = "fast"
-    """fast is randomised with a measured error, exact is LAPACK's full SVD."""
+    svd: Literal["fast", "exact", "exact64"] = "fast"
+    """fast is randomised with a measured error, exact is LAPACK's full SVD in float32, exact64 in float64."""
     tol: Annotated[float, Field(gt=0)] = 1e-3
     """How far the residual's norm may lie above the optimum, relatively, before LAPACK takes over."""
     dtype: Float = "float32"
