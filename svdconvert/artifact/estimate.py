@@ -54,6 +54,7 @@ def estimate(plan: SplitPlan) -> Estimate:
     written = sum(file.nbytes for file in plan.files)
     exact = plan.options.svd != "fast" or plan.method.slice in ("middle", "random")
     work = sum(row.count * _flops(*row.shape, row.rank, exact=exact) for row in rows)
+    work *= 2 if plan.options.svd == "exact64" else 1  # units of float64 are half as many
     return Estimate(
         rows=sorted(rows, key=lambda row: (row.role, row.rank)),
         read=read,
