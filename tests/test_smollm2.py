@@ -11,7 +11,7 @@ from svdconvert.artifact.manifest import Manifest, read_manifest
 from svdconvert.artifact.merging import MergeOptions
 from svdconvert.artifact.split import SplitOptions
 from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.verbs.decompose import decompose
+from svdconvert.verbs.decompose import decompose, plan_decompose
 from svdconvert.verbs.merge import merge
 from tests.stock import same_bits
 
@@ -100,6 +100,13 @@ def test_exact_is_lapack_in_either_precision(svd: str, digits: float, model: Pat
     assert known.sigma_first == pytest.approx(float(sigma[0]), rel=digits)
     assert known.sigma_last == pytest.approx(float(sigma[RANK - 1]), rel=digits)
     assert abs(torch.linalg.vector_norm(residual(tmp_path / "out", name)) / optimum - 1) < 1e-6
+
+
+def test_the_plan_counts_float64_twice(model: Path) -> None:
+    memory = {
+        svd: plan_decompose(model, SplitOptions(rank=RANK, svd=svd)).memory for svd in ("exact", "exact64")
+    }
+    assert memory["exact64"] - memory["exact"] == 9 * 4 * 1536 * 576
 
 
 def residual(out: Path, name: str) -> Tensor:

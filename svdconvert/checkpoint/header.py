@@ -105,8 +105,7 @@ def build_header(infos: Iterable[TensorInfo]) -> tuple[bytes, Mapping[str, int]]
             "data_offsets": [end, end := end + info.nbytes],
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (
-        -(_LENGTH + len(text)) % PAGE
-    )  # the first tensor begins on a page, to be written directly
+    # The first tensor begins on a page, so that it can be written directly.
+    text += b" " * (-(_LENGTH + len(text)) % PAGE)
     head = len(text).to_bytes(_LENGTH, "little") + text
     return head, {name: len(head) + offset for name, offset in offsets.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from ctypes import addressof, c_char
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from svdconvert.checkpoint.reader import INDEX, SafetensorsSource, open_checkpoint
 from svdconvert.checkpoint.source import TensorSource, blocks_of_rows, torch_dtype
+from svdconvert.checkpoint.uncached import PAGE
 from svdconvert.errors import CheckpointError
 from tests.tiny import SHARDED
 
@@ -63,6 +65,14 @@ def test_pieces_add_up_to_the_tensor_and_are_no_larger_than_asked(tmp_path: Path
     assert all(len(piece) <= size for name in source.infos for piece in source.chunks(name, size))
     wanted = {name: bytes(tensor.flatten().view(torch.uint8).tolist()) for name, tensor in TENSORS.items()}
     assert contents(source, size) == wanted
+
+
+def test_what_passes_lies_on_pages_so_that_it_can_be_written_directly(shards: Path) -> None:
+    source = open_checkpoint(shards)
+    assert source.infos
+    for name in source.infos:
+        for piece in source.chunks(name, 1 << 20):
+            assert addressof(c_char.from_buffer(piece)) % PAGE == 0
 
 
 def test_shards_and_one_file_hold_the_same(checkpoint: Callable[..., Path]) -> None:

@@ -110,7 +110,12 @@ def test_a_file_system_without_direct_writing_is_asked_once(
 
 
 @pytest.mark.parametrize(
-    "answer", [OSError(errno.EOPNOTSUPP, "no"), OSError(errno.EPERM, "no"), NotImplementedError()]
+    "answer",
+    [
+        *(OSError(number, "no") for number in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM)),
+        NotImplementedError(),
+    ],
+    ids=repr,
 )
 def test_a_system_that_cannot_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception
