@@ -201,7 +201,10 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "unknown key": ("model: m\nsed: 1\n", ["'sed'", "known: convert, decompose, ", "did you mean seed?"]),
     "unknown key of a section": ("decompose: {rnk: 4}\n", ["decompose", "'rnk'", "did you mean rank?"]),
     "value of the wrong type": ("decompose: {rank: many}\n", ["rank is 'many'", "integer"]),
-    "value that is no choice": ("decompose: {svd: quick}\n", ["svd is 'quick'", "'fast', 'exact' or 'exact64'"]),
+    "value that is no choice": (
+        "decompose: {svd: quick}\n",
+        ["svd is 'quick'", "'fast', 'exact' or 'exact64'"],
+    ),
     "section that is no mapping": ("decompose: [rank]\n", ["decompose is not a mapping"]),
     "list": ("- a\n", ["is not a mapping", "model, seed"]),
     "broken YAML": ("model: [\n", ["cannot be read as YAML"]),
