@@ -251,12 +251,12 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     """What to-lora did."""
     base = manifest.base.location if manifest.base else "the base it was made for"
     cut = manifest.options.get("truncation")
-    loss = f"leaves out {cut['error']:.2e} of the change's norm" if cut else "exact"
+    loss = f"leaves out {cut['error']:.2e} of its norm" if cut else "exact"
     scale = f"lora_alpha {manifest.options['rank']}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
         {
-            "LoRA": f"rank {manifest.options['rank']}, {scale}, {loss}",
+            "LoRA": f"rank {manifest.options['rank']}{_spread(cut)}, {scale}, {loss}",
             "start": _recovery(manifest.options.get("recovered")),
             "for": base,
         },
@@ -279,6 +279,12 @@ def show_published(out_dir: object, repository: str, done: "Published") -> None:
         },
         [f"svdconvert inspect {repository}"],
     )
+
+
+def _spread(cut: Mapping[str, Any] | None) -> str:
+    """Of the ranks, where they differ: the file has one, and zeros in the others' places."""
+    ranks = [module["rank"] for module in cut["modules"].values()] if cut else []
+    return f" ({min(ranks)} to {max(ranks)} by matrix)" if len(set(ranks)) > 1 else ""
 
 
 def _recovery(note: Mapping[str, Any] | None) -> str | None:

@@ -97,8 +97,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        place = section if recipe.path is None or key in given else f"{recipe.path}: {section}"
-        message = first["msg"].removeprefix("Value error, ")
+        verb = section.replace("_", "-")
+        place = verb if recipe.path is None or key in given else f"{recipe.path}: {section}"
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
         wrong = f"{key} is {first['input']!r}: {message}" if key else message
         raise RecipeError(f"{place}: {wrong}") from error
 

@@ -118,8 +118,9 @@ class StagedOutput:
         staying = [file.nbytes for file in self._files if not self.departs(file.path)]
         leaving = [file.nbytes for file in self._files if self.departs(file.path)]
         needed = sum(staying) + max(leaving, default=0) + _RESERVE  # of those one at a time is here
-        free = shutil.disk_usage(_existing(self.path)).free + present
-        if needed > free:
+        disk = shutil.disk_usage(_existing(self.path))
+        free = disk.free + present
+        if needed > free and disk.total:  # /proc and its like have no size; they say themselves what is wrong
             raise OutputError(
                 f"{self.out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
                 "make room or choose another -o"

@@ -114,6 +114,7 @@ def test_room_is_wanted_for_one_shard_only(
     adapter = len(whole["pissa_init/adapter_model.safetensors"])
 
     class Disk(NamedTuple):
+        total: int = 1 << 40
         free: int = largest + adapter + 16_000_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk())

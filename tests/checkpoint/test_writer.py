@@ -259,6 +259,12 @@ except OutputError as error:
     assert listing(out.parent) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system without a size is Linux's")
+def test_a_place_that_takes_no_files_is_not_called_full() -> None:
+    with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
+        staged(Path("/proc/nowhere/out")).__enter__()
+
+
 def test_too_little_space_is_known_before_the_first_byte(out: Path) -> None:
     huge = plan_file("model.safetensors", [TensorInfo("w", (2**30, 2**30), "F32")])
     with pytest.raises(OutputError, match="needs .* GB and the disk has"):

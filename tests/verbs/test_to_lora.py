@@ -1,5 +1,6 @@
 """to-lora truncates a change with the least error, and says what it lost."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,4 +103,16 @@ def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Pat
     adapter, residual = trained
     command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
     refused(*command, "--tol", "0.1", "--rank-budget", "5", words=["tol and rank_budget exclude each other"])
-    succeeded(*command, "--rank-budget", "30")
+    said = succeeded(*command, "--rank-budget", "30")
+    ranks = json.loads((tmp_path / "lora" / "svdconvert.json").read_text())["options"]["truncation"][
+        "modules"
+    ]
+    least, most = (pick(module["rank"] for module in ranks.values()) for pick in (min, max))
+    assert least < most
+    assert f"rank {most} ({least} to {most} by matrix)" in said.out
+
+
+def test_a_wrong_option_is_named_as_it_is_typed(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, residual = trained
+    command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
+    refused(*command, "--rank-budget", "0", words=["to-lora: rank_budget is 0: it should be greater"])
