@@ -15,7 +15,7 @@ from svdconvert import console
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.checkpoint.ahead import fetched_meanwhile
 from svdconvert.command import Typed, with_options
-from svdconvert.importing import for_arithmetic
+from svdconvert.importing import import_for_arithmetic
 from svdconvert.memory import collect_seldom, keep_freed_blocks
 from svdconvert.progress import Track
 from svdconvert.publishing import publishes
@@ -129,7 +129,8 @@ def decompose(
             options(SplitOptions, shared, typed),
             _needed(model or shared.get("model"), "a MODEL"),
         )
-        with for_arithmetic(), nullcontext() if plan else fetched_meanwhile(Path(str(source))):
+        with nullcontext() if plan else fetched_meanwhile(Path(str(source))):
+            import_for_arithmetic()
             from svdconvert.verbs.decompose import decompose as verb
             from svdconvert.verbs.decompose import plan_decompose
 
@@ -202,6 +203,7 @@ def merge(
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
     with console.telling(debug=debug, out=out):
+        import_for_arithmetic()
         from svdconvert.verbs.merge import Places, prepare_merge
         from svdconvert.verbs.merge import merge as verb
 
@@ -234,6 +236,7 @@ def to_lora(
 ) -> None:
     """Write what training changed as a standard LoRA for the untouched base."""
     with console.telling(debug=debug, out=out):
+        import_for_arithmetic()
         from svdconvert.verbs.to_lora import to_lora as verb
 
         shared, target = read_recipe(recipe), _needed(out, "-o DIR")
@@ -296,6 +299,7 @@ def push(
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
     with console.telling(debug=debug, out=None):
+        import_for_arithmetic()
         from svdconvert.verbs.verify import verify as verb
 
         with console.progress("verify", of_bytes=False) as track:

@@ -1,51 +1,83 @@
 """Importing torch for arithmetic alone."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
-_PART = "torch._meta_registrations"
-_TRIED = ("2.13.0+cpu",)
+_PARTS = (
+    "torch._meta_registrations",
+    "torch.distributions",
+    "torch.export",
+    "torch.masked",
+    "torch.quantization",
+    "torch.utils.data",
+)
+"""What torch imports for others: for compilers, quantised models, random variables and data sets."""
+_TRIED = ("2.13.0+cpu", "2.14.1+cu130")
 _BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
-@contextmanager
-def for_arithmetic() -> Iterator[None]:
-    """Within it torch is imported without what it knows of tensors that have a shape and no numbers.
+def import_for_arithmetic() -> None:
+    """Import torch without `_PARTS`, which are a third of the import.
 
-    That part is for compilers, and a fifth of the import. It is nobody's promise that torch does without it,
-    so it is left out only of the builds that were tried, and without other makers' backends, which may want
-    it. See docs/adr/0014. `whole_torch` fetches it.
+    It is nobody's promise that torch does without them, so they are left out only of the builds that were
+    tried, and without other makers' backends, which may want them. See docs/adr/0014. Who imports a part
+    later gets it.
     """
-    if "torch" in sys.modules or _installed() not in _TRIED:
-        yield
-        return
-    before = os.environ.get(_BACKENDS)
-    os.environ[_BACKENDS] = "0"
-    sys.modules[_PART] = ModuleType(_PART)
+    tried = "torch" not in sys.modules and _installed() in _TRIED
+    with ExitStack() as left_out:
+        if tried:
+            left_out.enter_context(_without_backends())
+            left_out.enter_context(_without_parts())
+        import_module("torch")
+
+
+def whole_torch() -> None:
+    """Import what `import_for_arithmetic` left out, for code that is not ours."""
+    if "torch" in sys.modules:
+        for name in _PARTS:
+            import_module(name)
+
+
+@contextmanager
+def _without_parts() -> Iterator[None]:
+    empty = {name: ModuleType(name) for name in _PARTS}
+    sys.modules.update(empty)
     try:
         yield
     finally:
-        sys.modules.pop(_PART, None)
-        if "torch" in sys.modules:
-            vars(sys.modules["torch"]).pop(_PART.removeprefix("torch."), None)
+        for name, module in empty.items():
+            del sys.modules[name]
+            package, _, own = name.rpartition(".")
+            if package in sys.modules and vars(sys.modules[package]).get(own) is module:
+                delattr(sys.modules[package], own)
+
+
+@contextmanager
+def _without_backends() -> Iterator[None]:
+    before = os.environ.get(_BACKENDS)
+    os.environ[_BACKENDS] = "0"
+    try:
+        yield
+    finally:
         os.environ.pop(_BACKENDS)
         if before is not None:
             os.environ[_BACKENDS] = before
 
 
-def whole_torch() -> None:
-    """Import what `for_arithmetic` left out, for code that is not ours."""
-    if "torch" in sys.modules:
-        import_module(_PART)
-
-
 def _installed() -> str:
-    try:
-        return version("torch")
-    except PackageNotFoundError:
+    """torch's version with the build, as 2.13.0+cpu: the package's own file says it, its metadata may not."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
         return ""
+    stated = Path(spec.origin).with_name("version.py")
+    found = (
+        re.search(r"^__version__ = '(.+)'$", stated.read_text(), re.MULTILINE) if stated.is_file() else None
+    )
+    return found[1] if found else ""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.artifact.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
@@ -60,6 +59,8 @@ def read_recipe(path: Path | None) -> Recipe:
     """Read and check a recipe's keys. Raises RecipeError for what is not known."""
     if path is None:
         return Recipe()
+    import yaml  # which nobody waits for who has no recipe
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:

@@ -3,22 +3,24 @@
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from svdconvert.artifact.options import SplitOptions
-from svdconvert.importing import _TRIED
+from svdconvert.importing import _PARTS, _TRIED
 from svdconvert.method import METHODS
 from svdconvert.run import Run
 from svdconvert.verbs.decompose import decompose
+from svdconvert.verbs.merge import merge
+from svdconvert.verbs.to_lora import to_lora
 from tests import medium
 
-TRIED = version("torch") in _TRIED
+TRIED = torch.__version__ in _TRIED
 BEGIN = """
 import sys
-from svdconvert.importing import for_arithmetic, whole_torch
+from svdconvert.importing import import_for_arithmetic, whole_torch
 """
 
 
@@ -37,23 +39,30 @@ def test_the_build_that_the_makefile_installs_was_tried() -> None:
 
 
 @pytest.mark.skipif(not TRIED, reason="the whole of this torch is imported")
-def test_every_method_writes_the_same_bytes_without_the_rest_of_torch(tmp_path: Path) -> None:
+def test_every_method_and_verb_writes_the_same_bytes_without_the_rest_of_torch(tmp_path: Path) -> None:
     model = medium.build(tmp_path / "model", layers=2)
     methods = [name for name in METHODS.names() if METHODS.get(name).split is not None]
     program = """
-        with for_arithmetic():
-            from svdconvert.verbs.decompose import decompose
+        import_for_arithmetic()
+        from svdconvert.verbs.decompose import decompose
         from svdconvert.artifact.options import SplitOptions
         from svdconvert.run import Run
+        from svdconvert.verbs.merge import merge
+        from svdconvert.verbs.to_lora import to_lora
         model, out, *methods = sys.argv[1:]
         for method in methods:
             decompose(model, f"{out}/{method}", SplitOptions(method=method, rank=4), Run(threads=1))
+        merge(f"{out}/milora", f"{out}/merged", run=Run(threads=1))
+        to_lora(f"{out}/milora", f"{out}/plain")
         print("torch._decomp" in sys.modules)
     """
     assert said(program, model, tmp_path / "part", *methods) == "False"
     for method in methods:
         decompose(model, tmp_path / "whole" / method, SplitOptions(method=method, rank=4), Run(threads=1))
-        whole, part = (tmp_path / kind / method for kind in ("whole", "part"))
+    merge(tmp_path / "whole/milora", tmp_path / "whole/merged", run=Run(threads=1))
+    to_lora(tmp_path / "whole/milora", tmp_path / "whole/plain")
+    for made in (*methods, "merged", "plain"):
+        whole, part = (tmp_path / kind / made for kind in ("whole", "part"))
         files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
         assert files
         assert [file for file in files if (whole / file).read_bytes() != (part / file).read_bytes()] == []
@@ -62,8 +71,8 @@ def test_every_method_writes_the_same_bytes_without_the_rest_of_torch(tmp_path: 
 def test_what_was_left_out_comes_when_it_is_asked_for() -> None:
     program = """
         import os
-        with for_arithmetic():
-            import torch
+        import_for_arithmetic()
+        import torch
         whole_torch()
         shape = torch.cholesky_inverse(torch.empty(4, 4, device="meta")).shape
         print(torch.rand(1, generator=torch.Generator().manual_seed(0)).shape, shape, *os.environ.keys())
@@ -73,18 +82,30 @@ def test_what_was_left_out_comes_when_it_is_asked_for() -> None:
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD" not in words
 
 
+@pytest.mark.parametrize("part", _PARTS)
+def test_who_imports_a_part_gets_it(part: str) -> None:
+    program = """
+        import_for_arithmetic()
+        from importlib import import_module
+        part = import_module(sys.argv[1])
+        print(part.__file__, eval(sys.argv[1], {"torch": sys.modules["torch"]}) is part)
+    """
+    file, same = said(program, part).split()
+    assert Path(file).is_relative_to(Path(torch.__file__).parent)
+    assert same == "True"
+
+
 @pytest.mark.parametrize(
     "before",
     [
         "import svdconvert.importing; svdconvert.importing._TRIED = ()",
-        "import svdconvert.importing; svdconvert.importing.version = lambda name: '9.9.9'",
+        "import svdconvert.importing; svdconvert.importing._installed = lambda: '9.9.9'",
         "import torch",
     ],
 )
 def test_another_torch_is_imported_whole(before: str) -> None:
     program = """
-        with for_arithmetic():
-            import torch
+        import_for_arithmetic()
         print("torch._decomp" in sys.modules, "torch._meta_registrations" in sys.modules)
     """
     assert said(program, before=before) == "True True"
@@ -98,8 +119,7 @@ def test_a_plug_in_of_others_finds_all_of_torch(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[svdconvert.methods]\nstranger = stranger:METHOD\n")
     program = """
         sys.path.insert(0, sys.argv[1])
-        with for_arithmetic():
-            import svdconvert.verbs.decompose
+        import_for_arithmetic()
         from svdconvert.method import METHODS
         print(type(METHODS.get("stranger")).__name__)
     """

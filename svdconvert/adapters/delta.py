@@ -1,5 +1,6 @@
 """What an adapter changes, applied to a matrix.  O: out features, I: in features, R: rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.factors import Factors
-from svdconvert.linalg.blocks import in_float32, row_blocks, rows_of_a_block, total_energy
+from svdconvert.linalg.blocks import energy_of, in_float32, row_blocks, rows_of_a_block
 from svdconvert.linalg.products import product
 from svdconvert.linalg.rounding import stochastic
 
@@ -23,13 +24,15 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     left, right = factors.folded()
     left = left * scale
     room_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
-    lost = 0.0
-    for rows, part in in_float32(weight_OI):
-        exact = part.sub_(product(left[rows], right))
-        room_OI[rows] = exact
-        if dtype != torch.float32:
-            lost += total_energy(exact.sub_(room_OI[rows]))
-    return room_OI, sqrt(lost)
+
+    def rounded_off() -> Iterator[Tensor]:
+        for rows, part in in_float32(weight_OI):
+            exact = part.sub_(product(left[rows], right))
+            room_OI[rows] = exact
+            if dtype != torch.float32:
+                yield exact.sub_(room_OI[rows])
+
+    return room_OI, sqrt(energy_of(rounded_off()))
 
 
 def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
@@ -104,8 +107,8 @@ class _Sums:
 
     def add(self, minus_u: Tensor, minus_e: Tensor) -> None:
         """One block; a product of two rows is summed in float32, the rows in float64."""
-        self.uu += total_energy(minus_u)
-        self.ee += total_energy(minus_e)
+        self.uu += energy_of([minus_u])
+        self.ee += energy_of([minus_e])
         self.ue += float(torch.linalg.vecdot(minus_u, minus_e).double().sum())
 
     def realised(self) -> Realised | None:

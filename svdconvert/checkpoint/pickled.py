@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ class PickledSource:
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with catch_warnings():
+            simplefilter("ignore")  # of sparse tensors that take long to check: they are refused below
+            loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds more than tensors and was not unpickled, because that can run code; "

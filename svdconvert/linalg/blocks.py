@@ -5,7 +5,7 @@ pages, and every pass over it goes past the cache; a block of rows stays there w
 GPU, which has no use for small pieces, is given the matrix in one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -95,12 +95,18 @@ def gram(matrix_LS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def total_energy(matrix_LS: Tensor) -> float:
-    """||W||_F^2: squares are added up along memory in float32, these sums in float64.
+    """||W||_F^2."""
+    stored = matrix_LS.T if _turned(matrix_LS) else matrix_LS
+    return energy_of(part for _, part in in_float32(stored))
+
+
+def energy_of(parts: Iterable[Tensor]) -> float:
+    """The sum of all squares of blocks in float32: added up along memory in float32, these sums in float64.
 
     One float32 sum over all of a large matrix is wrong by 5e-4.
     """
-    stored = matrix_LS.T if _turned(matrix_LS) else matrix_LS
-    return sum(_energy(part) for _, part in in_float32(stored))
+    norms = [torch.linalg.vector_norm(part, dim=1 if part.stride(1) == 1 else 0) for part in parts]
+    return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
 
 def held_by_float32(energy: float) -> bool:
@@ -110,9 +116,4 @@ def held_by_float32(energy: float) -> bool:
 
 def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:
     """||W - left right||_F^2."""
-    return sum(_energy(part - product(left_LB[rows], right_BS)) for rows, part in in_float32(matrix_LS))
-
-
-def _energy(block: Tensor) -> float:
-    along = 1 if block.stride(1) == 1 else 0
-    return float(torch.linalg.vector_norm(block, dim=along).double().square().sum())
+    return energy_of(part - product(left_LB[rows], right_BS) for rows, part in in_float32(matrix_LS))
