@@ -8,7 +8,7 @@ holds polynomials of a higher degree (Meyer, Musco and Musco 2023, arXiv:2305.02
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, log, sqrt
 
 import torch
@@ -18,7 +18,8 @@ from svdconvert.linalg.orthonormal import complement, ordered, polished
 from svdconvert.linalg.products import product
 from svdconvert.linalg.triplets import Triplets
 
-_CENTRE = 2.0  # with it the estimate is about 1.4 times the truth on trained and on made-up matrices
+CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices
+_STUCK = 0.9  # of the excess two results before: what keeps it up is rounding, and no block will help
 _NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
 
 Apply = Callable[[Tensor], Tensor]
@@ -138,24 +139,32 @@ class Outlook:
     """How far the cost lies above what it would converge to. An estimate, not a bound."""
     ratio: float
     """Of the gains of successive blocks."""
+    noise: float = 0.0
+    """What rounding has lost, which no block wins back."""
 
     @staticmethod
-    def of(before: float, cost: float, coming: float) -> "Outlook":
+    def of(
+        before: float, cost: float, coming: float, *, centre: float = CENTRE, noise: float = 0.0
+    ) -> "Outlook":
         """From the cost a block earlier and now, and the gain that the next block is expected to make.
 
-        The gains shrink about geometrically, so all that is to come is a geometric series.
+        The gains shrink about geometrically, so all that is to come is a geometric series; `centre` times as
+        much is expected.
         """
         gain = before - cost
         ratio = min(coming / gain, 0.95) if gain > 0.0 else 0.0
-        return Outlook(cost, _CENTRE * coming / (1.0 - ratio), ratio)
+        return Outlook(cost, centre * coming / (1.0 - ratio), ratio, noise)
 
-    def excess(self, measured: float | None = None) -> float:
-        """sqrt(cost / optimum) - 1, with the cost as the result leaves it where that was measured."""
-        cost = self.cost if measured is None else measured
-        lost = self.missing + max(cost - self.cost, 0.0)
+    def excess(self) -> float:
+        """sqrt(cost / optimum) - 1."""
+        lost = self.missing + self.noise
         if lost < _NOISE:
             return 0.0
-        return sqrt(cost / (cost - lost)) - 1.0 if lost < cost else inf
+        return sqrt(self.cost / (self.cost - lost)) - 1.0 if lost < self.cost else inf
+
+    def is_hopeless(self, tol: float) -> bool:
+        """True where rounding alone is more than `tol`."""
+        return replace(self, missing=0.0).excess() >= tol
 
     def blocks_to(self, tol: float) -> int:
         """How many blocks more will bring the excess under `tol`, by the same series; 1 to 6."""
@@ -172,25 +181,28 @@ class Search:
     rank: int
     tol: float
     outlook: Callable[[Ritz], Outlook]
-    finish: Callable[[Tensor, Outlook], Triplets]
-    """(vectors_NR, outlook) -> the factors, with the excess that is measured on them."""
+    finish: Callable[[Tensor, Outlook], tuple[Triplets, Outlook]]
+    """(vectors_NR, outlook) -> the factors, and the outlook with the cost that is measured on them."""
     more: int = 0
     """Blocks above the usual ones before the first look."""
-    attempts: int = 8
-    """How often a result may miss what the space promised."""
 
     def run(self, krylov: Krylov) -> Triplets | None:
         """The truncation, or None where the space was full first."""
         first, room = first_width(self.rank) // krylov.block, krylov.limit // krylov.block
-        blocks, attempts = min(first + self.more, max(first, room)), self.attempts
-        while krylov.width + blocks * krylov.block <= krylov.limit and attempts:
+        blocks, missed = min(first + self.more, max(first, room)), [inf, inf]
+        while krylov.width + blocks * krylov.block <= krylov.limit:
             krylov.grow(blocks)
             ritz = krylov.ritz(self.rank)
             outlook = self.outlook(ritz)
             if outlook.excess() < self.tol:
-                found = self.finish(krylov.vectors(ritz), outlook)
-                if (found.spectrum.excess or 0.0) < self.tol:
-                    return found
-                attempts -= 1
+                found, outlook = self.finish(krylov.vectors(ritz), outlook)
+                excess = outlook.excess()
+                if excess < self.tol:
+                    return replace(found, spectrum=replace(found.spectrum, excess=excess))
+                if excess > _STUCK * missed[-2]:
+                    return None
+                missed.append(excess)
+            if outlook.is_hopeless(self.tol):
+                return None
             blocks = outlook.blocks_to(self.tol)
         return None

@@ -1,9 +1,10 @@
-"""A space says the same of itself, whenever it was looked at before."""
+"""A space says the same of itself, whenever it was looked at before, and a search in it ends."""
 
 import pytest
 import torch
 
-from svdconvert.linalg.krylov import Krylov, Ritz, warm_start
+from svdconvert.linalg.krylov import Krylov, Outlook, Ritz, Search, first_width, warm_start
+from svdconvert.linalg.triplets import Spectrum, Triplets
 
 
 def looked_at(widths: list[int]) -> Ritz:
@@ -24,3 +25,33 @@ def test_what_a_space_held_a_block_earlier_does_not_hang_on_earlier_looks(earlie
     assert torch.allclose(after.before_R, alone.before_R, rtol=1e-6)
     assert torch.allclose(alone.before_R, looked_at([4]).values_R, rtol=1e-6)
     assert (alone.values_R > alone.before_R).any()
+
+
+NOTHING = Triplets(
+    torch.empty(0, 0), torch.empty(0), torch.empty(0, 0), Spectrum(0.0, 0.0, 0.0, None, "fast")
+)
+
+
+def searched(promised: Outlook, measured: list[Outlook]) -> tuple[Triplets | None, int, int]:
+    """(what a search finds that is promised and then measures this; results and columns that it took)."""
+    eigenvalues = (1.0 / torch.arange(1, 401))[:, None]
+    space = Krylov(lambda x: eigenvalues * x, torch.linalg.qr(torch.randn(400, 16)).Q, 320)
+    left = iter(measured)
+    search = Search(16, 1e-3, lambda ritz: promised, lambda vectors, outlook: (NOTHING, next(left)))
+    found = search.run(space)
+    return found, len(measured) - len(list(left)), space.width
+
+
+def test_a_search_ends_where_rounding_alone_is_more_than_the_tolerance() -> None:
+    assert searched(Outlook(1.0, 0.1, 0.5, noise=3e-3), []) == (None, 0, first_width(16))
+    found, results, _ = searched(Outlook(1.0, 1e-4, 0.5), [Outlook(1.0, 1e-4, 0.5, noise=3e-3)] * 5)
+    assert (found, results) == (None, 1)
+
+
+def test_a_search_ends_where_results_do_not_improve() -> None:
+    falling = [Outlook(1.0, missing, 0.5) for missing in (9e-3, 8e-3, 6e-3, 4e-3, 1e-3)]
+    found, results, _ = searched(Outlook(1.0, 1e-4, 0.5), falling)
+    assert results == 5
+    assert found is not None and found.spectrum.excess == pytest.approx(5e-4, rel=1e-2)
+    stuck = [Outlook(1.0, missing, 0.5) for missing in (9e-3, 8.9e-3, 8.8e-3, 8.7e-3, 1e-3)]
+    assert searched(Outlook(1.0, 1e-4, 0.5), stuck)[:2] == (None, 3)

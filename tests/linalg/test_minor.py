@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import compute
+from svdconvert.linalg import compute, minor
 from svdconvert.linalg.minor import fast_minor
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
-from tests.linalg.spectra import SHAPES, SPECTRA, matrix, product, truth, well_formed
+from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, product, truth, well_formed
 
 RANK = 16
 NOISE = 1e-5
@@ -78,6 +78,22 @@ def test_the_gram_matrix_gives_way_where_it_is_too_ill_conditioned(monkeypatch: 
     kept = float(torch.linalg.vector_norm(weight.double() @ found.right_RI.double().T))
     assert kept / np.linalg.norm(sigma[-RANK:]) - 1 < 1e-3
     assert well_formed(found, (400, 200), RANK)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("kind", ["slow", "power"])
+def test_the_gram_matrix_is_enough_where_what_it_costs_is_below_the_tolerance(
+    kind: str, tol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "_fast_bfloat16", lambda device: True)
+    factored = []
+    real = minor._qr_factor
+    monkeypatch.setattr(minor, "_qr_factor", lambda *args: factored.append(1) or real(*args))
+    rounded = Truth(matrix(kind, 900, 400).bfloat16().float())
+    found = fast(rounded.weight, tol)
+    true = rounded.minor_excess(found)
+    assert 0.7 * true - NOISE < found.spectrum.excess < 3 * true + NOISE
+    assert bool(factored) == (kind == "power" and tol == 1e-4)
 
 
 def test_lapack_takes_over_where_there_is_nothing_to_invert_or_save() -> None:
