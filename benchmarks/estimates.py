@@ -47,8 +47,9 @@ def main() -> None:
         for trial in _trials(name, matrix, arguments.slice, range(arguments.seeds))
     ]
     Console().print(_table(found))
-    for trial in sorted((trial for trial in found if trial.ratio), key=lambda trial: trial.ratio or 0.0)[-3:]:
-        print(f"{trial.ratio:.2f}: {trial}")
+    judged = sorted((trial for trial in found if trial.ratio), key=lambda trial: trial.ratio or 0.0)
+    for trial in (judged[0], judged[-1]):
+        print(f"{trial.ratio:.2f} times the truth: {trial}")
 
 
 class Trial(NamedTuple):

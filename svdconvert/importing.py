@@ -39,7 +39,7 @@ def import_for_arithmetic() -> None:
 
 
 def whole_torch() -> None:
-    """Import what `import_for_arithmetic` left out, for code that is not ours."""
+    """Import what `import_for_arithmetic` left out: for others' code, and for tensors without numbers."""
     if "torch" in sys.modules:
         for name in _PARTS:
             import_module(name)

@@ -16,6 +16,7 @@ from svdconvert.verbs.decompose import decompose
 from svdconvert.verbs.merge import merge
 from svdconvert.verbs.to_lora import to_lora
 from tests import medium
+from tests.rwkv6 import random_model, save
 
 TRIED = torch.__version__ in _TRIED
 BEGIN = """
@@ -137,3 +138,35 @@ def test_the_program_imports_the_part(tmp_path: Path) -> None:
     """
     words = said(program, medium.build(tmp_path / "model", layers=1), tmp_path / "out")
     assert words.splitlines()[-1] == str(not TRIED)
+
+
+@pytest.mark.skipif(not TRIED, reason="the whole of this torch is imported")
+def test_every_verb_of_arithmetic_does_with_the_part_what_it_does_with_the_whole(tmp_path: Path) -> None:
+    save(random_model(vocabulary=256), tmp_path / "model.pth", torch.float32)
+    program = """
+        from typer.testing import CliRunner
+        from svdconvert.cli import app
+        model, out = sys.argv[1:]
+        for words in (
+            ["decompose", model, "-o", f"{out}/milora", "--rank", "4", "--method", "milora"],
+            ["verify", f"{out}/milora"],
+            ["to-lora", f"{out}/milora", "-o", f"{out}/lora", "--rank", "2"],
+            ["to-lora", f"{out}/milora", "-o", f"{out}/theirs", "--format", "rwkv-peft"],
+            ["merge", f"{out}/milora", "-o", f"{out}/merged", "--rounding", "stochastic"],
+            ["merge", f"{out}/lora", "-o", f"{out}/again", "--base", model],
+            ["decompose", model, "-o", f"{out}/pissa", "--rank", "4"],
+        ):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, (done.output, done.stderr, done.exception)
+            if words[0] == "verify":
+                print("torch._decomp" in sys.modules)
+    """
+    runs = {"part": "", "whole": "import torch"}
+    assert {
+        name: said(program, tmp_path / "model.pth", tmp_path / name, before=before)
+        for name, before in runs.items()
+    } == {"part": "False", "whole": "True"}
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.suffix in (".safetensors", ".pth")]
+    assert len(files) == 8
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "part" / file.relative_to(tmp_path / "whole")).read_bytes()

@@ -13,6 +13,7 @@ from struct import calcsize, pack_into, unpack_from
 from zipfile import BadZipFile, ZipFile
 
 from svdconvert.checkpoint.source import TensorInfo, torch_dtype
+from svdconvert.importing import whole_torch
 
 ENDING = ".pth"
 _LOCAL = "<4s5H3L2H"  # a zip entry's header, before its name and extra field
@@ -27,6 +28,7 @@ def lay_out(path: Path, infos: Sequence[TensorInfo]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import skip_data
 
+    whole_torch()  # which knows of tensors without numbers
     with FakeTensorMode():
         tensors = OrderedDict(
             (info.name, torch.empty(info.shape, dtype=torch_dtype(info.dtype))) for info in infos
