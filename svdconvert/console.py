@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bar,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from svdconvert.artifact.sizes import size_text
 from svdconvert.errors import SvdConvertError
@@ -91,20 +91,25 @@ def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
         yield heeding(silent)
         return
     amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        amount,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[at]}"),
-    ]
-    with Bar(*columns, console=stderr, transient=True) as bar:
+    with _bar(amount) as bar:
         task = bar.add_task(what, total=None, at="")
 
         def track(step: Progress) -> None:
-            bar.update(task, completed=step.done, total=step.total, at=f"{step.file} {step.name}")
+            bar.update(task, completed=step.done, total=step.total, at=f"{step.name} {step.file}")
 
         yield heeding(track)
+
+
+def _bar(amount: ProgressColumn) -> Bar:
+    """How much is done, the time that is left, and where it is: which gives way on a narrow terminal."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        amount,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    ]
+    return Bar(*columns, console=stderr, transient=True, expand=True)
 
 
 def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
@@ -339,14 +344,7 @@ def training() -> Iterator[Callable[["Log", int], None]]:
         return
     from svdconvert.training.loop import EvalLog, StepLog
 
-    columns = [
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[at]}"),
-    ]
-    with Bar(*columns, console=stderr, transient=True) as bar:
+    with _bar(MofNCompleteColumn()) as bar:
         task = bar.add_task("train", total=None, at="")
         started, held_out = monotonic(), ""
 

@@ -27,8 +27,8 @@ def import_for_arithmetic() -> None:
     """Import torch without `_PARTS`, which are a third of the import.
 
     It is nobody's promise that torch does without them, so they are left out only of the builds that were
-    tried, and without other makers' backends, which may want them. See docs/adr/0014. Who imports a part
-    later gets it.
+    tried, and without other makers' backends, which may want them. Who imports a part later gets it; what
+    wants several of them, as PEFT does, wants `whole_torch` first. See docs/adr/0014.
     """
     tried = "torch" not in sys.modules and _installed() in _TRIED
     with ExitStack() as left_out:
