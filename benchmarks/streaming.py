@@ -148,7 +148,8 @@ def merge(room: Path, size: str, repeat: int) -> None:
         table.add_row(name, f"{median(measured):.2f}", f"{peak(measured) / 1e6:.0f}", against)
     console.print(table)
     arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, adapter, decomposed]).said)
-    start = run([sys.executable, "-c", "import svdconvert.verbs.merge, svdconvert.cli"]).seconds
+    imports = "import svdconvert.cli; svdconvert.cli.import_for_arithmetic(); import svdconvert.verbs.merge"
+    start = run([sys.executable, "-c", imports]).seconds
     floor = median(found["cp of the base"]) + arithmetic
     share = (median(found["svdconvert merge"]) - start) / floor
     console.print(
