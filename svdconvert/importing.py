@@ -74,10 +74,8 @@ def _without_backends() -> Iterator[None]:
 def _installed() -> str:
     """torch's version with the build, as 2.13.0+cpu: the package's own file says it, its metadata may not."""
     spec = find_spec("torch")
-    if spec is None or spec.origin is None:
+    stated = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if stated is None or not stated.is_file():
         return ""
-    stated = Path(spec.origin).with_name("version.py")
-    found = (
-        re.search(r"^__version__ = '(.+)'$", stated.read_text(), re.MULTILINE) if stated.is_file() else None
-    )
+    found = re.search(r"^__version__ = '(.+)'$", stated.read_text(), re.MULTILINE)
     return found[1] if found else ""

@@ -18,7 +18,7 @@ from svdconvert.linalg.orthonormal import complement, ordered, polished
 from svdconvert.linalg.products import product
 from svdconvert.linalg.triplets import Triplets
 
-CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices
+_CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices
 _STUCK = 0.9  # of the excess two results before: what keeps it up is rounding, and no block will help
 _NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
 
@@ -144,7 +144,7 @@ class Outlook:
 
     @staticmethod
     def of(
-        before: float, cost: float, coming: float, *, centre: float = CENTRE, noise: float = 0.0
+        before: float, cost: float, coming: float, *, centre: float = _CENTRE, noise: float = 0.0
     ) -> "Outlook":
         """From the cost a block earlier and now, and the gain that the next block is expected to make.
 

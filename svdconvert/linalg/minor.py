@@ -29,9 +29,7 @@ from svdconvert.linalg.triplets import Triplets, project
 _POWERS = 4
 _PIVOT = 1e-7  # of the largest: what stands for a pivot that rounding has made up
 _FLOOR = 1e-12  # share of the energy that is float32's own rounding
-_CENTRE = (
-    2.6  # as energy does not gather at the lower end, the gains shrink more slowly than at the upper one
-)
+_CENTRE = 2.6  # energy does not gather at the lower end, so the gains shrink more slowly than at the upper
 
 
 def fast_minor(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
