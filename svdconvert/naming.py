@@ -19,7 +19,6 @@ from svdconvert.checkpoint.source import (
     torch_dtype,
 )
 from svdconvert.errors import CheckpointError
-from svdconvert.importing import whole_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +72,7 @@ class View:
         infos = [self._source.infos[inner] for inner in part.names]
         if part.make is None:
             return replace(infos[0], name=name)
-        # Shapes follow from the very operations, on tensors without data, of which all of torch knows.
-        whole_torch()
+        # Shapes follow from the very operations, on tensors without data.
         shapes = [torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for info in infos]
         try:
             made = part.make(shapes)

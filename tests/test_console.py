@@ -19,6 +19,7 @@ def test_a_bar_is_one_line_and_keeps_its_numbers(width: int, monkeypatch: pytest
     with console.progress("decompose") as track:
         track(Progress(name, file, 200_000_000, 600_000_000))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert [line for line in re.split(r"[\r\n]+", plain) if line.strip() and "decompose" not in line] == []
     last = [line for line in re.split(r"[\r\n]", plain) if "decompose" in line][-1]
     assert "200.0/600.0 MB" in last
     assert len(last.rstrip()) <= width

@@ -43,7 +43,6 @@ _CLEAR = 0.01  # of the largest square, or of all: what float32 holds to five di
 _STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
 _FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
 _COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
-_COARSE = 1e-3  # the least share outside that products in bfloat16 can be trusted with
 # Share of the energy that products in bfloat16 lose: about the mean square of one rounding, (2^-8)^2 / 6. On
 # trained and on made-up matrices it is 1.2e-6 to 2.4e-6, whatever the rank.
 _LOST = 2e-6
@@ -133,7 +132,7 @@ class _Top:
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         outside = 1.0 - found.spectrum.energy
         if self.coarse:
-            return found, replace(outlook, cost=outside if outside > _COARSE else 0.0)
+            return found, replace(outlook, cost=outside)
         if outside < _STEEP:
             left = found.left_OR * found.sigma_R
             outside = energy_outside(self.weight_LS, left, found.right_RI) / self.total

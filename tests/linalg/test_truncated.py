@@ -129,7 +129,7 @@ def test_the_estimate_holds_on_trained_weights_in_either_arithmetic(
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["flat", "slow", "power", "random"])
+@pytest.mark.parametrize("kind", ["flat", "slow", "power", "deficient", "random"])
 def test_the_estimate_knows_what_products_in_bfloat16_lose(
     kind: str, shape: tuple[int, int], tol: float, bfloat16: bool
 ) -> None:
