@@ -24,7 +24,7 @@ _BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def import_for_arithmetic() -> None:
-    """Import torch without `_PARTS`, which are a third of the import.
+    """Import torch without `_PARTS`, which are a quarter to a third of the import.
 
     It is nobody's promise that torch does without them, so they are left out only of the builds that were
     tried, and without other makers' backends, which may want them. Who imports a part later gets it; what
