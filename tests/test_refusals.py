@@ -168,6 +168,8 @@ OPTIONS: dict[str, tuple[list[object], list[str]]] = {
     "device that is not there": (["--device", "cuda:9"], ["cuda:9"]),
     "device that is unknown": (["--device", "abacus"], ["abacus"]),
     "tolerance of zero": (["--tol", 0], ["decompose: tol", "greater than 0"]),
+    "tolerance that JSON cannot say": (["--tol", "inf"], ["decompose: tol is inf", "finite number"]),
+    "alpha that is no number": (["--alpha", "nan"], ["decompose: alpha is nan", "finite number"]),
 }
 
 

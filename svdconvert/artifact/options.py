@@ -34,7 +34,7 @@ def _pairs(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_commas)]
 Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -47,11 +47,11 @@ class SplitOptions:
     """How the method starts, where it knows several ways (lora-fa: svd or random)."""
     rank: Rank = 64
     """Rank of every adapter matrix."""
-    alpha: Alpha | None = None
+    alpha: AboveZero | None = None
     """The adapter is scaled by alpha / rank; alpha is the rank itself unless given."""
     rank_pattern: Annotated[Mapping[str, Rank] | None, BeforeValidator(_pairs)] = None
     """Other ranks for roles or globs, as attn=16,mlp.down=64; the last that fits holds."""
-    alpha_pattern: Annotated[Mapping[str, Alpha] | None, BeforeValidator(_pairs)] = None
+    alpha_pattern: Annotated[Mapping[str, AboveZero] | None, BeforeValidator(_pairs)] = None
     """Other alphas for roles or globs, likewise."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank."""
@@ -61,7 +61,7 @@ class SplitOptions:
     """What is decomposed: all-linear, roles (attn, mlp, attn.q), globs on tensor names; by commas."""
     svd: Literal["fast", "exact", "exact64"] = "fast"
     """fast is randomised with a measured error, exact is LAPACK's full SVD in float32, exact64 in float64."""
-    tol: Annotated[float, Field(gt=0)] = 1e-3
+    tol: AboveZero = 1e-3
     """How far the residual's norm may lie above the optimum, relatively, before LAPACK takes over."""
     dtype: Float = "float32"
     """In which the factors are stored."""
@@ -91,7 +91,7 @@ class MergeOptions:
     """Of stochastic rounding."""
     max_shard_size: str = "5GB"
     """Size of an output shard, as 5GB, 200MB or 4GiB."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
 
 
@@ -124,7 +124,7 @@ class LoraOptions:
     rank_budget: Annotated[int, Field(ge=1)] | None = None
     """Truncate to ranks that add up to this, shared out so that the least is left out over all matrices."""
 
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
 
     @model_validator(mode="after")
