@@ -30,7 +30,7 @@ test: install
 
 # soak: kill every verb twenty times, at moments of chance, and compare the bytes
 soak: install
-	SVDCONVERT_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/verbs/test_interruption.py
+	SVDCONVERT_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/commands/test_interruption.py
 
 # check: everything that can be said about the code without running it
 check: check-format check-lint check-types check-architecture

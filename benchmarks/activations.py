@@ -56,9 +56,9 @@ def with_peft(model):  # noqa: ANN001, ANN201
 def with_ours(model, method: str):  # noqa: ANN001, ANN201
     import torch
 
-    from svdconvert.factors import Factors
-    from svdconvert.method import METHODS
-    from svdconvert.training.install import install
+    from svdconvert.linalg.factors import Factors
+    from svdconvert.methods.base import METHODS
+    from svdconvert.training.model.inject import install
 
     pieces = {
         path: (Factors(torch.zeros(layer.out_features, RANK), torch.randn(RANK, layer.in_features)), 1.0)

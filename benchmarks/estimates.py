@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.linalg.compute import multiplies_bfloat16
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.threads import multiplies_bfloat16
 
 RANKS = (16, 32, 64, 128)
 TOLERANCES = (1e-2, 3e-3, 1e-3, 1e-4, 1e-5)

@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdconvert.artifact.options import SplitOptions
-from svdconvert.hub.begin import find_start
-from svdconvert.hub.locate import open_home
-from svdconvert.layout import LAYOUTS, find_layout
-from svdconvert.method import METHODS
-from svdconvert.run import Run
-from svdconvert.training.install import install, trainable_count
-from svdconvert.training.loop import StepLog, fit
-from svdconvert.training.network import load_network, replace_weights
-from svdconvert.training.plan import TrainPlan
-from svdconvert.training.settle import settled
-from svdconvert.training.task import Task, open_task
+from svdconvert.config.execution import Run
+from svdconvert.config.options import SplitOptions
+from svdconvert.config.train import TrainPlan
+from svdconvert.inputs.model import open_home
+from svdconvert.layouts.base import LAYOUTS, find_layout
+from svdconvert.methods.base import METHODS
+from svdconvert.training.data.task import Task, open_task
+from svdconvert.training.model.inject import install, trainable_count
+from svdconvert.training.model.load import load_network, replace_weights
+from svdconvert.training.optim.loop import StepLog, fit
+from svdconvert.training.resolve_defaults import settled
+from svdconvert.training.start import find_start
 
 COMMON = 2e-4
 HELD_OUT = 40

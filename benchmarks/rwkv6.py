@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.layout import LAYOUTS
+from svdconvert.checkpoint.renamed import as_family
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
+from svdconvert.layouts.base import LAYOUTS
 from svdconvert.models.rwkv6 import Rwkv6, load
 from svdconvert.models.rwkv6_tensors import Sizes
 from svdconvert.models.wkv6 import EXACT, WIDE, Form, token_by_token
-from svdconvert.naming import as_family
 
 FORMS: dict[str, Form] = {"token by token": token_by_token, "chunks (CPU)": WIDE, "chunks (GPU)": EXACT}
 HEAD = 64

@@ -35,9 +35,9 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
-from svdconvert.artifact.change import open_change
-from svdconvert.adapters.delta import as_lora, merged_
-from svdconvert.artifact.manifest import read_manifest
+from svdconvert.inputs.adapter_delta import open_change
+from svdconvert.linalg.delta import as_lora, merged_
+from svdconvert.manifest.schema import read_manifest
 path = Path(sys.argv[1])
 change, seconds = open_change(path, residual=sys.argv[2]), 0.0
 for matrix in read_manifest(Path(sys.argv[2])).matrices.values():
@@ -105,7 +105,7 @@ def fresh(out: Path, command: Callable[[], Measured]) -> Callable[[], Measured]:
 def memory(room: Path, size: str, repeat: int) -> None:
     """Peak anonymous memory of every verb, on a small model and on the large one of the same width."""
     table = Table("verb", "300m", size, "growth", title="Peak anonymous memory, MB")
-    bare = run([sys.executable, "-c", "import svdconvert.verbs.decompose, svdconvert.cli"]).memory
+    bare = run([sys.executable, "-c", "import svdconvert.commands.decompose, svdconvert.cli.app"]).memory
     table.add_row("bare import", f"{bare / 1e6:.0f}", f"{bare / 1e6:.0f}", "")
     out = room / "out"
     for verb in ("decompose", "merge", "to-lora", "verify"):
@@ -148,7 +148,7 @@ def merge(room: Path, size: str, repeat: int) -> None:
         table.add_row(name, f"{median(measured):.2f}", f"{peak(measured) / 1e6:.0f}", against)
     console.print(table)
     arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, adapter, decomposed]).said)
-    imports = "import svdconvert.cli; svdconvert.cli.import_for_arithmetic(); import svdconvert.verbs.merge"
+    imports = "import svdconvert.cli.app, svdconvert.commands.merge"
     start = run([sys.executable, "-c", imports]).seconds
     floor = median(found["cp of the base"]) + arithmetic
     share = (median(found["svdconvert merge"]) - start) / floor

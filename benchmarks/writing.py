@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from svdconvert.checkpoint.uncached import Uncached
+from svdconvert.output.uncached import Uncached
 
 PIECE, PAGE = 4 << 20, 4096
 

@@ -8,25 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svdconvert.artifact.manifest import Manifest, read_manifest
-    from svdconvert.artifact.options import (
+    from svdconvert.commands.convert import convert
+    from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.inspect import inspect
+    from svdconvert.commands.merge import merge
+    from svdconvert.commands.push import push
+    from svdconvert.commands.to_lora import to_lora
+    from svdconvert.commands.train import train
+    from svdconvert.commands.verify import verify
+    from svdconvert.config.execution import Run
+    from svdconvert.config.options import (
         ConvertOptions,
         LoraOptions,
         MergeOptions,
         PushOptions,
         SplitOptions,
     )
+    from svdconvert.config.train import TrainPlan
     from svdconvert.errors import SvdConvertError
-    from svdconvert.run import Run
-    from svdconvert.training.plan import TrainPlan
-    from svdconvert.verbs.convert import convert
-    from svdconvert.verbs.decompose import decompose
-    from svdconvert.verbs.inspect import inspect
-    from svdconvert.verbs.merge import merge
-    from svdconvert.verbs.push import push
-    from svdconvert.verbs.to_lora import to_lora
-    from svdconvert.verbs.train import train
-    from svdconvert.verbs.verify import verify
+    from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
     "ConvertOptions",
@@ -50,20 +50,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConvertOptions": "artifact.options",
-    "LoraOptions": "artifact.options",
-    "Manifest": "artifact.manifest",
-    "MergeOptions": "artifact.options",
-    "PushOptions": "artifact.options",
-    "Run": "run",
-    "SplitOptions": "artifact.options",
+    "ConvertOptions": "config.options",
+    "LoraOptions": "config.options",
+    "Manifest": "manifest.schema",
+    "MergeOptions": "config.options",
+    "PushOptions": "config.options",
+    "Run": "config.execution",
+    "SplitOptions": "config.options",
     "SvdConvertError": "errors",
-    "TrainPlan": "training.plan",
-    "read_manifest": "artifact.manifest",
+    "TrainPlan": "config.train",
+    "read_manifest": "manifest.schema",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, f'verbs.{name}')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, f'commands.{name}')}"), name)

@@ -1,16 +1,18 @@
 """What many tests need: tiny checkpoints, made once a session, and one thread for repeatable bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from svdconvert.artifact.split import SplitOptions
-from svdconvert.run import Run
-from svdconvert.verbs.decompose import decompose
+from svdconvert.commands.decompose import decompose
+from svdconvert.config.execution import Run
+from svdconvert.pipeline.decompose import SplitOptions
 from tests import tiny
+from tests.loopback_hub.server import Hub
+from tests.visitor import Visitor
 
 Build = Callable[..., Path]
 
@@ -48,3 +50,15 @@ def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "store") as server:
+        yield server
+
+
+@pytest.fixture
+def alice(hub: Hub, tmp_path: Path) -> Visitor:
+    """Logged in by HF_TOKEN."""
+    return Visitor(hub, tmp_path / "alice")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from svdconvert.cli import app
+from svdconvert.cli.app import app
 
 
 class Ended:

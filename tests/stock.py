@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.method import METHODS, init_folder
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.methods.base import METHODS, init_folder
 from tests.tiny import VOCABULARY
 
 WEIGHTS = "adapter_model.safetensors"

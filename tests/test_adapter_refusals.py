@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdconvert.checkpoint.uncached import Uncached
 from svdconvert.errors import SvdConvertError
+from svdconvert.output.uncached import UncachedWriter
 from tests.conftest import Build
 from tests.program import content, refused, succeeded, svdconvert
 from tests.reading import readable, write_sums
@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_finishes(base: Path, 
     limit = max(file.stat().st_size for file in (tmp_path / "anew").rglob("*.safetensors"))
     assert (tmp_path / "anew" / MANIFEST).stat().st_size > limit
     limited = (
-        "import resource, sys; from svdconvert.cli import app; import svdconvert.verbs.decompose;"
+        "import resource, sys; from svdconvert.cli.app import app; import svdconvert.commands.decompose;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); app(sys.argv[1:])"
     )
     program = [sys.executable, "-c", limited, *map(str, command), str(tmp_path / "out")]
@@ -272,15 +272,15 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_finishes(base: Path, 
 
 
 def test_no_space_left_is_a_sentence(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = Uncached.write, [20]
+    real, left = UncachedWriter.write, [20]
 
-    def write(self: Uncached, descriptor: int, data: bytes, offset: int) -> int:
+    def write(self: UncachedWriter, descriptor: int, data: bytes, offset: int) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(self, descriptor, data, offset)
 
-    monkeypatch.setattr(Uncached, "write", write)
+    monkeypatch.setattr(UncachedWriter, "write", write)
     refused(
         "decompose",
         base,

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.verbs.inspect import inspect
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
-from svdconvert.verbs.verify import verify
+from svdconvert.commands.inspect import inspect
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
+from svdconvert.commands.verify import verify
+from svdconvert.manifest.schema import read_manifest
 from tests.program import refused
 from tests.stock import WEIGHTS, adapted, logits, plain, start_of, tensors, trained_from
 from tests.ways import REBASED, WAYS, chosen, every_way

@@ -12,10 +12,10 @@ import torch
 import typer
 
 import svdconvert.layouts
-from svdconvert.artifact.manifest import Manifest, Matrix, Origin
-from svdconvert.cli import app
-from svdconvert.layout import LAYOUTS
-from svdconvert.verbs.catalogue import layouts, methods
+from svdconvert.cli.app import app
+from svdconvert.commands.list_plugins import layouts, methods
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.manifest.schema import Manifest, Matrix, Origin
 from tests.conftest import Build
 from tests.program import succeeded
 from tests.reading import readable, write_sums

@@ -8,15 +8,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from svdconvert.adapters.peft_format import open_adapter
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.artifact.split import SplitOptions
+from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.commands.decompose import decompose
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
+from svdconvert.commands.train import train
+from svdconvert.config.train import TrainPlan
 from svdconvert.errors import ArtifactError
-from svdconvert.training.plan import TrainPlan
-from svdconvert.verbs.decompose import decompose
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
-from svdconvert.verbs.train import train
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.pipeline.decompose import SplitOptions
 from tests.stock import adapted, logits, plain, tensors, trained_from
 
 Build = Callable[..., Path]

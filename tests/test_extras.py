@@ -9,15 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from svdconvert.adapters.extras import declaration, extra_key, is_declared, parameter_of
-from svdconvert.adapters.peft_format import open_adapter
-from svdconvert.artifact.split import SplitOptions
+from svdconvert.adapters.extra_parameters import declaration, extra_key, is_declared, parameter_of
+from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.commands.decompose import decompose
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
+from svdconvert.commands.train import train
+from svdconvert.config.train import TrainPlan
 from svdconvert.errors import ArtifactError, RecipeError
-from svdconvert.training.plan import TrainPlan
-from svdconvert.verbs.decompose import decompose
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
-from svdconvert.verbs.train import train
+from svdconvert.pipeline.decompose import SplitOptions
 from tests.reading import readable, write_sums
 from tests.stock import adapted, logits, plain, tensors
 from tests.tiny import build

@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdconvert.adapters.peft_format import open_adapter
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.artifact.merging import MergeOptions
-from svdconvert.artifact.split import SplitOptions
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.factors import Factors
-from svdconvert.layout import find_layout
+from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
+from svdconvert.commands.decompose import decompose
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
+from svdconvert.config.execution import Run
+from svdconvert.config.progress import Progress
+from svdconvert.layouts.base import find_layout
+from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.progress import Progress
-from svdconvert.run import Run
-from svdconvert.verbs.decompose import decompose
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.pipeline.decompose import SplitOptions
+from svdconvert.pipeline.merge import MergeOptions
 from tests.stock import adapted, logits, plain, same_bits, same_bytes, start_of, tensors, trained_from
 from tests.tiny import SHARDED
 from tests.ways import REBASED, WAYS, chosen, every_pair, every_peft_pair, every_rebased_pair, every_way

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from svdconvert.artifact.split import SplitOptions
-from svdconvert.verbs.decompose import decompose
+from svdconvert.commands.decompose import decompose
+from svdconvert.pipeline.decompose import SplitOptions
 from tests.program import content, refused, succeeded
 from tests.reading import readable, write_sums
 

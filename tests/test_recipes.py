@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.artifact.options import SplitOptions
-from svdconvert.recipe import options, read_recipe
-from svdconvert.training.plan import TrainPlan
+from svdconvert.config.options import SplitOptions
+from svdconvert.config.recipe import options, read_recipe
+from svdconvert.config.train import TrainPlan
+from svdconvert.manifest.schema import read_manifest
 from tests.conftest import Build
 from tests.program import refused, succeeded
 from tests.reading import readable, write_sums

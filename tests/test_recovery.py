@@ -15,12 +15,12 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 
-from svdconvert.artifact.merging import MergeOptions
-from svdconvert.artifact.recover import Recovered
-from svdconvert.checkpoint.reader import SafetensorsSource
+from svdconvert.checkpoint.safetensors_files import SafetensorsSource
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
 from svdconvert.errors import ArtifactError
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
+from svdconvert.inputs.recovered_init import Recovered
+from svdconvert.pipeline.merge import MergeOptions
 from tests.program import refused, succeeded
 from tests.stock import TOKENS, adapted, logits, plain, start_of, tensors, trained_from
 from tests.ways import WAYS, chosen

@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from svdconvert.adapters.peft_format import open_adapter
-from svdconvert.artifact.manifest import read_manifest
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.method import METHODS
+from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
+from svdconvert.commands.merge import merge
+from svdconvert.config.execution import Run
+from svdconvert.config.progress import Progress
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.methods.base import METHODS
 from svdconvert.models.rwkv6 import Output, Rwkv6
-from svdconvert.progress import Progress
-from svdconvert.run import Run
-from svdconvert.verbs.merge import merge
 from tests.models.oracle import needs_rwkv, rwkv_logits
 from tests.models.test_rwkv6 import TOKENS, opened
 from tests.program import refused, succeeded

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.hub.locate import open_home
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
+from svdconvert.inputs.model import open_home
 from tests.program import content, refused, succeeded
 from tests.rwkv6 import random_model, save
 from tests.stock import same_bytes

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.artifact.manifest import Manifest, read_manifest
-from svdconvert.artifact.merging import MergeOptions
-from svdconvert.artifact.split import SplitOptions
-from svdconvert.checkpoint.reader import open_checkpoint
-from svdconvert.verbs.decompose import decompose, plan_decompose
-from svdconvert.verbs.merge import merge
+from svdconvert.checkpoint.safetensors_files import open_checkpoint
+from svdconvert.commands.decompose import decompose, plan_decompose
+from svdconvert.commands.merge import merge
+from svdconvert.manifest.schema import Manifest, read_manifest
+from svdconvert.pipeline.decompose import SplitOptions
+from svdconvert.pipeline.merge import MergeOptions
 from tests.stock import same_bits
 
 RANK = 16

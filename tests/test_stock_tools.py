@@ -13,14 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration
 
-from svdconvert.artifact.lora import LoraOptions
-from svdconvert.artifact.merging import MergeOptions
-from svdconvert.artifact.split import SplitOptions
+from svdconvert.commands.decompose import decompose
+from svdconvert.commands.merge import merge
+from svdconvert.commands.to_lora import to_lora
 from svdconvert.errors import ArtifactError
-from svdconvert.layout import find_layout
-from svdconvert.verbs.decompose import decompose
-from svdconvert.verbs.merge import merge
-from svdconvert.verbs.to_lora import to_lora
+from svdconvert.layouts.base import find_layout
+from svdconvert.pipeline.decompose import SplitOptions
+from svdconvert.pipeline.merge import MergeOptions
+from svdconvert.pipeline.to_lora import LoraOptions
 from tests.stock import TOKENS, WEIGHTS, adapted, logits, plain, same_bytes, tensors, trained_from
 from tests.tiny import PEFT_MODEL_TYPES, SHARDED
 

@@ -32,7 +32,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from svdconvert.layout import LAYOUTS
+from svdconvert.layouts.base import LAYOUTS
 
 VOCABULARY = 61
 HIDDEN = 32

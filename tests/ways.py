@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from svdconvert.method import METHODS, Method
+from svdconvert.methods.base import METHODS, Method
 from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES
 
 

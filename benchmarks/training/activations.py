@@ -17,7 +17,7 @@ from rich.table import Table
 from step import _ours
 from torch import Tensor, nn
 
-from svdconvert.training.trainer import as_trained
+from svdconvert.training.optim.step import as_trained
 
 LENGTH = 1024
 METHODS = ("lora", "lora-fa")

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from svdconvert.artifact.options import SplitOptions
-from svdconvert.hub.begin import find_start
-from svdconvert.layout import LAYOUTS
-from svdconvert.memory import keep_freed_blocks, return_freed_matrices, use_huge_pages
-from svdconvert.method import METHODS
-from svdconvert.run import Run
-from svdconvert.training.example import IGNORED, Example
-from svdconvert.training.install import install
-from svdconvert.training.loop import StepLog, fit
-from svdconvert.training.network import load_network, replace_weights
-from svdconvert.training.plan import TrainPlan
-from svdconvert.training.task import Task, open_task
-from svdconvert.training.trainer import Trainer
+from svdconvert.cli.process import keep_freed_blocks, return_freed_matrices, use_huge_pages
+from svdconvert.config.execution import Run
+from svdconvert.config.options import SplitOptions
+from svdconvert.config.train import TrainPlan
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.methods.base import METHODS
+from svdconvert.training.data.example import IGNORED, Example
+from svdconvert.training.data.task import Task, open_task
+from svdconvert.training.model.inject import install
+from svdconvert.training.model.load import load_network, replace_weights
+from svdconvert.training.optim.loop import StepLog, fit
+from svdconvert.training.optim.step import Trainer
+from svdconvert.training.start import find_start
 
 WARM = 2
 """Steps that are not counted."""

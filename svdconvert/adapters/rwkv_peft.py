@@ -9,9 +9,9 @@ Source: github.com/JL-er/RWKV-PEFT, rwkvt/peft and merge/ of June 2025.
 import re
 from pathlib import Path
 
-from svdconvert.adapters.extras import declaration
-from svdconvert.adapters.peft_format import Adapter, AdapterConfig, target_modules
-from svdconvert.checkpoint.reader import open_file
+from svdconvert.adapters.extra_parameters import declaration
+from svdconvert.adapters.peft_files import Adapter, AdapterConfig, target_modules
+from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.errors import ArtifactError
 
 ENDING = ".pth"

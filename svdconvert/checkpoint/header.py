@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from svdconvert.checkpoint.source import ELEMENTS, TensorInfo
-from svdconvert.checkpoint.uncached import PAGE
+from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo
 from svdconvert.errors import CheckpointError
 
 _LENGTH = 8
+_ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
 _LONGEST = 100_000_000  # the limit of the safetensors library, against headers made to exhaust memory
 
 
@@ -105,7 +105,6 @@ def build_header(infos: Iterable[TensorInfo]) -> tuple[bytes, Mapping[str, int]]
             "data_offsets": [end, end := end + info.nbytes],
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    # The first tensor begins on a page, so that it can be written directly.
-    text += b" " * (-(_LENGTH + len(text)) % PAGE)
+    text += b" " * (-len(text) % _ALIGNMENT)
     head = len(text).to_bytes(_LENGTH, "little") + text
     return head, {name: len(head) + offset for name, offset in offsets.items()}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdconvert.checkpoint.reader import ENDINGS
+from svdconvert.checkpoint.safetensors_files import ENDINGS
 from svdconvert.errors import CheckpointError
 
 _FILE = "|".join(re.escape(ending) for ending in ENDINGS)

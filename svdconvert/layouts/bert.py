@@ -1,6 +1,6 @@
 """BERT, with or without a head; MiniLM and the sentence encoders made of it have the same names."""
 
-from svdconvert.layout import Layout, encoder
+from svdconvert.layouts.base import Layout, encoder
 
 LAYOUT = Layout(
     model_types=frozenset({"bert"}),

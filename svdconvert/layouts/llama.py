@@ -1,6 +1,6 @@
 """Llama and Mistral."""
 
-from svdconvert.layout import Layout, gated_decoder
+from svdconvert.layouts.base import Layout, gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"llama", "mistral"}),

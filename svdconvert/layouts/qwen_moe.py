@@ -1,6 +1,6 @@
 """Qwen3-MoE: each expert's matrices are tensors of their own; the router leaves as it is."""
 
-from svdconvert.layout import Layout, gated_decoder
+from svdconvert.layouts.base import Layout, gated_decoder
 
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}"
 

@@ -1,6 +1,6 @@
 """RoBERTa and XLM-RoBERTa, with or without a head."""
 
-from svdconvert.layout import Layout, encoder
+from svdconvert.layouts.base import Layout, encoder
 
 LAYOUT = Layout(
     model_types=frozenset({"roberta", "xlm-roberta"}),

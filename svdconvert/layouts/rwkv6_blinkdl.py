@@ -1,6 +1,6 @@
 """RWKV-6 as its author publishes it: one .pth file with a flat state dict, no configuration."""
 
-from svdconvert.layout import Family, Layout, Relative
+from svdconvert.layouts.base import Family, Layout, Relative
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
 
 _ATT = "blocks.0.att"

@@ -7,10 +7,10 @@ C: width, D: rank of the mixing.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.checkpoint.source import TensorSource
-from svdconvert.layout import Family, Layout, Relative
+from svdconvert.checkpoint.renamed import Rule
+from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.layouts.base import Family, Layout, Relative
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, MIX_ORDER, ROLES, Sizes, path, rename, states
-from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from svdconvert.checkpoint.source import TensorSource
-from svdconvert.layout import Family, Layout, Relative
+from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.layouts.base import Family, Layout, Relative
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename, states
 
 _RENAMED = (

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from svdconvert.layout import Family, Layout
+from svdconvert.checkpoint.renamed import Rule
+from svdconvert.layouts.base import Family, Layout
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
-from svdconvert.naming import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

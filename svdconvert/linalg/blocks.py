@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.products import product
+from svdconvert.linalg.gemm import product
 
 # Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
 # own, with gaps between them that make the heap grow with the length of a run.

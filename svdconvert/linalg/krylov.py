@@ -14,8 +14,8 @@ from math import ceil, inf, log, sqrt
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.gemm import product
 from svdconvert.linalg.orthonormal import complement, ordered, polished
-from svdconvert.linalg.products import product
 from svdconvert.linalg.triplets import Triplets
 
 _CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices

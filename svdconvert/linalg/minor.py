@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import total_energy
-from svdconvert.linalg.compute import exact_products, multiplies_bfloat16
 from svdconvert.linalg.krylov import (
     Krylov,
     Outlook,
@@ -23,6 +22,7 @@ from svdconvert.linalg.krylov import (
     most_columns,
     warm_start,
 )
+from svdconvert.linalg.threads import bfloat16_products, multiplies_bfloat16
 from svdconvert.linalg.triangular import Triangular
 from svdconvert.linalg.triplets import Triplets, project
 
@@ -32,42 +32,40 @@ _FLOOR = 1e-12  # share of the energy that is float32's own rounding
 _CENTRE = 2.6  # energy does not gather at the lower end, so the gains shrink more slowly than at the upper
 
 
-def fast_minor(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
+def fast_minor(
+    weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator, alone: bool = False
+) -> Triplets | None:
     """The `rank` smallest triplets of a float32 matrix, or None where `tol` was not reached.
 
-    `tol` bounds the estimated excess of their norm over the smallest one possible.
+    `tol` bounds the estimated excess of their norm over the smallest one possible. `alone` says that no other
+    thread of the process multiplies matrices, so that process-wide settings may be changed for a while.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
-        found = fast_minor(weight_OI.T, rank, tol=tol, generator=generator)
+        found = fast_minor(weight_OI.T, rank, tol=tol, generator=generator, alone=alone)
         return found.turned() if found else None
     total = total_energy(weight_OI)
     if total == 0.0:
         return None
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
     if 2 * weight_OI.shape[0] >= 3 * weight_OI.shape[1] and multiplies_bfloat16(weight_OI):
-        found = _by_gram(weight_OI, rank, total, start_SB, tol)
+        factor = Triangular.cholesky(_gram(weight_OI, alone).div_(total))
+        found = _Minor(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None
         if found is not None:
             return found
     return _Minor(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
 
 
-def _by_gram(weight_LS: Tensor, rank: int, total: float, start_SB: Tensor, tol: float) -> Triplets | None:
-    """With the Cholesky factor of W^T W, where QR would be the most of the work.
+def _gram(weight_LS: Tensor, alone: bool) -> Tensor:
+    """W^T W; only the blocks on and above the diagonal are multiplied.
 
-    Worth it for a long matrix of bfloat16 numbers: their products are exact in float32, so that the fast
-    units lose nothing. A square one is mostly too ill-conditioned. What that costs is seen: the energy
-    inside, measured in W, is then more than the factor promised.
+    Its Cholesky factor replaces QR, which would be most of the work, for a tall matrix of bfloat16 numbers:
+    their products are exact in float32. A square matrix is usually too ill-conditioned. The loss is measured:
+    the energy inside, computed from W, then exceeds what the factor predicted.
     """
-    factor = Triangular.cholesky(_gram(weight_LS).div_(total))
-    return _Minor(weight_LS, factor, rank, total).search(start_SB, tol) if factor else None
-
-
-def _gram(weight_LS: Tensor) -> Tensor:
-    """W^T W, of which only the blocks on and above the diagonal are multiplied."""
     short = weight_LS.shape[1]
     gram_SS = weight_LS.new_empty(short, short)
     step = -(-short // 8)
-    with exact_products():
+    with bfloat16_products(alone):
         for first in range(0, short, step):
             rows = slice(first, first + step)
             gram_SS[rows, first:] = weight_LS[:, rows].T @ weight_LS[:, first:]

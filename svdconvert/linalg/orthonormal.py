@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import held_by_float32, total_energy
-from svdconvert.linalg.products import product
+from svdconvert.linalg.gemm import product
 
 _THIN = 1e-10  # of the largest eigenvalue of a Gram matrix: below, Householder's reflections are used
 # Of the energy of the columns that an eigenvector mixes: a smaller eigenvalue is the rest of a cancellation.

@@ -24,12 +24,13 @@ class Solver:
     """exact is LAPACK in float32, exact64 in float64."""
     tol: float = 1e-3
     seed: int = 0
+    alone: bool = False
+    """No other thread multiplies matrices meanwhile, so that process-wide settings may be changed."""
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
         digest = xxhash.xxh3_64_intdigest(f"{self.seed}:{self.name}".encode())
-        # A copy, and not a new one, which wants a part of torch that decompose does without.
-        return torch.default_generator.clone_state().manual_seed(digest >> 1)
+        return torch.Generator().manual_seed(digest >> 1)
 
     def top(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` largest singular triplets.
@@ -48,7 +49,9 @@ class Solver:
         """The `rank` smallest singular triplets, by the same rules."""
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):
-            found = fast_minor(weight_OI.float(), rank, tol=self.tol, generator=self.generator())
+            found = fast_minor(
+                weight_OI.float(), rank, tol=self.tol, generator=self.generator(), alone=self.alone
+            )
         return found or exact_minor(weight_OI, rank, self._dtype)
 
     def middle(self, weight_OI: Tensor, rank: int) -> Triplets:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.products import product
+from svdconvert.linalg.gemm import product
 
 _PANEL = 256
 

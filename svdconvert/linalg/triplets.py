@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import times
+from svdconvert.linalg.gemm import product
 from svdconvert.linalg.orthonormal import gram_eigen, orthonormal
-from svdconvert.linalg.products import product
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from svdconvert.linalg.blocks import (
     low_gram_times,
     total_energy,
 )
-from svdconvert.linalg.compute import multiplies_bfloat16
 from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import (
     Krylov,
@@ -33,6 +32,7 @@ from svdconvert.linalg.krylov import (
     most_columns,
     warm_start,
 )
+from svdconvert.linalg.threads import multiplies_bfloat16
 from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
 
 __all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]

@@ -1,6 +1,6 @@
 """Full fine-tuning: every weight is trained and there is no adapter; the baseline of all the others."""
 
-from svdconvert.method import WEIGHT, Method
+from svdconvert.methods.base import WEIGHT, Method
 
 METHOD = Method(
     summary="trains every weight, without an adapter: the baseline, `train` only",

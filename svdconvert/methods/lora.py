@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from svdconvert.factors import Factors
+from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.method import Method, Split, kaiming
+from svdconvert.methods.base import Method, Split, kaiming
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from svdconvert.linalg.solver import Solver
-from svdconvert.method import Method, Split, shared_out
+from svdconvert.methods.base import Method, Split, shared_out
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:

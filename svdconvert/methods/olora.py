@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from svdconvert.factors import Factors
 from svdconvert.linalg.blocks import times, total_energy
+from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import spectrum_of
-from svdconvert.method import Method, Split
+from svdconvert.methods.base import Method, Split
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:

@@ -5,9 +5,9 @@ A and B start with orthonormal rows and columns, and the trainer's penalty keeps
 
 from torch import Tensor
 
-from svdconvert.factors import Factors
+from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.method import Method, Split
+from svdconvert.methods.base import Method, Split
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:

@@ -17,11 +17,11 @@ from torch.nn.functional import group_norm, silu
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from svdconvert.checkpoint.source import TensorSource
-from svdconvert.models import world
+from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.models import world_tokenizer
 from svdconvert.models.rwkv6_tensors import MIX_ORDER, Sizes
 from svdconvert.models.wkv6 import Form, wkv6
-from svdconvert.models.world import WorldTokenizer
+from svdconvert.models.world_tokenizer import WorldTokenizer
 
 _EPSILON = 1e-5
 _HEAD_EPSILON = 64e-5
@@ -298,5 +298,5 @@ def load(family: TensorSource, dtype: torch.dtype | None = None) -> Rwkv6:
 
 
 def load_tokenizer(place: Path, family: TensorSource) -> WorldTokenizer:
-    """The tokenizer of a model, in a directory or beside a file. Raises as `world.load_tokenizer`."""
-    return world.load_tokenizer(place, family.infos["emb.weight"].shape[0])
+    """The tokenizer in a model's directory or next to its file; see `world_tokenizer`."""
+    return world_tokenizer.load_tokenizer(place, family.infos["emb.weight"].shape[0])

@@ -8,10 +8,9 @@ Source: github.com/BlinkDL/RWKV-LM, RWKV-v5/src/model.py, RWKV_Tmix_x060 and RWK
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdconvert.checkpoint.source import TensorInfo
+from svdconvert.checkpoint.renamed import Rule
+from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError
-from svdconvert.layout import Slot
-from svdconvert.naming import Rule
 
 BLOCK = "blocks.{layer}"
 MIX_ORDER = ("w", "k", "v", "r", "g")
@@ -66,9 +65,9 @@ GROUPS = {"time": r".*\.time_(?!state).*", "norms": r"(.*\.)?ln\w*\.(weight|bias
 """What can be trained whole beside the matrices, as RWKV-PEFT does by default."""
 
 
-def path(slot: Slot) -> str:
+def path(role: str, layer: int) -> str:
     """Where the network of `rwkv6` has a matrix."""
-    return f"{BLOCK.replace('{layer}', str(slot.layer))}.{slot.role}"
+    return f"{BLOCK.replace('{layer}', str(layer))}.{role}"
 
 
 def states(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load, save
 
 from svdconvert.checkpoint.header import build_header, header_length, parse_header
-from svdconvert.checkpoint.source import ELEMENTS, TensorInfo, torch_dtype
+from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo, torch_dtype
 from svdconvert.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -77,7 +77,7 @@ def test_metadata_is_exactly_the_format_and_the_header_is_padded(tmp_path: Path)
     (tmp_path / "f").write_bytes(head + bytes(4))
     with safe_open(tmp_path / "f", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert len(head) == 4096
+    assert len(head) % 8 == 0
 
 
 BAD = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import compute, minor
+from svdconvert.linalg import minor, threads
 from svdconvert.linalg.minor import fast_minor
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
@@ -61,7 +61,7 @@ def test_trained_weights_of_bfloat16_numbers(
 ) -> None:
     weight, whole = matrix("trained", *shape), truth("trained", *shape)
     for units in (False, True):
-        monkeypatch.setattr(compute, "_fast_bfloat16", lambda device, units=units: units)
+        monkeypatch.setattr(threads, "_fast_bfloat16", lambda device, units=units: units)
         found = fast(weight, 1e-3, seed)
         true = whole.minor_excess(found)
         assert true < 1e-3 and well_formed(found, shape, RANK)
@@ -70,7 +70,7 @@ def test_trained_weights_of_bfloat16_numbers(
 
 
 def test_the_gram_matrix_gives_way_where_it_is_too_ill_conditioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
     scale = torch.logspace(0, -4, 200)
     weight = (matrix("random", 400, 200) * scale).bfloat16().float()
     found = Solver("w").minor(weight, RANK)
@@ -85,7 +85,7 @@ def test_the_gram_matrix_gives_way_where_it_is_too_ill_conditioned(monkeypatch: 
 def test_the_gram_matrix_is_enough_where_what_it_costs_is_below_the_tolerance(
     kind: str, tol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
     factored = []
     real = minor._qr_factor
     monkeypatch.setattr(minor, "_qr_factor", lambda *args: factored.append(1) or real(*args))

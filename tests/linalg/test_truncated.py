@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import compute, truncated
+from svdconvert.linalg import threads, truncated
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
@@ -24,7 +24,7 @@ def fast(weight: torch.Tensor, tol: float, seed: int = 1, rank: int = RANK) -> T
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor claims to multiply bfloat16 faster."""
-    monkeypatch.setattr(compute, "_fast_bfloat16", lambda device: request.param)
+    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: request.param)
     return bool(request.param)
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from svdconvert.checkpoint.renamed import as_family
 from svdconvert.errors import CheckpointError
-from svdconvert.hub.locate import open_home
+from svdconvert.inputs.model import open_home
 from svdconvert.models.rwkv6 import Rwkv6, load
 from svdconvert.models.wkv6 import EXACT, WIDE, Form, token_by_token
-from svdconvert.naming import as_family
 from tests import rwkv_cpp
 from tests.models.oracle import needs_rwkv, rwkv_logits
 from tests.program import succeeded

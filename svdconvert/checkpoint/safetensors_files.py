@@ -1,0 +1,211 @@
+"""Open a checkpoint directory: headers first, then one tensor at a time."""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from svdconvert.checkpoint.header import Extent, header_length, parse_header
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, file_stamp, read_whole
+from svdconvert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+
+
+ENDINGS = (".pth", ".st")
+"""Of files that are a checkpoint by themselves."""
+
+
+def open_checkpoint(directory: Path) -> TensorSource:
+    """The tensors of a model: a directory of safetensors (preferred) or PyTorch .bin, or one .pth or .st.
+
+    Raises CheckpointError where there is no checkpoint or a file of it is missing or damaged.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist; give a model directory, or a .pth file")
+    if not directory.is_dir():
+        if directory.suffix not in ENDINGS:
+            raise CheckpointError(
+                f"{directory} is a file; give the directory that holds the model and its config.json, or a "
+                f"file that ends in {' or '.join(ENDINGS)}"
+            )
+        return open_file(directory)
+    if (directory / INDEX).exists():
+        return SafetensorsSource.indexed(directory)
+    if (directory / SINGLE).exists():
+        return SafetensorsSource([directory / SINGLE])
+    pickled = [directory / name for name in (PICKLED_INDEX, PICKLED_SINGLE) if (directory / name).exists()]
+    if not pickled:
+        return open_file(_lone_file(directory))
+    from svdconvert.checkpoint.torch_files import PickledSource
+
+    if pickled[0].name == PICKLED_SINGLE:
+        return PickledSource(pickled)
+    weight_map = _local_index(pickled[0])
+    return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
+
+
+def open_file(path: Path) -> TensorSource:
+    """The tensors of one file: PyTorch's where it ends in .pth or .bin, else safetensors."""
+    if path.suffix not in (".pth", ".bin"):
+        return SafetensorsSource([path])
+    from svdconvert.checkpoint.torch_files import PickledSource
+
+    return PickledSource([path])
+
+
+def _lone_file(directory: Path) -> Path:
+    """The one file of a directory that is a checkpoint by itself. Raises CheckpointError."""
+    content = sorted(directory.iterdir())
+    found = [path for path in content if path.suffix in ENDINGS and path.is_file()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3])
+        raise CheckpointError(f"{directory} holds several checkpoints ({names}); give one of these files")
+    if not found:
+        state = "holds no model weights" if content else "is empty"
+        raise CheckpointError(
+            f"{directory} {state}; expected {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} or a .pth"
+        )
+    return found[0]
+
+
+def read_index(path: Path) -> Mapping[str, str]:
+    """The index's tensor -> shard map, checked: every shard is the plain name of a file beside it."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
+        ) from error
+    for name, file in entries.items():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read"
+            )
+    return entries
+
+
+def _local_index(path: Path) -> Mapping[str, str]:
+    """The same of a checkpoint whose shards must lie beside the index."""
+    entries = read_index(path)
+    if absent := [file for file in shard_names(entries) if not (path.parent / file).is_file()]:
+        raise CheckpointError(
+            f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard"
+        )
+    return entries
+
+
+def shard_names(weight_map: Mapping[str, str]) -> list[str]:
+    """The files of an index in their order."""
+    return sorted(set(weight_map.values()))
+
+
+def places(
+    headers: Iterable[tuple[Path, list[Extent]]], weight_map: Mapping[str, str] | None
+) -> dict[str, tuple[Path, Extent]]:
+    """Tensor -> its file and extent. A tensor in several files is taken from the one that the index names."""
+    found: dict[str, tuple[Path, Extent]] = {}
+    for file, extents in headers:
+        for extent in extents:
+            name = extent.info.name
+            if weight_map is None or weight_map.get(name, file.name) == file.name:
+                found[name] = (file, extent)
+    return found
+
+
+def refuse_misplaced(weight_map: Mapping[str, str], known: Collection[str], index: Path) -> None:
+    """Raise CheckpointError where a shard lacks a tensor that the index places in it."""
+    for name, file in weight_map.items():
+        if name not in known:
+            raise CheckpointError(f"{index} places {name} in {file}, which does not hold it")
+
+
+class SafetensorsSource:
+    """A TensorSource over safetensors files.
+
+    Bytes are read with pread, not mapped: a file that shrinks under the run is then a sentence, not
+    a SIGBUS.
+    """
+
+    def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
+        self._open: dict[Path, int] = {}
+        self._opening = Lock()
+        self._files = files
+        self._extents = places(((file, read_header(file)) for file in files), weight_map)
+        self.infos: Mapping[str, TensorInfo] = {
+            name: extent.info for name, (_, extent) in self._extents.items()
+        }
+
+    @classmethod
+    def indexed(cls, directory: Path) -> "SafetensorsSource":
+        """The shards of a directory with an index."""
+        weight_map = _local_index(directory / INDEX)
+        source = cls([directory / file for file in shard_names(weight_map)], weight_map)
+        refuse_misplaced(weight_map, source.infos, directory / INDEX)
+        return source
+
+    def read(self, name: str) -> "Tensor":
+        """The whole tensor in its stored dtype, freshly allocated."""
+        return read_whole(self, name)
+
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`, in `room` or each valid until the next."""
+        path, extent = self._extents[name]
+        total = extent.info.nbytes
+        passing = memoryview(bytearray(min(size, total)) if room is None else b"")
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            piece = passing[: stop - start] if room is None else room[start:stop]
+            self._fill(path, piece, extent.begin + start, name)
+            yield piece
+
+    def stamp(self) -> Mapping[str, list[int]]:
+        """Size and time of change of every file."""
+        return file_stamp(self._files)
+
+    def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
+        try:
+            descriptor = self._descriptor(path)
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{path} was truncated while {name} was read; restore the file and run again"
+                    )
+                buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
+
+    def _descriptor(self, path: Path) -> int:
+        with self._opening:  # two threads may want the first tensor of a file
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._open[path]
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read_header(file: Path) -> list[Extent]:
+    """The tensors of one safetensors file. Raises CheckpointError where the file is damaged."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = header_length(stream.read(8), str(file), size)
+            return parse_header(stream.read(length), str(file), size)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error

@@ -1,0 +1,71 @@
+"""PyTorch's own files (.bin, .pth): memory-mapped, and never unpickled beyond plain tensors."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from warnings import catch_warnings, simplefilter
+
+import torch
+from torch import Tensor
+
+from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, file_stamp, pieces, tensor_bytes
+from svdconvert.errors import CheckpointError
+
+# What Lightning puts before the names of an RWKV, all of them.
+_WRAPPED = ("model.emb.", "model.blocks.", "model.ln_out.", "model.head.")
+
+
+class PickledSource:
+    """A TensorSource over PyTorch files, through `weights_only` and `mmap`."""
+
+    def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._files = files
+        for file in files:
+            self._tensors.update(_load(file))
+        for name, place in (weight_map or {}).items():
+            if name not in self._tensors:
+                raise CheckpointError(f"the index places {name} in {place}, which does not hold it")
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A copy of what is mapped from the file: writing to the map would keep its pages in memory."""
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def stamp(self) -> Mapping[str, list[int]]:
+        """Size and time of change of every file."""
+        return file_stamp(self._files)
+
+    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size`, of the mapped file or copied into `room`."""
+        return pieces(tensor_bytes(self._tensors[name]), size, room)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        with catch_warnings():
+            simplefilter("ignore")  # of sparse tensors that take long to check: they are refused below
+            loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and was not unpickled, because that can run code; "
+            "save it as safetensors with the program that wrote it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or in PyTorch's format from before 1.6; fetch it again or save it anew"
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(_is_dense(value) for value in loaded.values()):
+        raise CheckpointError(f"{file} is not a state dict (a mapping from names to dense tensors)")
+    if all(name.startswith(_WRAPPED) for name in loaded):
+        return {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
+    return loaded
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided

@@ -1,0 +1,360 @@
+"""The command line: options in, one verb called, one summary or one sentence out.
+
+Verbs are imported inside their commands, so that `--help` loads no torch.
+"""
+
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from svdconvert.cli import summaries
+from svdconvert.cli.options import Typed, with_options
+from svdconvert.cli.process import configure_malloc_for_training
+from svdconvert.cli.push_options import publishes
+from svdconvert.config.execution import Run
+from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
+from svdconvert.config.progress import Track
+from svdconvert.config.ranks import find_ranks
+from svdconvert.config.recipe import Recipe, options, read_recipe
+from svdconvert.config.shard_sink import Shipment
+from svdconvert.config.train import TrainPlan
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="svdconvert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back.",
+    epilog="Start with: svdconvert decompose org/name -o DIR --plan",
+)
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model directory, a .pth file, or org/name[@revision]."),
+]
+AdapterArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="What decompose or train wrote, or any LoRA in PEFT's format; here or on the Hub.",
+    ),
+]
+DirArg = Annotated[
+    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, here or on the Hub.")
+]
+StreamOpt = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Keep no weights on disk: read them from the Hub, and with --push send every finished shard.",
+    ),
+]
+OutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="The directory to write; it appears whole or not at all.")
+]
+RecipeOpt = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML file of options; what is typed here wins.")
+]
+PlanOpt = Annotated[
+    bool, typer.Option("--plan", help="Write nothing; print what would be done, from headers alone.")
+]
+OverwriteOpt = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
+]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads of the arithmetic; bytes repeat at a fixed count."),
+]
+DeviceOpt = Annotated[
+    str | None, typer.Option("--device", help="Where the arithmetic runs: auto, cpu, cuda or cuda:N.")
+]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run the code that the model brings.")
+]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+BaseOpt = Annotated[
+    str | None, typer.Option("--base", help="Where the base is, if not where the manifest says.")
+]
+ResidualOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--residual", help="What decompose wrote, or another residual, for an adapter trained elsewhere."
+    ),
+]
+InitOpt = Annotated[
+    str | None,
+    typer.Option("--init", help="The adapter before training; none: it started at zero."),
+]
+
+
+class Listing(str, Enum):
+    """What `list` can list."""
+
+    methods = "methods"
+    layouts = "layouts"
+
+
+@app.command(
+    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
+)
+@publishes
+@with_options(SplitOptions)
+def decompose(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    stream: StreamOpt = False,
+    shipment: Shipment | None = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Split the target matrices of MODEL into a residual base and an initial adapter."""
+    with summaries.telling(debug=debug, out=out):
+        shared = read_recipe(recipe)
+        chosen, source = (
+            options(SplitOptions, shared, typed),
+            _needed(model or shared.get("model"), "a MODEL"),
+        )
+        from svdconvert.commands.decompose import decompose as verb
+        from svdconvert.commands.decompose import plan_decompose
+
+        if plan:
+            summaries.show_estimate(source, plan_decompose(source, chosen))
+            return
+        target = _needed(out, "-o DIR")
+        with summaries.progress("decompose") as track:
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
+            manifest = verb(source, target, chosen, run)
+        summaries.show_decomposed(shipment or target, manifest)
+
+
+@app.command(
+    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
+)
+@publishes
+@with_options(TrainPlan)
+def train(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    method: Annotated[
+        str | None, typer.Option(help="How a plain MODEL is split first; pissa unless given.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of a plain MODEL's adapter; 64 unless given.")
+    ] = None,
+    base: BaseOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    trust_remote_code: TrustOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
+    with summaries.telling(debug=debug, out=out):
+        from svdconvert.commands.train import train as verb
+
+        configure_malloc_for_training()
+        shared = read_recipe(recipe)
+        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
+        given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
+        split, plan = options(SplitOptions, shared, given), options(TrainPlan, shared, typed)
+        run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
+        with summaries.training() as watch:
+            manifest = verb(source, target, plan, run, split=split, base=base, watch=watch)
+        summaries.show_trained(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned")
+@publishes
+@with_options(MergeOptions)
+def merge(
+    typed: Typed,
+    adapter: AdapterArg,
+    out: OutOpt = None,
+    base: BaseOpt = None,
+    residual: ResidualOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    stream: StreamOpt = False,
+    shipment: Shipment | None = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Fold an adapter back into a plain checkpoint."""
+    with summaries.telling(debug=debug, out=out):
+        from svdconvert.commands.merge import Places, prepare_merge
+        from svdconvert.commands.merge import merge as verb
+
+        shared = read_recipe(recipe)
+        chosen = options(MergeOptions, shared, typed)
+        if plan:
+            found = prepare_merge(adapter, chosen, Places(base, residual, init, stream=True))
+            summaries.show_merging(adapter, found)
+            return
+        target = _needed(out, "-o DIR")
+        with summaries.progress("merge") as track:
+            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
+            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
+        summaries.show_merged(shipment or target, manifest)
+
+
+@app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
+@publishes
+@with_options(LoraOptions)
+def to_lora(
+    typed: Typed,
+    adapter: AdapterArg,
+    out: OutOpt = None,
+    base: BaseOpt = None,
+    residual: ResidualOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write what training changed as a standard LoRA for the untouched base."""
+    with summaries.telling(debug=debug, out=out):
+        from svdconvert.commands.to_lora import to_lora as verb
+
+        shared, target = read_recipe(recipe), _needed(out, "-o DIR")
+        chosen = options(LoraOptions, shared, typed)
+        with summaries.progress("to-lora", of_bytes=False) as track:
+            run = _run(shared, track, overwrite, None, None)
+            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
+        summaries.show_lora(target, manifest)
+
+
+@app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+@publishes
+@with_options(ConvertOptions)
+def convert(
+    typed: Typed,
+    model: ModelArg = None,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    stream: StreamOpt = False,
+    shipment: Shipment | None = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
+    with summaries.telling(debug=debug, out=out):
+        from svdconvert.commands.convert import convert as verb
+
+        shared = read_recipe(recipe)
+        chosen = options(ConvertOptions, shared, typed)
+        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
+        with summaries.progress("convert") as track:
+            run = replace(_run(shared, track, overwrite, None, None), stream=stream, shipment=shipment)
+            manifest = verb(source, target, chosen, run)
+        summaries.show_converted(shipment or target, manifest)
+
+
+@app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
+@with_options(PushOptions, panel="Publishing")
+def push(
+    typed: Typed,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if need be.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base's org/name, if it was read from a directory.")
+    ] = None,
+    residual: Annotated[
+        str | None, typer.Option("--residual", help="The residual base's org/name, likewise.")
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Publish DIR with a card; what the Hub has already is not sent again."""
+    with summaries.telling(debug=debug, out=None):
+        from svdconvert.commands.push import push as verb
+
+        done = verb(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        summaries.show_published(directory, repository, done)
+
+
+@app.command(epilog="Example: svdconvert verify pissa --base org/name")
+def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
+    """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
+    with summaries.telling(debug=debug, out=None):
+        from svdconvert.commands.verify import verify as verb
+
+        with summaries.progress("verify", of_bytes=False) as track:
+            report = verb(directory, Run(track=track), base=base)
+        summaries.show_report(report)
+        if not report.passed:
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: svdconvert inspect trained --json")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
+    json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Say what a directory is, which base it belongs to, and which command comes next."""
+    with summaries.telling(debug=debug, out=None):
+        from dataclasses import asdict
+
+        from svdconvert.commands.inspect import inspect as verb
+
+        found = verb(model)
+        summaries.as_json(asdict(found)) if json else summaries.show_inspection(found)
+
+
+@app.command(name="list", epilog="Example: svdconvert list methods")
+def list_(what: Annotated[Listing, typer.Argument(help="What to list.")], json: JsonOpt = False) -> None:
+    """List the methods or the layouts."""
+    from svdconvert.commands.list_plugins import layouts, methods
+
+    rows = methods() if what is Listing.methods else layouts()
+    summaries.as_json(rows) if json else summaries.catalogue(rows)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    """Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back."""
+    if version:
+        from importlib.metadata import version as installed
+
+        summaries.stdout.print(f"svdconvert {installed('svdconvert')}")
+        raise typer.Exit
+
+
+def _needed(value: T | None, what: str) -> T:
+    if value is None:
+        raise typer.BadParameter(f"{what} is missing")
+    return value
+
+
+def _run(
+    shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
+) -> Run:
+    """The circumstances: what was typed, else what the recipe says."""
+    known = Run()
+    return Run(
+        overwrite=overwrite,
+        threads=threads or shared.get("threads"),
+        device=device or shared.get("device") or known.device,
+        ranks=find_ranks(),
+        track=track or known.track,
+        say=summaries.say,
+    )

@@ -1,0 +1,380 @@
+"""The only place that talks: progress, summaries and errors."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import wrap
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+from rich.table import Column, Table
+
+from svdconvert.cli.signals import TerminatedError, raise_on_signals
+from svdconvert.config.progress import Progress, Track, silent
+from svdconvert.config.sizes import size_text
+from svdconvert.errors import SvdConvertError
+from svdconvert.layouts.base import is_transformers, loading
+
+if TYPE_CHECKING:
+    from svdconvert.commands.inspect import Inspection
+    from svdconvert.commands.merge import Merging
+    from svdconvert.commands.verify import Report
+    from svdconvert.manifest.schema import Manifest, Matrix
+    from svdconvert.pipeline.estimate import Estimate
+    from svdconvert.publish.upload import Published
+    from svdconvert.training.logs.metrics import Log
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(highlight=False, soft_wrap=True, stderr=True)
+
+_MANY = 12  # entries of a mapping that a screen shows
+
+
+@contextmanager
+def telling(*, debug: bool, out: object = None) -> Iterator[None]:
+    """Turn errors into one sentence and an exit status: 1 refused or failed, 130 Ctrl-C, 143 SIGTERM."""
+    with raise_on_signals():
+        try:
+            yield
+        except SvdConvertError as error:
+            if debug:
+                raise
+            _stop(str(error), 1)
+        except KeyboardInterrupt:
+            _stop(f"interrupted{_kept(out)}", 130)
+        except TerminatedError:
+            _stop(f"terminated{_kept(out)}", 143)
+
+
+def _kept(out: object) -> str:
+    here = out is not None and Path(f"{out}.partial").exists()
+    return f"; the same command goes on from {out}.partial" if here else ""
+
+
+def _stop(sentence: str, status: int) -> NoReturn:
+    stderr.print(escape(f"svdconvert: {sentence}"))
+    raise typer.Exit(status)
+
+
+def say(sentence: str) -> None:
+    """One sentence on standard error, from the leading rank."""
+    if not _follows():
+        stderr.print(escape(f"svdconvert: {sentence}"))
+
+
+def _follows() -> bool:
+    """True in a rank that leaves talking to the leading one; errors it tells itself."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+@contextmanager
+def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
+    """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
+    if _follows() or not stderr.is_terminal:
+        yield silent
+        return
+    amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    with _bar(amount) as bar:
+        task = bar.add_task(what, total=None, at="")
+
+        def track(step: Progress) -> None:
+            bar.update(task, completed=step.done, total=step.total, at=f"{step.name} {step.file}")
+
+        yield track
+
+
+def _bar(amount: ProgressColumn) -> Bar:
+    """How much is done, the time that is left, and where it is: which gives way on a narrow terminal."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        amount,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    ]
+    return Bar(*columns, console=stderr, transient=True, expand=True)
+
+
+def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
+    """A short table that says what was done and where it is, and what to type next."""
+    if _follows():
+        return
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+    )
+    table.add_column()
+    table.add_column(overflow="fold")  # a link that is cut short leads nowhere
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
+    stdout.print(table)
+    for number, command in enumerate(commands):
+        stdout.print(f"[dim]{'next' if number == 0 else '  or'}[/dim]  {escape(command)}")
+
+
+def _then(*commands: str) -> list[str]:
+    return [command for command in commands if command]
+
+
+def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table with a heading."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    stdout.print(table)
+
+
+def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
+    """What there is, each with its name and summary on one line and the rest below it."""
+    width = max(len(str(next(iter(row.values())))) for row in rows) + 2
+    for row in rows:
+        (_, name), (_, what), *others = row.items()
+        stdout.print(f"[bold]{escape(str(name)):{width}}[/bold]{escape(str(what))}")
+        for label, value in others:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            room = max(20, stdout.width - width)
+            for line in wrap(f"{label}: {shown}", room, subsequent_indent="  "):
+                stdout.print(f"{'':{width}}[dim]{escape(line)}[/dim]")
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def show_estimate(source: object, plan: "Estimate") -> None:
+    """What a decomposition would take."""
+    listing(
+        ("role", "shape", "rank", "matrices", "trained parameters"),
+        [
+            (row.role, " x ".join(map(str, row.shape)), row.rank, row.count, f"{row.parameters:,}")
+            for row in plan.rows
+        ],
+    )
+    summary(
+        f"decompose {source} would",
+        {
+            "read": size_text(plan.read),
+            "write": f"{size_text(plan.written)} in {len(plan.files)} files",
+            "peak memory": f"about {size_text(plan.memory)}",
+            "take": f"about {plan.seconds:.0f} s",
+        },
+    )
+
+
+def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
+    """What decompose did."""
+    matrices = list(manifest.matrices.values())
+    energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    loads = not any(matrix.role.startswith("experts.") for matrix in matrices)
+    exact = sum(matrix.engine == "exact" for matrix in matrices)
+    summary(
+        f"decomposed into {out_dir}",
+        {
+            "method": f"{manifest.method}, rank {_ranks(matrices)}, {len(matrices)} matrices",
+            "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
+            "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
+            "stock PEFT": None if loads else "cannot load the factors of single experts; merge can",
+            "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
+        },
+        [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
+    )
+
+
+def _ranks(matrices: Sequence["Matrix"]) -> str:
+    """4, or 4 to 16 where patterns give several."""
+    least, most = min(matrix.rank for matrix in matrices), max(matrix.rank for matrix in matrices)
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def show_merging(adapter: object, found: "Merging") -> None:
+    """What a merge would read and write."""
+    summary(
+        f"merge {adapter} would",
+        {
+            "take": f"the {found.plan.side} {found.home.snapshot.location}",
+            "merge": f"{len(found.plan.modules)} matrices",
+            "read": size_text(found.read),
+            "write": f"{size_text(found.written)} in {len(found.plan.shards)} files",
+        },
+    )
+
+
+def show_merged(out_dir: object, manifest: "Manifest") -> None:
+    """What merge did, and from which weights."""
+    origin = manifest.residual if manifest.options["side"] == "residual" else manifest.base
+    shards = sum("/" not in file for file in manifest.files)
+    summary(
+        f"merged into {out_dir}",
+        {
+            "from": f"the {manifest.options['side']} {origin.location if origin else ''}",
+            "tensors": f"{len(manifest.checksums)} in {shards} files",
+            "update as stored": _update(manifest.options.get("update")),
+        },
+        _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
+    )
+
+
+def show_converted(out_dir: object, manifest: "Manifest") -> None:
+    """What convert did."""
+    files = [file for file in manifest.files if "/" not in file]
+    summary(
+        f"converted into {out_dir}",
+        {
+            "layout": manifest.layout,
+            "tensors": f"{len(manifest.checksums)} in {', '.join(files) if len(files) == 1 else len(files)}",
+            "values": "as they were" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
+        },
+        _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
+    )
+
+
+def _update(note: Mapping[str, Any] | None) -> str | None:
+    if note is None:
+        return None
+    return f"cosine {note['cosine']:.4f} with the intended one, {note['kept']:.1%} of it kept"
+
+
+def show_lora(out_dir: object, manifest: "Manifest") -> None:
+    """What to-lora did."""
+    base = manifest.base.location if manifest.base else "the base it was made for"
+    cut = manifest.options.get("truncation")
+    loss = f"leaves out {cut['error']:.2e} of its norm" if cut else "exact"
+    scale = f"lora_alpha {manifest.options['rank']}" if manifest.options["format"] != "peft" else "scale 1"
+    summary(
+        f"converted into {out_dir}",
+        {
+            "LoRA": f"rank {manifest.options['rank']}{_spread(cut)}, {scale}, {loss}",
+            "start": _recovery(manifest.options.get("recovered")),
+            "for": base,
+        },
+        [
+            *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
+            f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else " --base BASE"),
+        ],
+    )
+
+
+def show_published(out_dir: object, repository: str, done: "Published") -> None:
+    """Where a directory is published."""
+    left = [*done.left[:3], *([f"{len(done.left) - 3} more"] if len(done.left) > 3 else [])]
+    summary(
+        f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",
+        {
+            "see": done.url,
+            "files": f"{done.files}, {size_text(done.nbytes)}",
+            "left here": ", ".join(left) or None,
+        },
+        [f"svdconvert inspect {repository}"],
+    )
+
+
+def _spread(cut: Mapping[str, Any] | None) -> str:
+    """Of the ranks, where they differ: the file has one, and zeros in the others' places."""
+    ranks = [module["rank"] for module in cut["modules"].values()] if cut else []
+    return f" ({min(ranks)} to {max(ranks)} by matrix)" if len(set(ranks)) > 1 else ""
+
+
+def _recovery(note: Mapping[str, Any] | None) -> str | None:
+    if note is None:
+        return None
+    if note["by"] != "difference":
+        return f"computed again from the base, as {note['by']}"
+    return f"recovered to {note['error']:.1e} of itself, {note['of_base']:.1e} of the base's weights"
+
+
+def show_report(report: "Report") -> None:
+    """What verify found."""
+    for fault in report.faults[:20]:
+        stderr.print(escape(f"svdconvert: {fault}"))
+    rows: dict[str, object] = {"stored tensors": f"{report.tensors} compared with their checksums"}
+    if report.matrices:
+        rows["base"] = report.base
+        rows["matrices"] = f"{report.matrices} recomputed, largest relative error {report.worst:.2e}"
+        rows["come back exactly"] = f"{report.exact:.4f} of the entries, from the stored files alone"
+    elif report.kind == "decomposed":
+        rows["base"] = "not at hand: only the checksums were compared; say where it is with --base"
+    state = "is as its manifest says" if report.passed else f"has {len(report.faults)} faults"
+    summary(f"{report.directory} {state}", rows)
+
+
+def show_inspection(found: "Inspection") -> None:
+    """What a directory is."""
+    rows = {name.replace("_", " "): _readable(value) for name, value in found.details.items() if value}
+    summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
+
+
+def _readable(value: object) -> str:
+    """A value of an inspection as people write it."""
+    if isinstance(value, Mapping) and len(value) > _MANY:
+        return f"{len(value)} values, which --json shows"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_readable, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def training() -> Iterator[Callable[["Log", int], None]]:
+    """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
+    if _follows() or not stderr.is_terminal:
+        yield lambda log, steps: None
+        return
+    from svdconvert.training.optim.loop import EvalLog, StepLog
+
+    with _bar(MofNCompleteColumn()) as bar:
+        task = bar.add_task("train", total=None, at="")
+        started, held_out = monotonic(), ""
+
+        def watch(log: "Log", steps: int) -> None:
+            nonlocal held_out
+            if isinstance(log, EvalLog):
+                held_out = f"held-out {log.eval_loss:.4f}"
+                bar.update(task, completed=log.step, total=steps, at=held_out)
+            elif isinstance(log, StepLog):
+                speed = log.tokens / max(monotonic() - started, 1e-9)
+                at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
+                bar.update(task, completed=log.step, total=steps, at=at)
+
+        yield watch
+
+
+def show_trained(out_dir: object, manifest: "Manifest") -> None:
+    """How the loss went."""
+    lines = [json.loads(line) for line in (Path(str(out_dir)) / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    summary(
+        f"trained into {out_dir}",
+        {
+            "steps": len(losses),
+            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}",
+            "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
+            "rate": manifest.options["lr"],
+        },
+        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"]
+        if manifest.kind == "trained"
+        else [loading(manifest.layout, out_dir)],
+    )

@@ -1,0 +1,195 @@
+"""svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdconvert.adapters.peft_files import AdapterConfig, is_adapter, open_adapter
+from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
+from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.config.recipe import SECTION_OF, unusual
+from svdconvert.config.sizes import size_text
+from svdconvert.errors import UnknownNameError
+from svdconvert.hub.download import fetch
+from svdconvert.inputs.model import open_headers
+from svdconvert.layouts.base import is_transformers, loading
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin, is_ours, read_manifest
+from svdconvert.methods.base import METHODS
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a directory is."""
+
+    directory: str
+    kind: str
+    """checkpoint, decomposed, trained, merged, lora, adapter or unfinished."""
+    summary: str
+    """One sentence."""
+    next: list[str]
+    """Commands that make sense now."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Say what a directory (or a model of the Hub) is. Raises SvdConvertError where it is nothing known."""
+    path = Path(model)
+    if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
+        return _unfinished(path)
+    path = path if path.exists() else fetch(str(model), "adapter").path
+    if is_ours(path):
+        return _ours(str(model), read_manifest(path))
+    if is_adapter(path):
+        return _adapter(path)
+    if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
+        return _adapter_file(path)
+    return _checkpoint(str(model))
+
+
+def _unfinished(path: Path) -> Inspection:
+    out = str(path).removesuffix(".partial")
+    return Inspection(
+        str(path),
+        "unfinished",
+        f"what an unfinished run left for {out}",
+        [f"the command that was to write {out}"],
+    )
+
+
+def _ours(path: str, manifest: Manifest) -> Inspection:
+    details = {
+        "written_by": f"svdconvert {manifest.svdconvert}",
+        "method": manifest.method,
+        "layout": manifest.layout,
+        "base": _place(manifest.base),
+        "residual": _place(manifest.residual),
+        "options": unusual(SECTION_OF[manifest.kind], manifest.options),
+        **_matrix_details(manifest),
+    }
+    return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
+
+
+def _what(manifest: Manifest) -> str:
+    if manifest.kind == "merged" and METHODS.get(manifest.method).split is None:
+        return "a plain checkpoint that was fine-tuned whole, to be loaded as any other"
+    if manifest.kind in PLAIN:
+        return f"a {manifest.kind} plain checkpoint, to be loaded as any other"
+    if manifest.kind == "lora":
+        return "a plain LoRA for the untouched base"
+    if manifest.kind == "trained":
+        return f"a trained {manifest.method} adapter"
+    if not manifest.checksums:
+        return f"an initial {manifest.method} adapter for the untouched base"
+    return f"a residual base with its initial {manifest.method} adapter; not to be used without the adapter"
+
+
+def _commands(path: str, manifest: Manifest) -> list[str]:
+    plain = [line for line in [loading(manifest.layout, path)] if line]
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    base = "" if manifest.base else " --base BASE"
+    return {
+        "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
+        "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        "merged": [*plain, f"svdconvert verify {path}"],
+        "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],
+        "lora": [*peft, f"svdconvert merge {path} -o MERGED{base}"],
+    }[manifest.kind]
+
+
+def _place(origin: Origin | None) -> str | None:
+    if origin is None:
+        return None
+    if origin.revision:
+        return f"{origin.location}@{origin.revision}"
+    return origin.location if Path(origin.location).exists() else f"{origin.location} (not there)"
+
+
+def _matrix_details(manifest: Manifest) -> dict[str, Any]:
+    matrices = manifest.matrices.values()
+    if not matrices:
+        return {}
+    method = METHODS.get(manifest.method)
+    energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    return {
+        "matrices": len(matrices),
+        "roles": dict(Counter(matrix.role for matrix in matrices)),
+        "trained_parameters": sum(method.trained_values(*matrix.shape, matrix.rank) for matrix in matrices),
+        "mean_energy": sum(energies) / len(energies) if energies else None,
+        "largest_error": max(matrix.error for matrix in matrices),
+    }
+
+
+def _adapter(path: Path) -> Inspection:
+    adapter = open_adapter(path)
+    config = adapter.config
+    details = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.rslora,
+        "modules": len(adapter.modules),
+        "base": config.base,
+        "started_as": config.initialised if isinstance(config.initialised, str) else None,
+    }
+    return Inspection(
+        str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
+    )
+
+
+def _adapter_file(path: Path) -> Inspection:
+    adapter = open_adapter_file(path, None)
+    details = {
+        "rank": adapter.config.rank,
+        "modules": len(adapter.modules),
+        "trained_whole": len(adapter.extras),
+    }
+    commands = [
+        f"svdconvert merge {path} -o MERGED --base MODEL --init init_pissa.pth  (where it was PiSSA)",
+        f"svdconvert merge {path} -o MERGED --base MODEL --alpha LORA_ALPHA  (where it was LoRA)",
+    ]
+    summary = f"an adapter of rank {adapter.config.rank} in RWKV-PEFT's format, which does not say its scale"
+    return Inspection(str(path), "adapter", summary, commands, details)
+
+
+def _adapter_summary(config: AdapterConfig) -> str:
+    named = f"names {config.base} as its base" if config.base else "names no base"
+    return f"a {config.peft_type} adapter of rank {config.rank} in PEFT's format, which {named}"
+
+
+def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
+    base = config.base if config.base and Path(config.base).is_dir() else "MODEL"
+    if config.base and is_ours(Path(config.base)):
+        return [
+            f"svdconvert to-lora {path} -o LORA --residual {base}",
+            f"svdconvert merge {path} -o MERGED --residual {base}",
+        ]
+    return [
+        f"svdconvert merge {path} -o MERGED --base {base}",
+        f"svdconvert to-lora {path} -o LORA --residual DECOMPOSED  (if it was trained against a residual)",
+    ]
+
+
+def _checkpoint(model: str) -> Inspection:
+    home = open_headers(model)
+    infos = home.source.infos
+    details: dict[str, Any] = {
+        "model_type": home.config.get("model_type"),
+        "tensors": len(infos),
+        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "element_types": dict(Counter(info.dtype for info in infos.values())),
+    }
+    try:
+        name, layout = home.layout()
+    except UnknownNameError as error:
+        return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
+    slots = layout.slots(infos)
+    details |= {
+        "layout": name,
+        "matrices": len(slots),
+        "roles": dict(Counter(slot.role for slot in slots.values())),
+    }
+    commands = [
+        f"svdconvert decompose {model} -o DECOMPOSED --plan",
+        f"svdconvert decompose {model} -o DECOMPOSED",
+    ]
+    return Inspection(model, "checkpoint", f"a plain checkpoint of the {name} layout", commands, details)

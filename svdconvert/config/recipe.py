@@ -1,0 +1,142 @@
+"""Recipes: the options of a whole run in one YAML file, and how they meet the command line.
+
+    model: org/name
+    seed: 1
+    decompose: {method: pissa, rank: 16}
+    train: {data: train.jsonl, steps: 100}
+
+What is typed on the command line wins. An unknown key is an error that lists the known ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
+from svdconvert.config.train import TrainPlan
+from svdconvert.errors import RecipeError, did_you_mean
+
+T = TypeVar("T")
+
+SECTIONS: Mapping[str, type] = {
+    "decompose": SplitOptions,
+    "train": TrainPlan,
+    "merge": MergeOptions,
+    "to_lora": LoraOptions,
+    "convert": ConvertOptions,
+}
+SECTION_OF: Mapping[str, str] = {
+    "decomposed": "decompose",
+    "trained": "train",
+    "merged": "merge",
+    "lora": "to_lora",
+    "converted": "convert",
+}
+"""Kind of a directory -> the section of what made it."""
+SHARED = ("model", "seed", "threads", "device")
+_SPELLINGS = {"from": "side"}  # what Python does not allow as a name
+# Options of which only one can be given: what is typed takes the place of what the recipe has.
+_EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: shared keys, and a mapping per verb."""
+
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    path: Path | None = None
+
+    def get(self, key: str) -> Any:
+        """A shared key, None where the recipe does not have it."""
+        return self.shared.get(key)
+
+
+def read_recipe(path: Path | None) -> Recipe:
+    """Read and check a recipe's keys. Raises RecipeError for what is not known."""
+    if path is None:
+        return Recipe()
+    import yaml  # which nobody waits for who has no recipe
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist; give --recipe a YAML file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not a mapping of keys; it wants {', '.join([*SHARED, *SECTIONS])}")
+    content = _plain(content)
+    _refuse_unknown(content, [*SHARED, *SECTIONS], str(path))
+    sections = {}
+    for name, kind in SECTIONS.items():
+        section = content.pop(name, None) or {}
+        if not isinstance(section, dict):
+            raise RecipeError(f"{path}: {name} is not a mapping of options")
+        sections[name] = _plain(section)
+        _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
+    return Recipe(content, sections, path)
+
+
+def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
+    """The options of one verb: what was typed, else the recipe, else the defaults.
+
+    Raises RecipeError for a value out of range or of the wrong type.
+    """
+    section = next(name for name, known in SECTIONS.items() if known is kind)
+    known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
+    shared = {key: value for key, value in recipe.shared.items() if key in known}
+    given = {key: value for key, value in typed.items() if value is not None}
+    written = {**shared, **recipe.sections.get(section, {})}
+    if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
+        written = {key: value for key, value in written.items() if key not in rivals}
+    try:
+        return TypeAdapter(kind).validate_python({**written, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        verb = section.replace("_", "-")
+        place = verb if recipe.path is None or key in given else f"{recipe.path}: {section}"
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
+        wrong = f"{key} is {first['input']!r}: {message}" if key else message
+        raise RecipeError(f"{place}: {wrong}") from error
+
+
+def unusual(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among `values` that are not as they are by default."""
+    usual = {entry.name: entry.default for entry in fields(SECTIONS[section])}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {name: value for name, value in values.items() if plain.get(name) != value}
+
+
+def as_typed(section: str, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line for what is not as it is by default."""
+    known = {entry.name for entry in fields(SECTIONS[section])}
+    spellings = {name: spelling for spelling, name in _SPELLINGS.items()}
+    words: list[str] = []
+    for name, value in unusual(section, values).items():
+        option = f"--{spellings.get(name, name).replace('_', '-')}"
+        if name not in known or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, Mapping):
+            words += [option, ",".join(f"{key}={inner}" for key, inner in value.items())]
+        elif isinstance(value, (list, tuple)):
+            words += [option, ",".join(map(str, value))]
+        else:
+            words += [option, str(value)]
+    return words
+
+
+def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+    names = {str(key).replace("-", "_"): value for key, value in values.items()}
+    return {_SPELLINGS.get(key, key): value for key, value in names.items()}
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise RecipeError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

@@ -1,0 +1,77 @@
+"""Is this the base that the adapter was made for?  Config, headers, and a checksum per tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
+
+CHUNK = 4 << 20
+"""Bytes of a tensor that pass at a time: read, noted and written."""
+
+# What loaders and savers rewrite without changing the model.
+_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What identifies a checkpoint's content."""
+
+    config: str
+    headers: str
+    tensors: Mapping[str, str]
+    """Checksum per tensor; only of those that were read."""
+
+
+class Checksum:
+    """xxh3 over the pieces of one tensor, as they pass."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def over(self, chunks: Iterable[memoryview]) -> Iterable[memoryview]:
+        """The same pieces, noted."""
+        for chunk in chunks:
+            self._state.update(chunk)
+            yield chunk
+
+    def text(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return str(self._state.hexdigest())
+
+
+def checksum(data: memoryview) -> str:
+    """xxh3 of a tensor's bytes."""
+    return str(xxhash.xxh3_64_hexdigest(data))
+
+
+def tensor_checksum(source: TensorSource, name: str) -> str:
+    """Checksum of one tensor of a source, read in pieces."""
+    total = Checksum()
+    for _ in total.over(source.chunks(name, CHUNK)):
+        pass
+    return total.text()
+
+
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """Of the configuration without what changes from one save to the next."""
+    return digest(_stable(config))
+
+
+def headers_checksum(infos: Iterable[TensorInfo]) -> str:
+    """Of all names, shapes and element types, whatever the shards."""
+    return digest(sorted((info.name, list(info.shape), info.dtype) for info in infos))
+
+
+def _stable(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _stable(inner) for key, inner in value.items() if key not in _VOLATILE}
+
+
+def digest(value: Any) -> str:
+    """Checksum of what JSON can hold."""
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))

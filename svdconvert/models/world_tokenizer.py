@@ -1,0 +1,129 @@
+"""The tokenizer of RWKV World, and that of models on bytes: tokens are byte strings, the longest one wins.
+
+The vocabulary is a text file with a line `id literal length` for every token, the literal a string or
+bytes as Python writes them. Id 0 is the end of a text and not in the file.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import CheckpointError, DataError, MissingPackageError
+from svdconvert.output.sidecars import vocabularies
+
+END = 0
+"""The token that ends a text."""
+BYTES = 256
+"""Up to this size a vocabulary is taken for the bytes themselves."""
+
+WORLD, WORLD_TOKENS, WORLD_SIZE = "rwkv_vocab_v20230424.txt", 65529, 65536
+"""The file of World's vocabulary, the tokens in it, and the entries of a model that is trained on it."""
+
+
+class WorldTokenizer:
+    """Text to tokens and back, with what training asks of a tokenizer of transformers."""
+
+    eos_token_id = END
+    pad_token_id = None
+    bos_token = None
+    eos_token = None
+    chat_template = None
+    added_tokens_decoder: Mapping[int, Any] = {}
+    is_fast = True
+    """It says where in the text a token begins."""
+
+    def __init__(self, tokens: Mapping[bytes, int]) -> None:
+        """`tokens` are the ids by their bytes."""
+        self._ids = dict(tokens)
+        self._tokens = {number: token for token, number in self._ids.items()}
+        lengths: dict[int, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids. Raises DataError for a byte that no token holds."""
+        return [number for number, _ in self._split(text.encode())]
+
+    def decode(self, ids: Iterable[int], **_: object) -> str:
+        """The text of `ids`; what is no UTF-8 becomes a replacement character."""
+        return b"".join(self._tokens.get(number, b"") for number in ids).decode(errors="replace")
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[Any]]:
+        """`input_ids`, and in `offset_mapping` the characters (from, to) of each."""
+        data = text.encode()
+        # The character that each byte belongs to.
+        characters = [place for place, letter in enumerate(text) for _ in letter.encode()]
+        found = list(self._split(data))
+        begins = [characters[begin] for _, begin in found] + [len(text)]
+        offsets = list(pairwise(begins))
+        return {"input_ids": [number for number, _ in found], "offset_mapping": offsets}
+
+    def _split(self, data: bytes) -> Iterable[tuple[int, int]]:
+        """(id, first byte) of each token."""
+        at = 0
+        while at < len(data):
+            for length in self._lengths.get(data[at], ()):
+                number = self._ids.get(data[at : at + length])
+                if number is not None:
+                    yield number, at
+                    at += length
+                    break
+            else:
+                raise DataError(f"the vocabulary has no token for the byte {data[at : at + 1]!r}")
+
+
+def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
+    """The tokenizer of a model (a directory or a .pth file) with `vocabulary` entries.
+
+    Bytes where there are at most 256, else the vocabulary beside the model, else the one that the rwkv
+    package brings. Raises CheckpointError where the file is damaged or for another model,
+    MissingPackageError where there is none.
+    """
+    if vocabulary <= BYTES:
+        return WorldTokenizer({bytes([number]): number for number in range(vocabulary)})
+    file = next(iter(vocabularies(place if place.is_dir() else place.parent)), None) or _packaged()
+    if file is None:
+        raise MissingPackageError(
+            f"{place} has no vocabulary beside it; put {WORLD} there, or install the "
+            "package that holds it: pip install 'svdconvert[rwkv]'"
+        )
+    tokens = _read(file)
+    # World's serves a larger model without an error, and wrongly.
+    if max(tokens.values()) >= vocabulary or (len(tokens) == WORLD_TOKENS and vocabulary != WORLD_SIZE):
+        raise CheckpointError(
+            f"{file} has tokens up to {max(tokens.values())}, the model in {place} has {vocabulary} entries; "
+            "put its own vocabulary beside it"
+        )
+    if file.name == WORLD and vocabulary == WORLD_SIZE and len(tokens) < WORLD_TOKENS:
+        raise CheckpointError(f"{file} has {len(tokens)} of {WORLD_TOKENS} tokens; fetch the file again")
+    return WorldTokenizer(tokens)
+
+
+def _packaged() -> Path | None:
+    """The vocabulary in the rwkv package, which is not imported: that would change settings of torch."""
+    package = find_spec("rwkv")
+    folders = list(package.submodule_search_locations or []) if package else []
+    return next((file for folder in folders for file in vocabularies(Path(folder))), None)
+
+
+def _read(file: Path) -> dict[bytes, int]:
+    tokens: dict[bytes, int] = {}
+    # Not splitlines(): that also splits at characters that are tokens.
+    for line, text in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            number, literal = text.split(" ", 1)
+            literal, length = literal.rsplit(" ", 1)
+            value = ast.literal_eval(literal)
+            token = value.encode() if isinstance(value, str) else bytes(value)
+            if len(token) != int(length) or not token:
+                raise ValueError(f"{len(token)} bytes")
+            tokens[token] = int(number)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}, line {line}: {text!r} is no token; fetch the file again"
+            ) from error
+    return tokens

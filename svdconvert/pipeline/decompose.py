@@ -1,0 +1,246 @@
+"""Split a checkpoint's matrices: planned from headers, then done one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import isfinite, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.adapters.peft_files import (
+    PER_EXPERT,
+    WEIGHTS,
+    AdapterConfig,
+    adapter_infos,
+    key,
+    target_modules,
+)
+from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.config.options import SplitOptions
+from svdconvert.config.sizes import parse_size
+from svdconvert.errors import TargetError
+from svdconvert.layouts.base import Layout, Slot
+from svdconvert.linalg.blocks import total_energy
+from svdconvert.linalg.delta import residual_
+from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.threads import at_once
+from svdconvert.linalg.triplets import Spectrum
+from svdconvert.manifest.schema import Matrix
+from svdconvert.methods.base import METHODS, Method, init_folder
+from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
+from svdconvert.pipeline.runner import Outcome, Work
+from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What will be written, known from headers alone."""
+
+    method: Method
+    layout: str
+    options: SplitOptions
+    slots: Mapping[str, Slot]
+    scalings: Mapping[str, Scaling]
+    """Rank and scale, by tensor."""
+    infos: Mapping[str, TensorInfo]
+    shards: tuple[PlannedFile, ...]
+    adapter: PlannedFile
+
+    @property
+    def folder(self) -> str:
+        """Of the initial adapter."""
+        return init_folder(self.options.method)
+
+    @property
+    def per_expert(self) -> bool:
+        """True where single experts of a mixture are adapted."""
+        return any(slot.expert is not None for slot in self.slots.values())
+
+    @property
+    def files(self) -> list[PlannedFile]:
+        """Everything that is laid out."""
+        return [*self.shards, self.adapter]
+
+    def residual_dtype(self, name: str) -> str:
+        """Element type of a residual."""
+        return _residual_code(self.options, self.method, self.infos[name])
+
+    def adapter_config(self) -> AdapterConfig:
+        """Of the initial adapter."""
+        linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
+        chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
+        others = linears - set(chosen)
+        rank, alpha = self.options.rank, float(self.options.alpha or self.options.rank)
+        ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
+        alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
+        return AdapterConfig(
+            rank=rank,
+            alpha=alpha,
+            targets=target_modules(chosen.values(), [*chosen.values(), *others]),
+            peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
+            rslora=self.options.rslora,
+            rank_pattern=as_pattern(ranks, rank),
+            alpha_pattern=as_pattern(alphas, alpha),
+            dropout=self.options.dropout,
+        )
+
+
+def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOptions) -> SplitPlan:
+    """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
+    method = METHODS.get(options.method).started(options.init)
+    if method.split is None:
+        raise TargetError(
+            f"{options.method} trains the weights themselves and has nothing to decompose; "
+            f"use svdconvert train MODEL --method {options.method}"
+        )
+    slots = layout.select(source.infos, options.targets)
+    if options.layout is not None:
+        _refuse_half_a_layout(name, layout, source)
+    scaled = scalings(layout, source.infos, slots, options)
+    _refuse_unfit(source.infos, scaled)
+    outputs = [
+        replace(info, dtype=_residual_code(options, method, info))
+        if name in slots and method.residual
+        else info
+        for name, info in source.infos.items()
+    ]
+    keep = method.residual or options.copy_base
+    shards = plan_shards(outputs, parse_size(options.max_shard_size)) if keep else []
+    dtype = dtype_code(getattr(torch, options.dtype))
+    pieces: list[TensorInfo] = []
+    for tensor, slot in slots.items():
+        rows, columns = source.infos[tensor].shape
+        pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
+    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces)
+    return SplitPlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
+
+
+def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
+    core = {"lora_S": (rank,), "lora_R": (rank, rank)}
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
+    return shapes | {piece: core[piece] for piece in method.trains if piece in core}
+
+
+def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
+    if options.residual_dtype != "auto":
+        return dtype_code(getattr(torch, options.residual_dtype))
+    return "F32" if method.minor else info.dtype
+
+
+def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
+    """A layout that was insisted on and fits in part would leave matrices out without a word."""
+    known = {slot.role for slot in layout.slots(source.infos).values()}
+    if missing := [role for role in layout.roles if role not in known]:
+        raise TargetError(
+            f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
+            "add a layout for this family, which is one file (see the README)"
+        )
+
+
+def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
+    chosen = [infos[name] for name in scaled]
+    if odd := [info for info in chosen if info.dtype not in REAL]:
+        raise TargetError(
+            f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such); "
+            "convert the checkpoint to bfloat16, float16 or float32 first"
+        )
+    if odd := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
+        raise TargetError(
+            f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets"
+        )
+    if odd := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
+        rank = max(scaled[info.name].rank for info in odd)
+        shapes = ", ".join(f"{info.name} {info.shape}" for info in odd[:3])
+        most = min(min(info.shape) for info in odd)
+        raise TargetError(
+            f"rank {rank} is above what {len(odd)} of {len(chosen)} targets have: {shapes}; "
+            f"give --rank {most} or less, or other --targets"
+        )
+
+
+def split_work(plan: SplitPlan, device: torch.device) -> Work:
+    """How each tensor of the source is split, copied or only noted."""
+    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    order = list(copies) or list(plan.infos)
+    count = matrices_at_once(plan, device)
+
+    def compute(name: str, stored: Tensor) -> Outcome:
+        factors, base_OI, matrix = split_tensor(plan, name, stored.to(device), alone=count == 1)
+        tensors = {
+            (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
+        }
+        if name in copies:
+            tensors[copies[name], name] = base_OI
+        return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+
+    return Work(
+        order=order,
+        matrices=plan.slots,
+        compute=compute,
+        copies=copies,
+        abreast=count,
+    )
+
+
+def matrices_at_once(plan: SplitPlan, device: torch.device) -> int:
+    """Two matrices at once where they are small work; whole decompositions take the memory of several."""
+    small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
+    return at_once(device) if small else 1
+
+
+def split_tensor(
+    plan: SplitPlan, name: str, stored: Tensor, *, alone: bool
+) -> tuple[Factors, Tensor, Matrix]:
+    """The factors as stored, what becomes of the base's matrix, and what was measured.
+
+    Where the dtype stays the residual takes the memory of `stored`, which is not to be used afterwards.
+
+    The factors are rounded first and the residual is computed from the rounded ones, so that its own
+    single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
+    """
+    slot, info, options = plan.slots[name], plan.infos[name], plan.options
+    rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
+    norm = _finite_norm(name, stored)
+    solver = Solver(name, options.svd, options.tol, options.seed, alone)
+    assert plan.method.split is not None, "plan_split refuses methods without an adapter"
+    split = plan.method.split(stored, rank, scale, solver)
+    factors = split.factors.to(getattr(torch, options.dtype))
+    base_OI, error = stored, 0.0
+    if plan.method.residual:
+        base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        error = lost / norm if norm > 0 else 0.0
+    matrix = Matrix(
+        module=slot.module,
+        role=slot.role,
+        shape=(info.shape[0], info.shape[1]),
+        dtype=info.dtype,
+        rank=rank,
+        scale=scale,
+        error=error,
+        **(_measured(split.spectrum) if split.spectrum else {}),
+    )
+    return factors, base_OI, matrix
+
+
+def _measured(spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        "sigma_first": spectrum.first,
+        "sigma_last": spectrum.last,
+        "energy": spectrum.energy,
+        "excess": spectrum.excess,
+        "engine": spectrum.engine,
+    }
+
+
+def _finite_norm(name: str, weight_OI: Tensor) -> float:
+    """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
+    norm = sqrt(total_energy(weight_OI))
+    # The norm is one cheap pass; only where it is odd are the values looked at.
+    if not isfinite(norm) and not weight_OI.isfinite().all():
+        count = int((~weight_OI.isfinite()).sum())
+        raise TargetError(
+            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
+        )
+    return norm

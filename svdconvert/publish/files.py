@@ -1,0 +1,129 @@
+"""What is sent of a directory: everything that its manifest knows and that loaders read, nothing else."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from svdconvert.checkpoint.safetensors_files import INDEX
+from svdconvert.manifest.schema import Manifest, Origin
+from svdconvert.output.journal import journals
+from svdconvert.output.shard_uploads import SENT
+from svdconvert.output.sidecars import is_sidecar, read_json_object
+from svdconvert.output.staging import MARK
+
+CARD = "README.md"
+METRICS = "metrics.jsonl"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The repositories that a directory belongs to, as far as they are known."""
+
+    base: Origin | None
+    residual: Origin | None
+
+    @property
+    def base_id(self) -> str | None:
+        """org/name of the untouched model."""
+        return _repository(self.base)
+
+    @property
+    def residual_id(self) -> str | None:
+        """org/name of the residual base."""
+        return _repository(self.residual)
+
+
+def _repository(origin: Origin | None) -> str | None:
+    """org/name of a model of the Hub, without the file that it may be."""
+    return "/".join(origin.location.split("/")[:2]) if origin and origin.revision else None
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is sent: path in the repository -> a file here, or its content."""
+
+    files: Mapping[str, Path | bytes]
+    left: list[str]
+    """What stays here."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files together."""
+        return sum(
+            content.stat().st_size if isinstance(content, Path) else len(content)
+            for content in self.files.values()
+        )
+
+
+def find_kin(manifest: Manifest, base: str | None, residual: str | None) -> Kin:
+    """The repositories of a manifest; `base` and `residual` name those that were read from a local place.
+
+    Raises ArtifactError where what is named is another model, CheckpointError where it is not there.
+    """
+    return Kin(_confirmed(manifest.base, base), _confirmed(manifest.residual, residual))
+
+
+def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
+    if given is None or origin is None:
+        return origin
+    from svdconvert.inputs.model import locate  # and torch with it
+
+    home = locate(origin, given, stream=True)
+    assert home is not None
+    return replace(origin, location=home.snapshot.location, revision=home.snapshot.revision)
+
+
+def pack(directory: Path, manifest: Manifest, repository: str, kin: Kin) -> Parcel:
+    """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`."""
+    files: dict[str, Path | bytes] = {MARK: _as_bytes(asdict(manifest))}
+    for name in manifest.files:
+        if (directory / name).exists():  # what has left already is not here any more
+            files[name] = directory / name
+    weights_of = repository if manifest.kind == "decomposed" else kin.residual_id
+    named = weights_of if manifest.rebased else kin.base_id
+    homes = {Path(name).parent for name in manifest.files} | {Path()}
+    left = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        place = path.relative_to(directory)
+        if path.name == ADAPTER_CONFIG and place.parent in homes:
+            files[place.as_posix()] = _with_base(read_json_object(path), named)
+        elif place.as_posix() == INDEX or is_sidecar(path, directory):
+            files.setdefault(place.as_posix(), path)
+        elif place.as_posix() not in files:
+            left.append(place.as_posix())
+    for path in (*journals(directory), directory / SENT):  # of a directory that is still being made
+        files.pop(path.name, None)
+    return Parcel(files, left)
+
+
+def for_others(manifest: Manifest, kin: Kin) -> Manifest:
+    """The manifest as others may read it: no path of this machine in it."""
+    return replace(
+        manifest,
+        base=_elsewhere(kin.base),
+        residual=_elsewhere(kin.residual),
+        options={key: _without_path(value) for key, value in manifest.options.items()},
+    )
+
+
+def _elsewhere(origin: Origin | None) -> Origin | None:
+    return replace(origin, location=_without_path(origin.location)) if origin else None
+
+
+def _without_path(value: Any) -> Any:
+    """A path's last component; anything else as it is."""
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~")))
+    return Path(value).name if is_path else value
+
+
+def _with_base(config: Mapping[str, Any], named: str | None) -> bytes:
+    """An adapter's configuration that names the weights it belongs to, where it did not."""
+    base = config.get("base_model_name_or_path") or named
+    return _as_bytes({**config, "base_model_name_or_path": base}, indent=2)
+
+
+def _as_bytes(value: Mapping[str, Any], indent: int = 1) -> bytes:
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,97 @@
+"""The door out for what does not fit on this disk: shards leave as they are finished.
+
+They are committed to a work branch, which is named after the run. At the end one commit on the branch
+that was asked for takes them over, on the Hub's own side, together with everything else; then the work
+branch goes. Until then nobody sees a change, and an interrupted run finds its shards again.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from svdconvert.config.execution import unsaid
+from svdconvert.errors import HubError
+from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.publish.upload import Destination, Published, deliver, open_repository
+
+
+class Outbound:
+    """A Shipment to a repository of the Hub."""
+
+    def __init__(self, destination: Destination, say: Callable[[str], None] = unsaid) -> None:
+        self._destination, self._say = destination, say
+        self._branch = ""
+        self._sent: dict[str, int] = {}
+        self.published: Published | None = None
+        """What became of it, in the end."""
+
+    def __str__(self) -> str:
+        return self._destination.repository
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Make the repository and the work branch. Raises HubError where that may not be."""
+        from huggingface_hub import HfApi
+
+        name, text = self._destination.repository, json.dumps(identity, sort_keys=True)
+        self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
+        use_token()
+        with explained(name, self._branch, kind=HubError):
+            open_repository(self._destination)
+            patiently(lambda: HfApi().create_branch(name, branch=self._branch, exist_ok=True))
+
+    def send(self, path: Path, file: str) -> Mapping[str, Any]:
+        """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them."""
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        name, nbytes = self._destination.repository, path.stat().st_size
+        with explained(name, self._branch, kind=HubError):
+            patiently(
+                lambda: HfApi().create_commit(
+                    name,
+                    operations=[CommitOperationAdd(file, path)],
+                    commit_message=f"Keep {file} until all is finished",
+                    revision=self._branch,
+                )
+            )
+        record = self._stored(file)
+        if record is None or record["size"] != nbytes:
+            raise HubError(f"{name} does not hold {file} as it was sent; run the same command again to go on")
+        self._sent[file] = nbytes
+        return record
+
+    def holds(self, file: str, record: Mapping[str, Any]) -> bool:
+        """True where the work branch has the file, byte for byte."""
+        if self._stored(file) != record:
+            return False
+        self._sent[file] = int(record["size"])
+        return True
+
+    def finish(self, directory: Path) -> None:
+        """One commit with everything, and no work branch any more."""
+        from huggingface_hub import HfApi
+
+        destination = self._destination
+        with explained(destination.repository, destination.options.revision, kind=HubError):
+            copies = dict.fromkeys(self._sent, self._branch)
+            done = deliver(directory, read_manifest(directory), destination, copies)
+            self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
+            try:
+                HfApi().delete_branch(destination.repository, branch=self._branch)
+            except Exception:  # what was asked for is done
+                self._say(f"the work branch {self._branch} of {destination.repository} is left; delete it")
+
+    def _stored(self, file: str) -> Mapping[str, Any] | None:
+        """Size and SHA-256 of a file on the work branch."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        name = self._destination.repository
+        with explained(name, self._branch, kind=HubError):
+            found = patiently(lambda: HfApi().get_paths_info(name, [file], revision=self._branch))
+        large = [entry.lfs for entry in found if isinstance(entry, RepoFile) and entry.lfs]
+        return {"size": large[0].size, "sha256": large[0].sha256} if large else None

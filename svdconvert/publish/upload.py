@@ -1,0 +1,236 @@
+"""The door out: a finished directory becomes one commit of a repository."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.config.options import PushOptions
+from svdconvert.errors import HubError
+from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.manifest.schema import Manifest, read_manifest
+from svdconvert.output.sidecars import CONFIG, read_json_object
+from svdconvert.output.staging import MARK
+from svdconvert.publish.card import Facts, is_untouched, licence_of, write_card
+from svdconvert.publish.files import ADAPTER_CONFIG, CARD, METRICS, Kin, Parcel, find_kin, for_others, pack
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+    Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+
+_MAIN = "main"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".st", ".gguf")
+_SETTINGS = ".gitattributes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a directory goes, and what is said of it there."""
+
+    repository: str
+    options: PushOptions = field(default_factory=PushOptions)
+    base: str | None = None
+    """The base's org/name, where it was read from a local directory."""
+    residual: str | None = None
+    """The residual base's, likewise."""
+    command: Callable[[Manifest], str]
+    """What made the directory, as it is typed."""
+
+    @property
+    def branch(self) -> str:
+        """The branch that is written, or that a pull request is for."""
+        return self.options.revision or _MAIN
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a push."""
+
+    url: str
+    """Of the commit, or of the pull request."""
+    commit: str
+    files: int
+    nbytes: int
+    left: list[str]
+    """Files of the directory that were not sent."""
+    changed: bool
+    """False where the repository held all of it already."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A branch as it is before a push."""
+
+    commit: str
+    files: frozenset[str]
+    ours: frozenset[str]
+    """The files with tensors that svdconvert wrote into it."""
+    card: str | None
+    """The card that somebody has edited, or written."""
+
+
+def check(destination: Destination) -> None:
+    """Refuse, before any work, what could not be pushed when it is done. Changes nothing.
+
+    Raises HubError where nobody is logged in, the token may only read, or the repository holds what
+    svdconvert did not write.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    use_token()
+    with explained(destination.repository, kind=HubError):
+        role = patiently(HfApi().whoami).get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise HubError("the token may only read; log in with one that may write")
+        try:
+            look(destination)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return  # which is made when the time has come
+
+
+def push(directory: Path, destination: Destination) -> Published:
+    """Send a finished directory as one commit; what the Hub has already is not sent again.
+
+    Raises HubError with one sentence; the same push can be repeated.
+    """
+    manifest = read_manifest(directory)
+    use_token()
+    with explained(destination.repository, destination.options.revision, kind=HubError):
+        open_repository(destination)
+        return deliver(directory, manifest, destination, copies={})
+
+
+def open_repository(destination: Destination) -> None:
+    """Make the repository and the branch, where they are not there."""
+    from huggingface_hub import HfApi
+
+    name, branch = destination.repository, destination.branch
+    private = destination.options.private or None
+    patiently(lambda: HfApi().create_repo(name, private=private, exist_ok=True))
+    if branch != _MAIN and not destination.options.pull_request:
+        patiently(lambda: HfApi().create_branch(name, branch=branch, exist_ok=True))
+
+
+def deliver(
+    directory: Path, manifest: Manifest, destination: Destination, copies: Mapping[str, str]
+) -> Published:
+    """Commit all of `directory` at once. `copies` are files that have left it: file -> branch they are on."""
+    kin = find_kin(manifest, destination.base, destination.residual)
+    manifest = for_others(manifest, kin)
+    parcel = pack(directory, manifest, destination.repository, kin)
+    standing = look(destination)
+    files = dict(parcel.files)
+    if standing.card is None:
+        files.setdefault(CARD, _card(directory, manifest, destination, kin).encode())
+    parcel = Parcel(files, parcel.left)
+    made = _commit(parcel, copies, standing, destination)
+    return Published(
+        url=made.pr_url or made.commit_url,
+        commit=made.oid,
+        files=len(files) + len(copies),
+        nbytes=parcel.nbytes,
+        left=parcel.left,
+        changed=made.oid != standing.commit,
+    )
+
+
+def _commit(
+    parcel: Parcel, copies: Mapping[str, str], standing: Standing, destination: Destination
+) -> "CommitInfo":
+    """One commit upon the one that was looked at: what has come in between is never overwritten."""
+    from huggingface_hub import HfApi
+
+    options, name = destination.options, destination.repository
+    wanted = {*parcel.files, *copies}
+
+    def attempt() -> "CommitInfo":
+        # Anew each time: an attempt whose answer was lost may have been carried out.
+        return HfApi().create_commit(
+            name,
+            operations=_operations(parcel, copies, look(destination).ours - wanted),
+            commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
+            revision=destination.branch,
+            parent_commit=standing.commit,
+            create_pr=options.pull_request,
+        )
+
+    return attempt() if options.pull_request else patiently(attempt)
+
+
+def _operations(parcel: Parcel, copies: Mapping[str, str], stale: frozenset[str]) -> "list[Operation]":
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+    adds = [CommitOperationAdd(path, content) for path, content in parcel.files.items()]
+    moved = [CommitOperationCopy(path, path, src_revision=branch) for path, branch in copies.items()]
+    return [*adds, *moved, *(CommitOperationDelete(path) for path in sorted(stale))]
+
+
+def look(destination: Destination) -> Standing:
+    """The branch as it stands. Raises HubError where a push would mix with another's weights."""
+    from huggingface_hub import HfApi
+
+    name, branch = destination.repository, destination.branch
+    info = patiently(lambda: HfApi().model_info(name, revision=branch))
+    assert info.sha is not None
+    files = frozenset(file.rfilename for file in info.siblings or [])
+    ours = frozenset[str]()
+    if MARK in files:
+        manifest = read_json_object(_download(name, MARK, info.sha))
+        ours = frozenset(manifest.get("files") or ()) & files
+    others = sorted(path for path in files - ours if path.endswith(_WEIGHTS))
+    if others and not destination.options.pull_request:
+        raise HubError(
+            f"{name} holds {others[0]}, which svdconvert did not write ({len(others)} such files); choose "
+            "another name, or propose it with --pull-request"
+        )
+    card = _download(name, CARD, info.sha).read_text(encoding="utf-8") if CARD in files else None
+    return Standing(info.sha, files, ours, None if card is None or is_untouched(card) else card)
+
+
+def _card(directory: Path, manifest: Manifest, destination: Destination, kin: Kin) -> str:
+    metrics, homes = directory / METRICS, sorted({Path(name).parent for name in manifest.files})
+    config = _json_of(directory / CONFIG)
+    facts = Facts(
+        repository=destination.repository,
+        revision=destination.options.revision,
+        kin=kin,
+        config=config,
+        adapter=next(filter(None, (_json_of(directory / home / ADAPTER_CONFIG) for home in homes)), {}),
+        licence=_licence(kin),
+        command=destination.command(manifest),
+        metrics=metrics if metrics.exists() else None,
+        absent=tuple(file for file in _code_files(config) if not (directory / file).exists()),
+    )
+    return write_card(manifest, facts)
+
+
+def _code_files(config: Mapping[str, Any]) -> list[str]:
+    """The files of code that a configuration names."""
+    named = (str(name).split(".")[0] for name in config.get("auto_map", {}).values())
+    return sorted({f"{module}.py" for module in named if "--" not in module})
+
+
+def _json_of(path: Path) -> Mapping[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _licence(kin: Kin) -> Mapping[str, Any]:
+    """Of the base, from its card, where there is one."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    if kin.base is None:
+        return {}
+    try:
+        local = Path(kin.base.location) / CARD
+        card = _download(kin.base_id, CARD, kin.base.revision) if kin.base_id else local
+        return licence_of(card.read_text(encoding="utf-8"))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, UnicodeDecodeError):
+        return {}  # a base without a card, or one that is not to be had now
+
+
+def _download(repository: str, file: str, commit: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(patiently(lambda: hf_hub_download(repository, file, revision=commit)))

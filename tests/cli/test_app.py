@@ -1,0 +1,125 @@
+"""The command line: help, versions, listings, plans, and what wins where an option is given twice."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.manifest.schema import read_manifest
+from svdconvert.methods.base import METHODS
+from tests.conftest import Build
+from tests.program import content, succeeded, svdconvert
+
+VERBS = ["decompose", "train", "merge", "to-lora", "verify", "inspect", "list"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_loads_no_torch(verb: str) -> None:
+    program = (
+        "import sys; from typer.testing import CliRunner; from svdconvert.cli.app import app;"
+        f"done = CliRunner().invoke(app, ['{verb}', '--help']); assert 'Example:' in done.output;"
+        "sys.exit(str({'torch', 'transformers', 'datasets', 'huggingface_hub'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == "set()\n"
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "svdconvert", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"svdconvert {version('svdconvert')}\n", "")
+
+
+def test_without_a_verb_it_explains_itself() -> None:
+    ended = svdconvert()
+    assert ended.status == 2
+    assert all(verb in ended.out + ended.err for verb in VERBS)
+
+
+def test_list_as_json_has_a_row_for_each() -> None:
+    methods = json.loads(succeeded("list", "methods", "--json").out)
+    assert [row["method"] for row in methods] == METHODS.names()
+    layouts = json.loads(succeeded("list", "layouts", "--json").out)
+    assert [row["layout"] for row in layouts] == LAYOUTS.names()
+
+
+@pytest.mark.parametrize("what", ["methods", "layouts"])
+def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = succeeded("list", what).out.splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert names == (METHODS if what == "methods" else LAYOUTS).names()
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_plan_writes_nothing_and_is_right(checkpoint: Build, tmp_path: Path) -> None:
+    model, out = checkpoint("llama"), tmp_path / "out"
+    command = ("decompose", model, "-o", out, "--rank", 4)
+    shown = succeeded(*command, "--plan").out
+    assert list(tmp_path.iterdir()) == []
+    assert re.search(r"attn\.k +16 x 32 +4 +2 +384", shown)
+    succeeded(*command)
+    files = [file for file in out.rglob("*.safetensors")]
+    # What is not planned is headers: a few kilobytes, so the sizes are compared by their payload.
+    payload = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert f"{payload / 1000:.2f} kB in {len(files)} files" in shown
+
+
+def test_what_is_typed_wins_over_the_recipe_and_that_over_the_defaults(
+    checkpoint: Build, tmp_path: Path
+) -> None:
+    model, recipe = checkpoint("llama"), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\nseed: 5\nthreads: 1\n"
+        "decompose: {rank: 3, targets: [attn.q, mlp.down], max-shard-size: 20KB}\n"
+        "merge: {from: residual, dtype: float32}\n"
+    )
+    succeeded("decompose", "--recipe", recipe, "-o", tmp_path / "one")
+    one = read_manifest(tmp_path / "one").options
+    assert (one["rank"], one["seed"], one["targets"], one["tol"]) == (3, 5, ["attn.q", "mlp.down"], 1e-3)
+    assert (tmp_path / "one" / "model.safetensors.index.json").exists()
+    typed = ("--rank", 2, "--seed", 6, "--targets", "attn.k")
+    succeeded("decompose", model, "--recipe", recipe, "-o", tmp_path / "two", *typed)
+    two = read_manifest(tmp_path / "two").options
+    assert (two["rank"], two["seed"], two["targets"], two["max_shard_size"]) == (2, 6, ["attn.k"], "20KB")
+    succeeded("merge", tmp_path / "one", "--recipe", recipe, "-o", tmp_path / "merged", "--dtype", "bfloat16")
+    merged = read_manifest(tmp_path / "merged").options
+    assert (merged["side"], merged["dtype"]) == ("residual", "bfloat16")
+
+
+def test_a_command_ends_with_what_to_type_next(checkpoint: Build, tmp_path: Path) -> None:
+    shown = succeeded("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
+    assert f"svdconvert train {tmp_path / 'out'} -o TRAINED --data FILE" in shown.out
+    assert "rank 4, 14 matrices" in shown.out
+    assert shown.err == ""
+
+
+def test_overwrite_replaces_what_svdconvert_wrote(checkpoint: Build, tmp_path: Path) -> None:
+    command = ("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank")
+    succeeded(*command, 4)
+    (tmp_path / "out" / "stray").write_text("of an earlier run")
+    succeeded(*command, 3, "--overwrite")
+    succeeded("decompose", checkpoint("llama"), "-o", tmp_path / "anew", "--rank", 3)
+    assert content(tmp_path / "out") == content(tmp_path / "anew")
+
+
+def test_ctrl_c_ends_with_status_130(
+    checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdconvert.commands.decompose.stream", interrupt)
+    ended = svdconvert("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
+    assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
+
+
+def test_the_installed_program_is_there() -> None:
+    (program,) = [point for point in entry_points(group="console_scripts") if point.name == "svdconvert"]
+    assert callable(program.load())

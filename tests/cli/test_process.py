@@ -1,0 +1,41 @@
+"""Process-wide settings of the program, and how it ends."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from svdconvert.cli import process
+
+
+def test_settings_of_the_user_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    process.configure_libraries()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+    assert os.environ.pop("HF_HUB_VERBOSITY") == "error"
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: object) -> object:
+        raise OSError("no C library")
+
+    monkeypatch.setattr(process.ctypes, "CDLL", absent)
+    process.configure_malloc_for_streaming()
+
+
+def test_importing_the_library_changes_no_setting_of_the_process() -> None:
+    program = (
+        "import gc, os; before = (gc.get_threshold(), dict(os.environ));"
+        "import svdconvert, svdconvert.commands.decompose;"
+        "print(before == (gc.get_threshold(), dict(os.environ)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    command = f"{sys.executable} -m svdconvert list methods | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""

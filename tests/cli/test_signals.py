@@ -1,0 +1,39 @@
+"""Signals end a command through exceptions."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from svdconvert.cli.signals import TerminatedError, raise_on_signals
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)]
+)
+def test_a_signal_unwinds_the_program(number: int, kind: type[BaseException]) -> None:
+    with pytest.raises(kind), raise_on_signals():
+        signal.raise_signal(number)
+
+
+def test_a_job_in_the_background_is_not_interrupted() -> None:
+    program = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from svdconvert.cli.signals import raise_on_signals
+with raise_on_signals():
+    signal.raise_signal(signal.SIGINT)
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "still here\n"

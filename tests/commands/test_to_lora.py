@@ -1,0 +1,118 @@
+"""to-lora truncates a change with the least error, and says what it lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdconvert.commands.to_lora import to_lora
+from svdconvert.config.options import LoraOptions
+from svdconvert.config.recipe import Recipe, options
+from svdconvert.errors import RecipeError
+from tests.conftest import Build
+from tests.program import refused, succeeded
+from tests.stock import adapted, logits, tensors, trained_from
+
+
+@pytest.fixture
+def trained(checkpoint: Build, decomposed: Build, tmp_path: Path) -> tuple[Path, Path]:
+    """An adapter that something trained, and the decomposed directory that it started from."""
+    out = decomposed(checkpoint("llama", dtype=torch.float32))
+    return trained_from(out, tmp_path / "trained"), out
+
+
+def products(directory: Path) -> dict[str, Tensor]:
+    """B @ A of every module, in float64."""
+    pieces = tensors(directory)
+    names = [name.removesuffix(".lora_A.weight") for name in pieces if name.endswith(".lora_A.weight")]
+    return {
+        name: pieces[f"{name}.lora_B.weight"].double() @ pieces[f"{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+def module(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+@pytest.mark.parametrize("asked", [{"rank": 3}, {"tol": 0.3}, {"rank_budget": 40}], ids=str)
+def test_the_loss_is_the_least_and_is_recorded(
+    asked: dict[str, Any], trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, residual = trained
+    to_lora(adapter, tmp_path / "whole", residual=str(residual))
+    manifest = to_lora(adapter, tmp_path / "lora", LoraOptions(**asked), residual=str(residual))
+    note = manifest.options["truncation"]
+    whole, kept = products(tmp_path / "whole"), products(tmp_path / "lora")
+    lost, norm = 0.0, 0.0
+    for name, product in whole.items():
+        row = note["modules"][module(name)]
+        sigma = torch.linalg.svdvals(product)
+        least = float(sigma[row["rank"] :].norm() / sigma.norm())
+        assert row["error"] == pytest.approx(least, abs=1e-6)
+        found = float((product - kept[name]).norm() / product.norm())
+        assert found == pytest.approx(row["error"], abs=1e-5)
+        lost, norm = lost + float((product - kept[name]).square().sum()), norm + float(product.square().sum())
+    assert note["error"] == pytest.approx((lost / norm) ** 0.5, abs=1e-5)
+    ranks = [row["rank"] for row in note["modules"].values()]
+    assert manifest.options["rank"] == max(ranks)
+    if "rank" in asked:
+        assert set(ranks) == {3}
+    elif "tol" in asked:
+        assert all(row["error"] <= 0.3 for row in note["modules"].values()) and min(ranks) < 8
+    else:
+        assert sum(ranks) == 40 and len(set(ranks)) > 1, "the budget was not shared out"
+
+
+def test_stock_peft_reads_a_lora_of_many_ranks(
+    trained: tuple[Path, Path], checkpoint: Build, tmp_path: Path
+) -> None:
+    adapter, residual = trained
+    base = checkpoint("llama", dtype=torch.float32)
+    to_lora(adapter, tmp_path / "whole", residual=str(residual))
+    to_lora(adapter, tmp_path / "lora", LoraOptions(tol=1e-6), residual=str(residual))
+    wanted = logits(adapted(base, tmp_path / "whole"))
+    assert torch.allclose(logits(adapted(base, tmp_path / "lora")), wanted, atol=3e-5)
+
+
+def test_without_a_limit_nothing_is_lost_and_nothing_is_said(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, residual = trained
+    assert (
+        "truncation"
+        not in to_lora(adapter, tmp_path / "whole", LoraOptions(), residual=str(residual)).options
+    )
+
+
+def test_a_change_of_nothing_has_a_lora_of_zeros(
+    checkpoint: Build, decomposed: Build, tmp_path: Path
+) -> None:
+    out = decomposed(checkpoint("llama", dtype=torch.float32))
+    for number, asked in enumerate(({"rank": 2}, {"tol": 0.1}, {"rank_budget": 9})):
+        found = to_lora(out, tmp_path / str(number), LoraOptions(**asked))
+        assert found.options["truncation"]["error"] < 1e-6
+
+
+def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="rank and tol exclude each other: give one"):
+        options(LoraOptions, Recipe(), {"rank": 2, "tol": 0.1})
+    adapter, residual = trained
+    command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
+    refused(*command, "--tol", "0.1", "--rank-budget", "5", words=["tol and rank_budget exclude each other"])
+    said = succeeded(*command, "--rank-budget", "30")
+    ranks = json.loads((tmp_path / "lora" / "svdconvert.json").read_text())["options"]["truncation"][
+        "modules"
+    ]
+    least, most = (pick(module["rank"] for module in ranks.values()) for pick in (min, max))
+    assert least < most
+    assert f"rank {most} ({least} to {most} by matrix)" in said.out
+
+
+def test_a_wrong_option_is_named_as_it_is_typed(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, residual = trained
+    command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
+    refused(*command, "--rank-budget", "0", words=["to-lora: rank_budget is 0: it should be greater"])

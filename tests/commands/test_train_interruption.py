@@ -1,0 +1,158 @@
+"""Training that is killed, in one process or two, and what has to be the same when it goes on."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svdconvert import Run, TrainPlan, train
+from svdconvert.commands.decompose import decompose
+from svdconvert.config.options import SplitOptions
+from svdconvert.errors import OutputError, SvdConvertError
+from svdconvert.output.staging import partial
+from tests.commands.test_ranks import TORCHRUN, _kill_rank
+from tests.conftest import Build
+from tests.process import finish, start, sums, wait_until_finished
+from tests.program import succeeded
+from tests.reading import readable, write_sums
+from tests.stock import tensors
+
+PLAN: dict[str, Any] = {
+    "steps": 40,
+    "batch_size": 2,
+    "max_length": 48,
+    "eval_rows": 4,
+    "eval_every": 7,
+    "save_every": 3,
+    "dropout": 0.1,
+    "precision": "fp32",
+    "lr": 1e-3,
+}
+
+
+def _words(plan: dict[str, Any]) -> list[object]:
+    return [word for name, value in plan.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def room(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `start`, what decompose wrote, and sums.jsonl."""
+    home = tmp_path_factory.mktemp("room")
+    base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
+    decompose(base, home / "start", SplitOptions(rank=4), Run(threads=1))
+    write_sums(home / "sums.jsonl", rows=24)
+    return home
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
+    train(
+        room / "start", tmp_path / "whole", TrainPlan(data=str(room / "sums.jsonl"), **PLAN), Run(threads=1)
+    )
+    out = tmp_path / "out"
+    command = ["train", room / "start", "-o", out, "--data", room / "sums.jsonl", *_words(PLAN)]
+    process = start(*command)
+    wait_until_finished(process, out, 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert partial(out).exists() and not out.exists()
+    assert f"going on from {out}.partial: " in succeeded(*command, "--threads", 1).err
+    assert sums(out) == sums(tmp_path / "whole")
+    assert not partial(out).exists()
+
+
+def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
+    changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
+    plan = TrainPlan(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)
+    train(room / "start", tmp_path / "one", plan, Run(threads=1))
+    out = tmp_path / "two"
+    command = [
+        "train",
+        room / "start",
+        "-o",
+        out,
+        "--data",
+        room / "sums.jsonl",
+        *_words({**PLAN, **changes}),
+    ]
+    launcher = start(*command, program=TORCHRUN)
+    wait_until_finished(launcher, out, 2)
+    _kill_rank(launcher.pid, "1")
+    _, said = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    assert f"goes on from {out}.partial" in said or "another rank died" in said, said
+    assert partial(out).exists() and not out.exists()
+    finish(start(*command, program=TORCHRUN))
+    assert sums(out).keys() == sums(tmp_path / "one").keys()
+    one, two = metrics(tmp_path / "one"), metrics(out)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    mine, theirs = tensors(out), tensors(tmp_path / "one")
+    assert all(torch.allclose(mine[name], tensor, atol=2e-4) for name, tensor in theirs.items())
+
+
+class Stop(Exception):
+    """As if the process had ended here."""
+
+
+def leave(room: Path, out: Path, **changes: object) -> None:
+    """Train to step 8, behind the checkpoint of step 6."""
+
+    def watch(log: object, steps: int) -> None:
+        if getattr(log, "step", 0) == 8:
+            raise Stop
+
+    plan = TrainPlan(**{"data": str(room / "sums.jsonl"), **PLAN, **changes})
+    with pytest.raises(Stop):
+        train(room / "start", out, plan, Run(threads=1), watch=watch)
+    assert partial(out).exists() and not out.exists()
+
+
+def test_what_makes_no_difference_may_change_and_checkpoints_may_stay(room: Path, tmp_path: Path) -> None:
+    leave(room, tmp_path / "out")
+    changed = {**PLAN, "save_every": 20, "save_limit": 1, "keep_checkpoints": True}
+    said: list[str] = []
+    plan = TrainPlan(data=str(room / "sums.jsonl"), **changed)
+    train(room / "start", tmp_path / "out", plan, Run(threads=1, say=said.append))
+    # Advice about the rate and the dropout may stand before it.
+    assert said[-1] == f"going on from {tmp_path}/out.partial: 6 steps are done"
+    train(
+        room / "start", tmp_path / "whole", TrainPlan(data=str(room / "sums.jsonl"), **PLAN), Run(threads=1)
+    )
+    found = sums(tmp_path / "out")
+    assert found.pop("checkpoints/step-00000040.pt")
+    assert found == sums(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"lr": 2e-3}, "options.lr was 0.001 and is 0.002"), ({"steps": 41}, "options.steps was 40 and is 41")],
+)
+def test_another_option_is_refused_by_name(
+    room: Path, tmp_path: Path, change: dict[str, object], named: str
+) -> None:
+    leave(room, tmp_path / "out")
+    plan = TrainPlan(**{"data": str(room / "sums.jsonl"), **PLAN, **change})
+    with pytest.raises(OutputError, match=named) as refusal:
+        train(room / "start", tmp_path / "out", plan, Run(threads=1))
+    assert "--overwrite" in str(refusal.value)
+    assert partial(tmp_path / "out").exists()
+
+
+def test_changed_data_are_refused_by_name(room: Path, tmp_path: Path) -> None:
+    rows = write_sums(tmp_path / "sums.jsonl", rows=24)
+    leave(room, tmp_path / "out", data=str(rows))
+    write_sums(rows, rows=23)
+    plan = TrainPlan(data=str(rows), **PLAN)
+    with pytest.raises(SvdConvertError, match=r"sums\.jsonl has changed since .*out\.partial was begun"):
+        train(room / "start", tmp_path / "out", plan, Run(threads=1))
+    train(room / "start", tmp_path / "out", plan, Run(threads=1, overwrite=True))
+    assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == list(range(1, 41))

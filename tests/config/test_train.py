@@ -1,0 +1,67 @@
+"""A plan refuses what it cannot mean, and counts its steps."""
+
+import pytest
+from pydantic import ValidationError
+
+from svdconvert.config.train import TrainPlan
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"steps": 0}, "steps"),
+        ({"epochs": -1.0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_length": 1}, "max_length"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"clip": -1.0}, "clip"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"precision": "fp8"}, "precision"),
+        ({"schedule": "step"}, "schedule"),
+        ({"seed": -1}, "seed"),
+        ({"learning_rate": 1e-4}, "learning_rate"),
+    ],
+)
+def test_what_is_out_of_range_or_unknown_is_named(options: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        TrainPlan(**options)  # type: ignore[arg-type]
+    assert [error["loc"] for error in raised.value.errors()] == [(field,)]
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="steps and epochs exclude each other"):
+        TrainPlan(steps=1, epochs=1.0)
+
+
+def test_one_field_without_the_other_is_refused() -> None:
+    with pytest.raises(ValidationError, match="prompt_field and response_field belong together"):
+        TrainPlan(prompt_field="a")
+
+
+def test_every_field_says_what_it_is() -> None:
+    fields = TrainPlan.__pydantic_fields__  # type: ignore[attr-defined]
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "processes", "steps"),
+    [
+        ({}, 9, 1, 3),
+        ({"accumulate": 2}, 9, 1, 2),
+        ({}, 9, 2, 2),
+        ({"epochs": 2.0}, 9, 1, 6),
+        ({"epochs": 0.5}, 100, 1, 13),
+        ({"steps": 7}, 9, 1, 7),
+    ],
+)
+def test_the_last_step_of_an_epoch_may_be_a_smaller_one(
+    options: dict[str, object], rows: int, processes: int, steps: int
+) -> None:
+    assert TrainPlan(**options).total_steps(rows, processes) == steps  # type: ignore[arg-type]
+
+
+def test_the_methods_rate_fills_in_for_one_that_is_not_given() -> None:
+    assert TrainPlan().with_rate(2e-5).lr == 2e-5
+    assert TrainPlan(lr=1e-3).with_rate(2e-5).lr == 1e-3

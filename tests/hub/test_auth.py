@@ -1,0 +1,84 @@
+"""A token goes to the Hub in its header, and nowhere else."""
+
+from pathlib import Path
+
+from tests.conftest import Build
+from tests.loopback_hub.server import Hub
+from tests.visitor import Visitor
+
+SECRET = "hf_SecretOfAlice0123456789"
+EXPIRED = "hf_ExpiredOfAlice0123456789"
+
+
+def holding(directory: Path, secret: str) -> list[str]:
+    """The files below a directory that hold the secret."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(directory)) for path in files if secret.encode() in path.read_bytes())
+
+
+def test_a_token_is_in_no_file_no_word_and_no_request_but_its_header(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    hub.users[SECRET] = "alice"
+    hub.create("alice/base", checkpoint("llama"), private=True)
+    alice.token = SECRET
+    (alice.home / "hf").mkdir(parents=True)
+    (alice.home / ".env").write_text(f"HF_TOKEN={SECRET}\n")
+    (alice.home / "hf" / "token").write_text(SECRET)
+    hub.fault("POST", "/commit/main", status=403)
+    command = ["decompose", "alice/base", "--rank", 4, "--stream", "--push", "alice/out", "--debug"]
+    failed = alice.types(*command)
+    assert failed.status == 1 and "Traceback" in failed.err
+    assert (alice.home / "out.partial").exists()
+    assert holding(alice.home / "out.partial", SECRET) == []
+    done = alice.succeeds(*command)
+    assert SECRET not in failed.out + failed.err + done.out + done.err
+    assert holding(alice.home, SECRET) == [".env", "hf/token"]
+    assert "README.md" in hub.repositories["alice/out"].names()
+    assert holding(hub.store.directory, SECRET) == []
+    assert hub.leaks == []
+    assert {seen.token for seen in hub.seen if seen.host == "localhost"} == {None}
+    assert SECRET in {seen.token for seen in hub.seen}
+
+
+def test_an_expired_token_is_named_by_its_fault_and_not_by_its_letters(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    alice.token = EXPIRED
+    made = tmp_path / "out"
+    said = alice.types("decompose", checkpoint("llama"), "-o", made, "--push", "alice/out", "--debug")
+    assert said.status == 1 and "expired" in said.err and "Traceback" in said.err
+    assert EXPIRED not in said.out + said.err
+    assert hub.leaks == [] and not made.exists()
+
+
+def test_the_environment_wins_over_a_dotenv_file_which_wins_over_the_login(hub: Hub, alice: Visitor) -> None:
+    who = "from svdconvert.hub.auth import use_token\nuse_token()\nimport huggingface_hub\n"
+    who += "result = huggingface_hub.get_token()"
+    alice.home.mkdir()
+    (alice.home / "hf").mkdir()
+    (alice.home / "hf" / "token").write_text("hf_login")
+    alice.token = None
+    assert alice.runs(who) == "hf_login"
+    (alice.home / ".env").write_text("OTHER=1\nHF_TOKEN='hf_dotenv'\n")
+    assert alice.runs(who) == "hf_dotenv"
+    alice.token = "hf_environment"
+    assert alice.runs(who) == "hf_environment"
+
+
+def test_a_dotenv_file_that_cannot_be_read_is_a_sentence(hub: Hub, alice: Visitor) -> None:
+    alice.token = None
+    alice.home.mkdir()
+    (alice.home / ".env").write_bytes(b"\xff\xfe\x00HF_TOKEN")
+    alice.is_refused("inspect", "org/x", because=[".env in the working directory", "KEY=value"])
+
+
+def test_without_a_hub_nothing_is_pushed_and_the_sentence_says_why(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    command = ["decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4, "--push", "alice/out"]
+    alice.environment = {"HF_HUB_OFFLINE": "1"}
+    alice.is_refused(*command, because=["HF_HUB_OFFLINE forbids to ask the Hub; unset it"])
+    alice.environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    alice.is_refused(*command, because=["http://127.0.0.1:9 is out of reach", "run the same command again"])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,178 @@
+"""One connection to the loopback Hub: which method answers, what goes wrong by order, what is noted."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.loopback_hub.repository import Absent
+
+ROUTES: list[tuple[str, re.Pattern[str], str]] = []
+
+
+def route(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have a method of the handler answer requests whose path matches."""
+
+    def note(answer: Callable[..., None]) -> Callable[..., None]:
+        ROUTES.append((method, re.compile(pattern), answer.__name__))
+        return answer
+
+    return note
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests of a kind."""
+
+    method: str
+    path: str
+    """A regular expression."""
+    status: int = 503
+    times: int = 1
+    after: int = 0
+    """How many pass unharmed before."""
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    """Answer well, but close the connection after this many bytes."""
+    flip: bool = False
+    """Answer well, but with a byte changed."""
+    then: Callable[[], object] | None = None
+    """Called first: what happens at this moment elsewhere."""
+
+    def fits(self, method: str, path: str) -> bool:
+        return self.method == method and re.search(self.path, path) is not None
+
+    @property
+    def harmless(self) -> bool:
+        return self.cut is None and not self.flip and self.status == 200
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that was answered."""
+
+    method: str
+    path: str
+    token: str | None
+    status: int
+    received: int
+    sent: int
+    host: str
+
+
+class Refused(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        self.status, self.code, self.message = status, code, message
+
+
+class Connection(BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    hub: Any
+    protocol_version = "HTTP/1.1"
+    fault: Fault | None
+    body: bytes
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def _answer(self) -> None:
+        address = urlsplit(self.path)
+        self.query, path = parse_qs(address.query), unquote(address.path)
+        self.body = b""
+        self.received, self.sent, self.status = int(self.headers.get("Content-Length") or 0), 0, 0
+        self.fault = self.hub.due(self.command, path)
+        if self.fault is not None and self.fault.then is not None:
+            self.fault.then()
+        method = "GET" if self.command == "HEAD" else self.command
+        try:
+            if self.fault is not None and self.fault.cut is None and not self.fault.flip:
+                self._refuse_by_order(self.fault)
+            self.body = b"" if method == "PUT" else self.rfile.read(self.received)
+            for kind, pattern, name in ROUTES:
+                if kind == method and (match := pattern.fullmatch(path)):
+                    getattr(self, name)(**match.groupdict())
+                    break
+            else:
+                raise Refused(404, "EntryNotFound", f"no route for {method} {path}")
+        except Refused as refusal:
+            self._refuse(refusal)
+        except Absent as absent:
+            self._refuse(Refused(404, str(absent)))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        self._note(path)
+
+    def _note(self, path: str) -> None:
+        token = self._token()
+        if token is not None and (token in self.path or token.encode() in self.body):
+            self.hub.leaks.append(self.path)
+        host = (self.headers.get("Host") or "").split(":")[0]
+        seen = Seen(self.command, path, token, self.status, self.received, self.sent, host)
+        self.hub.seen.append(seen)
+
+    def _refuse_by_order(self, fault: Fault) -> None:
+        if fault.status == 200:
+            return
+        self.rfile.read(self.received)
+        raise Refused(fault.status)
+
+    def _refuse(self, refusal: Refused) -> None:
+        headers = {"X-Error-Code": refusal.code} if refusal.code else {}
+        headers |= {"X-Error-Message": refusal.message} if refusal.message else {}
+        headers |= self.fault.headers if self.fault else {}
+        self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.status = status
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+            self.sent = len(body)
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def _bytes(self, sha256: str, headers: dict[str, str]) -> None:
+        size = self.hub.store.path(sha256).stat().st_size
+        begin, end, self.status = 0, size, 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            begin, end, self.status = int(match[1]), min(int(match[2] or size) + 1, size), 206
+            if begin >= size:
+                raise Refused(416)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+        self.send_response(self.status)
+        for name, value in {**headers, "Content-Length": str(end - begin)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self._pour(sha256, begin, end - begin)
+
+    def _pour(self, sha256: str, begin: int, left: int) -> None:
+        """Write `left` bytes from `begin`, as far as the fault lets them."""
+        fault = self.fault
+        if fault is not None and fault.cut is not None and fault.cut < left:
+            left, self.close_connection = fault.cut, True
+        with self.hub.store.path(sha256).open("rb") as stream:
+            stream.seek(begin)
+            while left and (chunk := stream.read(min(left, 1 << 20))):
+                if fault is not None and fault.flip:
+                    chunk, fault = bytes([*chunk[:-1], chunk[-1] ^ 1]), None
+                self.wfile.write(chunk)
+                left, self.sent = left - len(chunk), self.sent + len(chunk)

@@ -1,0 +1,112 @@
+"""svdconvert.json: what it says comes back, and what it cannot mean is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svdconvert.checkpoint.safetensors_files import SafetensorsSource
+from svdconvert.checkpoint.tensors import tensor_bytes
+from svdconvert.errors import ArtifactError, CheckpointError
+from svdconvert.manifest.fingerprint import Fingerprint, checksum
+from svdconvert.manifest.schema import Manifest, Matrix, Origin, is_ours, read_manifest
+
+MATRIX = Matrix(module="m", role="attn.q", shape=(4, 3), dtype="BF16", rank=2, scale=0.5, error=1e-3)
+ORIGIN = Origin(location="org/name", revision="abc", fingerprint=Fingerprint("c", "h", {"w": "1"}))
+MANIFEST = Manifest(
+    kind="decomposed",
+    layout="llama",
+    method="pissa",
+    base=ORIGIN,
+    options={"rank": 2, "targets": ["attn"]},
+    matrices={"w": MATRIX},
+    files={"model.safetensors": {"w": "2"}, "pissa_init/adapter_model.safetensors": {"w.lora_A": "3"}},
+    threads=1,
+)
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    assert not is_ours(tmp_path)
+    MANIFEST.write(tmp_path)
+    assert is_ours(tmp_path)
+    assert read_manifest(tmp_path) == MANIFEST
+    assert (tmp_path / "svdconvert.json").read_text().endswith("}\n")
+
+
+def test_a_manifest_without_base_or_matrices_is_read(tmp_path: Path) -> None:
+    bare = Manifest(kind="merged", layout="llama", method="lora", base=None)
+    assert read_manifest((bare.write(tmp_path), tmp_path)[1]) == bare
+
+
+def test_the_checksums_of_the_model_leave_the_adapter_out() -> None:
+    assert MANIFEST.checksums == {"w": "2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": 2}, "has format 2 and this svdconvert reads 1"),
+        ({"format": None}, "has format None"),
+        ({"base": {"location": "x"}}, "is damaged"),
+        ({"matrices": {"w": {"module": "m"}}}, "is damaged"),
+        ({"matrices": {"w": {}}}, "is damaged"),
+        ({"matrices": []}, "is damaged"),
+        ({"matrices": {"w": 3}}, "is damaged"),
+        ({"base": 3}, "is damaged"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    MANIFEST.write(tmp_path)
+    path = tmp_path / "svdconvert.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=complaint):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["base", "layout", "method", "kind"])
+def test_a_manifest_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
+    MANIFEST.write(tmp_path)
+    path = tmp_path / "svdconvert.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key})
+    )
+    with pytest.raises(ArtifactError, match=f"is damaged at {key}"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "svdconvert.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_manifest(tmp_path)
+
+
+def test_a_directory_without_one_is_refused_and_an_unfinished_one_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was not written by svdconvert: it holds no svdconvert.json"):
+        read_manifest(tmp_path)
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(ArtifactError, match="unfinished run"):
+        read_manifest(tmp_path / "out.partial")
+
+
+def test_decompose_records_a_true_checksum_of_everything_it_wrote_and_read(
+    checkpoint: Callable[..., Path], decomposed: Callable[..., Path]
+) -> None:
+    base = checkpoint("llama")
+    out = decomposed(base)
+    manifest = read_manifest(out)
+    assert manifest.files == {
+        file: {name: checksum(tensor_bytes(source.read(name))) for name in source.infos}
+        for file in ("model.safetensors", "pissa_init/adapter_model.safetensors")
+        for source in [SafetensorsSource([out / file])]
+    }
+    source = SafetensorsSource([base / "model.safetensors"])
+    assert manifest.base is not None
+    assert manifest.base.location == str(base)
+    assert manifest.base.fingerprint.tensors == {
+        name: checksum(tensor_bytes(source.read(name))) for name in source.infos
+    }
+    assert str(out) not in (out / "svdconvert.json").read_text()

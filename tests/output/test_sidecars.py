@@ -1,0 +1,106 @@
+"""What travels with the weights, and the dtype that config.json names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svdconvert.checkpoint.tensors import TensorInfo
+from svdconvert.errors import CheckpointError
+from svdconvert.output.plan import plan_shards
+from svdconvert.output.sidecars import copy_sidecars, finish_model, read_config, set_config_dtype
+
+TRAVEL = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "preprocessor_config.json", "modeling_own.py", "LICENSE", "USE_POLICY.md",
+)  # fmt: skip
+STAY = (
+    "README.md", "svdconvert.json", "metrics.jsonl", "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "old.gguf", "x.pth", ".gitattributes", "tf_model.h5",
+)  # fmt: skip
+
+
+def test_what_a_loader_wants_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tools.jinja").write_text("t")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_text("x")
+    for name in STAY:
+        (source / name).write_text(name)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name in TRAVEL:
+        (blobs / name).write_text(name)
+        (source / name).symlink_to(blobs / name)
+    target.mkdir()
+    copy_sidecars(source, target)
+    assert {path.name for path in target.iterdir()} == {*TRAVEL, "additional_chat_templates"}
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "t"
+    assert not (target / "config.json").is_symlink()
+    assert (target / "merges.txt").read_text() == "merges.txt"
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "wanted"),
+    [
+        ({"dtype": "bfloat16"}, ["BF16", "F32"], {"dtype": "float32"}),
+        ({"dtype": "float32"}, ["BF16", "I64"], {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float16"}, ["F32"], {"torch_dtype": "float32"}),
+        (
+            {"dtype": "float16", "torch_dtype": "float16"},
+            ["F32"],
+            {"dtype": "float32", "torch_dtype": "float32"},
+        ),
+        ({"model_type": "llama"}, ["F16"], {"model_type": "llama", "dtype": "float16"}),
+        ({"dtype": "bfloat16"}, ["F16", "BF16"], {"dtype": "bfloat16"}),
+        ({"dtype": "float32"}, ["F64"], {"dtype": "float64"}),
+        ({"dtype": "bfloat16"}, ["I64"], {"dtype": "bfloat16"}),
+        (
+            {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "vision_config": {"layers": 2}},
+            ["F32"],
+            {"dtype": "float32", "text_config": {"dtype": "float32"}, "vision_config": {"layers": 2}},
+        ),
+    ],
+)
+def test_config_names_the_widest_float_that_is_stored(
+    tmp_path: Path, config: dict[str, Any], stored: list[str], wanted: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    set_config_dtype(tmp_path, stored)
+    assert read_config(tmp_path) == wanted
+
+
+def test_a_config_that_is_right_keeps_its_bytes(tmp_path: Path) -> None:
+    text = '{"dtype":   "bfloat16", "é": 1}'
+    (tmp_path / "config.json").write_text(text)
+    set_config_dtype(tmp_path, ["BF16"])
+    assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", "[1]", "3", "[" * 100_000, "\udcff"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="config.json is not"):
+        read_config(tmp_path)
+
+
+def test_a_missing_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "index"), [(8, True), (16, False)])
+def test_several_shards_have_an_index_and_one_has_none(tmp_path: Path, limit: int, index: bool) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text("{}")
+    (tmp_path / "in" / "model.safetensors.index.json").write_text("stale")
+    (tmp_path / "out").mkdir()
+    shards = plan_shards([TensorInfo("a", (2,), "F32"), TensorInfo("b", (2,), "F32")], limit)
+    finish_model(tmp_path / "in", tmp_path / "out", shards)
+    written = tmp_path / "out" / "model.safetensors.index.json"
+    assert written.exists() == index
+    if index:
+        assert json.loads(written.read_text())["metadata"] == {"total_size": 16}

@@ -1,0 +1,193 @@
+"""The card of every kind: its front matter, what it warns of, and code that loads what it says."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from svdconvert import (
+    ConvertOptions,
+    LoraOptions,
+    Run,
+    SplitOptions,
+    TrainPlan,
+    convert,
+    decompose,
+    merge,
+    to_lora,
+    train,
+)
+from svdconvert.publish.card import is_untouched, licence_of
+from tests.conftest import Build
+from tests.loopback_hub.server import Hub
+from tests.publish.test_upload import PUSH
+from tests.reading import readable, write_sums
+from tests.rwkv6 import random_model, save
+from tests.stock import TOKENS, adapted, logits, plain
+from tests.visitor import Visitor
+
+RUN = Run(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shop(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory of every kind, made from one base."""
+    room = tmp_path_factory.mktemp("shop")
+    base = readable(checkpoint("llama", dtype=torch.float32), room / "base")
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n"
+    )
+    (base / "LICENSE").write_text("Do as you like.")
+    decompose(base, room / "pissa", SplitOptions(rank=4), RUN)
+    decompose(base, room / "start", SplitOptions(rank=4, method="lora"), RUN)
+    decompose(base, room / "sorsa", SplitOptions(rank=4, method="sorsa"), RUN)
+    plan = TrainPlan(data=str(write_sums(room / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
+    train(room / "pissa", room / "trained", plan, RUN)
+    to_lora(room / "trained", room / "lora", LoraOptions(rank=3))
+    merge(room / "trained", room / "merged", run=RUN)
+    return room
+
+
+@pytest.fixture(scope="module")
+def alice(shop: Path) -> Iterator[Visitor]:
+    """Who has published every directory as alice/<its name>."""
+    with Hub(shop / "store") as hub:
+        hub.create("org/base", shop / "base")
+        base, residual = {"base": "org/base"}, {"residual": "alice/pissa"}
+        places = {name: base for name in ("pissa", "start", "sorsa", "lora", "merged")}
+        places["trained"] = base | residual
+        visitor = Visitor(hub, shop / "alice")
+        pushes = [(str(shop / name), f"alice/{name}", {}, given) for name, given in places.items()]
+        said = visitor.runs(PUSH.format(pushes=pushes))
+        assert [type(one) for one in said] == [list] * len(places), said
+        yield visitor
+
+
+@pytest.fixture(scope="module")
+def published(alice: Visitor) -> dict[str, str]:
+    """The cards by name."""
+    names = ("pissa", "start", "sorsa", "trained", "lora", "merged")
+    return {name: alice.hub.repositories[f"alice/{name}"].read("README.md").decode() for name in names}
+
+
+def front(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def code(card: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL))
+
+
+def test_the_code_of_every_card_loads_what_it_promises(
+    alice: Visitor, published: dict[str, str], shop: Path
+) -> None:
+    programs = {name: code(card) for name, card in published.items() if name != "sorsa"}
+    assert all(programs.values())
+    loaded = alice.runs(
+        f"import torch\ntokens = torch.tensor({TOKENS.tolist()})\nresult = {{}}\n"
+        f"for name, program in {programs!r}.items():\n"
+        "    names = {}\n"
+        "    exec(program, names)\n"
+        "    with torch.no_grad():\n"
+        "        result[name] = names['model'].eval()(input_ids=tokens).logits.float().tolist()\n"
+    )
+    base, trained = logits(plain(shop / "base")), logits(adapted(shop / "pissa", shop / "trained"))
+    wanted = {
+        "pissa": base,
+        "start": base,
+        "trained": trained,
+        "merged": trained,
+        "lora": logits(adapted(shop / "base", shop / "lora")),
+    }
+    assert loaded.keys() == wanted.keys()
+    for name, found in loaded.items():
+        assert (torch.tensor(found) - wanted[name]).abs().max() < 1e-4, name
+    assert (trained - base).abs().max() > 1e-3
+
+
+def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> None:
+    licence = {"license": "other", "license_name": "tiny", "license_link": "LICENSE"}
+    adapter = {"base_model_relation": "adapter", "library_name": "peft", **licence}
+    weights = {"base_model_relation": "finetune", "library_name": "transformers", **licence}
+    generates = {"pipeline_tag": "text-generation"}
+    tags = {
+        "pissa": ["pissa", "residual-base", "svdconvert"],
+        "start": ["decomposed-adapter", "lora", "svdconvert"],
+        "sorsa": ["residual-base", "sorsa", "svdconvert"],
+        "trained": ["pissa", "svdconvert", "trained-adapter"],
+        "lora": ["lora", "pissa", "svdconvert"],
+        "merged": ["merged", "pissa", "svdconvert"],
+    }
+    kinds = {
+        "pissa": {"base_model": "org/base", **weights},
+        "start": {"base_model": "org/base", **adapter},
+        "sorsa": {"base_model": "org/base", **weights},
+        "trained": {"base_model": "alice/pissa", **adapter, **generates},
+        "lora": {"base_model": "org/base", **adapter, **generates},
+        "merged": {"base_model": "org/base", **weights, **generates},
+    }
+    assert {name: front(card) for name, card in published.items()} == {
+        name: {**kind, "tags": tags[name]} for name, kind in kinds.items()
+    }
+
+
+def test_a_card_says_what_its_repository_is_not(published: dict[str, str]) -> None:
+    assert "**Not a model to be used by itself.** 14 matrices" in published["pissa"]
+    assert "**It is wrong on the base itself**" in published["trained"]
+    assert "stock PEFT does not know its like" in published["sorsa"]
+    assert "svdconvert train alice/sorsa" in published["sorsa"]
+    assert "changes nothing before" in published["start"]
+
+
+def test_a_card_has_numbers_and_the_command(published: dict[str, str], shop: Path) -> None:
+    assert "| matrices | 14 |" in published["pissa"] and "| rank | 4 |" in published["pissa"]
+    assert re.search(r"\| share of the base in the adapter \| \d+\.\d% \|", published["pissa"])
+    assert re.search(r"\| loss \| \d\.\d+ to \d\.\d+ \|", published["trained"])
+    assert re.search(r"\| left out of the change \| \d\.\d\de-\d+ of its norm \|", published["lora"])
+    commands = {
+        name: re.findall(r"^svdconvert .* --push .*$", card, re.M) for name, card in published.items()
+    }
+    at = re.search(r"org/base@[0-9a-f]{40}", commands["pissa"][0])
+    assert at is not None
+    assert commands == {
+        "pissa": [f"svdconvert decompose {at[0]} --rank 4 -o pissa --push alice/pissa"],
+        "start": [f"svdconvert decompose {at[0]} --method lora --rank 4 -o start --push alice/start"],
+        "sorsa": [f"svdconvert decompose {at[0]} --method sorsa --rank 4 -o sorsa --push alice/sorsa"],
+        "trained": commands["trained"],
+        "lora": ["svdconvert to-lora TRAINED --rank 3 -o lora --push alice/lora"],
+        "merged": ["svdconvert merge TRAINED --from base -o merged --push alice/merged"],
+    }
+    assert re.match(r"svdconvert train alice/pissa@[0-9a-f]{40} --data sums.jsonl ", commands["trained"][0])
+    assert str(shop) not in "".join(published.values())
+
+
+def test_a_card_that_was_edited_is_told_from_one_that_was_not(published: dict[str, str]) -> None:
+    for card in published.values():
+        assert is_untouched(card)
+        assert not is_untouched(card.replace("## Load it", "## Use it"))
+        assert not is_untouched(card + "More.\n")
+
+
+def test_an_rwkv_is_loaded_by_its_own_program_or_with_its_own_code(hub: Hub, tmp_path: Path) -> None:
+    weights = save(random_model(), tmp_path / "small.pth")
+    convert(weights, tmp_path / "hf", ConvertOptions(layout="hf"))
+    convert(tmp_path / "hf", tmp_path / "pth", ConvertOptions(layout="blinkdl"))
+    visitor = Visitor(hub, tmp_path / "alice")
+    pushes = [(str(tmp_path / name), f"alice/{name}", {}, {}) for name in ("hf", "pth")]
+    said = visitor.runs(PUSH.format(pushes=pushes))
+    assert [type(one) for one in said] == [list, list], said
+    cards = {name: hub.repositories[f"alice/{name}"].read("README.md").decode() for name in ("hf", "pth")}
+    assert "configuration_rwkv6.py and modeling_rwkv6.py of a released model" in cards["hf"]
+    assert "trust_remote_code=True" in code(cards["hf"])
+    assert 'RWKV(hf_hub_download("alice/pth", "model.pth"), "cpu fp32")' in code(cards["pth"])
+    assert front(cards["pth"]) == {"tags": ["converted", "svdconvert"]}
+    assert hub.repositories["alice/pth"].read("model.pth") == (tmp_path / "pth" / "model.pth").read_bytes()
+
+
+@pytest.mark.parametrize("card", ["", "# no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"])
+def test_a_base_without_a_readable_card_has_no_known_licence(card: str) -> None:
+    assert licence_of(card) == {}

@@ -1,0 +1,104 @@
+"""Adapters go in where they fit, or not at all."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from svdconvert.errors import ArtifactError
+from svdconvert.linalg.factors import Factors
+from svdconvert.training.model.adapted_linear import AdaptedLinear
+from svdconvert.training.model.inject import harvest, install, trainable_count
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+BOTH = frozenset({"lora_A", "lora_B"})
+MakeModel = Callable[..., LlamaForCausalLM]
+
+
+def factors(out: int, into: int, rank: int = 2, core: tuple[int, ...] | None = None) -> Factors:
+    generator = torch.Generator().manual_seed(out + into)
+    left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, into, generator=generator)
+    return Factors(left, right, torch.ones(core) if core else None)
+
+
+PIECES = {Q: (factors(32, 32), 0.5), DOWN: (factors(32, 48, rank=3), 1.0)}
+
+
+def test_adapters_go_where_they_belong_and_all_else_is_frozen(make_model: MakeModel) -> None:
+    model = make_model()
+    install(model, PIECES, BOTH, dropout=0.1)
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+    assert layers.keys() == PIECES.keys()
+    assert (layers[Q].scale, layers[Q].dropout.p) == (0.5, 0.1)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(trained) == sorted(f"{path}.{piece}" for path in PIECES for piece in BOTH)
+    assert trainable_count(model) == 2 * (32 + 32) + 3 * (32 + 48)
+
+
+def test_an_installed_model_computes_the_merged_one(make_model: MakeModel) -> None:
+    ids = torch.arange(12).reshape(2, 6)
+    merged, adapted = make_model(), make_model()
+    for path, (piece, scale) in PIECES.items():
+        merged.get_submodule(path).weight.data.add_(piece.dense(scale))
+    install(adapted, PIECES, BOTH)
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits)
+    assert not torch.allclose(adapted(ids).logits, make_model()(ids).logits, atol=1e-3)
+
+
+def test_harvest_is_the_inverse_of_install(make_model: MakeModel) -> None:
+    model = make_model()
+    install(model, PIECES, BOTH)
+    got = harvest(model)
+    assert got.keys() == PIECES.keys()
+    for path, (piece, _) in PIECES.items():
+        assert torch.equal(got[path].left_OR, piece.left_OR)
+        assert torch.equal(got[path].right_RI, piece.right_RI)
+
+
+def test_one_error_lists_all_that_does_not_fit_and_nothing_is_changed(make_model: MakeModel) -> None:
+    model = make_model()
+    wrong = {
+        **PIECES,
+        "model.layers.7.mlp.up_proj": (factors(48, 32), 1.0),
+        "model.layers.0.mlp": (factors(48, 32), 1.0),
+        "model.layers.0.mlp.up_proj": (factors(32, 48), 1.0),
+        "model.layers.0.mlp.gate_proj": (Factors(torch.ones(48, 2), torch.ones(3, 32), torch.ones(3)), 1.0),
+    }
+    with pytest.raises(ArtifactError) as raised:
+        install(model, wrong, BOTH)
+    assert str(raised.value).split("\n  ") == [
+        "the adapter does not fit the model:",
+        "model.layers.7.mlp.up_proj: the model has no such module",
+        "model.layers.0.mlp: is not a linear layer but LlamaMLP",
+        "model.layers.0.mlp.up_proj: lora_A is (2, 48) instead of (2, 32), "
+        "lora_B is (32, 2) instead of (48, 2)",
+        "model.layers.0.mlp.gate_proj: lora_A is (3, 32) instead of (2, 32), lora_S is (3,) instead of (2,)",
+    ]
+    assert harvest(model) == {}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_piece_to_train_that_is_not_there_is_a_complaint(make_model: MakeModel) -> None:
+    with pytest.raises(ArtifactError, match=f"{Q}: there is no lora_S to train"):
+        install(make_model(), {Q: PIECES[Q]}, frozenset({"lora_S"}))
+
+
+def test_an_adapter_without_layers_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ArtifactError, match="it has no layer"):
+        install(make_model(), {}, BOTH)
+
+
+def test_installing_twice_is_refused(make_model: MakeModel) -> None:
+    model = make_model()
+    install(model, PIECES, BOTH)
+    with pytest.raises(ArtifactError, match=f"{Q}: is not a linear layer but AdaptedLinear"):
+        install(model, PIECES, BOTH)
+
+
+def test_a_layer_that_two_paths_share_is_adapted_under_each() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    install(model, {"a": (factors(4, 4), 1.0), "b": (factors(4, 4), 1.0)}, BOTH)
+    assert harvest(model).keys() == {"a", "b"}
