@@ -92,7 +92,7 @@ def chain(model: Path, out: Path, rank: int) -> Iterator[Path]:
 
 def trainings(model: Path, out: Path) -> Iterator[Path]:
     """Train three steps with every method, then merge and convert what was learnt."""
-    rows = svdconvert.TrainPlan(
+    rows = svdconvert.TrainOptions(
         data=str(ROWS), steps=3, batch_size=2, max_length=96, precision="fp32", device="cpu", lr=1e-3
     )
     for method in (*METHODS, "full"):

@@ -22,16 +22,16 @@ from torch import nn
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.train import TrainPlan
-from svdconvert.inputs.model import open_home
+from svdconvert.config.train import TrainOptions
+from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS, find_layout
 from svdconvert.methods.base import METHODS
-from svdconvert.training.data.task import Task, open_task
+from svdconvert.training.data.task import Task, open_training_data
 from svdconvert.training.model.inject import install, trainable_count
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.resolve_defaults import settled
-from svdconvert.training.start import find_start
+from svdconvert.training.start import open_training_start
 
 COMMON = 2e-4
 HELD_OUT = 40
@@ -125,8 +125,8 @@ def _own_rate(name: str) -> float:
     return FULL if method == "full" else METHODS.get(method).learning_rate
 
 
-def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainPlan:
-    return TrainPlan(
+def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainOptions:
+    return TrainOptions(
         data=arguments.data,
         split="train[:600]",
         eval_rows=HELD_OUT,
@@ -144,8 +144,8 @@ def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainPlan:
 def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> Case:
     method, init = CASES[name]
     plan = _plan(arguments, seed, rate)
-    layout = find_layout(None, open_home(arguments.model).config.get("model_type"), arguments.model)[1]
-    task = open_task(Path(arguments.model), layout, plan)
+    layout = find_layout(None, open_model(arguments.model).config.get("model_type"), arguments.model)[1]
+    task = open_training_data(Path(arguments.model), layout, plan)
     if method == "full":
         network = _full(arguments, layout)
     else:
@@ -155,7 +155,9 @@ def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> 
     return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
 
-def _curve(network: nn.Module, task: Task, plan: TrainPlan) -> tuple[list[float], tuple[float, float], float]:
+def _curve(
+    network: nn.Module, task: Task, plan: TrainOptions
+) -> tuple[list[float], tuple[float, float], float]:
     """The losses, the held-out loss before and after, and a step's processor time."""
     losses, held_out, times, mark = [], [], [], time.process_time()
     for log in fit(network, task.examples, task.objective, plan):
@@ -170,7 +172,7 @@ def _curve(network: nn.Module, task: Task, plan: TrainPlan) -> tuple[list[float]
 
 def _adapted(arguments: argparse.Namespace, seed: int, method: str, init: str | None) -> nn.Module:
     split = SplitOptions(method=method, init=init, rank=arguments.rank, seed=seed)
-    start = find_start(arguments.model, split, None, Run())
+    start = open_training_start(arguments.model, split, None, Run())
     network = load_network(start.weights, LAYOUTS.get(start.layout), None)
     replace_weights(network, start.replaced)
     install(network, start.pieces(), METHODS.get(method).started(init).trains)
@@ -181,7 +183,7 @@ def _full(arguments: argparse.Namespace, layout: Any) -> nn.Module:
     """The matrices that the others adapt, trained themselves, in float32."""
     network = load_network(Path(arguments.model), layout, torch.float32)
     network.requires_grad_(False)
-    for slot in layout.slots(open_home(arguments.model).source.infos).values():
+    for slot in layout.slots(open_model(arguments.model).source.infos).values():
         network.get_submodule(slot.module).requires_grad_(True)
     return network
 

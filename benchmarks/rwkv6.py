@@ -75,11 +75,11 @@ def main() -> None:
     )
 
 
-Work = Callable[[bool], None]
+TensorJob = Callable[[bool], None]
 """Runs once, with the backward pass or without."""
 
 
-def report(title: str, works: dict[str, Work], repeat: int) -> None:
+def report(title: str, works: dict[str, TensorJob], repeat: int) -> None:
     """Median times of each, and how many times slower the recurrence is."""
     print(f"{title:20} {'forward':>8} {'and backward':>14}")
     times: dict[tuple[str, bool], list[float]] = {}
@@ -99,14 +99,14 @@ def report(title: str, works: dict[str, Work], repeat: int) -> None:
         print(f"    {name:16} {'  '.join(cells)}")
 
 
-def operators(tokens: int, width: int) -> dict[str, Work]:
+def operators(tokens: int, width: int) -> dict[str, TensorJob]:
     """The recurrence of one layer, on random inputs."""
     shape = (1, width // HEAD, tokens, HEAD)
     r, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
     a = (-torch.exp(torch.rand(shape) * 6 - 5)).requires_grad_()
     u, state = torch.randn(shape[1], HEAD, requires_grad=True), torch.zeros(1, shape[1], HEAD, HEAD)
 
-    def work(form: Form) -> Work:
+    def work(form: Form) -> TensorJob:
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward):
                 y, _ = form(r, k, v, a, u, state)
@@ -129,11 +129,11 @@ def random_model(width: int) -> Rwkv6:
     return model
 
 
-def models(model: Rwkv6, tokens: int) -> dict[str, Work]:
+def models(model: Rwkv6, tokens: int) -> dict[str, TensorJob]:
     """The whole model, with every form."""
     ids = torch.arange(tokens)[None] % 250
 
-    def work(form: Form) -> Work:
+    def work(form: Form) -> TensorJob:
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward), model.computing(form):
                 logits: Tensor = model(ids).logits

@@ -1,7 +1,7 @@
 """Convert checkpoints of any size for SVD-based fine-tuning, train the adapters, and convert them back.
 
-Each verb of the command line is a function of the same name. They are imported on first use, so that
-`import svdconvert` is instant.
+Each command is a function of the same name. Names are imported on first use, so that `import svdconvert` is
+instant.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         PushOptions,
         SplitOptions,
     )
-    from svdconvert.config.train import TrainPlan
+    from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
     from svdconvert.manifest.schema import Manifest, read_manifest
 
@@ -37,6 +37,7 @@ __all__ = [
     "Run",
     "SplitOptions",
     "SvdConvertError",
+    "TrainOptions",
     "TrainPlan",
     "convert",
     "decompose",
@@ -49,7 +50,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "ConvertOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
@@ -58,12 +59,14 @@ _HOMES = {
     "Run": "config.execution",
     "SplitOptions": "config.options",
     "SvdConvertError": "errors",
+    "TrainOptions": "config.train",
     "TrainPlan": "config.train",
     "read_manifest": "manifest.schema",
 }
+"""Exported name -> its module; a command's function lies in the module of its name."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, f'commands.{name}')}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, f'commands.{name}')}"), name)

@@ -13,7 +13,7 @@ from svdconvert.commands.decompose import decompose
 from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.commands.train import train
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.decompose import SplitOptions
@@ -71,7 +71,7 @@ def test_to_lora_and_train_say_why_they_cannot(
     with pytest.raises(ArtifactError, match="experts one by one.*use merge"):
         to_lora(out, tmp_path / "lora")
     with pytest.raises(ArtifactError, match="experts one by one.*--targets attn"):
-        train(out, tmp_path / "trained", TrainPlan(data="absent.jsonl"))
+        train(out, tmp_path / "trained", TrainOptions(data="absent.jsonl"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from svdconvert.commands.decompose import decompose
 from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.commands.train import train
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.pipeline.decompose import SplitOptions
 from tests.reading import readable, write_sums
@@ -62,7 +62,7 @@ def test_what_we_train_whole_peft_loads_and_merge_and_lora_agree_on(tmp_path: Pa
     base = readable(build("qwen2", tmp_path / "tiny", dtype=torch.float32, tied=False), tmp_path / "base")
     decompose(base, tmp_path / "start", SplitOptions(rank=4, targets=("attn.q", "mlp")))
     wanted = ("norms", "biases", "lm_head.weight")
-    plan = TrainPlan(
+    plan = TrainOptions(
         data=str(write_sums(tmp_path / "sums.jsonl")), train_also=wanted, precision="fp32", **PLAN
     )
     train(tmp_path / "start", tmp_path / "trained", plan)
@@ -83,7 +83,7 @@ def test_what_we_train_whole_peft_loads_and_merge_and_lora_agree_on(tmp_path: Pa
 
 def test_small_steps_of_a_norm_are_not_swallowed_by_bfloat16(tmp_path: Path) -> None:
     base = readable(build("llama", tmp_path / "tiny"), tmp_path / "base")
-    plan = TrainPlan(
+    plan = TrainOptions(
         data=str(write_sums(tmp_path / "sums.jsonl")),
         train_also=("norms",),
         precision="bf16",
@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 def test_what_cannot_be_trained_whole_is_refused(fault: str, tmp_path: Path) -> None:
     base = readable(build("llama", tmp_path / "tiny", tied=True), tmp_path / "base")
     wanted, words = REFUSED[fault]
-    plan = TrainPlan(data=str(write_sums(tmp_path / "sums.jsonl")), train_also=wanted, **PLAN)
+    plan = TrainOptions(data=str(write_sums(tmp_path / "sums.jsonl")), train_also=wanted, **PLAN)
     with pytest.raises(RecipeError, match=words):
         train(base, tmp_path / "trained", plan, split=SplitOptions(rank=4))
     assert not (tmp_path / "trained").exists()

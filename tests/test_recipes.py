@@ -8,7 +8,7 @@ import torch
 
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.recipe import options, read_recipe
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.manifest.schema import read_manifest
 from tests.conftest import Build
 from tests.program import refused, succeeded
@@ -36,7 +36,7 @@ def _model(recipe: Path, checkpoint: Build, directory: Path) -> Path:
     return readable(checkpoint(kind, dtype=torch.float32), directory)
 
 
-def _rows(plan: TrainPlan, path: Path) -> Path:
+def _rows(plan: TrainOptions, path: Path) -> Path:
     """Rows with the recipe's fields."""
     if plan.task == "text":
         rows = [json.loads(line) for line in write_sums(path, rows=80).read_text().splitlines()]
@@ -50,7 +50,7 @@ def _rows(plan: TrainPlan, path: Path) -> Path:
 
 @every_recipe
 def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path: Path) -> None:
-    wanted = options(TrainPlan, read_recipe(recipe), {})
+    wanted = options(TrainOptions, read_recipe(recipe), {})
     model = _model(recipe, checkpoint, tmp_path / "model")
     rows, trained = _rows(wanted, tmp_path / "rows.jsonl"), tmp_path / "trained"
     small: tuple[object, ...] = ("--data", rows, "--max-length", 56, "--accumulate", 1, "--batch-size", 4)
@@ -89,7 +89,7 @@ def test_accelerate_reads_its_configurations_and_they_say_what_was_tried(path: P
 
 def test_pissas_published_setting_is_as_published() -> None:
     recipe = read_recipe(ROOT / "pissa-llama-2-7b-metamath.yaml")
-    split, plan = options(SplitOptions, recipe, {}), options(TrainPlan, recipe, {})
+    split, plan = options(SplitOptions, recipe, {}), options(TrainOptions, recipe, {})
     assert (split.rank, split.alpha, split.targets) == (128, None, ("all-linear",))
     assert (plan.lr, plan.batch_size * plan.accumulate, plan.max_length) == (2e-5, 128, 512)
     assert (plan.schedule, plan.warmup, plan.weight_decay, plan.precision) == ("cosine", 0.03, 0.0, "bf16")
@@ -99,9 +99,9 @@ def test_pissas_published_setting_is_as_published() -> None:
 def test_typed_steps_take_the_place_of_a_recipes_epochs(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("train: {epochs: 3}\n")
     recipe = read_recipe(tmp_path / "recipe.yaml")
-    assert options(TrainPlan, recipe, {"steps": 5}).total_steps(100) == 5
-    assert options(TrainPlan, recipe, {}).total_steps(100) == 75
-    assert options(TrainPlan, recipe, {"epochs": 1.0}).total_steps(100) == 25
+    assert options(TrainOptions, recipe, {"steps": 5}).total_steps(100) == 5
+    assert options(TrainOptions, recipe, {}).total_steps(100) == 75
+    assert options(TrainOptions, recipe, {"epochs": 1.0}).total_steps(100) == 25
 
 
 def test_a_recipe_with_both_is_refused_by_name(tmp_path: Path) -> None:

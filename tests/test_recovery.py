@@ -19,7 +19,7 @@ from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.recovered_init import Recovered
+from svdconvert.inputs.recovered_init import RecoveredInit
 from svdconvert.pipeline.merge import MergeOptions
 from tests.program import refused, succeeded
 from tests.stock import TOKENS, adapted, logits, plain, start_of, tensors, trained_from
@@ -127,7 +127,7 @@ def test_a_residual_that_is_too_coarse_is_not_trusted(tmp_path: Path) -> None:
         save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
     base, residual = (SafetensorsSource([tmp_path / f"{name}.safetensors"]) for name in ("base", "residual"))
     with pytest.raises(ArtifactError, match="rounded too coarsely .* merge from the residual, .* --init"):
-        Recovered(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
+        RecoveredInit(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
 
 
 # --- what PEFT makes --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
-from svdconvert.inputs.model import open_home
+from svdconvert.inputs.model import open_model
 from tests.program import content, refused, succeeded
 from tests.rwkv6 import random_model, save
 from tests.stock import same_bytes
@@ -70,7 +70,7 @@ def test_every_layout_becomes_every_other(
 def test_a_layout_is_recognised_by_its_tensors_whatever_the_config(
     layout: str, written: dict[str, Path], tmp_path: Path
 ) -> None:
-    name = open_home(str(written[layout])).layout()[0]
+    name = open_model(str(written[layout])).layout()[0]
     assert name == f"rwkv6-{layout}"
     for config in (None, {"model_type": "rwkv6"}, {"model_type": "llama"}, {}):
         model = tmp_path / str(config)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import _ours
+from step import _from_manifest
 from torch import Tensor, nn
 
 from svdconvert.training.optim.step import as_trained
@@ -42,7 +42,7 @@ def main() -> None:
 
 def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
     """(module that keeps it, shape, dtype) -> bytes; weights are not counted, and no storage twice."""
-    model = _ours(SimpleNamespace(**vars(options), method=method))
+    model = _from_manifest(SimpleNamespace(**vars(options), method=method))
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: Counter[tuple[str, str, str]] = Counter()
     seen: dict[int, Tensor] = {}

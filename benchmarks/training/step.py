@@ -20,16 +20,16 @@ from transformers import AutoModelForCausalLM
 from svdconvert.cli.process import keep_freed_blocks, return_freed_matrices, use_huge_pages
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.methods.base import METHODS
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.data.task import Task, open_task
+from svdconvert.training.data.task import Task, open_training_data
 from svdconvert.training.model.inject import install
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.optim.step import Trainer
-from svdconvert.training.start import find_start
+from svdconvert.training.start import open_training_start
 
 WARM = 2
 """Steps that are not counted."""
@@ -38,7 +38,7 @@ WARM = 2
 def main() -> None:
     """Print {"step": median processor seconds, "loss": of the last step}."""
     who, options = sys.argv[1], SimpleNamespace(**json.loads(sys.argv[2]))
-    plan = TrainPlan(
+    plan = TrainOptions(
         data=options.data,
         split="train[:200]",
         steps=options.steps + WARM,
@@ -49,31 +49,31 @@ def main() -> None:
         schedule="constant",
         warmup=0.0,
     )
-    task = open_task(Path(options.model), LAYOUTS.get("llama"), plan)
+    task = open_training_data(Path(options.model), LAYOUTS.get("llama"), plan)
     contender: Callable[..., list[tuple[float, float]]] = globals()[who]
     marks = contender(options, plan, task)
     times = [b - a for (a, _), (b, _) in zip(marks[WARM - 1 :], marks[WARM:], strict=False)]
     print(json.dumps({"step": statistics.median(times), "loss": marks[-1][1]}))
 
 
-def svdconvert(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
+def svdconvert(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
     """(processor time so far, loss) behind every step; the memory is asked for as the program does it."""
     return_freed_matrices()
     keep_freed_blocks()
     use_huge_pages()
-    logs = fit(_ours(options), task.examples, task.objective, plan)
+    logs = fit(_from_manifest(options), task.examples, task.objective, plan)
     return [(time.process_time(), log.loss) for log in logs if isinstance(log, StepLog)]
 
 
-def peft(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
+def peft(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
     """PEFT's model in the loop that its documentation shows, with the same precision and clipping."""
     model = _peft(options)
     return _loop(model, plan, batches(plan, task), lambda: None)
 
 
-def dense(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
+def dense(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
     """SORSA as its authors compute it: the dense product in every forward pass, the penalty by autograd."""
-    model = _ours(options)
+    model = _from_manifest(options)
     for path, module in list(model.named_modules()):
         if hasattr(module, "factors") and path:
             parent, _, name = path.rpartition(".")
@@ -87,7 +87,7 @@ def dense(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]
     return _loop(model, plan, batches(plan, task), penalty)
 
 
-def trainer(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, float]]:
+def trainer(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
     """PEFT's model under transformers' Trainer."""
     from transformers import Trainer as Theirs
     from transformers import TrainerCallback, TrainingArguments
@@ -120,7 +120,7 @@ def trainer(options: Any, plan: TrainPlan, task: Task) -> list[tuple[float, floa
     return marks
 
 
-def batches(plan: TrainPlan, task: Task) -> Iterator[dict[str, Tensor]]:
+def batches(plan: TrainOptions, task: Task) -> Iterator[dict[str, Tensor]]:
     """The rows that our own loop takes, padded and masked as the stock collators do."""
     alone: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     absent: Any = None
@@ -140,7 +140,7 @@ def _collated(rows: list[Example]) -> dict[str, Tensor]:
 
 
 def _loop(
-    model: nn.Module, plan: TrainPlan, given: Iterator[dict[str, Tensor]], before_step: Callable[[], None]
+    model: nn.Module, plan: TrainOptions, given: Iterator[dict[str, Tensor]], before_step: Callable[[], None]
 ) -> list[tuple[float, float]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.lr or 0.0, weight_decay=0.0)
@@ -161,9 +161,9 @@ def _dtype(options: Any) -> Any:
     return "auto" if options.precision == "bf16" else torch.float32
 
 
-def _ours(options: Any) -> nn.Module:
+def _from_manifest(options: Any) -> nn.Module:
     split = SplitOptions(method=options.method, rank=options.rank)
-    start = find_start(options.model, split, None, Run())
+    start = open_training_start(options.model, split, None, Run())
     dtype = None if options.precision == "bf16" else torch.float32
     network = load_network(start.weights, LAYOUTS.get(start.layout), dtype)
     replace_weights(network, start.replaced)

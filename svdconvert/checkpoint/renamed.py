@@ -27,7 +27,7 @@ _LAYER = "{layer}"
 
 
 @dataclass(frozen=True)
-class Rule:
+class RenameRule:
     """One tensor of a layout, and the family's tensors that it holds; {layer} stands for a number."""
 
     own: tuple[str, ...]
@@ -43,7 +43,7 @@ class Rule:
     optional: bool = False
     """A checkpoint may be without it."""
 
-    def at(self, layer: int) -> "Rule":
+    def at(self, layer: int) -> "RenameRule":
         """The rule for one layer."""
         number = str(layer)
         own = tuple(name.replace(_LAYER, number) for name in self.own)
@@ -58,7 +58,7 @@ class _Part:
     make: "Callable[[Sequence[Tensor]], Tensor] | None"
 
 
-class View:
+class RenamedSource:
     """A TensorSource that shows another one's tensors under other names and in other shapes."""
 
     def __init__(self, source: TensorSource, parts: Mapping[str, _Part]) -> None:
@@ -96,12 +96,12 @@ class View:
             return self._source.chunks(part.names[0], size, room)
         return pieces(tensor_bytes(self.read(name)), size, room)
 
-    def stamp(self) -> Mapping[str, list[int]]:
+    def file_versions(self) -> Mapping[str, list[int]]:
         """That of the source."""
-        return self._source.stamp()
+        return self._source.file_versions()
 
 
-def as_family(source: TensorSource, rules: Sequence[Rule], place: str) -> View:
+def as_family(source: TensorSource, rules: Sequence[RenameRule], place: str) -> RenamedSource:
     """The tensors of a layout's checkpoint under the family's own names.
 
     Raises CheckpointError where one is missing, or is there and in no rule.
@@ -119,13 +119,13 @@ def as_family(source: TensorSource, rules: Sequence[Rule], place: str) -> View:
             f"{place} has no {lost[0]} ({len(lost)} such tensors); fetch the whole checkpoint"
         )
     _refuse_unknown(source, {rule.name for rule in expanded}, place, "no tensor of this family of models")
-    return View(source, parts)
+    return RenamedSource(source, parts)
 
 
-def with_zeros(source: View, infos: Iterable[TensorInfo]) -> View:
+def with_zeros(source: RenamedSource, infos: Iterable[TensorInfo]) -> RenamedSource:
     """The tensors of a view, and zeros for those of `infos` that it does not have."""
     added = {info.name: _Part((), _zeros(info)) for info in infos if info.name not in source.infos}
-    return View(source, {name: _Part((name,), None) for name in source.infos} | added)
+    return RenamedSource(source, {name: _Part((name,), None) for name in source.infos} | added)
 
 
 def _zeros(info: TensorInfo) -> "Callable[[Sequence[Tensor]], Tensor]":
@@ -134,7 +134,7 @@ def _zeros(info: TensorInfo) -> "Callable[[Sequence[Tensor]], Tensor]":
     return lambda _: torch.zeros(info.shape, dtype=torch_dtype(info.dtype))
 
 
-def as_layout(family: TensorSource, rules: Sequence[Rule], layout: str) -> View:
+def as_layout(family: TensorSource, rules: Sequence[RenameRule], layout: str) -> RenamedSource:
     """The tensors of a family under the names of a layout, in the order of its rules.
 
     Raises CheckpointError for a tensor that the layout has no place for.
@@ -146,10 +146,10 @@ def as_layout(family: TensorSource, rules: Sequence[Rule], layout: str) -> View:
     ]
     known = {name for rule in expanded for name in rule.own}
     _refuse_unknown(family, known, layout, "which this layout has no place for; take another --layout")
-    return View(family, {rule.name: _Part(rule.own, rule.pack) for rule in expanded})
+    return RenamedSource(family, {rule.name: _Part(rule.own, rule.pack) for rule in expanded})
 
 
-def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
+def rule_of(name: str, rules: Sequence[RenameRule]) -> RenameRule:
     """The rule for the layout's tensor `name`, for its layer. There is one."""
     for rule in rules:
         if match := re.fullmatch(re.escape(rule.name).replace(re.escape(_LAYER), r"(\d+)"), name):
@@ -157,7 +157,7 @@ def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
     raise KeyError(name)
 
 
-def in_order(names: Iterable[str], rules: Sequence[Rule]) -> list[str]:
+def sort_by_rules(names: Iterable[str], rules: Sequence[RenameRule]) -> list[str]:
     """`names` of a layout in the order of its rules."""
     found = list(names)
     expanded = _expanded(rules, _layers(found, [rule.name for rule in rules]))
@@ -171,7 +171,7 @@ def _taking(
     return lambda tensors: unpack(tensors[0])[index]
 
 
-def _expanded(rules: Sequence[Rule], layers: int) -> Iterator[Rule]:
+def _expanded(rules: Sequence[RenameRule], layers: int) -> Iterator[RenameRule]:
     """Every rule for every layer it is for: layer after layer, in the order of the rules."""
     inner = [rule for rule in rules if _LAYER in rule.name]
     for rule in rules:

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, file_stamp, read_whole
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
 from svdconvert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ class SafetensorsSource:
             self._fill(path, piece, extent.begin + start, name)
             yield piece
 
-    def stamp(self) -> Mapping[str, list[int]]:
+    def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of change of every file."""
-        return file_stamp(self._files)
+        return versions_of_files(self._files)
 
     def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
         try:

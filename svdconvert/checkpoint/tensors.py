@@ -82,12 +82,12 @@ class TensorSource(Protocol):
         """
         ...
 
-    def stamp(self) -> Mapping[str, list[int]]:
+    def file_versions(self) -> Mapping[str, list[int]]:
         """What changes when a file of the source is changed."""
         ...
 
 
-def file_stamp(files: Iterable[Path]) -> dict[str, list[int]]:
+def versions_of_files(files: Iterable[Path]) -> dict[str, list[int]]:
     """Size in bytes and time of the last change in nanoseconds, by file name; links are followed.
 
     Raises CheckpointError where a file is gone.

@@ -8,7 +8,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, file_stamp, pieces, tensor_bytes
+from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, pieces, tensor_bytes, versions_of_files
 from svdconvert.errors import CheckpointError
 
 # What Lightning puts before the names of an RWKV, all of them.
@@ -35,9 +35,9 @@ class PickledSource:
         """A copy of what is mapped from the file: writing to the map would keep its pages in memory."""
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
-    def stamp(self) -> Mapping[str, list[int]]:
+    def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of change of every file."""
-        return file_stamp(self._files)
+        return versions_of_files(self._files)
 
     def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most `size`, of the mapped file or copied into `room`."""

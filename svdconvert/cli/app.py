@@ -19,8 +19,8 @@ from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions,
 from svdconvert.config.progress import Track
 from svdconvert.config.ranks import find_ranks
 from svdconvert.config.recipe import Recipe, options, read_recipe
-from svdconvert.config.shard_sink import Shipment
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.shard_sink import ShardSink
+from svdconvert.config.train import TrainOptions
 
 T = TypeVar("T")
 
@@ -116,11 +116,11 @@ def decompose(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
-    shipment: Shipment | None = None,
+    shard_sink: ShardSink | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
-    with summaries.telling(debug=debug, out=out):
+    with summaries.report_errors(debug=debug, out=out):
         shared = read_recipe(recipe)
         chosen, source = (
             options(SplitOptions, shared, typed),
@@ -134,16 +134,18 @@ def decompose(
             return
         target = _needed(out, "-o DIR")
         with summaries.progress("decompose") as track:
-            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
+            run = replace(
+                _run(shared, track, overwrite, threads, device), stream=stream, shard_sink=shard_sink
+            )
             manifest = verb(source, target, chosen, run)
-        summaries.show_decomposed(shipment or target, manifest)
+        summaries.show_decomposed(shard_sink or target, manifest)
 
 
 @app.command(
     epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
 )
 @publishes
-@with_options(TrainPlan)
+@with_options(TrainOptions)
 def train(
     typed: Typed,
     model: ModelArg = None,
@@ -162,14 +164,14 @@ def train(
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
-    with summaries.telling(debug=debug, out=out):
+    with summaries.report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as verb
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        split, plan = options(SplitOptions, shared, given), options(TrainPlan, shared, typed)
+        split, plan = options(SplitOptions, shared, given), options(TrainOptions, shared, typed)
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with summaries.training() as watch:
             manifest = verb(source, target, plan, run, split=split, base=base, watch=watch)
@@ -192,11 +194,11 @@ def merge(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
-    shipment: Shipment | None = None,
+    shard_sink: ShardSink | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
-    with summaries.telling(debug=debug, out=out):
+    with summaries.report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import Places, prepare_merge
         from svdconvert.commands.merge import merge as verb
 
@@ -208,9 +210,11 @@ def merge(
             return
         target = _needed(out, "-o DIR")
         with summaries.progress("merge") as track:
-            run = replace(_run(shared, track, overwrite, threads, device), stream=stream, shipment=shipment)
+            run = replace(
+                _run(shared, track, overwrite, threads, device), stream=stream, shard_sink=shard_sink
+            )
             manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
-        summaries.show_merged(shipment or target, manifest)
+        summaries.show_merged(shard_sink or target, manifest)
 
 
 @app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
@@ -228,7 +232,7 @@ def to_lora(
     debug: DebugOpt = False,
 ) -> None:
     """Write what training changed as a standard LoRA for the untouched base."""
-    with summaries.telling(debug=debug, out=out):
+    with summaries.report_errors(debug=debug, out=out):
         from svdconvert.commands.to_lora import to_lora as verb
 
         shared, target = read_recipe(recipe), _needed(out, "-o DIR")
@@ -249,20 +253,20 @@ def convert(
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
     stream: StreamOpt = False,
-    shipment: Shipment | None = None,
+    shard_sink: ShardSink | None = None,
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
-    with summaries.telling(debug=debug, out=out):
+    with summaries.report_errors(debug=debug, out=out):
         from svdconvert.commands.convert import convert as verb
 
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
         source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
         with summaries.progress("convert") as track:
-            run = replace(_run(shared, track, overwrite, None, None), stream=stream, shipment=shipment)
+            run = replace(_run(shared, track, overwrite, None, None), stream=stream, shard_sink=shard_sink)
             manifest = verb(source, target, chosen, run)
-        summaries.show_converted(shipment or target, manifest)
+        summaries.show_converted(shard_sink or target, manifest)
 
 
 @app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
@@ -280,7 +284,7 @@ def push(
     debug: DebugOpt = False,
 ) -> None:
     """Publish DIR with a card; what the Hub has already is not sent again."""
-    with summaries.telling(debug=debug, out=None):
+    with summaries.report_errors(debug=debug, out=None):
         from svdconvert.commands.push import push as verb
 
         done = verb(directory, repository, PushOptions(**typed), base=base, residual=residual)
@@ -290,7 +294,7 @@ def push(
 @app.command(epilog="Example: svdconvert verify pissa --base org/name")
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
-    with summaries.telling(debug=debug, out=None):
+    with summaries.report_errors(debug=debug, out=None):
         from svdconvert.commands.verify import verify as verb
 
         with summaries.progress("verify", of_bytes=False) as track:
@@ -307,7 +311,7 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Say what a directory is, which base it belongs to, and which command comes next."""
-    with summaries.telling(debug=debug, out=None):
+    with summaries.report_errors(debug=debug, out=None):
         from dataclasses import asdict
 
         from svdconvert.commands.inspect import inspect as verb
@@ -356,5 +360,5 @@ def _run(
         device=device or shared.get("device") or known.device,
         ranks=find_ranks(),
         track=track or known.track,
-        say=summaries.say,
+        notify=summaries.notify,
     )

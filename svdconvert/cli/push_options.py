@@ -28,7 +28,7 @@ def publishes(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that writes `out` the option to push it.
 
     It is pushed after the command has returned: a push that fails loses nothing, and can be repeated
-    alone. With --stream the command gets a `shipment` instead, and leaves nothing on the disk.
+    alone. With --stream the command gets a `shard_sink` instead, and leaves nothing on the disk.
     """
 
     @functools.wraps(command)
@@ -40,26 +40,26 @@ def publishes(command: Callable[..., None]) -> Callable[..., None]:
             command(**values)
             return
         debug, options, streaming = bool(values["debug"]), PushOptions(**pushing), values.get("stream")
-        with summaries.telling(debug=debug, out=None):
+        with summaries.report_errors(debug=debug, out=None):
             from svdconvert.commands.push import check_push, to
             from svdconvert.commands.push import push as verb
-            from svdconvert.publish.streaming_upload import Outbound
+            from svdconvert.publish.streaming_upload import StreamingUpload
 
             ranks = find_ranks()
             if streaming:
                 ranks.alone("--stream --push")
                 values["out"] = values["out"] or Path(push.split("/")[-1])
-                values["shipment"] = Outbound(to(push, options), summaries.say)
+                values["shard_sink"] = StreamingUpload(to(push, options), summaries.notify)
             if ranks.leads:
                 check_push(push, options)
         command(**values)
-        with summaries.telling(debug=debug, out=None):
+        with summaries.report_errors(debug=debug, out=None):
             if streaming:
-                summaries.show_published(values["out"], push, values["shipment"].published)
+                summaries.show_published(values["out"], push, values["shard_sink"].published)
             elif ranks.leads and values["out"] is not None:
                 summaries.show_published(values["out"], push, verb(values["out"], push, options))
 
-    own = [value for name, value in inspect.signature(command).parameters.items() if name != "shipment"]
+    own = [value for name, value in inspect.signature(command).parameters.items() if name != "shard_sink"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = inspect.Parameter("push", keyword, default=None, annotation=PushOpt)
     sign(call, [*own, added, inspect.Parameter("pushing", keyword, annotation=Typed)])

@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from svdconvert.cli.signals import TerminatedError, raise_on_signals
-from svdconvert.config.progress import Progress, Track, silent
+from svdconvert.config.progress import Progress, Track, ignore_progress
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import SvdConvertError
 from svdconvert.layouts.base import is_transformers, loading
@@ -48,7 +48,7 @@ _MANY = 12  # entries of a mapping that a screen shows
 
 
 @contextmanager
-def telling(*, debug: bool, out: object = None) -> Iterator[None]:
+def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
     """Turn errors into one sentence and an exit status: 1 refused or failed, 130 Ctrl-C, 143 SIGTERM."""
     with raise_on_signals():
         try:
@@ -73,7 +73,7 @@ def _stop(sentence: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def say(sentence: str) -> None:
+def notify(sentence: str) -> None:
     """One sentence on standard error, from the leading rank."""
     if not _follows():
         stderr.print(escape(f"svdconvert: {sentence}"))
@@ -88,7 +88,7 @@ def _follows() -> bool:
 def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
     """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
     if _follows() or not stderr.is_terminal:
-        yield silent
+        yield ignore_progress
         return
     amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
     with _bar(amount) as bar:

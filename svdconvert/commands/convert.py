@@ -5,7 +5,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
-from svdconvert.inputs.model import Home, open_home, want_plain
+from svdconvert.inputs.model import OpenModel, open_model, require_plain_checkpoint
 from svdconvert.layouts.base import in_family
 from svdconvert.manifest.schema import Manifest, run_identity
 from svdconvert.output.sidecars import finish_model, write_config
@@ -22,7 +22,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    want_plain(str(model), "convert")
+    require_plain_checkpoint(str(model), "convert")
     home, plan = _prepare(str(model), options, run.stream)
     check_apart(Path(out), home.path)
     threads = recorded(Path(out), "threads") or 0
@@ -43,12 +43,12 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
             finish_model(home.path, staged.path, plan.files, leave=plan.left_out)
             manifest.write(staged.path)
     if plan.advice:
-        run.say(plan.advice)
+        run.notify(plan.advice)
     return manifest
 
 
-def _prepare(model: str, options: ConvertOptions, stream: bool) -> tuple[Home, Conversion]:
-    home = open_home(model, stream=stream)
+def _prepare(model: str, options: ConvertOptions, stream: bool) -> tuple[OpenModel, Conversion]:
+    home = open_model(model, stream=stream)
     name, layout = home.layout()
     target, wanted = in_family(name, layout, options.layout)
     return home, plan_conversion(home.source, layout, target, wanted, options)

@@ -6,7 +6,7 @@ from pathlib import Path
 from svdconvert.adapters.peft_files import CONFIG as ADAPTER_CONFIG
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.inputs.model import Home, open_headers, open_home, want_plain
+from svdconvert.inputs.model import OpenModel, open_headers, open_model, require_plain_checkpoint
 from svdconvert.linalg.threads import pick_device, use_threads
 from svdconvert.manifest.schema import Manifest, Matrix, Origin, run_identity
 from svdconvert.output.sidecars import finish_model
@@ -25,8 +25,8 @@ def decompose(
     """
     options, run = options or SplitOptions(), run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    want_plain(str(model), "decompose")
-    home = open_home(str(model), stream=run.stream)
+    require_plain_checkpoint(str(model), "decompose")
+    home = open_model(str(model), stream=run.stream)
     plan = _plan(home, options)
     check_apart(Path(out), home.path)
     device = pick_device(run.device, run.ranks.local)
@@ -45,11 +45,11 @@ def decompose(
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
     """What `decompose` would write and take, from headers alone. Writes nothing."""
-    want_plain(str(model), "decompose")
+    require_plain_checkpoint(str(model), "decompose")
     return estimate(_plan(open_headers(str(model)), options or SplitOptions()))
 
 
-def _plan(home: Home, options: SplitOptions) -> SplitPlan:
+def _plan(home: OpenModel, options: SplitOptions) -> SplitPlan:
     name, layout = home.layout(options.layout)
     return plan_split(home.source, name, layout, options)
 

@@ -8,13 +8,13 @@ from typing import Any
 from svdconvert.adapters.peft_files import AdapterConfig, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.config.recipe import SECTION_OF, unusual
+from svdconvert.config.recipe import COMMAND_OF_KIND, non_default_options
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.model import open_headers
 from svdconvert.layouts.base import is_transformers, loading
-from svdconvert.manifest.schema import PLAIN, Manifest, Origin, is_ours, read_manifest
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
 
 
@@ -38,8 +38,8 @@ def inspect(model: str | Path) -> Inspection:
     if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
         return _unfinished(path)
     path = path if path.exists() else fetch(str(model), "adapter").path
-    if is_ours(path):
-        return _ours(str(model), read_manifest(path))
+    if has_manifest(path):
+        return _from_manifest(str(model), read_manifest(path))
     if is_adapter(path):
         return _adapter(path)
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
@@ -57,14 +57,14 @@ def _unfinished(path: Path) -> Inspection:
     )
 
 
-def _ours(path: str, manifest: Manifest) -> Inspection:
+def _from_manifest(path: str, manifest: Manifest) -> Inspection:
     details = {
         "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
         "layout": manifest.layout,
         "base": _place(manifest.base),
         "residual": _place(manifest.residual),
-        "options": unusual(SECTION_OF[manifest.kind], manifest.options),
+        "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
         **_matrix_details(manifest),
     }
     return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
@@ -158,7 +158,7 @@ def _adapter_summary(config: AdapterConfig) -> str:
 
 def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
     base = config.base if config.base and Path(config.base).is_dir() else "MODEL"
-    if config.base and is_ours(Path(config.base)):
+    if config.base and has_manifest(Path(config.base)):
         return [
             f"svdconvert to-lora {path} -o LORA --residual {base}",
             f"svdconvert merge {path} -o MERGED --residual {base}",

@@ -9,11 +9,11 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.adapter_delta import Change, open_change
-from svdconvert.inputs.model import Home, locate, open_home
-from svdconvert.inputs.recover_init import with_start
+from svdconvert.inputs.adapter_delta import AdapterDelta, open_adapter_delta
+from svdconvert.inputs.model import OpenModel, find_model, open_model
+from svdconvert.inputs.recover_init import recover_init
 from svdconvert.linalg.threads import pick_device, use_threads
-from svdconvert.manifest.schema import Manifest, head_of, is_ours, run_identity
+from svdconvert.manifest.schema import Manifest, has_manifest, head_of, run_identity
 from svdconvert.output.sidecars import finish_model, read_config, write_config
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
 from svdconvert.pipeline.merge import MergePlan, Side, merge_work, plan_merge, update_note, write_added
@@ -52,7 +52,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
         "adapter": change.identity(),
     }
     work = merge_work(plan, device, _expected(change, side), str(home.path))
-    if plan.added and run.shipment is not None:
+    if plan.added and run.shard_sink is not None:
         raise ArtifactError(f"{change.directory} brings a head of its own: merge it without --stream")
     with StagedOutput(Path(out), plan.shards, identity, run) as staged:
         stream(work, home.source, staged, run)
@@ -61,7 +61,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
         manifest = _manifest(staged, found, options, threads)
         if run.ranks.leads:
             if remark := _swallowed(manifest):
-                run.say(remark)
+                run.notify(remark)
             _write_sidecars(found, staged.path)
             manifest.write(staged.path)
     return manifest
@@ -78,8 +78,8 @@ class Merging:
     """A merge before it is done, known from headers alone."""
 
     layout: str
-    change: Change
-    home: Home
+    change: AdapterDelta
+    home: OpenModel
     plan: MergePlan
 
     @property
@@ -109,12 +109,12 @@ def prepare_merge(adapter: str | Path, options: MergeOptions, places: Places) ->
     here = fetch(str(adapter), "adapter")
     there = fetch(places.residual, "adapter") if places.residual else here
     named = str(there.path) if places.residual else None
-    change = open_change(here.path, residual=named, init=places.init, alpha=options.alpha)
+    change = open_adapter_delta(here.path, residual=named, init=places.init, alpha=options.alpha)
     if change.residual == there.path:  # of which only the adapter is fetched so far
         places = replace(places, residual=there.name)
     side, home = _choose(change, options.side, places)
     if side == "base":
-        change = with_start(change, str(home.snapshot.name), places.residual)
+        change = recover_init(change, str(home.snapshot.name), places.residual)
     name, layout = home.layout(_known_layout(change))
     return Merging(name, change, home, plan_merge(change, home.source, side, layout, options))
 
@@ -135,21 +135,23 @@ def _manifest(staged: StagedOutput, found: Merging, options: MergeOptions, threa
     )
 
 
-def _known_layout(change: Change) -> str | None:
+def _known_layout(change: AdapterDelta) -> str | None:
     return change.manifest.layout or None if change.manifest else None
 
 
-def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:
+def _choose(change: AdapterDelta, side: str, places: Places) -> tuple[Side, OpenModel]:
     """The base where it is given or found, else the residual; `side` other than "auto" insists."""
     known = change.manifest.residual if change.manifest else None
     if change.is_lost and side == "auto" and (change.residual or known):
         side = "residual"  # which needs no start
     if side in ("auto", "base"):
-        home = locate(change.manifest.base if change.manifest else None, places.base, stream=places.stream)
+        home = find_model(
+            change.manifest.base if change.manifest else None, places.base, stream=places.stream
+        )
         if home is not None:
             return "base", home
         if side == "base" or not _has_residual(change):
-            with_start(change, places.base, places.residual)  # which says what a lost start wants
+            recover_init(change, places.base, places.residual)  # which says what a lost start wants
             place = change.manifest.base.location if change.manifest and change.manifest.base else "unknown"
             raise ArtifactError(
                 f"the base of {change.directory} is not at hand ({place}); say where it is with --base"
@@ -161,17 +163,17 @@ def _choose(change: Change, side: str, places: Places) -> tuple[Side, Home]:
     return "residual", _residual_home(change, places)
 
 
-def _has_residual(change: Change) -> bool:
+def _has_residual(change: AdapterDelta) -> bool:
     if change.manifest is None:
         return change.residual is not None
     return change.manifest.kind != "lora" and change.manifest.rebased
 
 
-def _residual_home(change: Change, places: Places) -> Home:
+def _residual_home(change: AdapterDelta, places: Places) -> OpenModel:
     if change.residual is not None:
-        return open_home(places.residual or str(change.residual), stream=places.stream)
+        return open_model(places.residual or str(change.residual), stream=places.stream)
     assert change.manifest is not None
-    home = locate(change.manifest.residual, places.residual, stream=places.stream)
+    home = find_model(change.manifest.residual, places.residual, stream=places.stream)
     if home is None:
         place = change.manifest.residual.location if change.manifest.residual else "none was written"
         raise ArtifactError(
@@ -197,19 +199,19 @@ def _swallowed(manifest: Manifest) -> str | None:
     )
 
 
-def _restored(change: Change) -> dict[str, Any]:
+def _restored(change: AdapterDelta) -> dict[str, Any]:
     """For the manifest: how a lost start was found again."""
     return {"recovered": change.recovered.way} if change.recovered else {}
 
 
-def _expected(change: Change, side: Side) -> Mapping[str, str]:
+def _expected(change: AdapterDelta, side: Side) -> Mapping[str, str]:
     """The checksums that the weights must have, as far as they are known."""
     manifest = change.manifest
     if manifest is None:
         return {}
     if side == "base":
         return manifest.base.fingerprint.tensors if manifest.base else {}
-    if change.is_lost and change.residual is not None and not is_ours(change.residual):
+    if change.is_lost and change.residual is not None and not has_manifest(change.residual):
         return {}
     if manifest.kind == "decomposed":
         return manifest.checksums

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from svdconvert.config.options import PushOptions
-from svdconvert.config.recipe import SECTION_OF, as_typed
+from svdconvert.config.recipe import COMMAND_OF_KIND, to_cli_args
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.publish.upload import Destination, Published, check
 from svdconvert.publish.upload import push as send
@@ -50,7 +50,7 @@ def to(
 
 def command_of(manifest: Manifest, repository: str) -> str:
     """What is typed to make the like, and to push it."""
-    section = SECTION_OF[manifest.kind]
+    section = COMMAND_OF_KIND[manifest.kind]
     options = dict(manifest.options)
     if section == "to_lora" and "truncation" not in options:
         options.pop("rank", None)  # what came out, not what was asked for
@@ -59,7 +59,7 @@ def command_of(manifest: Manifest, repository: str) -> str:
         "convert": _name(manifest.base, "MODEL"),
         "train": _name(manifest.residual or manifest.base, "DECOMPOSED"),
     }.get(section, "TRAINED")
-    words = ["svdconvert", section.replace("_", "-"), source, *as_typed(section, options)]
+    words = ["svdconvert", section.replace("_", "-"), source, *to_cli_args(section, options)]
     return shlex.join([*words, "-o", repository.split("/")[-1], "--push", repository])
 
 

@@ -9,8 +9,8 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.adapter_delta import NO_START, Change, open_change
-from svdconvert.inputs.recover_init import with_start
+from svdconvert.inputs.adapter_delta import NO_START, AdapterDelta, open_adapter_delta
+from svdconvert.inputs.recover_init import recover_init
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest, head_of, run_identity
 from svdconvert.output.staging import StagedOutput, check_apart, recorded
@@ -38,9 +38,11 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
     options, run = options or LoraOptions(), run or Run()
     run.ranks.alone("to-lora")
     start = str(fetch(residual, "adapter").path) if residual else None
-    change = open_change(fetch(str(adapter), "adapter").path, residual=start, init=init, alpha=options.alpha)
+    change = open_adapter_delta(
+        fetch(str(adapter), "adapter").path, residual=start, init=init, alpha=options.alpha
+    )
     _refuse_unknown_start(change, init)
-    change = with_start(change, base, residual)
+    change = recover_init(change, base, residual)
     check_apart(Path(out), *change.places())
     if change.after.config.peft_type == PER_EXPERT:
         raise ArtifactError(
@@ -67,7 +69,7 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
         ).write(staged.path)
 
 
-def _refuse_unknown_start(change: Change, init: str | None) -> None:
+def _refuse_unknown_start(change: AdapterDelta, init: str | None) -> None:
     """Refuse an adapter that may be a residual's, for all that it says: its conversion would be wrong."""
     named = change.after.config.base
     on_a_plain_base = named is not None and Path(named).is_dir()
@@ -82,11 +84,11 @@ def _refuse_unknown_start(change: Change, init: str | None) -> None:
         )
 
 
-def _layout_of_file(change: Change) -> str:
+def _layout_of_file(change: AdapterDelta) -> str:
     """The layout of an adapter that has no manifest, where it can be told."""
     return rwkv_peft.LAYOUT if rwkv_peft.is_adapter_file(change.directory) else ""
 
 
-def _hub_base(change: Change) -> str | None:
+def _hub_base(change: AdapterDelta) -> str | None:
     base = change.manifest.base if change.manifest else None
     return base.location if base and base.revision else None

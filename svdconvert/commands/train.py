@@ -14,9 +14,9 @@ from svdconvert.adapters.peft_files import CONFIG, WEIGHTS, WITH_PARAMETERS
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
-from svdconvert.inputs.model import open_home
+from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.fingerprint import checksum, digest
@@ -25,21 +25,21 @@ from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
 from svdconvert.training.data.packing import require_packing
-from svdconvert.training.data.task import Task, open_task
-from svdconvert.training.learning_rates import foreign_rate
+from svdconvert.training.data.task import TrainingData, open_training_data
+from svdconvert.training.learning_rates import learning_rate_warning
 from svdconvert.training.logs.drift import with_drift
 from svdconvert.training.logs.metrics import Log, record
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers, require_trackers
-from svdconvert.training.model.extra_parameters import choose, harvest_whole, unfreeze
-from svdconvert.training.model.full import WholeModel
-from svdconvert.training.model.inject import harvest, install
+from svdconvert.training.model.extra_parameters import choose, extract_parameters, unfreeze
+from svdconvert.training.model.full import FineTunedModel
+from svdconvert.training.model.inject import extract_factors, install
 from svdconvert.training.model.load import head_config, load_classifier, load_network, replace_weights
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import Checkpoints
 from svdconvert.training.optim.loop import fit
-from svdconvert.training.resolve_defaults import settled
-from svdconvert.training.start import Start, find_start, plan_adapter, write_adapter
+from svdconvert.training.resolve_defaults import resolve_defaults
+from svdconvert.training.start import TrainingStart, open_training_start, plan_adapter, write_adapter
 
 Watch = Callable[[Log, int], None]
 """Told of every step and held-out loss, with the number of steps in all."""
@@ -48,19 +48,19 @@ CHECKPOINTS = "checkpoints"
 """The folder of the states that a run can go on from."""
 
 
-def unwatched(log: Log, steps: int) -> None:
+def ignore_log(log: Log, steps: int) -> None:
     """The watcher that looks away."""
 
 
 def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     model: str | Path,
     out: str | Path,
-    plan: TrainPlan,
+    plan: TrainOptions,
     run: Run | None = None,
     *,
     split: SplitOptions | None = None,
     base: str | None = None,
-    watch: Watch = unwatched,
+    watch: Watch = ignore_log,
 ) -> Manifest:
     """Train the adapter of a DECOMPOSED directory, or one that `split` starts on a plain `model`.
 
@@ -72,11 +72,11 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     require_trackers(plan)
     threads = use_threads(run.threads or recorded(target, "threads"))
     split = split or SplitOptions()
-    start = _with_whole(find_start(str(model), split, base, run), plan)
+    start = _with_whole(open_training_start(str(model), split, base, run), plan)
     check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
-    plan = settled(plan, METHODS.get(start.method), start.config.dropout, run.say)
+    plan = resolve_defaults(plan, METHODS.get(start.method), start.config.dropout, run.notify)
     layout = LAYOUTS.get(start.layout)
-    task = open_task(start.weights, layout, plan, trust_remote_code=run.trust_remote_code)
+    task = open_training_data(start.weights, layout, plan, trust_remote_code=run.trust_remote_code)
     _remark(start, plan, task, run)
     accelerator = make_accelerator(plan)
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
@@ -99,22 +99,22 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
     return read_manifest(target)
 
 
-def _remark(start: Start, plan: TrainPlan, task: Task, run: Run) -> None:
+def _remark(start: TrainingStart, plan: TrainOptions, task: TrainingData, run: Run) -> None:
     """Say what may surprise: another method's rate, rows that are not trained on as they are."""
-    for remark in (foreign_rate(start.method, plan.lr or 0.0), *task.examples.remarks):
+    for remark in (learning_rate_warning(start.method, plan.lr or 0.0), *task.examples.remarks):
         if remark:
-            run.say(remark)
+            run.notify(remark)
 
 
-def _with_whole(start: Start, plan: TrainPlan) -> Start:
+def _with_whole(start: TrainingStart, plan: TrainOptions) -> TrainingStart:
     """The start with what is trained whole beside its factors."""
     if not plan.train_also:
         return start
-    infos = open_home(str(start.weights)).source.infos
+    infos = open_model(str(start.weights)).source.infos
     return replace(start, whole=choose(infos, LAYOUTS.get(start.layout), start.matrices, plan.train_also))
 
 
-def _found_again(start: Start, split: SplitOptions, task: Task) -> dict[str, Any]:
+def _found_again(start: TrainingStart, split: SplitOptions, task: TrainingData) -> dict[str, Any]:
     """What must be the same when an interrupted run goes on, beside its options."""
     pieces = [piece for factors in start.factors.values() for piece in factors.pieces().values()]
     origins = [asdict(origin) for origin in (start.base, start.residual) if origin]
@@ -126,7 +126,7 @@ def _found_again(start: Start, split: SplitOptions, task: Task) -> dict[str, Any
     }
 
 
-def _checkpoints(staged: StagedOutput, plan: TrainPlan, run: Run) -> Checkpoints:
+def _checkpoints(staged: StagedOutput, plan: TrainOptions, run: Run) -> Checkpoints:
     found = Checkpoints(
         staged.path / CHECKPOINTS,
         every=plan.save_every,
@@ -136,15 +136,15 @@ def _checkpoints(staged: StagedOutput, plan: TrainPlan, run: Run) -> Checkpoints
         saved=lambda step: staged.finish("checkpoint", {"step": step}),
     )
     if found.step:
-        run.say(f"going on from {staged.path}: {found.step} steps are done")
+        run.notify(f"going on from {staged.path}: {found.step} steps are done")
     return found
 
 
 @dataclass(frozen=True)
-class _Pupil:
+class TrainableAdapter:
     """The model in training, and what it ends in."""
 
-    start: Start
+    start: TrainingStart
     network: nn.Module
     head: Mapping[str, Any]
     """What config.json says of a head that is trained on top; empty where there is none."""
@@ -173,13 +173,13 @@ class _Pupil:
             config = replace(config, task="SEQ_CLS", modules_to_save=modules)
         (staged.path / CONFIG).write_text(config.text())
         (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
-        whole = harvest_whole(self.network, start.whole, LAYOUTS.get(start.layout))
+        whole = extract_parameters(self.network, start.whole, LAYOUTS.get(start.layout))
         return {
             initial.path: write_adapter(staged, initial, start.factors),
-            trained.path: write_adapter(staged, trained, harvest(self.network), whole),
+            trained.path: write_adapter(staged, trained, extract_factors(self.network), whole),
         }
 
-    def manifest(self, plan: TrainPlan, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
+    def manifest(self, plan: TrainOptions, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
         """What says that the directory is complete."""
         return Manifest(
             kind="trained",
@@ -195,13 +195,15 @@ class _Pupil:
         )
 
 
-def _pupil(start: Start, plan: TrainPlan, task: Task, autocast: str, run: Run) -> "_Pupil | WholeModel":
+def _pupil(
+    start: TrainingStart, plan: TrainOptions, task: TrainingData, autocast: str, run: Run
+) -> "TrainableAdapter | FineTunedModel":
     if METHODS.get(start.method).split is None:
         if task.labels is not None or plan.train_also:
             raise RecipeError(
                 f"{start.method} trains every weight of a causal language model, and nothing beside"
             )
-        return WholeModel.load(start, trust_remote_code=run.trust_remote_code)
+        return FineTunedModel.load(start, trust_remote_code=run.trust_remote_code)
     # Under autocast the frozen weights stay as they are stored; without it all is float32.
     dtype, trust = torch.float32 if autocast == "no" else None, run.trust_remote_code
     head: Mapping[str, Any] = {}
@@ -219,16 +221,16 @@ def _pupil(start: Start, plan: TrainPlan, task: Task, autocast: str, run: Run) -
     trains, corrected = METHODS.get(start.method).trains, plan.corrected_gradient
     install(network, start.pieces(), trains, plan.dropout, corrected=corrected, paths=paths)
     unfreeze(network, start.whole, LAYOUTS.get(start.layout))
-    return _Pupil(start, network, head)
+    return TrainableAdapter(start, network, head)
 
 
-def _paths(start: Start) -> dict[str, str]:
+def _paths(start: TrainingStart) -> dict[str, str]:
     """Module, as the adapter names it -> where the network has it."""
     layout = LAYOUTS.get(start.layout)
     return {matrix.module: layout.path(name) for name, matrix in start.matrices.items()}
 
 
-def _hub_weights(start: Start) -> str | None:
+def _hub_weights(start: TrainingStart) -> str | None:
     """The repository of the weights that the adapter belongs to, where they have one."""
     origin = start.residual or start.base
     return origin.location if origin and origin.revision else None

@@ -11,9 +11,9 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.adapter_delta import open_change
-from svdconvert.inputs.model import locate
-from svdconvert.linalg.threads import at_once, side_by_side
+from svdconvert.inputs.adapter_delta import open_adapter_delta
+from svdconvert.inputs.model import find_model
+from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.pipeline.verify import MatrixCheck, check_files, check_matrix
 
@@ -57,7 +57,7 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
         run.track(Progress(name, file, tensors, total))
         if fault:
             faults.append(f"{path / file}: {name} {fault}")
-    home = locate(manifest.base, base) if manifest.kind == "decomposed" else None
+    home = find_model(manifest.base, base) if manifest.kind == "decomposed" else None
     checks = list(_matrices(path, manifest, home.source, run)) if home else []
     faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
     entries = sum(check.entries for check in checks)
@@ -74,13 +74,13 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
 
 
 def _matrices(path: Path, manifest: Manifest, base: TensorSource, run: Run) -> Iterator[MatrixCheck]:
-    change = open_change(path)
+    change = open_adapter_delta(path)
     residual = open_checkpoint(path) if manifest.rebased else None
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
     # A residual that is missing is a fault of its file already.
     names = [name for name in manifest.matrices if residual is None or name in residual.infos]
-    with side_by_side(at_once(torch.device("cpu"))) as pool:
+    with worker_pool(parallel_matrices(torch.device("cpu"))) as pool:
         for check in pool.map(lambda name: check_matrix(change, name, base, residual), names):
             yield check
             done += base.infos[check.name].nbytes

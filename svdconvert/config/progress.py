@@ -17,5 +17,5 @@ class Progress:
 Track = Callable[[Progress], None]
 
 
-def silent(progress: Progress) -> None:
+def ignore_progress(progress: Progress) -> None:
     """The tracker that draws nothing."""

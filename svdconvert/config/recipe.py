@@ -16,19 +16,19 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError, did_you_mean
 
 T = TypeVar("T")
 
 SECTIONS: Mapping[str, type] = {
     "decompose": SplitOptions,
-    "train": TrainPlan,
+    "train": TrainOptions,
     "merge": MergeOptions,
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
 }
-SECTION_OF: Mapping[str, str] = {
+COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
     "trained": "train",
     "merged": "merge",
@@ -105,19 +105,19 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         raise RecipeError(f"{place}: {wrong}") from error
 
 
-def unusual(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def non_default_options(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options among `values` that are not as they are by default."""
     usual = {entry.name: entry.default for entry in fields(SECTIONS[section])}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     return {name: value for name, value in values.items() if plain.get(name) != value}
 
 
-def as_typed(section: str, values: Mapping[str, Any]) -> list[str]:
+def to_cli_args(section: str, values: Mapping[str, Any]) -> list[str]:
     """The words of a command line for what is not as it is by default."""
     known = {entry.name for entry in fields(SECTIONS[section])}
     spellings = {name: spelling for spelling, name in _SPELLINGS.items()}
     words: list[str] = []
-    for name, value in unusual(section, values).items():
+    for name, value in non_default_options(section, values).items():
         option = f"--{spellings.get(name, name).replace('_', '-')}"
         if name not in known or value is None:
             continue

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
-class Shipment(Protocol):
+class ShardSink(Protocol):
     """Where the files of one output go."""
 
     def begin(self, identity: Mapping[str, Any]) -> None:

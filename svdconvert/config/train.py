@@ -23,7 +23,7 @@ NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "t
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
-class TrainPlan:
+class TrainOptions:
     """The `train` section of a recipe. A value out of range raises pydantic's ValidationError."""
 
     data: str | None = None
@@ -142,7 +142,7 @@ class TrainPlan:
         """The names in `track`."""
         return tuple(name.strip() for name in (self.track or "").split(",") if name.strip())
 
-    def with_rate(self, rate: float) -> "TrainPlan":
+    def with_rate(self, rate: float) -> "TrainOptions":
         """This plan with the learning rate `rate`, unless it has one of its own."""
         return self if self.lr is not None else replace(self, lr=rate)
 
@@ -160,3 +160,7 @@ class TrainPlan:
             return self.steps
         epochs = 1.0 if self.epochs is None else self.epochs
         return ceil(epochs * self.steps_per_epoch(rows, processes))
+
+
+TrainPlan = TrainOptions
+"""The name of `TrainOptions` up to version 0.1."""

@@ -119,7 +119,7 @@ class RemoteSource:
             yield from pieces(memoryview(arrived), size, place)
             end += len(arrived)
 
-    def stamp(self) -> Mapping[str, list[int]]:
+    def file_versions(self) -> Mapping[str, list[int]]:
         """Size of every file: a commit does not change."""
         return {str(path): [file.size or 0] for path, file in self._files.items()}
 

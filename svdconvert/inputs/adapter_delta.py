@@ -11,9 +11,9 @@ from torch import Tensor
 from svdconvert.adapters.peft_files import Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.recovered_init import Recovered
+from svdconvert.inputs.recovered_init import RecoveredInit
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.schema import PLAIN, Manifest, is_ours, read_manifest
+from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
 from svdconvert.methods.base import init_folder
 
 # What PEFT calls a start that changes the base.
@@ -25,7 +25,7 @@ NO_START = "none"
 
 
 @dataclass(frozen=True)
-class Change:
+class AdapterDelta:
     """An adapter and its start."""
 
     directory: Path
@@ -38,7 +38,7 @@ class Change:
     """The residual's directory, where it was named or the adapter names it."""
     is_lost: bool = False
     """True where it did not start at zero, and from what it did is not stored."""
-    recovered: Recovered | None = None
+    recovered: RecoveredInit | None = None
     """The start, found again from the weights."""
 
     def start(self, module: str) -> tuple[Factors, float]:
@@ -70,11 +70,11 @@ class Change:
 
     def identity(self) -> dict[str, Any]:
         """What a run that reads it must find again when it goes on."""
-        start = self.before.source.stamp() if self.before else {}
-        start = self.recovered.stamp() if self.recovered else start
+        start = self.before.source.file_versions() if self.before else {}
+        start = self.recovered.file_versions() if self.recovered else start
         return {
             "location": str(self.directory.absolute()),
-            "files": dict(self.after.source.stamp()),
+            "files": dict(self.after.source.file_versions()),
             "start": dict(start),
         }
 
@@ -89,9 +89,9 @@ class Change:
         return {name: matrix.module for name, matrix in self.manifest.matrices.items()}
 
 
-def open_change(
+def open_adapter_delta(
     directory: Path, *, residual: str | None = None, init: str | None = None, alpha: float | None = None
-) -> Change:
+) -> AdapterDelta:
     """Open a DECOMPOSED, TRAINED or LORA directory, any adapter in PEFT's format, or RWKV-PEFT's file.
 
     `residual` (a DECOMPOSED directory, or a plain residual without its start) or `init` (an adapter, or
@@ -108,18 +108,24 @@ def open_change(
         )
     start = Path(init) if init not in (None, NO_START) else None
     base = Path(residual) if residual is not None else None
-    change = _ours(directory, base, start) if is_ours(directory) else _foreign(directory, base, start)
+    change = (
+        _from_manifest(directory, base, start)
+        if has_manifest(directory)
+        else _from_peft(directory, base, start)
+    )
     if change.before is not None:
         _fits(change.after, change.before)
     return change
 
 
-def _from_file(path: Path, init: str | None, alpha: float | None) -> Change:
+def _from_file(path: Path, init: str | None, alpha: float | None) -> AdapterDelta:
     """RWKV-PEFT's file: PiSSA with the file it started from, or a LoRA with its alpha."""
     if init not in (None, NO_START):
         if alpha is not None:
             raise ArtifactError(f"{path} started from {init}, at scale 1; leave --alpha out")
-        change = Change(path, open_adapter_file(path, None), open_adapter_file(Path(str(init)), None), None)
+        change = AdapterDelta(
+            path, open_adapter_file(path, None), open_adapter_file(Path(str(init)), None), None
+        )
         assert change.before is not None
         _fits(change.after, change.before)
         return change
@@ -129,10 +135,10 @@ def _from_file(path: Path, init: str | None, alpha: float | None) -> Change:
             f"{path} does not say its scale; give the lora_alpha of its training with --alpha or, for PiSSA, "
             "its init_pissa.pth with --init"
         )
-    return Change(path, after, None, None)
+    return AdapterDelta(path, after, None, None)
 
 
-def _ours(directory: Path, residual: Path | None, init: Path | None) -> Change:
+def _from_manifest(directory: Path, residual: Path | None, init: Path | None) -> AdapterDelta:
     manifest = read_manifest(directory)
     if manifest.kind in PLAIN:
         raise ArtifactError(
@@ -141,7 +147,7 @@ def _ours(directory: Path, residual: Path | None, init: Path | None) -> Change:
     if manifest.kind == "lora":
         file = directory / FILE
         adapter = open_adapter_file(file, None) if file.is_file() else open_adapter(directory)
-        return Change(directory, adapter, None, manifest)
+        return AdapterDelta(directory, adapter, None, manifest)
     start = init or directory / init_folder(manifest.method)
     if not is_adapter(start) and residual is not None:
         return _against(directory, open_adapter(directory), residual, None, manifest)
@@ -152,10 +158,12 @@ def _ours(directory: Path, residual: Path | None, init: Path | None) -> Change:
         )
     before = open_adapter(start)
     after = before if manifest.kind == "decomposed" else open_adapter(directory)
-    return Change(directory, after, before, manifest, directory if manifest.kind == "decomposed" else None)
+    return AdapterDelta(
+        directory, after, before, manifest, directory if manifest.kind == "decomposed" else None
+    )
 
 
-def _foreign(directory: Path, residual: Path | None, init: Path | None) -> Change:
+def _from_peft(directory: Path, residual: Path | None, init: Path | None) -> AdapterDelta:
     if not is_adapter(directory):
         raise ArtifactError(
             f"{directory} is neither a directory of svdconvert nor an adapter: there is no svdconvert.json "
@@ -166,23 +174,23 @@ def _foreign(directory: Path, residual: Path | None, init: Path | None) -> Chang
     if (
         residual is None
         and named is not None
-        and is_ours(named)
+        and has_manifest(named)
         and read_manifest(named).kind == "decomposed"
     ):
         residual = named
     if residual is not None:
         return _against(directory, after, residual, init, None)
     if init is not None:
-        return Change(directory, after, open_adapter(init), None)
-    return Change(directory, after, None, None, is_lost=changes_the_base(after.config.initialised))
+        return AdapterDelta(directory, after, open_adapter(init), None)
+    return AdapterDelta(directory, after, None, None, is_lost=changes_the_base(after.config.initialised))
 
 
 def _against(
     directory: Path, after: Adapter, residual: Path, init: Path | None, own: Manifest | None
-) -> Change:
+) -> AdapterDelta:
     """An adapter that was trained on `residual`; the start is that directory's, or lost."""
     manifest = own
-    if is_ours(residual):
+    if has_manifest(residual):
         found = read_manifest(residual)
         if found.kind != "decomposed":
             raise ArtifactError(
@@ -192,8 +200,8 @@ def _against(
         manifest = own or found
         init = init or residual / init_folder(found.method)
     if init is not None and is_adapter(init):
-        return Change(directory, after, open_adapter(init), manifest, residual)
-    return Change(directory, after, None, manifest, residual, is_lost=True)
+        return AdapterDelta(directory, after, open_adapter(init), manifest, residual)
+    return AdapterDelta(directory, after, None, manifest, residual, is_lost=True)
 
 
 def changes_the_base(initialised: str | bool) -> bool:

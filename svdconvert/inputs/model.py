@@ -10,14 +10,14 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
-from svdconvert.layouts.base import Layout, find_layout, is_signed
+from svdconvert.layouts.base import Layout, find_layout, has_signature_tensor
 from svdconvert.manifest.origin import fingerprint, same_model
-from svdconvert.manifest.schema import PLAIN, Origin, is_ours, read_manifest
+from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_config
 
 
 @dataclass(frozen=True)
-class Home:
+class OpenModel:
     """A model on this machine, open."""
 
     snapshot: Snapshot
@@ -37,7 +37,7 @@ class Home:
         """What a run that reads it must find again when it goes on."""
         return {
             "location": self.snapshot.location,
-            "files": dict(self.source.stamp()),
+            "files": dict(self.source.file_versions()),
             **asdict(self.origin()),
         }
 
@@ -47,36 +47,36 @@ class Home:
         return Origin(location=self.snapshot.location, revision=self.snapshot.revision, fingerprint=print_)
 
 
-def open_home(model: str, *, stream: bool = False) -> Home:
+def open_model(model: str, *, stream: bool = False) -> OpenModel:
     """Fetch and open a model; with `stream`, the weights of one on the Hub stay there.
 
     Raises CheckpointError where it is not there or damaged.
     """
     snapshot = fetch(model, "sidecars" if stream else "all")
     source = _streamed(snapshot) if stream and snapshot.revision else open_checkpoint(snapshot.path)
-    signed = is_signed(source.infos)
+    signed = has_signature_tensor(source.infos)
     if snapshot.path.is_file() and not signed:
         raise CheckpointError(
             f"{snapshot.path} is no model that is known by its tensors' names "
             f"(it has {next(iter(source.infos), 'none')}); give a model's directory, and an adapter to merge"
         )
     bare = signed and not (snapshot.path / CONFIG).exists()
-    return Home(snapshot, source, {} if bare else read_config(snapshot.path))
+    return OpenModel(snapshot, source, {} if bare else read_config(snapshot.path))
 
 
-def want_plain(model: str, verb: str) -> None:
+def require_plain_checkpoint(model: str, verb: str) -> None:
     """Raise ArtifactError where `model` is a directory of ours whose weights are of no use by themselves."""
     place = fetch(model, "sidecars").path
-    if is_ours(place) and (kind := read_manifest(place).kind) not in PLAIN:
+    if has_manifest(place) and (kind := read_manifest(place).kind) not in PLAIN:
         raise ArtifactError(f"{model} is a {kind} directory; {verb} wants a plain checkpoint")
 
 
-def open_headers(model: str) -> Home:
+def open_headers(model: str) -> OpenModel:
     """Open a model that is only looked at: its weights are fetched where nothing else tells their shapes."""
     try:
-        return open_home(model, stream=True)
+        return open_model(model, stream=True)
     except Unstreamable:
-        return open_home(model)
+        return open_model(model)
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:
@@ -92,7 +92,7 @@ def at(origin: Origin) -> str:
     return f"{origin.location}@{origin.revision}" if origin.revision else origin.location
 
 
-def locate(origin: Origin | None, given: str | None, *, stream: bool = False) -> Home | None:
+def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
     """The model of `origin` at the place `given`, else where the manifest says; None where it is not there.
 
     Raises ArtifactError where what is there is another model, CheckpointError where `given` is wrong.
@@ -101,11 +101,11 @@ def locate(origin: Origin | None, given: str | None, *, stream: bool = False) ->
         if origin is None:
             return None
         try:
-            home = open_home(at(origin), stream=stream)
+            home = open_model(at(origin), stream=stream)
         except CheckpointError:
             return None
     else:
-        home = open_home(given, stream=stream)
+        home = open_model(given, stream=stream)
     if origin is not None:
         same_model(origin, home.path, home.config, home.source)
     return home

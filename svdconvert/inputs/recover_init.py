@@ -6,12 +6,12 @@ from pathlib import Path
 
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapter_delta import Change
-from svdconvert.inputs.model import Home, locate, open_home
-from svdconvert.inputs.recovered_init import REPEATABLE, Recovered
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.model import OpenModel, find_model, open_model
+from svdconvert.inputs.recovered_init import REPEATABLE, RecoveredInit
 
 
-def with_start(change: Change, base: str | None, residual: str | None) -> Change:
+def recover_init(change: AdapterDelta, base: str | None, residual: str | None) -> AdapterDelta:
     """The change with its start found again, where it is lost; else as it is.
 
     `base` and `residual` say where the weights are, where change does not know. Raises ArtifactError where
@@ -36,23 +36,23 @@ def with_start(change: Change, base: str | None, residual: str | None) -> Change
             f"layers ({len(absent)} such modules); give the base that it was made for"
         )
     ranks = {module: change.after.shape(module, "lora_A")[0] for module in change.modules}
-    weights = open_home(place).source if place else None
+    weights = open_model(place).source if place else None
     if weights is not None:
         _same_shapes(there, weights.infos, [names[module] for module in change.modules], str(place))
     # PEFT's OLoRA takes out scale * Q R; its PiSSA divides by the scale first, and a difference has none.
     scaled = weights is None and started == "olora"
     scales = {module: change.after.config.scale(module) if scaled else 1.0 for module in change.modules}
-    return replace(change, recovered=Recovered(there.source, weights, names, ranks, scales, started))
+    return replace(change, recovered=RecoveredInit(there.source, weights, names, ranks, scales, started))
 
 
-def _base(change: Change, given: str | None) -> Home | None:
+def _base(change: AdapterDelta, given: str | None) -> OpenModel | None:
     if given is None and change.manifest is None and change.after.config.base:
         named = Path(change.after.config.base)
         given = str(named) if named.is_dir() else None
-    return locate(change.manifest.base if change.manifest else None, given)
+    return find_model(change.manifest.base if change.manifest else None, given)
 
 
-def _same_shapes(base: Home, infos: Mapping[str, TensorInfo], names: list[str], place: str) -> None:
+def _same_shapes(base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], place: str) -> None:
     for name in names:
         if name not in infos or infos[name].shape != base.source.infos[name].shape:
             raise ArtifactError(

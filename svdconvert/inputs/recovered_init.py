@@ -43,7 +43,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class RecoveredInit:
     """The starts of an adapter's modules, computed when they are asked for."""
 
     base: TensorSource
@@ -101,9 +101,9 @@ class Recovered:
         """How it is found: difference, or the method that repeats it."""
         return self.method if self.residual is None else "difference"
 
-    def stamp(self) -> dict[str, Any]:
+    def file_versions(self) -> dict[str, Any]:
         """What a run that reads it must find again."""
-        return {**self.base.stamp(), **(self.residual.stamp() if self.residual else {})}
+        return {**self.base.file_versions(), **(self.residual.file_versions() if self.residual else {})}
 
     def note(self) -> dict[str, Any]:
         """How exact it was, for the manifest: what is left over, as a share of the starts and of the base."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from svdconvert.checkpoint.renamed import Rule, rule_of
+from svdconvert.checkpoint.renamed import RenameRule, rule_of
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import CheckpointError, TargetError, UnknownNameError, did_you_mean
 from svdconvert.output.sidecars import CONFIG, read_config
@@ -53,9 +53,9 @@ class Layout:
     """One line for `svdconvert list layouts`."""
     signature: str | None = None
     """A tensor that only checkpoints of this layout have: it decides, whatever config.json says."""
-    relatives: Sequence["Relative"] = ()
+    known_unsupported: Sequence["KnownUnsupported"] = ()
     """Models that could be taken for it, and are refused by name."""
-    family: "Family | None" = None
+    family: "LayoutFamily | None" = None
     """Where several layouts hold the same tensors, as `convert` has them; None for a layout on its own."""
 
     @cached_property
@@ -94,11 +94,11 @@ class Layout:
         assert slot is not None, name
         return self.family.path(slot.role, slot.layer) if self.family else slot.module
 
-    def held(self, parameter: str) -> Rule:
+    def held(self, parameter: str) -> RenameRule:
         """What a parameter, by its run-time path, is made of in the network that is trained."""
         if self.family is not None:
             return rule_of(parameter, self.family.rules)
-        return Rule((parameter,), parameter)
+        return RenameRule((parameter,), parameter)
 
     def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
         """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
@@ -142,7 +142,7 @@ def _names(target: str, slot: Slot) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Relative:
+class KnownUnsupported:
     """A model that is not of the layout, recognised by names of its tensors."""
 
     title: str
@@ -152,14 +152,14 @@ class Relative:
 
 
 @dataclass(frozen=True)
-class Family:
+class LayoutFamily:
     """A layout as one of several of the same models."""
 
     name: str
     """The family's; `svdconvert.models` has a module of this name, which loads its network and tokenizer."""
     path: Callable[[str, int], str]
     """(role, layer) -> the path of the module in its network."""
-    rules: Sequence[Rule]
+    rules: Sequence[RenameRule]
     """From the family's own names to the layout's, in the order in which its files have them."""
     states: Callable[[Mapping[str, TensorInfo]], Sequence[TensorInfo]] | None = None
     """The first states that a model of the family may have; None where its layers have no state."""
@@ -232,7 +232,7 @@ def is_transformers(name: str) -> bool:
     return family is None or "AutoModel" in family.loading
 
 
-def _family(name: str) -> Family | None:
+def _family(name: str) -> LayoutFamily | None:
     return LAYOUTS.get(name).family if name in LAYOUTS.names() else None
 
 
@@ -258,17 +258,18 @@ def in_family(name: str, layout: Layout, wanted: str) -> tuple[str, Layout]:
     return full, known[full]
 
 
-def is_signed(infos: Container[str]) -> bool:
+def has_signature_tensor(infos: Container[str]) -> bool:
     """True where the names of its tensors alone tell a checkpoint's layout, or that it has none."""
     known = [LAYOUTS.get(name) for name in LAYOUTS.names()]
     return any(
-        layout.signature in infos or any(_is(kin, infos) for kin in layout.relatives) for layout in known
+        layout.signature in infos or any(_is(kin, infos) for kin in layout.known_unsupported)
+        for layout in known
     )
 
 
 def _refuse_relatives(known: Iterable[Layout], infos: Container[str], directory: str) -> None:
     for layout in known:
-        for relative in layout.relatives:
+        for relative in layout.known_unsupported:
             if _is(relative, infos):
                 raise CheckpointError(
                     f"{directory} is {relative.title} (it has {relative.present[0]}): no layout covers it; "
@@ -276,7 +277,7 @@ def _refuse_relatives(known: Iterable[Layout], infos: Container[str], directory:
                 )
 
 
-def _is(relative: Relative, infos: Container[str]) -> bool:
+def _is(relative: KnownUnsupported, infos: Container[str]) -> bool:
     return all(name in infos for name in relative.present) and not any(
         name in infos for name in relative.absent
     )

@@ -1,6 +1,6 @@
 """RWKV-6 as its author publishes it: one .pth file with a flat state dict, no configuration."""
 
-from svdconvert.layouts.base import Family, Layout, Relative
+from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
 
 _ATT = "blocks.0.att"
@@ -10,15 +10,17 @@ LAYOUT = Layout(
     roles={role: f"{BLOCK}.{role}.weight" for role in ROLES},
     summary="RWKV-6 in BlinkDL's .pth files, which the rwkv package runs",
     signature=f"{_ATT}.time_maa_w1",
-    relatives=(
-        Relative("an x060a, an experiment beside RWKV-6", (f"{_ATT}.gate_w1",)),
-        Relative("an x060b or x060c, an experiment beside RWKV-6", (f"{_ATT}.time_maa_rkvw_w1",)),
-        Relative("an RWKV-7", (f"{_ATT}.r_k",)),
+    known_unsupported=(
+        KnownUnsupported("an x060a, an experiment beside RWKV-6", (f"{_ATT}.gate_w1",)),
+        KnownUnsupported("an x060b or x060c, an experiment beside RWKV-6", (f"{_ATT}.time_maa_rkvw_w1",)),
+        KnownUnsupported("an RWKV-7", (f"{_ATT}.r_k",)),
         # An RWKV-6 of the web-rwkv layout has these two as well, but time_mix_w1 beside them.
-        Relative("an RWKV-5", (f"{_ATT}.time_mix_k", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_mix_w1",)),
-        Relative("an RWKV-4", (f"{_ATT}.time_mix_k",), (f"{_ATT}.ln_x.weight",)),
+        KnownUnsupported(
+            "an RWKV-5", (f"{_ATT}.time_mix_k", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_mix_w1",)
+        ),
+        KnownUnsupported("an RWKV-4", (f"{_ATT}.time_mix_k",), (f"{_ATT}.ln_x.weight",)),
     ),
-    family=Family(
+    family=LayoutFamily(
         "rwkv6",
         path,
         tuple(rename(name, name) for name in NAMES),

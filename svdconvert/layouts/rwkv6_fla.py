@@ -7,9 +7,9 @@ C: width, D: rank of the mixing.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.checkpoint.renamed import Rule
+from svdconvert.checkpoint.renamed import RenameRule
 from svdconvert.checkpoint.tensors import TensorSource
-from svdconvert.layouts.base import Family, Layout, Relative
+from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, MIX_ORDER, ROLES, Sizes, path, rename, states
 
 if TYPE_CHECKING:
@@ -57,16 +57,16 @@ def _unpack_biases(tensor: "Tensor") -> "Sequence[Tensor]":
     return [row.reshape(1, 1, -1) for row in tensor]
 
 
-def _vector(own: str, name: str) -> Rule:
+def _vector(own: str, name: str) -> RenameRule:
     """(1, 1, C) -> (C,)."""
-    return Rule((own,), name, lambda tensors: tensors[0].flatten(), rename(own, name).unpack)
+    return RenameRule((own,), name, lambda tensors: tensors[0].flatten(), rename(own, name).unpack)
 
 
-def _transposed(own: str, name: str) -> Rule:
-    return Rule((own,), name, lambda tensors: tensors[0].mT, lambda tensor: [tensor.mT])
+def _transposed(own: str, name: str) -> RenameRule:
+    return RenameRule((own,), name, lambda tensors: tensors[0].mT, lambda tensor: [tensor.mT])
 
 
-def _pair(own: str, name: str) -> list[Rule]:
+def _pair(own: str, name: str) -> list[RenameRule]:
     """A norm's weight and bias."""
     return [rename(f"{own}.{part}", f"{name}.{part}") for part in ("weight", "bias")]
 
@@ -87,9 +87,9 @@ _RULES = (
     *_pair(f"{BLOCK}.ln1", f"{_LAYER}.attn_norm"),
     *_pair(f"{BLOCK}.ln2", f"{_LAYER}.ffn_norm"),
     _vector(f"{_OWN_ATT}.time_maa_x", f"{_ATT}.x_proj.0.mu"),
-    Rule((f"{_OWN_ATT}.time_maa_w1",), f"{_ATT}.x_proj.0.linear.weight", _pack_w1, _unpack_w1),
-    Rule((f"{_OWN_ATT}.time_maa_w2",), f"{_ATT}.x_proj.2.weight", _pack_w2, _unpack_w2),
-    Rule(
+    RenameRule((f"{_OWN_ATT}.time_maa_w1",), f"{_ATT}.x_proj.0.linear.weight", _pack_w1, _unpack_w1),
+    RenameRule((f"{_OWN_ATT}.time_maa_w2",), f"{_ATT}.x_proj.2.weight", _pack_w2, _unpack_w2),
+    RenameRule(
         tuple(f"{_OWN_ATT}.time_maa_{letter}" for letter in _ORDER),
         f"{_ATT}.x_bias",
         _pack_biases,
@@ -142,8 +142,8 @@ LAYOUT = Layout(
     roles=_MATRICES,
     summary="RWKV-6 as flash-linear-attention names it",
     signature=f"{_ATT}.x_proj.0.linear.weight".replace("{layer}", "0"),
-    relatives=(Relative("an RWKV-7", ("model.layers.0.attn.r_k",)),),
-    family=Family(
+    known_unsupported=(KnownUnsupported("an RWKV-7", ("model.layers.0.attn.r_k",)),),
+    family=LayoutFamily(
         "rwkv6",
         path,
         _RULES,

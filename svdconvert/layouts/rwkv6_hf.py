@@ -3,7 +3,7 @@
 from typing import Any
 
 from svdconvert.checkpoint.tensors import TensorSource
-from svdconvert.layouts.base import Family, Layout, Relative
+from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename, states
 
 _RENAMED = (
@@ -58,10 +58,12 @@ LAYOUT = Layout(
     roles={role: name(f"{BLOCK}.{role}.weight") for role in ROLES},
     summary="RWKV-6 as its code on the Hub names it; llama.cpp converts it",
     signature=f"{_ATT}.time_maa_w1",
-    relatives=(
-        Relative("an RWKV-5", (f"{_ATT}.time_mix_key", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_maa_w1",)),
+    known_unsupported=(
+        KnownUnsupported(
+            "an RWKV-5", (f"{_ATT}.time_mix_key", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_maa_w1",)
+        ),
     ),
-    family=Family(
+    family=LayoutFamily(
         "rwkv6",
         path,
         tuple(rename(own, name(own)) for own in NAMES if own != STATE),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from svdconvert.checkpoint.renamed import Rule
-from svdconvert.layouts.base import Family, Layout
+from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.layouts.base import Layout, LayoutFamily
 from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, path, rename, states
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TRANSPOSED = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2", "time_state")
 
 
-def _rule(own: str) -> Rule:
+def _rule(own: str) -> RenameRule:
     plain = rename(own, own.replace("time_faaaa", "time_first").replace("time_maa", "time_mix"))
     if not own.endswith(_TRANSPOSED):
         return plain
@@ -34,7 +34,7 @@ LAYOUT = Layout(
     roles={role: f"{BLOCK}.{role}.weight" for role in ROLES},
     summary="RWKV-6 in the .st files of web-rwkv, Ai00 and RWKV-Runner",
     signature="blocks.0.att.time_mix_w1",
-    family=Family(
+    family=LayoutFamily(
         "rwkv6",
         path,
         tuple(map(_rule, NAMES)),

@@ -48,10 +48,10 @@ def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tup
         return left, right
     if right.shape != right0.shape:
         return torch.cat([left, -left0], dim=1), torch.cat([right, right0], dim=0)
-    turned = right - right0
-    if not turned.any():
+    transposed = right - right0
+    if not transposed.any():
         return left - left0, right
-    return torch.cat([left - left0, left0], dim=1), torch.cat([right, turned], dim=0)
+    return torch.cat([left - left0, left0], dim=1), torch.cat([right, transposed], dim=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def exact_top(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) 
     return exact_slice(weight_OI, torch.arange(rank), dtype)
 
 
-def exact_minor(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Triplets:
+def exact_bottom(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Triplets:
     """The `rank` smallest."""
     count = min(weight_OI.shape)
     return exact_slice(weight_OI, torch.arange(count - rank, count), dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.gemm import product
-from svdconvert.linalg.orthonormal import complement, ordered, polished
+from svdconvert.linalg.orthonormal import complement, newton_schulz_step, svqb
 from svdconvert.linalg.triplets import Triplets
 
 _CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices
@@ -49,9 +49,9 @@ def most_columns(order: int, rank: int) -> int:
 
 def warm_start(apply: Apply, start_NB: Tensor, powers: int) -> Tensor:
     """The start after some powers of the operator: as good as blocks, and they need not be kept."""
-    block = ordered(start_NB)
+    block = svqb(start_NB)
     for _ in range(powers):
-        block = ordered(apply(block))
+        block = svqb(apply(block))
     return block
 
 
@@ -63,7 +63,7 @@ class Ritz:
     """The largest eigenvalues in it, descending, in float64."""
     before_R: Tensor
     """The same one block earlier."""
-    coming_R: Tensor
+    predicted_gain_R: Tensor
     """How much the next block will add to each, about."""
     mix_KR: Tensor
     """The eigenvectors, in the space's own basis."""
@@ -104,12 +104,12 @@ class Krylov:
             before = torch.linalg.eigvalsh(self._core(self.width - self.block), UPLO="U")
         self._seen = (self.width, values)
         values_R, mix_KR = values[-rank:].flip(0).double(), mix[:, -rank:].flip(1)
-        coming_R = self._forecast(values_R, mix_KR)
-        return Ritz(values_R, before[-rank:].flip(0).double(), coming_R, mix_KR)
+        predicted_gain_R = self._forecast(values_R, mix_KR)
+        return Ritz(values_R, before[-rank:].flip(0).double(), predicted_gain_R, mix_KR)
 
     def vectors(self, ritz: Ritz) -> Tensor:
         """(N, R): the Ritz vectors, orthonormal to float32's rounding."""
-        return polished(product(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
+        return newton_schulz_step(product(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
 
     def _forecast(self, values_R: Tensor, mix_KR: Tensor) -> Tensor:
         """What the next block will add to each Ritz value, from how it is coupled to its vector.
@@ -131,7 +131,7 @@ class Krylov:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class ErrorEstimate:
     """What a truncation costs, as a share of ||W||_F^2, and how far the cost may still fall."""
 
     cost: float
@@ -145,7 +145,7 @@ class Outlook:
     @staticmethod
     def of(
         before: float, cost: float, coming: float, *, centre: float = _CENTRE, noise: float = 0.0
-    ) -> "Outlook":
+    ) -> "ErrorEstimate":
         """From the cost a block earlier and now, and the gain that the next block is expected to make.
 
         The gains shrink about geometrically, so all that is to come is a geometric series; `centre` times as
@@ -153,7 +153,7 @@ class Outlook:
         """
         gain = before - cost
         ratio = min(coming / gain, 0.95) if gain > 0.0 else 0.0
-        return Outlook(cost, centre * coming / (1.0 - ratio), ratio, noise)
+        return ErrorEstimate(cost, centre * coming / (1.0 - ratio), ratio, noise)
 
     def excess(self) -> float:
         """sqrt(cost / optimum) - 1."""
@@ -162,7 +162,7 @@ class Outlook:
             return 0.0
         return sqrt(self.cost / (self.cost - lost)) - 1.0 if lost < self.cost else inf
 
-    def is_hopeless(self, tol: float) -> bool:
+    def is_stuck(self, tol: float) -> bool:
         """True where rounding alone is more than `tol`."""
         return replace(self, missing=0.0).excess() >= tol
 
@@ -180,8 +180,8 @@ class Search:
 
     rank: int
     tol: float
-    outlook: Callable[[Ritz], Outlook]
-    finish: Callable[[Tensor, Outlook], tuple[Triplets, Outlook]]
+    outlook: Callable[[Ritz], ErrorEstimate]
+    finish: Callable[[Tensor, ErrorEstimate], tuple[Triplets, ErrorEstimate]]
     """(vectors_NR, outlook) -> the factors, and the outlook with the cost that is measured on them."""
     more: int = 0
     """Blocks above the usual ones before the first look."""
@@ -202,7 +202,7 @@ class Search:
                 if excess > _STUCK * missed[-2]:
                     return None
                 missed.append(excess)
-            if outlook.is_hopeless(self.tol):
+            if outlook.is_stuck(self.tol):
                 return None
             blocks = outlook.blocks_to(self.tol)
         return None

@@ -36,7 +36,7 @@ def rank_within(sigma: Tensor, tol: float) -> int:
     return int((tails > tol**2 * tails[:1]).sum())
 
 
-def share_out(sigmas: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+def allocate_ranks(sigmas: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     """Ranks that add up to `budget` and leave out the least energy over all products together.
 
     The `budget` largest of all singular values are kept, wherever they are; the first of equal ones.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.krylov import (
+    ErrorEstimate,
     Krylov,
-    Outlook,
     Ritz,
     Search,
     block_width,
@@ -32,7 +32,7 @@ _FLOOR = 1e-12  # share of the energy that is float32's own rounding
 _CENTRE = 2.6  # energy does not gather at the lower end, so the gains shrink more slowly than at the upper
 
 
-def fast_minor(
+def fast_bottom(
     weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator, alone: bool = False
 ) -> Triplets | None:
     """The `rank` smallest triplets of a float32 matrix, or None where `tol` was not reached.
@@ -41,8 +41,8 @@ def fast_minor(
     thread of the process multiplies matrices, so that process-wide settings may be changed for a while.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
-        found = fast_minor(weight_OI.T, rank, tol=tol, generator=generator, alone=alone)
-        return found.turned() if found else None
+        found = fast_bottom(weight_OI.T, rank, tol=tol, generator=generator, alone=alone)
+        return found.transposed() if found else None
     total = total_energy(weight_OI)
     if total == 0.0:
         return None
@@ -102,18 +102,18 @@ class _Minor:
         """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""
         return self.factor.solve_turned(self.factor.solve(block_SB))
 
-    def outlook(self, ritz: Ritz) -> Outlook:
+    def outlook(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy inside the R best directions of the space."""
-        now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.coming_R).reciprocal()
+        now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.predicted_gain_R).reciprocal()
         cost = float(now.sum())
         before = float(ritz.before_R.reciprocal().sum())
-        return Outlook.of(before, cost, cost - float(then.sum()), centre=_CENTRE)
+        return ErrorEstimate.of(before, cost, cost - float(then.sum()), centre=_CENTRE)
 
-    def finish(self, vectors_SR: Tensor, outlook: Outlook) -> tuple[Triplets, Outlook]:
+    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
         """The factors, and the cost as they have it; what it is more than promised is missing too."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         inside = found.spectrum.energy
         if inside <= _FLOOR:
-            return found, Outlook(inside, 0.0, 0.0)
+            return found, ErrorEstimate(inside, 0.0, 0.0)
         more = max(inside - outlook.cost, 0.0)
         return found, replace(outlook, cost=inside, missing=outlook.missing + more)

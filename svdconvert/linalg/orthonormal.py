@@ -29,7 +29,7 @@ def orthonormal(block_NB: Tensor) -> Tensor:
     return basis.to(block_NB.dtype)
 
 
-def ordered(block_NB: Tensor) -> Tensor:
+def svqb(block_NB: Tensor) -> Tensor:
     """The same, with columns in the order of falling singular values (SVQB, Stathopoulos and Wu 2002).
 
     Multiplied next, such columns lose to rounding in proportion to their own singular value; the
@@ -89,7 +89,7 @@ def householder(block_NB: Tensor) -> Tensor:
     return basis
 
 
-def polished(block_NB: Tensor) -> Tensor:
+def newton_schulz_step(block_NB: Tensor) -> Tensor:
     """A block that is orthonormal but for some rounding, without it: one step of Newton and Schulz."""
     gram_BB = product(block_NB.T, block_NB)
     step_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device).mul_(1.5).sub_(gram_BB / 2)
@@ -103,7 +103,7 @@ def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
     ("twice is enough"), and once more where that was much; where nothing is left, the columns are
     arbitrary.
     """
-    block_NB = ordered(rest_NB)
+    block_NB = svqb(rest_NB)
     for _ in range(3):
         shares_KB = product(basis_KN, block_NB)
         block_NB = block_NB - product(basis_KN.T, shares_KB)

@@ -7,9 +7,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from svdconvert.linalg.exact import exact_middle, exact_minor, exact_random, exact_top
+from svdconvert.linalg.exact import exact_bottom, exact_middle, exact_random, exact_top
 from svdconvert.linalg.krylov import space_needed
-from svdconvert.linalg.minor import fast_minor
+from svdconvert.linalg.minor import fast_bottom
 from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import fast_top, gram_top
 
@@ -49,10 +49,10 @@ class Solver:
         """The `rank` smallest singular triplets, by the same rules."""
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):
-            found = fast_minor(
+            found = fast_bottom(
                 weight_OI.float(), rank, tol=self.tol, generator=self.generator(), alone=self.alone
             )
-        return found or exact_minor(weight_OI, rank, self._dtype)
+        return found or exact_bottom(weight_OI, rank, self._dtype)
 
     def middle(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` triplets in the middle of the spectrum, for ablations."""

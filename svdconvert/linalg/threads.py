@@ -34,7 +34,7 @@ def use_threads(count: int | None) -> int:
     return torch.get_num_threads()
 
 
-def at_once(device: torch.device) -> int:
+def parallel_matrices(device: torch.device) -> int:
     """How many matrices may be in work on a device: two where there are threads for them.
 
     With half of the threads each they wait for each other less than all threads on one matrix do, and
@@ -44,7 +44,7 @@ def at_once(device: torch.device) -> int:
 
 
 @contextmanager
-def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(count: int) -> Iterator[ThreadPoolExecutor]:
     """`count` workers that compute, each with its share of this process's threads."""
     threads = torch.get_num_threads()
     try:

@@ -36,7 +36,7 @@ class Triplets:
     right_RI: Tensor
     spectrum: Spectrum
 
-    def turned(self) -> "Triplets":
+    def transposed(self) -> "Triplets":
         """The triplets of the transposed matrix."""
         return Triplets(self.right_RI.T, self.sigma_R, self.left_OR.T, self.spectrum)
 

@@ -24,8 +24,8 @@ from svdconvert.linalg.blocks import (
 )
 from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import (
+    ErrorEstimate,
     Krylov,
-    Outlook,
     Ritz,
     Search,
     block_width,
@@ -56,7 +56,7 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     matrix is in float32 only where nothing that is kept, nor all that is not, is small in it.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
-        return gram_top(weight_OI.T, rank).turned()
+        return gram_top(weight_OI.T, rank).transposed()
     total, clear = total_energy(weight_OI), False
     if held_by_float32(total):
         squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float32))
@@ -76,7 +76,7 @@ def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Gener
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         found = fast_top(weight_OI.T, rank, tol=tol, generator=generator)
-        return found.turned() if found else None
+        return found.transposed() if found else None
     total = total_energy(weight_OI)
     if total == 0.0:
         return _nothing(weight_OI, rank)
@@ -118,16 +118,20 @@ class _Top:
             return gram_times(self.weight_LS, block_SB / norm).div_(norm)
         return low_gram_times(self.low_LS, block_SB / norm).div_(norm)
 
-    def outlook(self, ritz: Ritz) -> Outlook:
+    def outlook(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy outside the best rank-R part of the space."""
-        kept, before, coming = (float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.coming_R))
-        return Outlook.of(1.0 - before, 1.0 - kept, coming, noise=self._noise(ritz) if self.coarse else 0.0)
+        kept, before, coming = (
+            float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.predicted_gain_R)
+        )
+        return ErrorEstimate.of(
+            1.0 - before, 1.0 - kept, coming, noise=self._noise(ritz) if self.coarse else 0.0
+        )
 
     def _noise(self, ritz: Ritz) -> float:
         """What bfloat16 loses; of values too close to each other for it, all."""
         return _LOST if ritz.values_R[-1] < (1.0 - _SPREAD) * ritz.values_R[0] else 1.0
 
-    def finish(self, vectors_SR: Tensor, outlook: Outlook) -> tuple[Triplets, Outlook]:
+    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
         """The factors, and the energy outside as they leave it."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         outside = 1.0 - found.spectrum.energy
@@ -137,7 +141,7 @@ class _Top:
             left = found.left_OR * found.sigma_R
             outside = energy_outside(self.weight_LS, left, found.right_RI) / self.total
         if outside <= _FLOOR**2:
-            return found, Outlook(outside, 0.0, 0.0)
+            return found, ErrorEstimate(outside, 0.0, 0.0)
         return found, replace(outlook, cost=outside)
 
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import Fingerprint
 from svdconvert.output.sidecars import read_json_object
-from svdconvert.output.staging import MARK
+from svdconvert.output.staging import MANIFEST_NAME
 
 FORMAT = 1
 Kind = Literal["decomposed", "trained", "merged", "lora", "converted"]
@@ -84,7 +84,7 @@ class Manifest:
     def write(self, directory: Path) -> "Manifest":
         """Write svdconvert.json into `directory`."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        (directory / MARK).write_text(text, encoding="utf-8")
+        (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
         return self
 
     @property
@@ -117,14 +117,14 @@ def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[st
     }
 
 
-def is_ours(directory: Path) -> bool:
+def has_manifest(directory: Path) -> bool:
     """True where a complete directory of svdconvert stands."""
-    return (directory / MARK).is_file()
+    return (directory / MANIFEST_NAME).is_file()
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory. Raises ArtifactError where it is missing or of another format."""
-    path = directory / MARK
+    path = directory / MANIFEST_NAME
     if not path.is_file():
         if not directory.is_dir():
             what = "is a file" if directory.exists() else "does not exist"
@@ -133,7 +133,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ArtifactError(
                 f"{directory} is what an unfinished run left; repeat that command to finish it"
             )
-        raise ArtifactError(f"{directory} was not written by svdconvert: it holds no {MARK}")
+        raise ArtifactError(f"{directory} was not written by svdconvert: it holds no {MANIFEST_NAME}")
     values = read_json_object(path)
     if values.get("format") != FORMAT:
         raise ArtifactError(

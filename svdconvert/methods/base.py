@@ -107,7 +107,7 @@ def kaiming(weight_OI: Tensor, rank: int, solver: Solver) -> Tensor:
     return (2.0 * uniform_RI - 1.0) / sqrt(columns)
 
 
-def shared_out(slice_: Triplets, scale: float) -> Split:
+def split_sigma_evenly(slice_: Triplets, scale: float) -> Split:
     """B = U sqrt(S / scale), A = sqrt(S / scale) V^T: a slice with its singular values on both sides."""
     root_R = (slice_.sigma_R / scale).sqrt()
     return Split(Factors(slice_.left_OR * root_R, root_R[:, None] * slice_.right_RI), slice_.spectrum)

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from svdconvert.linalg.solver import Solver
-from svdconvert.methods.base import Method, Split, shared_out
+from svdconvert.methods.base import Method, Split, split_sigma_evenly
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """As MiLoRA, of the triplets (n - r) // 2 and on, where n is the shorter side."""
-    return shared_out(solver.middle(weight_OI, rank), scale)
+    return split_sigma_evenly(solver.middle(weight_OI, rank), scale)
 
 
 METHOD = Method(

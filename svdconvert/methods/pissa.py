@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from svdconvert.linalg.solver import Solver
-from svdconvert.methods.base import Method, Split, shared_out
+from svdconvert.methods.base import Method, Split, split_sigma_evenly
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """B = U_r sqrt(S_r / scale), A = sqrt(S_r / scale) V_r^T of the largest triplets."""
-    return shared_out(solver.top(weight_OI, rank), scale)
+    return split_sigma_evenly(solver.top(weight_OI, rank), scale)
 
 
 METHOD = Method(

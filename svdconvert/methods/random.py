@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from svdconvert.linalg.solver import Solver
-from svdconvert.methods.base import Method, Split, shared_out
+from svdconvert.methods.base import Method, Split, split_sigma_evenly
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """As MiLoRA, of triplets drawn without replacement, by the seed and the tensor's name."""
-    return shared_out(solver.random(weight_OI, rank), scale)
+    return split_sigma_evenly(solver.random(weight_OI, rank), scale)
 
 
 METHOD = Method(

@@ -8,7 +8,7 @@ Source: github.com/BlinkDL/RWKV-LM, RWKV-v5/src/model.py, RWKV_Tmix_x060 and RWK
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdconvert.checkpoint.renamed import Rule
+from svdconvert.checkpoint.renamed import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError
 
@@ -75,11 +75,11 @@ def states(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     return Sizes.of(infos).states()
 
 
-def rename(own: str, name: str) -> Rule:
+def rename(own: str, name: str) -> RenameRule:
     """The family's tensor `own` as a layout's `name`, with the same values in the same order."""
     # Vectors are found in several shapes; the family's own is (1, 1, C).
     unpack = (lambda tensor: [tensor.reshape(1, 1, -1)]) if own in VECTORS else None
-    return Rule((own,), name, None, unpack, first_only=own in FIRST_NORM, optional=own == STATE)
+    return RenameRule((own,), name, None, unpack, first_only=own in FIRST_NORM, optional=own == STATE)
 
 
 @dataclass(frozen=True, slots=True)

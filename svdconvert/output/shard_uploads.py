@@ -4,20 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdconvert.config.shard_sink import Shipment
+from svdconvert.config.shard_sink import ShardSink
 from svdconvert.output.journal import Journal, Record, read_journal
 from svdconvert.output.plan import PlannedFile
 
 SENT = "sent.jsonl"
 
 
-class Departed:
+class ShardUploads:
     """Sends finished shards off, and remembers which."""
 
     def __init__(
-        self, directory: Path, files: Sequence[PlannedFile], identity: Mapping[str, Any], shipment: Shipment
+        self,
+        directory: Path,
+        files: Sequence[PlannedFile],
+        identity: Mapping[str, Any],
+        shard_sink: ShardSink,
     ) -> None:
-        self._directory, self._identity, self._shipment = directory, identity, shipment
+        self._directory, self._identity, self._sink = directory, identity, shard_sink
         self._names = {file.path: {info.name for info in file.infos} for file in files}
         self._journal: Journal | None = None
 
@@ -27,7 +31,7 @@ class Departed:
 
     def known(self, finished: Mapping[str, Record]) -> set[str]:
         """The files that an earlier run sent, whose tensors are all noted as finished."""
-        self._shipment.begin(self._identity)
+        self._sink.begin(self._identity)
         noted: dict[str, set[str]] = {}
         for record in finished.values():
             for file, marks in record.get("files", {}).items():
@@ -36,7 +40,7 @@ class Departed:
         return {
             file
             for file, record in sent.items()
-            if noted.get(file) == self._names.get(file) and self._shipment.holds(file, record)
+            if noted.get(file) == self._names.get(file) and self._sink.holds(file, record)
         }
 
     def open(self, *, anew: bool) -> None:
@@ -47,12 +51,12 @@ class Departed:
         """Send a finished file and delete it."""
         assert self._journal is not None
         path = self._directory / file
-        self._journal.finish(file, dict(self._shipment.send(path, file)))
+        self._journal.finish(file, dict(self._sink.send(path, file)))
         path.unlink()
 
     def finish(self) -> None:
         """Send the rest."""
-        self._shipment.finish(self._directory)
+        self._sink.finish(self._directory)
 
     def close(self) -> None:
         """Let go of the journal."""

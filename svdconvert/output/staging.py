@@ -20,13 +20,13 @@ from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
 from svdconvert.output.journal import Journal, Record, journals, read_journal
 from svdconvert.output.plan import PlannedFile
-from svdconvert.output.shard_uploads import Departed
+from svdconvert.output.shard_uploads import ShardUploads
 from svdconvert.output.uncached import UncachedWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARK = "svdconvert.json"
+MANIFEST_NAME = "svdconvert.json"
 JOURNAL = "journal.jsonl"
 _PIECE = 4 << 20  # bytes that are looked at and written at a time; a disk likes more than a cache holds
 _RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
@@ -61,7 +61,7 @@ class StagedOutput:
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
         self._writer = UncachedWriter()
-        self._departed = Departed(self.path, files, identity, run.shipment) if run.shipment else None
+        self._departed = ShardUploads(self.path, files, identity, run.shard_sink) if run.shard_sink else None
 
     def __enter__(self) -> "StagedOutput":
         if self.ranks.leads:
@@ -290,7 +290,7 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out} exists and is not empty; choose another -o, or --overwrite to replace it")
-    if not (out / MARK).is_file():
+    if not (out / MANIFEST_NAME).is_file():
         raise OutputError(f"{out} was not written by svdconvert and is not overwritten; choose another -o")
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from svdconvert.checkpoint.renamed import View, as_family, as_layout, with_zeros
+from svdconvert.checkpoint.renamed import RenamedSource, as_family, as_layout, with_zeros
 from svdconvert.checkpoint.tensors import ELEMENTS, REAL, TensorInfo, TensorSource, torch_dtype
 from svdconvert.config.options import ConvertOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.layouts.base import Layout
 from svdconvert.output.plan import PlannedFile, plan_model
-from svdconvert.pipeline.runner import Outcome, Work
+from svdconvert.pipeline.runner import TensorJob, TensorResult
 
 _CODE = ("config.json", "configuration_*.py", "modeling_*.py")
 """What belongs to the names, and is another's in another layout."""
@@ -25,7 +25,7 @@ class Conversion:
 
     name: str
     """Of the layout."""
-    view: View
+    view: RenamedSource
     """The source as the layout has it."""
     files: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
@@ -70,19 +70,21 @@ def plan_conversion(
     )
 
 
-def _states(layout: Layout, family: View, name: str) -> Sequence[TensorInfo]:
+def _states(layout: Layout, family: RenamedSource, name: str) -> Sequence[TensorInfo]:
     if layout.family is None or layout.family.states is None:
         raise TargetError(f"models of layout {name} have no state to be tuned; leave --state out")
     return layout.family.states(family.infos)
 
 
-def convert_work(plan: Conversion, origin: str) -> Work:
+def convert_work(plan: Conversion, origin: str) -> TensorJob:
     """How each tensor is copied, or cast."""
     copies = {info.name: file.path for file in plan.files for info in file.infos}
-    return Work(
+    return TensorJob(
         order=list(copies),
         matrices=plan.dtypes,
-        compute=lambda name, tensor: Outcome({(copies[name], name): _cast(name, tensor, plan.dtypes[name])}),
+        compute=lambda name, tensor: TensorResult(
+            {(copies[name], name): _cast(name, tensor, plan.dtypes[name])}
+        ),
         copies=copies,
         origin=origin,
     )

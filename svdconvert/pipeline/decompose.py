@@ -25,12 +25,12 @@ from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.threads import at_once
+from svdconvert.linalg.threads import parallel_matrices
 from svdconvert.linalg.triplets import Spectrum
 from svdconvert.manifest.schema import Matrix
 from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
-from svdconvert.pipeline.runner import Outcome, Work
+from svdconvert.pipeline.runner import TensorJob, TensorResult
 from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
 
 
@@ -160,34 +160,34 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]
         )
 
 
-def split_work(plan: SplitPlan, device: torch.device) -> Work:
+def split_work(plan: SplitPlan, device: torch.device) -> TensorJob:
     """How each tensor of the source is split, copied or only noted."""
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     order = list(copies) or list(plan.infos)
     count = matrices_at_once(plan, device)
 
-    def compute(name: str, stored: Tensor) -> Outcome:
+    def compute(name: str, stored: Tensor) -> TensorResult:
         factors, base_OI, matrix = split_tensor(plan, name, stored.to(device), alone=count == 1)
         tensors = {
             (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
         }
         if name in copies:
             tensors[copies[name], name] = base_OI
-        return Outcome({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+        return TensorResult({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
 
-    return Work(
+    return TensorJob(
         order=order,
         matrices=plan.slots,
         compute=compute,
         copies=copies,
-        abreast=count,
+        parallelism=count,
     )
 
 
 def matrices_at_once(plan: SplitPlan, device: torch.device) -> int:
     """Two matrices at once where they are small work; whole decompositions take the memory of several."""
     small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
-    return at_once(device) if small else 1
+    return parallel_matrices(device) if small else 1
 
 
 def split_tensor(

@@ -8,7 +8,7 @@ import torch
 
 from svdconvert.linalg.gemm import product
 from svdconvert.linalg.krylov import block_width, first_width
-from svdconvert.linalg.threads import side_by_side
+from svdconvert.linalg.threads import worker_pool
 from svdconvert.linalg.truncated import POWERS
 from svdconvert.pipeline.decompose import SplitPlan, matrices_at_once
 
@@ -91,7 +91,7 @@ def _flops(rows: int, columns: int, rank: int, *, exact: bool) -> float:
 def _speed(plan: SplitPlan) -> float:
     """Floating-point operations per second of the matrices at once, with their share of the threads."""
     count = matrices_at_once(plan, torch.device("cpu"))
-    with side_by_side(count) as pool:
+    with worker_pool(count) as pool:
         return count * pool.submit(_flops_per_second).result()
 
 

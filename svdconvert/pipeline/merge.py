@@ -8,21 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.renamed import in_order
+from svdconvert.checkpoint.renamed import sort_by_rules
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapter_delta import Change
+from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.layouts.base import Layout
 from svdconvert.linalg.delta import Product, as_lora, merged_
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.threads import at_once
+from svdconvert.linalg.threads import parallel_matrices
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.schema import head_of
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.output.staging import StagedOutput
-from svdconvert.pipeline.runner import Outcome, Work
+from svdconvert.pipeline.runner import TensorJob, TensorResult
 
 Side = Literal["base", "residual"]
 
@@ -31,7 +31,7 @@ Side = Literal["base", "residual"]
 class MergePlan:
     """What will be written, known from headers alone."""
 
-    change: Change
+    change: AdapterDelta
     side: Side
     modules: Mapping[str, str]
     """Tensor -> module, of the adapted matrices."""
@@ -48,7 +48,7 @@ class MergePlan:
 
 
 def plan_merge(
-    change: Change, source: TensorSource, side: Side, layout: Layout, options: MergeOptions
+    change: AdapterDelta, source: TensorSource, side: Side, layout: Layout, options: MergeOptions
 ) -> MergePlan:
     """Plan from headers. Raises ArtifactError where the adapter does not fit the model."""
     slots = layout.slots(source.infos)
@@ -89,11 +89,11 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
         return plan_model(outputs, limit)
     if side == "residual":
         by_name = {info.name: info for info in outputs}
-        outputs = [by_name[name] for name in in_order(by_name, layout.family.rules)]
+        outputs = [by_name[name] for name in sort_by_rules(by_name, layout.family.rules)]
     return plan_model(outputs, limit, layout.family.file)
 
 
-def _added(change: Change, source: TensorSource, layout: Layout) -> dict[str, str]:
+def _added(change: AdapterDelta, source: TensorSource, layout: Layout) -> dict[str, str]:
     """Tensor -> parameter, for what a head brings that the model does not have."""
     if not head_of(change.manifest):
         return {}
@@ -106,7 +106,7 @@ def _added(change: Change, source: TensorSource, layout: Layout) -> dict[str, st
     }
 
 
-def _new(change: Change, name: str, parameter: str) -> TensorInfo:
+def _new(change: AdapterDelta, name: str, parameter: str) -> TensorInfo:
     return replace(change.after.source.infos[change.after.extras[parameter]], name=name)
 
 
@@ -121,7 +121,9 @@ def write_added(plan: MergePlan, staged: StagedOutput) -> None:
     staged.finish("head", {"files": noted})
 
 
-def _replaced(change: Change, source: TensorSource, layout: Layout, added: Collection[str]) -> dict[str, str]:
+def _replaced(
+    change: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
+) -> dict[str, str]:
     """Tensor -> parameter, for what the adapter trained whole of what the model has."""
     by_parameter = {layout.parameter(name): name for name in source.infos}
     replaced = {parameter: key for parameter, key in change.after.extras.items() if parameter not in added}
@@ -145,7 +147,7 @@ def _replaced(change: Change, source: TensorSource, layout: Layout, added: Colle
     return {by_parameter[parameter]: parameter for parameter in replaced}
 
 
-def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:
+def _refuse_shape(change: AdapterDelta, module: str, info: TensorInfo) -> None:
     adapted = (change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1])
     if adapted != info.shape:
         raise ArtifactError(
@@ -153,33 +155,33 @@ def _refuse_shape(change: Change, module: str, info: TensorInfo) -> None:
         )
 
 
-def _merged_code(change: Change, info: TensorInfo, options: MergeOptions) -> str:
+def _merged_code(change: AdapterDelta, info: TensorInfo, options: MergeOptions) -> str:
     if options.dtype != "auto":
         return dtype_code(getattr(torch, options.dtype))
     known = change.manifest.matrices.get(info.name) if change.manifest else None
     return known.dtype if known else info.dtype
 
 
-def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str], origin: str) -> Work:
+def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str], origin: str) -> TensorJob:
     """How each tensor of the base or residual is merged or copied."""
     copies = {
         info.name: file.path for file in plan.shards for info in file.infos if info.name not in plan.added
     }
-    return Work(
+    return TensorJob(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
         compute=lambda name, stored: _merge_one(plan, name, copies[name], stored.to(device)),
         copies=copies,
-        abreast=at_once(device),
+        parallelism=parallel_matrices(device),
         expected=expected,
         origin=origin,
     )
 
 
-def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> Outcome:
+def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
     dtype = torch_dtype(plan.dtypes[name])
     if name in plan.extras:
-        return Outcome({(file, name): plan.change.extra(plan.extras[name]).to(dtype)})
+        return TensorResult({(file, name): plan.change.extra(plan.extras[name]).to(dtype)})
     module = plan.modules[name]
     after, scale = plan.change.end(module)
     told = plan.side == "base" or not plan.change.is_lost
@@ -192,7 +194,7 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> Outcome
         product, update = update, None
     chance = Solver(name, seed=plan.seed).generator() if plan.stochastic and dtype != torch.float32 else None
     merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), chance)
-    return Outcome({(file, name): merged.cpu()}, asdict(realised) if realised and told else {})
+    return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and told else {})
 
 
 def _on(product: Product, like: Tensor) -> Product:

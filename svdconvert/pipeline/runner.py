@@ -20,7 +20,7 @@ from svdconvert.checkpoint.tensors import TensorSource, read_whole
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, CheckpointError
-from svdconvert.linalg.threads import side_by_side
+from svdconvert.linalg.threads import worker_pool
 from svdconvert.manifest.fingerprint import CHUNK, Checksum
 from svdconvert.output.staging import StagedOutput
 
@@ -33,7 +33,7 @@ _WINDOW = 4  # shards per rank that are shared out together, so that finished sh
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TensorResult:
     """What became of one matrix."""
 
     tensors: Mapping[Place, Tensor]
@@ -42,18 +42,18 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class TensorJob:
     """What is to be done with each tensor of a source."""
 
     order: Sequence[str]
     """Names, in the order of the output's shards."""
     matrices: Mapping[str, Any]
     """The names that are computed; all others are copied."""
-    compute: Callable[[str, Tensor], Outcome]
+    compute: Callable[[str, Tensor], TensorResult]
     """(name, tensor as stored) -> outcome. The tensor may be worked on in place, and be the outcome."""
     copies: Mapping[str, str]
     """Name -> file of the output; what has none is only noted."""
-    abreast: int = 1
+    parallelism: int = 1
     """Matrices that may be computed at once."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksums that the source must have."""
@@ -62,23 +62,23 @@ class Work:
 
 
 Ahead = Callable[[str], tuple[Tensor, str]]
-Compute = Callable[[str, Tensor], Future[Outcome]]
+Compute = Callable[[str, Tensor], Future[TensorResult]]
 
 
-def stream(work: Work, source: TensorSource, staged: StagedOutput, run: Run) -> None:
+def stream(work: TensorJob, source: TensorSource, staged: StagedOutput, run: Run) -> None:
     """Do this rank's share of the work, from where an earlier run left it.
 
     What is noted about each tensor ends in `staged.finished`, of all ranks. Raises CheckpointError where
     the source changed under the run, ArtifactError where a tensor is not the expected one.
     """
-    stamp = source.stamp()
+    file_versions = source.file_versions()
     mine = _share(work, source, staged.ranks.count)[staged.ranks.index]
     left = [name for name in mine if name not in staged.finished]
     if len(left) < len(mine):
-        run.say(f"going on from {staged.path}: {len(mine) - len(left)} of {len(mine)} tensors are done")
+        run.notify(f"going on from {staged.path}: {len(mine) - len(left)} of {len(mine)} tensors are done")
     sizes = {name: source.infos[name].nbytes for name in mine}
     done, total = sum(sizes.values()) - sum(sizes[name] for name in left), sum(sizes.values())
-    rooms = _Rooms(work, source, left)
+    rooms = BufferPool(work, source, left)
     with (
         _writing(work, source, staged, left, rooms) as behind,
         _reading(work, source, left, rooms) as ahead,
@@ -87,16 +87,16 @@ def stream(work: Work, source: TensorSource, staged: StagedOutput, run: Run) -> 
         for name in _finishing(work, left, ahead, compute, behind):
             done += sizes[name]
             run.track(Progress(name, work.copies.get(name, ""), done, total))
-    if source.stamp() != stamp:
+    if source.file_versions() != file_versions:
         raise CheckpointError(f"{work.origin} was changed while it was read; restore it and use --overwrite")
     staged.gather()
 
 
 def _finishing(
-    work: Work, names: Iterable[str], ahead: Ahead, compute: Compute, behind: "_Behind"
+    work: TensorJob, names: Iterable[str], ahead: Ahead, compute: Compute, behind: "BackgroundWriter"
 ) -> Iterator[str]:
     """Yield every name when its outcome, or its copy, is handed to the writer."""
-    computing: dict[Future[Outcome], tuple[str, str]] = {}
+    computing: dict[Future[TensorResult], tuple[str, str]] = {}
 
     def hand_over(most: int) -> Iterator[str]:
         while len(computing) > most:
@@ -111,14 +111,14 @@ def _finishing(
             tensor, mark = ahead(name)
             computing[compute(name, tensor)] = (name, mark)
             del tensor
-            yield from hand_over(work.abreast - 1)
+            yield from hand_over(work.parallelism - 1)
         else:
             behind.copy(name)
             yield name
     yield from hand_over(0)
 
 
-def _share(work: Work, source: TensorSource, ranks: int) -> list[list[str]]:
+def _share(work: TensorJob, source: TensorSource, ranks: int) -> list[list[str]]:
     """Each rank's names: largest first to the least loaded, within a window of shards; else in order."""
     if ranks == 1:
         return [list(work.order)]
@@ -141,13 +141,15 @@ def _share(work: Work, source: TensorSource, ranks: int) -> list[list[str]]:
     return shares
 
 
-def _cost(work: Work, source: TensorSource, name: str) -> float:
+def _cost(work: TensorJob, source: TensorSource, name: str) -> float:
     """Bytes; a matrix is computed, which takes many times as long as copying it."""
     return source.infos[name].nbytes * (10.0 if name in work.matrices else 1.0)
 
 
 @contextmanager
-def _reading(work: Work, source: TensorSource, names: Iterable[str], rooms: "_Rooms") -> Iterator[Ahead]:
+def _reading(
+    work: TensorJob, source: TensorSource, names: Iterable[str], rooms: "BufferPool"
+) -> Iterator[Ahead]:
     """Yield a function that returns (matrix, checksum) and has the next one read meanwhile."""
     matrices = deque(name for name in names if name in work.matrices)
     waiting: deque[Future[tuple[Tensor, str]]] = deque()
@@ -174,16 +176,16 @@ def _reading(work: Work, source: TensorSource, names: Iterable[str], rooms: "_Ro
         yield take
 
 
-class _Rooms:
+class BufferPool:
     """Memory for matrices, each the size of the largest: taken to read one, given back when it is written.
 
     One more than are read, in work and being written is never asked for, because a matrix is only handed
     to the writer when the one before it is written.
     """
 
-    def __init__(self, work: Work, source: TensorSource, names: Iterable[str]) -> None:
+    def __init__(self, work: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
         nbytes = max((source.infos[name].nbytes for name in names if name in work.matrices), default=0)
-        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(work.abreast + 2))
+        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(work.parallelism + 2))
         self._taken: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
@@ -197,49 +199,49 @@ class _Rooms:
 
 
 @contextmanager
-def _computing(work: Work) -> Iterator[Compute]:
+def _computing(work: TensorJob) -> Iterator[Compute]:
     """Yield what starts to compute a matrix: several side by side, with their share of the threads."""
-    if work.abreast == 1:
+    if work.parallelism == 1:
         yield partial(_now, work.compute)
         return
-    with side_by_side(work.abreast) as pool:
+    with worker_pool(work.parallelism) as pool:
         yield lambda name, tensor: pool.submit(work.compute, name, tensor)
 
 
-def _now(compute: Callable[[str, Tensor], Outcome], name: str, tensor: Tensor) -> Future[Outcome]:
+def _now(compute: Callable[[str, Tensor], TensorResult], name: str, tensor: Tensor) -> Future[TensorResult]:
     """One at a time is computed in this thread, which may use settings of the whole process."""
-    done: Future[Outcome] = Future()
+    done: Future[TensorResult] = Future()
     done.set_result(compute(name, tensor))
     return done
 
 
 @contextmanager
 def _writing(
-    work: Work, source: TensorSource, staged: StagedOutput, names: Iterable[str], rooms: _Rooms
-) -> Iterator["_Behind"]:
+    work: TensorJob, source: TensorSource, staged: StagedOutput, names: Iterable[str], rooms: BufferPool
+) -> Iterator["BackgroundWriter"]:
     """Yield what writes behind; leaving waits for it, and raises what went wrong there."""
     with ThreadPoolExecutor(1, "write") as pool, ThreadPoolExecutor(1, "sync") as syncing:
         open_items = Counter(work.copies.get(name, "") for name in names)
         for file in {*work.copies.values()} - open_items.keys():
             if staged.departs(file):  # an earlier run finished it, but could not send it any more
                 staged.depart(file)
-        behind = _Behind(work, source, staged, pool, syncing, open_items, rooms)
+        behind = BackgroundWriter(work, source, staged, pool, syncing, open_items, rooms)
         yield behind
         behind.finish()
 
 
-class _Behind:
+class BackgroundWriter:
     """Writes, notes and syncs in the background, one tensor at a time."""
 
     def __init__(  # noqa: PLR0913 (everything that a write touches)
         self,
-        work: Work,
+        work: TensorJob,
         source: TensorSource,
         staged: StagedOutput,
         pool: ThreadPoolExecutor,
         syncing: ThreadPoolExecutor,
         open_items: Counter[str],
-        rooms: _Rooms,
+        rooms: BufferPool,
     ) -> None:
         self._work, self._source, self._staged = work, source, staged
         self._pool, self._syncing, self._open_items = pool, syncing, open_items
@@ -248,7 +250,7 @@ class _Behind:
         self._syncs: list[Future[None]] = []
         self._unsynced: Counter[str] = Counter()
 
-    def matrix(self, name: str, mark: str, outcome: Outcome) -> None:
+    def matrix(self, name: str, mark: str, outcome: TensorResult) -> None:
         """Have a computed matrix written, once nothing else waits: one outcome at most is in memory."""
         self.drain(0)
         self._pending.append(self._pool.submit(self._write, name, mark, outcome))
@@ -269,7 +271,7 @@ class _Behind:
         for sync in self._syncs:
             sync.result()
 
-    def _write(self, name: str, mark: str, outcome: Outcome) -> None:
+    def _write(self, name: str, mark: str, outcome: TensorResult) -> None:
         files: dict[str, dict[str, str]] = {}
         for (file, key), piece in outcome.tensors.items():
             passing = Checksum()
@@ -308,7 +310,7 @@ class _Behind:
             self._syncs.append(self._syncing.submit(self._staged.sync, file))
 
 
-def _expected(work: Work, name: str, mark: str) -> str:
+def _expected(work: TensorJob, name: str, mark: str) -> str:
     wanted = work.expected.get(name, mark)
     if wanted != mark:
         raise ArtifactError(

@@ -12,15 +12,15 @@ from torch import Tensor
 from svdconvert.adapters.extra_parameters import beside_adapters, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, WITH_PARAMETERS, AdapterConfig, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
-from svdconvert.checkpoint.renamed import Rule
+from svdconvert.checkpoint.renamed import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapter_delta import Change
+from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.delta import as_lora
-from svdconvert.linalg.low_rank import left_out, rank_within, share_out, singular_values, truncated
+from svdconvert.linalg.low_rank import allocate_ranks, left_out, rank_within, singular_values, truncated
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
@@ -62,7 +62,7 @@ class Keys:
 class LoraPlan:
     """What will be written."""
 
-    change: Change
+    change: AdapterDelta
     rank: int
     """The largest of the modules; the others are padded with zeros."""
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class LoraPlan:
     """None where the LoRA is exact."""
 
 
-def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
+def plan_lora(change: AdapterDelta, options: LoraOptions) -> LoraPlan:
     """Find the ranks by a first pass over the small factors, and plan the file."""
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(change, options)
@@ -94,13 +94,13 @@ def plan_lora(change: Change, options: LoraOptions) -> LoraPlan:
     return LoraPlan(change, rank, dtype, file, keys, truncation)
 
 
-def _peft_keys(change: Change) -> Keys:
+def _peft_keys(change: AdapterDelta) -> Keys:
     pieces = {(module, piece): key(module, piece) for module in change.modules for piece in _SIDES}
     adapted = change.modules
     return Keys(pieces, {parameter: extra_key(parameter, adapted) for parameter in change.after.extras})
 
 
-def _rwkv_peft_keys(change: Change) -> Keys:
+def _rwkv_peft_keys(change: AdapterDelta) -> Keys:
     """The names of a .pth. Raises ArtifactError for what has none there."""
     known = change.manifest
     layout = LAYOUTS.get(known.layout) if known and known.layout else None
@@ -115,7 +115,7 @@ def _rwkv_peft_keys(change: Change) -> Keys:
         )
     extras = {}
     for parameter in change.after.extras:
-        rule = layout.held(parameter) if layout and paths else Rule((parameter,), parameter)
+        rule = layout.held(parameter) if layout and paths else RenameRule((parameter,), parameter)
         if rule.pack is not None:
             raise ArtifactError(
                 f"{change.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
@@ -126,7 +126,7 @@ def _rwkv_peft_keys(change: Change) -> Keys:
     return Keys(pieces, extras)
 
 
-def _truncation(change: Change, options: LoraOptions) -> Truncation | None:
+def _truncation(change: AdapterDelta, options: LoraOptions) -> Truncation | None:
     """The ranks that the options ask for: one module's factors in memory at a time."""
     if options.rank is options.tol is options.rank_budget is None:
         return None
@@ -135,7 +135,7 @@ def _truncation(change: Change, options: LoraOptions) -> Truncation | None:
         for module in change.modules
     }
     if options.rank_budget is not None:
-        ranks = share_out(sigmas, options.rank_budget)
+        ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:
         ranks = {module: rank_within(sigma, options.tol) for module, sigma in sigmas.items()}
     else:
@@ -192,6 +192,6 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
     return {"files": {plan.file.path: marks}}
 
 
-def _exact(change: Change, module: str) -> tuple[Tensor, Tensor]:
+def _exact(change: AdapterDelta, module: str) -> tuple[Tensor, Tensor]:
     (after, scale), (before, scale0) = change.end(module), change.start(module)
     return as_lora(after, scale, before, scale0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
-from svdconvert.inputs.adapter_delta import Change
+from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.gemm import product
@@ -50,7 +50,9 @@ def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str,
                 yield file, name, None
 
 
-def check_matrix(change: Change, name: str, base: TensorSource, residual: TensorSource | None) -> MatrixCheck:
+def check_matrix(
+    change: AdapterDelta, name: str, base: TensorSource, residual: TensorSource | None
+) -> MatrixCheck:
     """Compare one matrix with its base. `residual` is None where the method leaves the base as it is."""
     assert change.manifest is not None
     matrix = change.manifest.matrices[name]

@@ -13,7 +13,7 @@ import yaml
 from svdconvert.hub.auth import endpoint
 from svdconvert.layouts.base import CAUSAL, auto_class
 from svdconvert.manifest.schema import Manifest
-from svdconvert.publish.files import Kin
+from svdconvert.publish.files import SourceRepos
 
 _LICENCE = ("license", "license_name", "license_link")
 _STAMP = re.compile(r"\n<!-- written by svdconvert ([0-9a-f]{16}) -->\n$")
@@ -21,12 +21,12 @@ _FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CardContext:
     """What a card says, beside the manifest."""
 
     repository: str
     revision: str | None
-    kin: Kin
+    repos: SourceRepos
     config: Mapping[str, Any]
     """Of the model, empty for an adapter alone."""
     adapter: Mapping[str, Any]
@@ -40,24 +40,24 @@ class Facts:
     """Files of code that the configuration names and the repository does not have."""
 
 
-def write_card(manifest: Manifest, facts: Facts) -> str:
+def write_card(manifest: Manifest, context: CardContext) -> str:
     """README.md with its front matter, and a stamp by which an edited one is told."""
-    kind = _Adapter(manifest, facts) if _is_adapter(manifest, facts) else _Weights(manifest, facts)
-    front = yaml.safe_dump(kind.front() | dict(facts.licence), sort_keys=False, allow_unicode=True)
+    kind = _Adapter(manifest, context) if _is_adapter(manifest, context) else _Weights(manifest, context)
+    front = yaml.safe_dump(kind.front() | dict(context.licence), sort_keys=False, allow_unicode=True)
     code = kind.loading()
     parts = [
         f"---\n{front}---\n",
-        f"# {facts.repository.split('/')[-1]}\n",
+        f"# {context.repository.split('/')[-1]}\n",
         kind.what() + "\n",
         "## Load it\n",
         code + "\n",
         "## What is known about it\n",
-        _table(_numbers(manifest, facts)) + "\n",
+        _table(_numbers(manifest, context)) + "\n",
         "## How it was made\n",
-        f"```\n{facts.command}\n```\n",
+        f"```\n{context.command}\n```\n",
         f"svdconvert {manifest.svdconvert} wrote this repository; `svdconvert.json` holds every option, "
         "singular values and errors by matrix, and a checksum of every tensor, which "
-        f"`svdconvert verify {facts.repository}` compares.\n",
+        f"`svdconvert verify {context.repository}` compares.\n",
     ]
     return stamped("\n".join(parts))
 
@@ -83,9 +83,9 @@ def licence_of(card: str) -> dict[str, Any]:
     return {key: front[key] for key in _LICENCE if key in front} if isinstance(front, dict) else {}
 
 
-def _is_adapter(manifest: Manifest, facts: Facts) -> bool:
+def _is_adapter(manifest: Manifest, context: CardContext) -> bool:
     """True where the repository's own weights are an adapter's."""
-    return bool(facts.adapter) and not (manifest.kind == "decomposed" and manifest.checksums)
+    return bool(context.adapter) and not (manifest.kind == "decomposed" and manifest.checksums)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Weights:
     """A repository with the weights of a whole model: a residual base, or a plain checkpoint."""
 
     manifest: Manifest
-    facts: Facts
+    context: CardContext
 
     @property
     def _plain(self) -> bool:
@@ -102,17 +102,17 @@ class _Weights:
     def front(self) -> dict[str, Any]:
         plain = self._plain
         relation = {} if self.manifest.kind == "converted" else {"base_model_relation": "finetune"}
-        tag = _TASKS.get(auto_class(self.facts.config))
+        tag = _TASKS.get(auto_class(self.context.config))
         task = {"pipeline_tag": tag} if plain and tag else {}
         return {
-            **_base_model(self.facts.kin.base_id, relation),
-            **({"library_name": "transformers"} if self.facts.config else {}),
+            **_base_model(self.context.repos.base_id, relation),
+            **({"library_name": "transformers"} if self.context.config else {}),
             **task,
             "tags": _tags(self.manifest, "residual-base" if self.manifest.rebased else self.manifest.kind),
         }
 
     def what(self) -> str:
-        base, kind = _named(self.facts.kin.base_id, "its base"), self.manifest.kind
+        base, kind = _named(self.context.repos.base_id, "its base"), self.manifest.kind
         if kind == "converted":
             return f"{base} under the names of the layout `{self.manifest.layout}`: the same weights."
         if kind == "merged":
@@ -132,21 +132,21 @@ class _Weights:
         )
 
     def loading(self) -> str:
-        repository = f'"{self.facts.repository}"{_at(self.facts.revision)}'
+        repository = f'"{self.context.repository}"{_at(self.context.revision)}'
         if not self._plain:
-            return _residual_code(self.manifest, self.facts, repository)
-        if not self.facts.config:
-            return _rwkv_code(self.manifest, self.facts)
-        name = auto_class(self.facts.config)
-        trust = ", trust_remote_code=True" if "auto_map" in self.facts.config else ""
+            return _residual_code(self.manifest, self.context, repository)
+        if not self.context.config:
+            return _rwkv_code(self.manifest, self.context)
+        name = auto_class(self.context.config)
+        trust = ", trust_remote_code=True" if "auto_map" in self.context.config else ""
         code = _python(
             f"from transformers import AutoTokenizer, {name}\n\n"
             f"model = {name}.from_pretrained({repository}{trust})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({repository}{trust})"
         )
-        if not self.facts.absent:
+        if not self.context.absent:
             return code
-        return f"Put {' and '.join(self.facts.absent)} of a released model beside the weights.\n\n{code}"
+        return f"Put {' and '.join(self.context.absent)} of a released model beside the weights.\n\n{code}"
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,12 @@ class _Adapter:
     """A repository with an adapter: initial, trained, or a plain LoRA."""
 
     manifest: Manifest
-    facts: Facts
+    context: CardContext
 
     @property
     def _weights_id(self) -> str | None:
         """The repository that the adapter is loaded on."""
-        return self.facts.kin.residual_id if self._on_residual else self.facts.kin.base_id
+        return self.context.repos.residual_id if self._on_residual else self.context.repos.base_id
 
     @property
     def _on_residual(self) -> bool:
@@ -167,7 +167,7 @@ class _Adapter:
 
     @property
     def _has_head(self) -> bool:
-        return self.facts.adapter.get("task_type") == "SEQ_CLS"
+        return self.context.adapter.get("task_type") == "SEQ_CLS"
 
     def front(self) -> dict[str, Any]:
         kind = "lora" if self.manifest.kind == "lora" else f"{self.manifest.kind}-adapter"
@@ -176,7 +176,7 @@ class _Adapter:
         tag = "text-classification" if self._has_head else "text-generation"
         task = {"pipeline_tag": tag} if self.manifest.kind != "decomposed" else {}
         return {
-            **_base_model(self._weights_id or self.facts.kin.base_id, {"base_model_relation": "adapter"}),
+            **_base_model(self._weights_id or self.context.repos.base_id, {"base_model_relation": "adapter"}),
             "library_name": "peft",
             **task,
             **({"datasets": sets} if sets else {}),
@@ -184,7 +184,7 @@ class _Adapter:
         }
 
     def what(self) -> str:
-        base = _named(self.facts.kin.base_id, "its base")
+        base = _named(self.context.repos.base_id, "its base")
         if self.manifest.kind == "lora":
             return f"A plain LoRA for {base}, untouched: scale 1, the same to every engine."
         if self.manifest.kind == "decomposed":
@@ -196,15 +196,15 @@ class _Adapter:
             return f"A {self.manifest.method} adapter for {base}, trained from `{_folder(self.manifest)}`."
         return (
             f"A {self.manifest.method} adapter, trained against the residual base "
-            f"{_named(self.facts.kin.residual_id, 'it started from')} of {base}; "
+            f"{_named(self.context.repos.residual_id, 'it started from')} of {base}; "
             f"`{_folder(self.manifest)}` is its start. **It is wrong on the base itself**: load it on the "
             "residual base, or convert it into a LoRA for the base with `svdconvert to-lora`."
         )
 
     def loading(self) -> str:
-        repository, weights = self.facts.repository, self._weights_id
+        repository, weights = self.context.repository, self._weights_id
         merge = f"```\nsvdconvert merge {repository} -o merged\n```"
-        if self.facts.adapter.get("peft_type") != "LORA":
+        if self.context.adapter.get("peft_type") != "LORA":
             return f"Stock PEFT has no such adapter. Merge it:\n\n{merge}"
         if self._has_head:
             return (
@@ -215,41 +215,41 @@ class _Adapter:
         return _python(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'{name} = AutoModelForCausalLM.from_pretrained("{weights or name.upper()}")\n'
-            f'model = PeftModel.from_pretrained({name}, "{repository}"{folder}{_at(self.facts.revision)})'
+            f'model = PeftModel.from_pretrained({name}, "{repository}"{folder}{_at(self.context.revision)})'
         ) + ("" if weights else f"\n\n{name.upper()} is the directory of the model that it belongs to.")
 
 
 _TASKS = {CAUSAL: "text-generation", "AutoModelForSequenceClassification": "text-classification"}
 
 
-def _residual_code(manifest: Manifest, facts: Facts, repository: str) -> str:
-    train = f"```\nsvdconvert train {facts.repository} -o trained --data train.jsonl\n```"
-    if not facts.config or facts.adapter.get("peft_type") != "LORA":
+def _residual_code(manifest: Manifest, context: CardContext, repository: str) -> str:
+    train = f"```\nsvdconvert train {context.repository} -o trained --data train.jsonl\n```"
+    if not context.config or context.adapter.get("peft_type") != "LORA":
         return f"svdconvert trains it; stock PEFT does not know its like:\n\n{train}"
     load = _python(
-        f"from peft import PeftModel\nfrom transformers import {auto_class(facts.config)}\n\n"
-        f"residual = {auto_class(facts.config)}.from_pretrained({repository})\n"
+        f"from peft import PeftModel\nfrom transformers import {auto_class(context.config)}\n\n"
+        f"residual = {auto_class(context.config)}.from_pretrained({repository})\n"
         f'model = PeftModel.from_pretrained(residual, {repository}, subfolder="{_folder(manifest)}", '
         "is_trainable=True)"
     )
     return (
         f"{load}\n\nTrain `model` as any PEFT model and convert what comes out with `svdconvert to-lora "
-        f"ADAPTER -o lora --residual {facts.repository}`, or let svdconvert train it:\n\n{train}"
+        f"ADAPTER -o lora --residual {context.repository}`, or let svdconvert train it:\n\n{train}"
     )
 
 
-def _rwkv_code(manifest: Manifest, facts: Facts) -> str:
+def _rwkv_code(manifest: Manifest, context: CardContext) -> str:
     """For weights without a configuration: RWKV's own file, or what svdconvert reads."""
     file = next((name for name in manifest.files if name.endswith(".pth")), None)
     if file is None:
-        return f"```\nsvdconvert inspect {facts.repository}\n```"
+        return f"```\nsvdconvert inspect {context.repository}\n```"
     return _python(
         "from huggingface_hub import hf_hub_download\nfrom rwkv.model import RWKV\n\n"
-        f'model = RWKV(hf_hub_download("{facts.repository}", "{file}"{_at(facts.revision)}), "cpu fp32")'
+        f'model = RWKV(hf_hub_download("{context.repository}", "{file}"{_at(context.revision)}), "cpu fp32")'
     )
 
 
-def _numbers(manifest: Manifest, facts: Facts) -> dict[str, str]:
+def _numbers(manifest: Manifest, context: CardContext) -> dict[str, str]:
     """What the manifest has measured."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
@@ -263,7 +263,7 @@ def _numbers(manifest: Manifest, facts: Facts) -> dict[str, str]:
         "share of the base in the adapter": f"{sum(energies) / len(energies):.1%}" if energies else "",
         "largest relative error as stored": f"{max(m.error for m in matrices):.2e}" if energies else "",
         "left out of the change": f"{cut['error']:.2e} of its norm" if cut else "",
-        **_losses(facts.metrics),
+        **_losses(context.metrics),
     }
     return {name: value for name, value in rows.items() if value}
 

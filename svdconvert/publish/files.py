@@ -11,7 +11,7 @@ from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.shard_uploads import SENT
 from svdconvert.output.sidecars import is_sidecar, read_json_object
-from svdconvert.output.staging import MARK
+from svdconvert.output.staging import MANIFEST_NAME
 
 CARD = "README.md"
 METRICS = "metrics.jsonl"
@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Kin:
+class SourceRepos:
     """The repositories that a directory belongs to, as far as they are known."""
 
     base: Origin | None
@@ -42,7 +42,7 @@ def _repository(origin: Origin | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class UploadFiles:
     """What is sent: path in the repository -> a file here, or its content."""
 
     files: Mapping[str, Path | bytes]
@@ -58,32 +58,32 @@ class Parcel:
         )
 
 
-def find_kin(manifest: Manifest, base: str | None, residual: str | None) -> Kin:
+def resolve_source_repos(manifest: Manifest, base: str | None, residual: str | None) -> SourceRepos:
     """The repositories of a manifest; `base` and `residual` name those that were read from a local place.
 
     Raises ArtifactError where what is named is another model, CheckpointError where it is not there.
     """
-    return Kin(_confirmed(manifest.base, base), _confirmed(manifest.residual, residual))
+    return SourceRepos(_confirmed(manifest.base, base), _confirmed(manifest.residual, residual))
 
 
 def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
     if given is None or origin is None:
         return origin
-    from svdconvert.inputs.model import locate  # and torch with it
+    from svdconvert.inputs.model import find_model  # and torch with it
 
-    home = locate(origin, given, stream=True)
+    home = find_model(origin, given, stream=True)
     assert home is not None
     return replace(origin, location=home.snapshot.location, revision=home.snapshot.revision)
 
 
-def pack(directory: Path, manifest: Manifest, repository: str, kin: Kin) -> Parcel:
+def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepos) -> UploadFiles:
     """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`."""
-    files: dict[str, Path | bytes] = {MARK: _as_bytes(asdict(manifest))}
+    files: dict[str, Path | bytes] = {MANIFEST_NAME: _as_bytes(asdict(manifest))}
     for name in manifest.files:
         if (directory / name).exists():  # what has left already is not here any more
             files[name] = directory / name
-    weights_of = repository if manifest.kind == "decomposed" else kin.residual_id
-    named = weights_of if manifest.rebased else kin.base_id
+    weights_of = repository if manifest.kind == "decomposed" else repos.residual_id
+    named = weights_of if manifest.rebased else repos.base_id
     homes = {Path(name).parent for name in manifest.files} | {Path()}
     left = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -96,15 +96,15 @@ def pack(directory: Path, manifest: Manifest, repository: str, kin: Kin) -> Parc
             left.append(place.as_posix())
     for path in (*journals(directory), directory / SENT):  # of a directory that is still being made
         files.pop(path.name, None)
-    return Parcel(files, left)
+    return UploadFiles(files, left)
 
 
-def for_others(manifest: Manifest, kin: Kin) -> Manifest:
+def for_others(manifest: Manifest, repos: SourceRepos) -> Manifest:
     """The manifest as others may read it: no path of this machine in it."""
     return replace(
         manifest,
-        base=_elsewhere(kin.base),
-        residual=_elsewhere(kin.residual),
+        base=_elsewhere(repos.base),
+        residual=_elsewhere(repos.residual),
         options={key: _without_path(value) for key, value in manifest.options.items()},
     )
 

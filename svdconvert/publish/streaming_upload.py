@@ -13,18 +13,18 @@ from typing import Any
 
 import xxhash
 
-from svdconvert.config.execution import unsaid
+from svdconvert.config.execution import ignore_message
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import explained, patiently, use_token
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.publish.upload import Destination, Published, deliver, open_repository
 
 
-class Outbound:
+class StreamingUpload:
     """A Shipment to a repository of the Hub."""
 
-    def __init__(self, destination: Destination, say: Callable[[str], None] = unsaid) -> None:
-        self._destination, self._say = destination, say
+    def __init__(self, destination: Destination, notify: Callable[[str], None] = ignore_message) -> None:
+        self._destination, self._say = destination, notify
         self._branch = ""
         self._sent: dict[str, int] = {}
         self.published: Published | None = None

@@ -10,9 +10,18 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import explained, patiently, use_token
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_json_object
-from svdconvert.output.staging import MARK
-from svdconvert.publish.card import Facts, is_untouched, licence_of, write_card
-from svdconvert.publish.files import ADAPTER_CONFIG, CARD, METRICS, Kin, Parcel, find_kin, for_others, pack
+from svdconvert.output.staging import MANIFEST_NAME
+from svdconvert.publish.card import CardContext, is_untouched, licence_of, write_card
+from svdconvert.publish.files import (
+    ADAPTER_CONFIG,
+    CARD,
+    METRICS,
+    SourceRepos,
+    UploadFiles,
+    for_others,
+    pack,
+    resolve_source_repos,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -59,7 +68,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Standing:
+class BranchState:
     """A branch as it is before a push."""
 
     commit: str
@@ -117,57 +126,59 @@ def deliver(
     directory: Path, manifest: Manifest, destination: Destination, copies: Mapping[str, str]
 ) -> Published:
     """Commit all of `directory` at once. `copies` are files that have left it: file -> branch they are on."""
-    kin = find_kin(manifest, destination.base, destination.residual)
-    manifest = for_others(manifest, kin)
-    parcel = pack(directory, manifest, destination.repository, kin)
-    standing = look(destination)
-    files = dict(parcel.files)
-    if standing.card is None:
-        files.setdefault(CARD, _card(directory, manifest, destination, kin).encode())
-    parcel = Parcel(files, parcel.left)
-    made = _commit(parcel, copies, standing, destination)
+    repos = resolve_source_repos(manifest, destination.base, destination.residual)
+    manifest = for_others(manifest, repos)
+    upload_files = pack(directory, manifest, destination.repository, repos)
+    state = look(destination)
+    files = dict(upload_files.files)
+    if state.card is None:
+        files.setdefault(CARD, _card(directory, manifest, destination, repos).encode())
+    upload_files = UploadFiles(files, upload_files.left)
+    made = _commit(upload_files, copies, state, destination)
     return Published(
         url=made.pr_url or made.commit_url,
         commit=made.oid,
         files=len(files) + len(copies),
-        nbytes=parcel.nbytes,
-        left=parcel.left,
-        changed=made.oid != standing.commit,
+        nbytes=upload_files.nbytes,
+        left=upload_files.left,
+        changed=made.oid != state.commit,
     )
 
 
 def _commit(
-    parcel: Parcel, copies: Mapping[str, str], standing: Standing, destination: Destination
+    upload_files: UploadFiles, copies: Mapping[str, str], state: BranchState, destination: Destination
 ) -> "CommitInfo":
     """One commit upon the one that was looked at: what has come in between is never overwritten."""
     from huggingface_hub import HfApi
 
     options, name = destination.options, destination.repository
-    wanted = {*parcel.files, *copies}
+    wanted = {*upload_files.files, *copies}
 
     def attempt() -> "CommitInfo":
         # Anew each time: an attempt whose answer was lost may have been carried out.
         return HfApi().create_commit(
             name,
-            operations=_operations(parcel, copies, look(destination).ours - wanted),
+            operations=_operations(upload_files, copies, look(destination).ours - wanted),
             commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
             revision=destination.branch,
-            parent_commit=standing.commit,
+            parent_commit=state.commit,
             create_pr=options.pull_request,
         )
 
     return attempt() if options.pull_request else patiently(attempt)
 
 
-def _operations(parcel: Parcel, copies: Mapping[str, str], stale: frozenset[str]) -> "list[Operation]":
+def _operations(
+    upload_files: UploadFiles, copies: Mapping[str, str], stale: frozenset[str]
+) -> "list[Operation]":
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
-    adds = [CommitOperationAdd(path, content) for path, content in parcel.files.items()]
+    adds = [CommitOperationAdd(path, content) for path, content in upload_files.files.items()]
     moved = [CommitOperationCopy(path, path, src_revision=branch) for path, branch in copies.items()]
     return [*adds, *moved, *(CommitOperationDelete(path) for path in sorted(stale))]
 
 
-def look(destination: Destination) -> Standing:
+def look(destination: Destination) -> BranchState:
     """The branch as it stands. Raises HubError where a push would mix with another's weights."""
     from huggingface_hub import HfApi
 
@@ -176,8 +187,8 @@ def look(destination: Destination) -> Standing:
     assert info.sha is not None
     files = frozenset(file.rfilename for file in info.siblings or [])
     ours = frozenset[str]()
-    if MARK in files:
-        manifest = read_json_object(_download(name, MARK, info.sha))
+    if MANIFEST_NAME in files:
+        manifest = read_json_object(_download(name, MANIFEST_NAME, info.sha))
         ours = frozenset(manifest.get("files") or ()) & files
     others = sorted(path for path in files - ours if path.endswith(_WEIGHTS))
     if others and not destination.options.pull_request:
@@ -186,24 +197,24 @@ def look(destination: Destination) -> Standing:
             "another name, or propose it with --pull-request"
         )
     card = _download(name, CARD, info.sha).read_text(encoding="utf-8") if CARD in files else None
-    return Standing(info.sha, files, ours, None if card is None or is_untouched(card) else card)
+    return BranchState(info.sha, files, ours, None if card is None or is_untouched(card) else card)
 
 
-def _card(directory: Path, manifest: Manifest, destination: Destination, kin: Kin) -> str:
+def _card(directory: Path, manifest: Manifest, destination: Destination, repos: SourceRepos) -> str:
     metrics, homes = directory / METRICS, sorted({Path(name).parent for name in manifest.files})
     config = _json_of(directory / CONFIG)
-    facts = Facts(
+    context = CardContext(
         repository=destination.repository,
         revision=destination.options.revision,
-        kin=kin,
+        repos=repos,
         config=config,
         adapter=next(filter(None, (_json_of(directory / home / ADAPTER_CONFIG) for home in homes)), {}),
-        licence=_licence(kin),
+        licence=_licence(repos),
         command=destination.command(manifest),
         metrics=metrics if metrics.exists() else None,
         absent=tuple(file for file in _code_files(config) if not (directory / file).exists()),
     )
-    return write_card(manifest, facts)
+    return write_card(manifest, context)
 
 
 def _code_files(config: Mapping[str, Any]) -> list[str]:
@@ -216,15 +227,15 @@ def _json_of(path: Path) -> Mapping[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
-def _licence(kin: Kin) -> Mapping[str, Any]:
+def _licence(repos: SourceRepos) -> Mapping[str, Any]:
     """Of the base, from its card, where there is one."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    if kin.base is None:
+    if repos.base is None:
         return {}
     try:
-        local = Path(kin.base.location) / CARD
-        card = _download(kin.base_id, CARD, kin.base.revision) if kin.base_id else local
+        local = Path(repos.base.location) / CARD
+        card = _download(repos.base_id, CARD, repos.base.revision) if repos.base_id else local
         return licence_of(card.read_text(encoding="utf-8"))
     except (EntryNotFoundError, HfHubHTTPError, OSError, UnicodeDecodeError):
         return {}  # a base without a card, or one that is not to be had now

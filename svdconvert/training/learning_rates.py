@@ -7,7 +7,7 @@ from svdconvert.methods.base import METHODS
 _NEAR = 2.0  # within this factor of a method's own rate nothing is said
 
 
-def foreign_rate(method: str, rate: float) -> str | None:
+def learning_rate_warning(method: str, rate: float) -> str | None:
     """A sentence where `rate` is another method's and far from this one's, with both papers; else None."""
     own = METHODS.get(method)
     if 1 / _NEAR <= rate / own.learning_rate <= _NEAR:

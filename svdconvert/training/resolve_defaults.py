@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
 from svdconvert.methods.base import Method
 from svdconvert.training.optim.orthonormality import PUBLISHED
 
 
-def settled(plan: TrainPlan, method: Method, dropout: float, say: Callable[[str], None]) -> TrainPlan:
+def resolve_defaults(
+    plan: TrainOptions, method: Method, dropout: float, notify: Callable[[str], None]
+) -> TrainOptions:
     """The plan with the method's rate and penalty, and the start's dropout, where it has none of its own.
 
     Says where a choice is likely a mistake; raises RecipeError where it cannot be followed.
@@ -23,7 +25,7 @@ def settled(plan: TrainPlan, method: Method, dropout: float, say: Callable[[str]
         own = PUBLISHED if plan.penalty_rule == "reference" else method.penalty
         chosen = replace(chosen, penalty=own if method.penalty else 0.0)
     if chosen.dropout and method.residual and method.slice == "top":
-        say(
+        notify(
             f"dropout {chosen.dropout:g} takes principal components of the model away at random, for they "
             "are in the adapter; this method is meant to be trained without"
         )

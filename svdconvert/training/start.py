@@ -15,10 +15,10 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.model import locate, open_home
+from svdconvert.inputs.model import find_model, open_model
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
-from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, is_ours, read_manifest
+from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
@@ -26,7 +26,7 @@ from svdconvert.pipeline.decompose import SplitPlan, plan_split, split_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class TrainingStart:
     """An adapter before training."""
 
     weights: Path
@@ -53,10 +53,10 @@ class Start:
 
 def start_from_decomposed(
     directory: Path, manifest: Manifest, weights: Path, residual: Origin | None
-) -> Start:
+) -> TrainingStart:
     """The start that `decompose` wrote; `weights` is the directory or, without a residual, the base."""
     adapter = open_adapter(directory / init_folder(manifest.method))
-    return Start(
+    return TrainingStart(
         weights=weights,
         method=manifest.method,
         layout=manifest.layout,
@@ -71,7 +71,7 @@ def start_from_decomposed(
 
 def start_from_plain(
     plan: SplitPlan, source: TensorSource, weights: Path, base: Origin, track: Track
-) -> Start:
+) -> TrainingStart:
     """Split the matrices of a plain checkpoint in memory, as `decompose` would on disk."""
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
@@ -88,7 +88,7 @@ def start_from_plain(
             replaced[matrix.module] = base_OI
         done += source.infos[name].nbytes
         track(Progress(name, "", done, total))
-    return Start(
+    return TrainingStart(
         weights=weights,
         method=plan.options.method,
         layout=plan.layout,
@@ -102,9 +102,9 @@ def start_from_plain(
     )
 
 
-def start_whole(method: str, layout: str, weights: Path, base: Origin) -> Start:
+def start_whole(method: str, layout: str, weights: Path, base: Origin) -> TrainingStart:
     """A plain checkpoint that is trained itself, without an adapter."""
-    return Start(
+    return TrainingStart(
         weights=weights,
         method=method,
         layout=layout,
@@ -146,7 +146,7 @@ def write_adapter(
     return {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
 
 
-def find_start(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
+def open_training_start(model: str, split: SplitOptions, base: str | None, run: Run) -> TrainingStart:
     """The adapter that `decompose` wrote, or one that `split` starts on a plain `model`.
 
     `base` says where the base is, for methods that leave it as it is. Raises ArtifactError for what cannot
@@ -161,10 +161,10 @@ def find_start(model: str, split: SplitOptions, base: str | None, run: Run) -> S
     return start
 
 
-def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Start:
+def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> TrainingStart:
     snapshot = fetch(model)
-    if not is_ours(snapshot.path) or read_manifest(snapshot.path).kind in PLAIN:
-        home = open_home(model)
+    if not has_manifest(snapshot.path) or read_manifest(snapshot.path).kind in PLAIN:
+        home = open_model(model)
         name, layout = home.layout(split.layout)
         if METHODS.get(split.method).split is None:
             return start_whole(split.method, name, home.path, home.origin())
@@ -177,9 +177,9 @@ def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Start
             f"{snapshot.path} is a {manifest.kind} directory; train wants what decompose wrote, or a model"
         )
     if manifest.rebased:
-        home = open_home(model)
+        home = open_model(model)
         return start_from_decomposed(home.path, manifest, home.path, home.origin(manifest.checksums))
-    found = locate(manifest.base, base)
+    found = find_model(manifest.base, base)
     if found is None:
         place = manifest.base.location if manifest.base else "unknown"
         raise ArtifactError(

@@ -15,7 +15,7 @@ from svdconvert import (
     Run,
     SplitOptions,
     SvdConvertError,
-    TrainPlan,
+    TrainOptions,
     decompose,
     merge,
     read_manifest,
@@ -59,7 +59,7 @@ def chain(checkpoint: Build, sums: Path, tmp_path_factory: pytest.TempPathFactor
             home = tmp_path_factory.mktemp(method)
             base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
             decompose(base, home / "start", SplitOptions(method=method, rank=4, alpha=8), Run(threads=1))
-            train(home / "start", home / "trained", TrainPlan(data=str(sums), **PLAN), Run(threads=1))
+            train(home / "start", home / "trained", TrainOptions(data=str(sums), **PLAN), Run(threads=1))
             made[method] = base, home / "start", home / "trained"
         return made[method]
 
@@ -118,7 +118,7 @@ def test_the_metrics_have_a_line_a_step_and_the_loss_falls(
     assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
     drifts = [line for line in lines if "sigma_drift" in line]
     assert [line["step"] for line in drifts] == ([2, 4] if METHODS.get(method).residual else [])
-    assert all(0 < line["sigma_drift"] < 1 and 0 <= line["left_turn"] < 1 for line in drifts)
+    assert all(0 < line["sigma_drift"] < 1 and 0 <= line["u_rotation"] < 1 for line in drifts)
 
 
 @every_method
@@ -127,9 +127,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(
 ) -> None:
     _, start, trained = chain(method)
     torch.manual_seed(99)
-    train(start, tmp_path / "again", TrainPlan(data=str(sums), **PLAN), Run(threads=1))
+    train(start, tmp_path / "again", TrainOptions(data=str(sums), **PLAN), Run(threads=1))
     assert content(tmp_path / "again") == content(trained)
-    train(start, tmp_path / "other", TrainPlan(data=str(sums), **PLAN, seed=1), Run(threads=1))
+    train(start, tmp_path / "other", TrainOptions(data=str(sums), **PLAN, seed=1), Run(threads=1))
     assert not same_bytes(tensors(tmp_path / "other"), tensors(trained))
 
 
@@ -139,7 +139,7 @@ def test_training_a_plain_model_is_training_what_decompose_writes_of_it(
 ) -> None:
     base, _, trained = chain(method)
     split = SplitOptions(method=method, rank=4, alpha=8)
-    train(base, tmp_path / "direct", TrainPlan(data=str(sums), **PLAN), Run(threads=1), split=split)
+    train(base, tmp_path / "direct", TrainOptions(data=str(sums), **PLAN), Run(threads=1), split=split)
     assert same_bytes(tensors(tmp_path / "direct"), tensors(trained))
     folder = init_folder(method)
     assert content(tmp_path / "direct" / folder) == content(trained / folder)
@@ -212,5 +212,5 @@ def test_a_watcher_that_fails_leaves_nothing_at_the_place(
         raise SvdConvertError("seen enough")
 
     with pytest.raises(SvdConvertError, match="seen enough"):
-        train(chain("pissa")[1], tmp_path / "out", TrainPlan(data=str(sums), **PLAN), watch=watch)
+        train(chain("pissa")[1], tmp_path / "out", TrainOptions(data=str(sums), **PLAN), watch=watch)
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdconvert import Run, SplitOptions, TrainPlan, train
+from svdconvert import Run, SplitOptions, TrainOptions, train
 from svdconvert.errors import MissingPackageError
 from svdconvert.methods.base import METHODS
-from svdconvert.training.learning_rates import foreign_rate
+from svdconvert.training.learning_rates import learning_rate_warning
 from tests.conftest import Build
 from tests.program import content, refused, succeeded
 from tests.reading import readable, write_sums
@@ -27,8 +27,8 @@ def base(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return readable(checkpoint("llama", dtype=torch.float32), home / "base")
 
 
-def plan(base: Path, **changes: object) -> TrainPlan:
-    return TrainPlan(**{"data": str(base.parent / "sums.jsonl"), **PLAN, **changes})
+def plan(base: Path, **changes: object) -> TrainOptions:
+    return TrainOptions(**{"data": str(base.parent / "sums.jsonl"), **PLAN, **changes})
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -104,13 +104,13 @@ def test_prompts_can_be_learnt_too(base: Path, tmp_path: Path) -> None:
 
 
 def test_another_methods_rate_is_named_with_both_papers() -> None:
-    said = foreign_rate("pissa", METHODS.get("lora").learning_rate)
+    said = learning_rate_warning("pissa", METHODS.get("lora").learning_rate)
     assert said is not None
     assert "lr 0.0002 is the rate of lora" in said
     assert METHODS.get("pissa").paper in said and "2e-05" in said
     for name in METHODS.names():
-        assert foreign_rate(name, METHODS.get(name).learning_rate) is None
-    assert foreign_rate("pissa", 1.1e-4) is None
+        assert learning_rate_warning(name, METHODS.get(name).learning_rate) is None
+    assert learning_rate_warning("pissa", 1.1e-4) is None
 
 
 def test_the_command_line_says_it_and_trains(base: Path, tmp_path: Path) -> None:

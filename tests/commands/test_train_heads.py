@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from svdconvert import Run, SplitOptions, TrainPlan, decompose, merge, read_manifest, to_lora, train
+from svdconvert import Run, SplitOptions, TrainOptions, decompose, merge, read_manifest, to_lora, train
 from svdconvert.errors import ArtifactError, DataError, MissingPackageError
-from svdconvert.publish.card import Facts, write_card
-from svdconvert.publish.files import Kin
+from svdconvert.publish.card import CardContext, write_card
+from svdconvert.publish.files import SourceRepos
 from tests.conftest import Build
 from tests.program import content, refused, succeeded
 from tests.reading import readable
@@ -63,7 +63,7 @@ def chain(
             base = body(checkpoint(model_type, dtype=torch.float32), home / "base")
             decompose(base, home / "start", SplitOptions(rank=4), Run(threads=1))
             label = {"label_field": "score"} if task == "regress" else {}
-            plan = TrainPlan(data=str(data), task=task, **STEPS, **label, precision="fp32")
+            plan = TrainOptions(data=str(data), task=task, **STEPS, **label, precision="fp32")
             train(home / "start", home / "trained", plan, Run(threads=1))
             merge(home / "trained", home / "merged", run=Run(threads=1))
             to_lora(home / "trained", home / "lora")
@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_with_its_head(
         if log.step == 45:
             raise KeyboardInterrupt
 
-    plan = TrainPlan(data=str(data), task="classify", **STEPS, precision="fp32", save_every=20)
+    plan = TrainOptions(data=str(data), task="classify", **STEPS, precision="fp32", save_every=20)
     with pytest.raises(KeyboardInterrupt):
         train(home / "start", tmp_path / "out", plan, Run(threads=1), watch=watch)
     train(home / "start", tmp_path / "out", plan, Run(threads=1))
@@ -221,10 +221,10 @@ def test_the_class_that_loads_a_classifier_is_named(
         assert "AutoModelForSequenceClassification.from_pretrained(" in said.out
     for kind in ("trained", "lora", "merged"):
         config, adapter = (object_in(home / kind / f"{name}.json") for name in ("config", "adapter_config"))
-        facts = Facts(
+        facts = CardContext(
             repository="me/it",
             revision=None,
-            kin=Kin(None, None),
+            repos=SourceRepos(None, None),
             config=config,
             adapter=adapter,
             licence={},
@@ -261,7 +261,7 @@ def test_a_row_that_cannot_be_used_is_named(
 ) -> None:
     good = {"sentence1": "a", "sentence2": "b", "label": "small"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-    plan = TrainPlan(**{"data": str(tmp_path / "rows.jsonl"), "task": "classify", **options})
+    plan = TrainOptions(**{"data": str(tmp_path / "rows.jsonl"), "task": "classify", **options})
     with pytest.raises(DataError, match=complaint):
         train(chain("bert", "classify") / "start", tmp_path / "out", plan)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -272,7 +272,7 @@ def test_a_label_that_training_does_not_know_is_named(
 ) -> None:
     row = {"sentence1": "a", "sentence2": "b", "label": "huge"}
     (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
-    plan = TrainPlan(data=str(data), eval_data=str(tmp_path / "eval.jsonl"), task="classify")
+    plan = TrainOptions(data=str(data), eval_data=str(tmp_path / "eval.jsonl"), task="classify")
     with pytest.raises(DataError, match=r"eval.jsonl: row 1: its label 'huge' is not one of large, small"):
         train(chain("bert", "classify") / "start", tmp_path / "out", plan)
 
@@ -283,7 +283,9 @@ def test_without_the_library_of_the_scores_the_extra_is_named(
     monkeypatch.setattr("svdconvert.training.optim.scores.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"svdconvert\[scores\]"):
         train(
-            chain("bert", "classify") / "start", tmp_path / "out", TrainPlan(data=str(data), task="regress")
+            chain("bert", "classify") / "start",
+            tmp_path / "out",
+            TrainOptions(data=str(data), task="regress"),
         )
 
 

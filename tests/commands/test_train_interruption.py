@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from svdconvert import Run, TrainPlan, train
+from svdconvert import Run, TrainOptions, train
 from svdconvert.commands.decompose import decompose
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import OutputError, SvdConvertError
@@ -54,7 +54,10 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
     train(
-        room / "start", tmp_path / "whole", TrainPlan(data=str(room / "sums.jsonl"), **PLAN), Run(threads=1)
+        room / "start",
+        tmp_path / "whole",
+        TrainOptions(data=str(room / "sums.jsonl"), **PLAN),
+        Run(threads=1),
     )
     out = tmp_path / "out"
     command = ["train", room / "start", "-o", out, "--data", room / "sums.jsonl", *_words(PLAN)]
@@ -70,7 +73,7 @@ def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, 
 
 def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
-    plan = TrainPlan(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)
+    plan = TrainOptions(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)
     train(room / "start", tmp_path / "one", plan, Run(threads=1))
     out = tmp_path / "two"
     command = [
@@ -110,7 +113,7 @@ def leave(room: Path, out: Path, **changes: object) -> None:
         if getattr(log, "step", 0) == 8:
             raise Stop
 
-    plan = TrainPlan(**{"data": str(room / "sums.jsonl"), **PLAN, **changes})
+    plan = TrainOptions(**{"data": str(room / "sums.jsonl"), **PLAN, **changes})
     with pytest.raises(Stop):
         train(room / "start", out, plan, Run(threads=1), watch=watch)
     assert partial(out).exists() and not out.exists()
@@ -120,12 +123,15 @@ def test_what_makes_no_difference_may_change_and_checkpoints_may_stay(room: Path
     leave(room, tmp_path / "out")
     changed = {**PLAN, "save_every": 20, "save_limit": 1, "keep_checkpoints": True}
     said: list[str] = []
-    plan = TrainPlan(data=str(room / "sums.jsonl"), **changed)
-    train(room / "start", tmp_path / "out", plan, Run(threads=1, say=said.append))
+    plan = TrainOptions(data=str(room / "sums.jsonl"), **changed)
+    train(room / "start", tmp_path / "out", plan, Run(threads=1, notify=said.append))
     # Advice about the rate and the dropout may stand before it.
     assert said[-1] == f"going on from {tmp_path}/out.partial: 6 steps are done"
     train(
-        room / "start", tmp_path / "whole", TrainPlan(data=str(room / "sums.jsonl"), **PLAN), Run(threads=1)
+        room / "start",
+        tmp_path / "whole",
+        TrainOptions(data=str(room / "sums.jsonl"), **PLAN),
+        Run(threads=1),
     )
     found = sums(tmp_path / "out")
     assert found.pop("checkpoints/step-00000040.pt")
@@ -140,7 +146,7 @@ def test_another_option_is_refused_by_name(
     room: Path, tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
     leave(room, tmp_path / "out")
-    plan = TrainPlan(**{"data": str(room / "sums.jsonl"), **PLAN, **change})
+    plan = TrainOptions(**{"data": str(room / "sums.jsonl"), **PLAN, **change})
     with pytest.raises(OutputError, match=named) as refusal:
         train(room / "start", tmp_path / "out", plan, Run(threads=1))
     assert "--overwrite" in str(refusal.value)
@@ -151,7 +157,7 @@ def test_changed_data_are_refused_by_name(room: Path, tmp_path: Path) -> None:
     rows = write_sums(tmp_path / "sums.jsonl", rows=24)
     leave(room, tmp_path / "out", data=str(rows))
     write_sums(rows, rows=23)
-    plan = TrainPlan(data=str(rows), **PLAN)
+    plan = TrainOptions(data=str(rows), **PLAN)
     with pytest.raises(SvdConvertError, match=r"sums\.jsonl has changed since .*out\.partial was begun"):
         train(room / "start", tmp_path / "out", plan, Run(threads=1))
     train(room / "start", tmp_path / "out", plan, Run(threads=1, overwrite=True))

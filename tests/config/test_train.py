@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 
 
 @pytest.mark.parametrize(
@@ -26,22 +26,22 @@ from svdconvert.config.train import TrainPlan
 )
 def test_what_is_out_of_range_or_unknown_is_named(options: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError) as raised:
-        TrainPlan(**options)  # type: ignore[arg-type]
+        TrainOptions(**options)  # type: ignore[arg-type]
     assert [error["loc"] for error in raised.value.errors()] == [(field,)]
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="steps and epochs exclude each other"):
-        TrainPlan(steps=1, epochs=1.0)
+        TrainOptions(steps=1, epochs=1.0)
 
 
 def test_one_field_without_the_other_is_refused() -> None:
     with pytest.raises(ValidationError, match="prompt_field and response_field belong together"):
-        TrainPlan(prompt_field="a")
+        TrainOptions(prompt_field="a")
 
 
 def test_every_field_says_what_it_is() -> None:
-    fields = TrainPlan.__pydantic_fields__  # type: ignore[attr-defined]
+    fields = TrainOptions.__pydantic_fields__  # type: ignore[attr-defined]
     assert [name for name, field in fields.items() if not field.description] == []
 
 
@@ -59,9 +59,9 @@ def test_every_field_says_what_it_is() -> None:
 def test_the_last_step_of_an_epoch_may_be_a_smaller_one(
     options: dict[str, object], rows: int, processes: int, steps: int
 ) -> None:
-    assert TrainPlan(**options).total_steps(rows, processes) == steps  # type: ignore[arg-type]
+    assert TrainOptions(**options).total_steps(rows, processes) == steps  # type: ignore[arg-type]
 
 
 def test_the_methods_rate_fills_in_for_one_that_is_not_given() -> None:
-    assert TrainPlan().with_rate(2e-5).lr == 2e-5
-    assert TrainPlan(lr=1e-3).with_rate(2e-5).lr == 1e-3
+    assert TrainOptions().with_rate(2e-5).lr == 2e-5
+    assert TrainOptions(lr=1e-3).with_rate(2e-5).lr == 1e-3

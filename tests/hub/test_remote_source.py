@@ -16,8 +16,8 @@ from tests.visitor import Visitor
 READ = """
 import hashlib
 from svdconvert.manifest.fingerprint import CHUNK, tensor_checksum
-from svdconvert.inputs.model import open_home
-home = open_home({!r}, stream=True)
+from svdconvert.inputs.model import open_model
+home = open_model({!r}, stream=True)
 result = {{name: [tensor_checksum(home.source, name), hashlib.sha256(
     home.source.read(name).reshape(-1).view(__import__("torch").uint8).numpy()).hexdigest()]
     for name in home.source.infos}}
@@ -98,8 +98,8 @@ def test_a_connection_that_breaks_again_and_again_is_a_sentence(
     hub.fault("GET", "/file/", cut=0, times=1000)
     program = (
         "import svdconvert.hub.remote_source as remote\nremote._LONGEST_WAIT = 0.01\n"
-        "from svdconvert.errors import CheckpointError\nfrom svdconvert.inputs.model import open_home\n"
-        "try:\n    open_home('org/large', stream=True)\n"
+        "from svdconvert.errors import CheckpointError\nfrom svdconvert.inputs.model import open_model\n"
+        "try:\n    open_model('org/large', stream=True)\n"
         "except CheckpointError as error:\n    result = str(error)"
     )
     said = str(alice.runs(program))

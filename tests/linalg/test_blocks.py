@@ -20,9 +20,9 @@ ROWS, COLUMNS = 40, 24
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def matrix(dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+def matrix(dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
     made = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return made.T if turned else made
+    return made.T if transposed else made
 
 
 @pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
@@ -42,11 +42,11 @@ def test_an_empty_matrix_has_no_energy(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_those_of_the_whole_matrix(
-    dtype: torch.dtype, turned: bool, size: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, transposed: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", size)
     monkeypatch.setattr(blocks, "_LOW_BLOCK", size)
-    given = matrix(dtype, turned=turned)
+    given = matrix(dtype, transposed=transposed)
     kept, wide = given.clone(), given.double()
     thin = torch.randn(given.shape[1], 3, generator=torch.Generator().manual_seed(1))
     left = torch.randn(given.shape[0], 3, generator=torch.Generator().manual_seed(2))

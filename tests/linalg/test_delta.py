@@ -84,8 +84,8 @@ def test_where_only_some_columns_moved_the_others_keep_their_bits() -> None:
     before, start = weight(torch.bfloat16), factors(1)
     right = start.right_RI.clone()
     right[:, 5] += 1
-    turned = as_lora(Factors(start.left_OR, right), 1.0, start, 1.0)
-    found = merged_(before.clone(), turned, torch.bfloat16)[0]
+    transposed = as_lora(Factors(start.left_OR, right), 1.0, start, 1.0)
+    found = merged_(before.clone(), transposed, torch.bfloat16)[0]
     others = [column for column in range(COLUMNS) if column != 5]
     assert same_bits(found[:, others].contiguous(), before[:, others].contiguous())
     assert not torch.equal(found[:, 5], before[:, 5])

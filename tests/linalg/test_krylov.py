@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdconvert.linalg.krylov import Krylov, Outlook, Ritz, Search, first_width, warm_start
+from svdconvert.linalg.krylov import ErrorEstimate, Krylov, Ritz, Search, first_width, warm_start
 from svdconvert.linalg.triplets import Spectrum, Triplets
 
 
@@ -32,7 +32,7 @@ NOTHING = Triplets(
 )
 
 
-def searched(promised: Outlook, measured: list[Outlook]) -> tuple[Triplets | None, int, int]:
+def searched(promised: ErrorEstimate, measured: list[ErrorEstimate]) -> tuple[Triplets | None, int, int]:
     """(what a search finds that is promised and then measures this; results and columns that it took)."""
     eigenvalues = (1.0 / torch.arange(1, 401))[:, None]
     space = Krylov(lambda x: eigenvalues * x, torch.linalg.qr(torch.randn(400, 16)).Q, 320)
@@ -43,15 +43,17 @@ def searched(promised: Outlook, measured: list[Outlook]) -> tuple[Triplets | Non
 
 
 def test_a_search_ends_where_rounding_alone_is_more_than_the_tolerance() -> None:
-    assert searched(Outlook(1.0, 0.1, 0.5, noise=3e-3), []) == (None, 0, first_width(16))
-    found, results, _ = searched(Outlook(1.0, 1e-4, 0.5), [Outlook(1.0, 1e-4, 0.5, noise=3e-3)] * 5)
+    assert searched(ErrorEstimate(1.0, 0.1, 0.5, noise=3e-3), []) == (None, 0, first_width(16))
+    found, results, _ = searched(
+        ErrorEstimate(1.0, 1e-4, 0.5), [ErrorEstimate(1.0, 1e-4, 0.5, noise=3e-3)] * 5
+    )
     assert (found, results) == (None, 1)
 
 
 def test_a_search_ends_where_results_do_not_improve() -> None:
-    falling = [Outlook(1.0, missing, 0.5) for missing in (9e-3, 8e-3, 6e-3, 4e-3, 1e-3)]
-    found, results, _ = searched(Outlook(1.0, 1e-4, 0.5), falling)
+    falling = [ErrorEstimate(1.0, missing, 0.5) for missing in (9e-3, 8e-3, 6e-3, 4e-3, 1e-3)]
+    found, results, _ = searched(ErrorEstimate(1.0, 1e-4, 0.5), falling)
     assert results == 5
     assert found is not None and found.spectrum.excess == pytest.approx(5e-4, rel=1e-2)
-    stuck = [Outlook(1.0, missing, 0.5) for missing in (9e-3, 8.9e-3, 8.8e-3, 8.7e-3, 1e-3)]
-    assert searched(Outlook(1.0, 1e-4, 0.5), stuck)[:2] == (None, 3)
+    stuck = [ErrorEstimate(1.0, missing, 0.5) for missing in (9e-3, 8.9e-3, 8.8e-3, 8.7e-3, 1e-3)]
+    assert searched(ErrorEstimate(1.0, 1e-4, 0.5), stuck)[:2] == (None, 3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.low_rank import left_out, rank_within, share_out, singular_values, truncated
+from svdconvert.linalg.low_rank import allocate_ranks, left_out, rank_within, singular_values, truncated
 
 
 def factors(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,15 +59,15 @@ def test_the_least_rank_within_a_tolerance() -> None:
 
 def test_a_budget_goes_where_the_singular_values_are_largest() -> None:
     sigmas = {"a": torch.tensor([9.0, 1.0, 1.0]), "b": torch.tensor([8.0, 7.0]), "c": torch.zeros(2)}
-    assert share_out(sigmas, 3) == {"a": 1, "b": 2, "c": 0}
-    assert share_out(sigmas, 1) == {"a": 1, "b": 0, "c": 0}
-    assert share_out(sigmas, 4) == {"a": 2, "b": 2, "c": 0}
-    assert share_out(sigmas, 99) == {"a": 3, "b": 2, "c": 0}, "zeros need no rank"
+    assert allocate_ranks(sigmas, 3) == {"a": 1, "b": 2, "c": 0}
+    assert allocate_ranks(sigmas, 1) == {"a": 1, "b": 0, "c": 0}
+    assert allocate_ranks(sigmas, 4) == {"a": 2, "b": 2, "c": 0}
+    assert allocate_ranks(sigmas, 99) == {"a": 3, "b": 2, "c": 0}, "zeros need no rank"
 
 
 def test_no_other_ranks_of_the_same_budget_leave_out_less() -> None:
     sigmas = {name: singular_values(*factors(20, 15, 3, seed)) for seed, name in enumerate("abc")}
-    ranks = share_out(sigmas, 5)
+    ranks = allocate_ranks(sigmas, 5)
     least = sum(left_out(sigmas[name], rank) ** 2 for name, rank in ranks.items())
     for a in range(4):
         for b in range(4):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from svdconvert.linalg import minor, threads
-from svdconvert.linalg.minor import fast_minor
+from svdconvert.linalg.minor import fast_bottom
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
 from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, product, truth, well_formed
@@ -15,7 +15,7 @@ NOISE = 1e-5
 
 
 def fast(weight: torch.Tensor, tol: float, seed: int = 1) -> Triplets:
-    found = fast_minor(weight, RANK, tol=tol, generator=torch.Generator().manual_seed(seed))
+    found = fast_bottom(weight, RANK, tol=tol, generator=torch.Generator().manual_seed(seed))
     assert found is not None
     return found
 

@@ -11,7 +11,7 @@ from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.manifest.fingerprint import Fingerprint, checksum
-from svdconvert.manifest.schema import Manifest, Matrix, Origin, is_ours, read_manifest
+from svdconvert.manifest.schema import Manifest, Matrix, Origin, has_manifest, read_manifest
 
 MATRIX = Matrix(module="m", role="attn.q", shape=(4, 3), dtype="BF16", rank=2, scale=0.5, error=1e-3)
 ORIGIN = Origin(location="org/name", revision="abc", fingerprint=Fingerprint("c", "h", {"w": "1"}))
@@ -28,9 +28,9 @@ MANIFEST = Manifest(
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    assert not is_ours(tmp_path)
+    assert not has_manifest(tmp_path)
     MANIFEST.write(tmp_path)
-    assert is_ours(tmp_path)
+    assert has_manifest(tmp_path)
     assert read_manifest(tmp_path) == MANIFEST
     assert (tmp_path / "svdconvert.json").read_text().endswith("}\n")
 

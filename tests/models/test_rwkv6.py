@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.errors import CheckpointError
-from svdconvert.inputs.model import open_home
+from svdconvert.inputs.model import open_model
 from svdconvert.models.rwkv6 import Rwkv6, load
 from svdconvert.models.wkv6 import EXACT, WIDE, Form, token_by_token
 from tests import rwkv_cpp
@@ -24,7 +24,7 @@ MORE = [5, 6, 7]
 
 def opened(path: Path, dtype: torch.dtype | None = torch.float32) -> Rwkv6:
     """The model of a checkpoint in any layout."""
-    home = open_home(str(path))
+    home = open_model(str(path))
     family = home.layout()[1].family
     assert family is not None
     return load(as_family(home.source, family.rules, str(path)), dtype)

@@ -1,6 +1,5 @@
 """Which tensor goes into which file, with huggingface_hub's splitter as the oracle."""
 
-
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings

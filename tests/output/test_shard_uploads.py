@@ -64,7 +64,7 @@ def whole(model: Path, decomposed: Build) -> dict[str, bytes]:
 
 
 def run(model: Path, out: Path, carrier: Carrier) -> None:
-    decompose(model, out, OPTIONS, Run(device="cpu", threads=1, shipment=carrier))
+    decompose(model, out, OPTIONS, Run(device="cpu", threads=1, shard_sink=carrier))
 
 
 def test_all_that_was_written_arrives_and_nothing_stays(

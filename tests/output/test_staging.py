@@ -18,7 +18,7 @@ from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError
 from svdconvert.output.plan import PlannedFile, plan_file
-from svdconvert.output.staging import MARK, StagedOutput
+from svdconvert.output.staging import MANIFEST_NAME, StagedOutput
 from svdconvert.output.uncached import UncachedWriter
 
 TENSORS = {
@@ -46,7 +46,7 @@ def write_all(output: StagedOutput, file: str = "model.safetensors", names: list
     for name in names or reversed(TENSORS):
         output.write(file, name, TENSORS[name])
         output.finish(name, {})
-    (output.path / MARK).write_text("{}")
+    (output.path / MANIFEST_NAME).write_text("{}")
 
 
 def same(found: dict[str, Tensor]) -> bool:
@@ -70,7 +70,7 @@ def test_the_library_reads_what_is_written_in_any_order(out: Path) -> None:
         write_all(output, "model.safetensors", ["wide", "half"])
         assert not out.exists()
     assert listing(out.parent) == ["out"]
-    assert listing(out) == ["model.safetensors", "sub", MARK]
+    assert listing(out) == ["model.safetensors", "sub", MANIFEST_NAME]
     assert same(load_file(out / "model.safetensors") | load_file(out / "sub" / "b.safetensors"))
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -153,7 +153,7 @@ def test_overwrite_replaces_a_finished_directory_only_at_the_end(out: Path) -> N
         write_all(output)
         assert (out / "old").exists()
     assert listing(out.parent) == ["out"]
-    assert listing(out) == ["model.safetensors", MARK]
+    assert listing(out) == ["model.safetensors", MANIFEST_NAME]
 
 
 @pytest.mark.parametrize(("mark", "overwrite"), [(False, False), (True, False), (False, True)])
@@ -161,7 +161,7 @@ def test_a_directory_that_holds_something_is_not_touched(out: Path, mark: bool, 
     out.mkdir(parents=True)
     (out / "precious").write_text("x")
     if mark:
-        (out / MARK).write_text("{}")
+        (out / MANIFEST_NAME).write_text("{}")
     before = listing(out)
     with pytest.raises(OutputError, match="not written by svdconvert" if overwrite else "not empty"):
         staged(out, overwrite=overwrite).__enter__()

@@ -9,7 +9,7 @@ import torch
 from svdconvert.commands.decompose import decompose
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.linalg.threads import side_by_side
+from svdconvert.linalg.threads import worker_pool
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline import runner
 from tests import medium
@@ -35,10 +35,10 @@ def test_workers_share_the_threads_and_give_them_back() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        with side_by_side(2) as pool:
+        with worker_pool(2) as pool:
             assert {pool.submit(torch.get_num_threads).result() for _ in range(4)} == {2}
         assert torch.get_num_threads() == 4
-        with pytest.raises(ZeroDivisionError), side_by_side(2):
+        with pytest.raises(ZeroDivisionError), worker_pool(2):
             torch.set_num_threads(1)
             raise ZeroDivisionError
         assert torch.get_num_threads() == 4

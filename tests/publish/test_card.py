@@ -14,7 +14,7 @@ from svdconvert import (
     LoraOptions,
     Run,
     SplitOptions,
-    TrainPlan,
+    TrainOptions,
     convert,
     decompose,
     merge,
@@ -45,7 +45,7 @@ def shop(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     decompose(base, room / "pissa", SplitOptions(rank=4), RUN)
     decompose(base, room / "start", SplitOptions(rank=4, method="lora"), RUN)
     decompose(base, room / "sorsa", SplitOptions(rank=4, method="sorsa"), RUN)
-    plan = TrainPlan(data=str(write_sums(room / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
+    plan = TrainOptions(data=str(write_sums(room / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
     train(room / "pissa", room / "trained", plan, RUN)
     to_lora(room / "trained", room / "lora", LoraOptions(rank=3))
     merge(room / "trained", room / "merged", run=RUN)

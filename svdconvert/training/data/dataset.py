@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from xxhash import xxh3_64
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.example import Example
 from svdconvert.training.data.packing import pack
@@ -20,7 +20,7 @@ Encode = Callable[[Iterable[Row]], Encoded]
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class DataSplits:
     """What a plan trains on."""
 
     train: Sequence[Example]
@@ -31,7 +31,7 @@ class Examples:
     """Checksum of all rows as read, by the name of the data."""
 
 
-def load_examples(plan: TrainPlan, encode: Encode) -> Examples:
+def read_dataset(plan: TrainOptions, encode: Encode) -> DataSplits:
     """Read and encode all that the plan names. Raises DataError where something cannot be used."""
     if plan.data is None:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
@@ -49,10 +49,10 @@ def load_examples(plan: TrainPlan, encode: Encode) -> Examples:
         rows, held_out = rows[:cut], rows[cut:]
     train = _kept(rows, plan.data, "training", plan)
     tested = _kept(held_out, plan.eval_data or plan.data, "held-out", plan) if held_out else []
-    return Examples(pack(train, plan.max_length) if plan.packing else train, tested, remarks, marks)
+    return DataSplits(pack(train, plan.max_length) if plan.packing else train, tested, remarks, marks)
 
 
-def _encoded(data: str, split: str, plan: TrainPlan, encode: Encode, marks: dict[str, str]) -> Encoded:
+def _encoded(data: str, split: str, plan: TrainOptions, encode: Encode, marks: dict[str, str]) -> Encoded:
     found, mark = read_rows(data, split), xxh3_64()
 
     def marked() -> Iterator[Row]:
@@ -84,7 +84,7 @@ def _refuse_long(rows: Encoded, max_length: int) -> None:
             )
 
 
-def _remarks(data: str, rows: Encoded, plan: TrainPlan) -> Iterator[str]:
+def _remarks(data: str, rows: Encoded, plan: TrainOptions) -> Iterator[str]:
     long = [number for number, row in enumerate(rows, start=1) if _is_long(row)]
     if long:
         first = rows[long[0] - 1]
@@ -101,7 +101,7 @@ def _remarks(data: str, rows: Encoded, plan: TrainPlan) -> Iterator[str]:
         )
 
 
-def _kept(rows: Encoded, data: str, part: str, plan: TrainPlan) -> list[Example]:
+def _kept(rows: Encoded, data: str, part: str, plan: TrainOptions) -> list[Example]:
     kept = [row for row in rows if row is not None and not (plan.too_long == "drop" and _is_long(row))]
     if not kept:
         raise DataError(

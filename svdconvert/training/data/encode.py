@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.data.prompts import Passage, Row, choose_fields, passage
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", plan: TrainPlan
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", plan: TrainOptions
 ) -> list[Example | None]:
     """One entry a row, in order; None for a row without a token in the loss.
 

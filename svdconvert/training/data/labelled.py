@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError, did_you_mean
 from svdconvert.training.data.example import Example
 from svdconvert.training.data.prompts import Row, known_fields
@@ -31,7 +31,7 @@ class Labelled:
     """Encodes rows; the first file that it reads says which labels there are."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    plan: TrainPlan
+    plan: TrainOptions
     labels: list[str] = field(default_factory=list)
     """The names of the classes in order; none for numbers."""
 
@@ -77,7 +77,7 @@ class Labelled:
         )
 
 
-def _fields(row: Row, plan: TrainPlan) -> tuple[str, ...]:
+def _fields(row: Row, plan: TrainOptions) -> tuple[str, ...]:
     names = plan.text_fields
     named = None if names is None else tuple(name.strip() for name in names.split(","))
     return known_fields(row, named, FIELD_SETS, "text_fields")

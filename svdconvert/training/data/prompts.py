@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def format_prompt(
     return (template or ALPACA).replace("{prompt}", prompt)
 
 
-def choose_fields(row: Row, plan: TrainPlan) -> tuple[str, ...]:
+def choose_fields(row: Row, plan: TrainOptions) -> tuple[str, ...]:
     """The fields to train on: (prompt, response), ("messages",) or ("text",).
 
     Raises DataError where the row has neither the plan's fields nor a known set.
@@ -99,7 +99,7 @@ def known_fields(
 
 
 def passage(
-    row: Row, fields: tuple[str, ...], plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase"
+    row: Row, fields: tuple[str, ...], plan: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> Passage:
     """The text of a row. Raises DataError where a field is absent or not text, or a chat does not render."""
     found = _passage(row, fields, plan, tokenizer)
@@ -107,7 +107,7 @@ def passage(
 
 
 def _passage(
-    row: Row, fields: tuple[str, ...], plan: TrainPlan, tokenizer: "PreTrainedTokenizerBase"
+    row: Row, fields: tuple[str, ...], plan: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> Passage:
     if fields == ("messages",):
         return _chat(_messages(row), tokenizer)

@@ -113,7 +113,7 @@ def _silent() -> Iterator[None]:
 
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silent, logger = are_progress_bars_disabled(), logging.getLogger("datasets")
+    disabled, logger = are_progress_bars_disabled(), logging.getLogger("datasets")
     level = logger.level
     disable_progress_bars()
     logger.setLevel(logging.CRITICAL)
@@ -121,5 +121,5 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        if not silent:
+        if not disabled:
             enable_progress_bars()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.linalg.factors import Factors
 from svdconvert.training.model.inject import adapted_layers
 from svdconvert.training.optim.loop import EvalLog, StepLog
@@ -22,9 +22,9 @@ class DriftLog:
     step: int
     sigma_drift: float
     """mean |s - s0|, of the singular values with the scale."""
-    left_turn: float
+    u_rotation: float
     """1 - mean |cos(u, u0)| of the left singular vectors: 0 where none has turned."""
-    right_turn: float
+    v_rotation: float
     """The same of the right ones."""
 
 
@@ -32,7 +32,7 @@ def with_drift(
     logs: Iterator[StepLog | EvalLog | DriftLog],
     model: nn.Module,
     start: Mapping[str, Factors],
-    plan: TrainPlan,
+    plan: TrainOptions,
     steps: int,
 ) -> Iterator[StepLog | EvalLog | DriftLog]:
     """The logs, and the drift behind the steps of the held-out losses and the last."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.training.logs.drift import DriftLog
-from svdconvert.training.logs.metrics_file import METRICS, SAMPLES, Lines
+from svdconvert.training.logs.metrics_file import METRICS, SAMPLES, MetricsFile
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
 from svdconvert.training.optim.checkpoints import Checkpoints
@@ -21,8 +21,8 @@ def record(
     """Pass the logs on, each written first: a line a log, and the model's answers at every measurement."""
     begin, leads = checkpoints.step, checkpoints.leads
     with (
-        Lines(directory / METRICS, begin, leads=leads) as metrics,
-        Lines(directory / SAMPLES, begin, leads=leads and bool(samples.prompts)) as answers,
+        MetricsFile(directory / METRICS, begin, leads=leads) as metrics,
+        MetricsFile(directory / SAMPLES, begin, leads=leads and bool(samples.prompts)) as answers,
         trackers,
     ):
         for log in logs:

@@ -10,7 +10,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 
-class Lines:
+class MetricsFile:
     """A file of JSON lines, each with its step, of a run that may go on after a kill; a context manager."""
 
     def __init__(self, path: Path, step: int, *, leads: bool = True) -> None:
@@ -30,7 +30,7 @@ class Lines:
         if self._path.is_file():
             os.fsync(self._stream.fileno())
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.optim.step import measuring
 
@@ -31,7 +31,7 @@ class Samples:
         model: nn.Module,
         tokenizer: "PreTrainedTokenizerBase",
         held_out: Sequence[Example],
-        plan: TrainPlan,
+        plan: TrainOptions,
     ) -> "Samples":
         """Of the first rows that are held out, as many as the plan wants."""
         prompts = [_prompt(row) for row in held_out[: plan.samples]]

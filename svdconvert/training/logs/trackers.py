@@ -4,14 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def require_trackers(plan: TrainPlan) -> None:
+def require_trackers(plan: TrainOptions) -> None:
     """Raise MissingPackageError where a tracker of the plan is not installed."""
     for name in plan.trackers:
         spec = find_spec(name)
@@ -23,7 +23,7 @@ def require_trackers(plan: TrainPlan) -> None:
 class Trackers:
     """The trackers of one run; a context manager."""
 
-    def __init__(self, accelerator: "Accelerator", plan: TrainPlan, name: str) -> None:
+    def __init__(self, accelerator: "Accelerator", plan: TrainOptions, name: str) -> None:
         """Start them, with the plan's options; a run has the name of its output."""
         self._accelerator = accelerator
         if plan.trackers:

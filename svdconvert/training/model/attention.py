@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -15,7 +15,7 @@ _SHORT = 512  # tokens; with 1024 nothing is gained any more, and the scores are
 
 
 @contextmanager
-def attention_for(model: nn.Module, plan: TrainPlan, accelerator: "Accelerator") -> Iterator[None]:
+def attention_for(model: nn.Module, plan: TrainOptions, accelerator: "Accelerator") -> Iterator[None]:
     """Compute short rows in bfloat16 on a CPU as matrix products, and as before afterwards.
 
     There torch's fused attention takes half as long again (docs/training.md). The plan decides and not the

@@ -62,7 +62,7 @@ def unfreeze(model: nn.Module, parameters: Iterable[str], layout: Layout) -> Non
             parameter.requires_grad_(True)
 
 
-def harvest_whole(model: nn.Module, parameters: Shapes, layout: Layout) -> dict[str, Tensor]:
+def extract_parameters(model: nn.Module, parameters: Shapes, layout: Layout) -> dict[str, Tensor]:
     """What has become of them: float32 copies on the CPU, in their shapes on disk."""
     found = {}
     for name, shape in parameters.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes, torch_dtype
 from svdconvert.config.sizes import parse_size
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.manifest.fingerprint import checksum
@@ -19,19 +19,19 @@ from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.output.sidecars import finish_model
 from svdconvert.output.staging import StagedOutput
 from svdconvert.training.model.load import load_network
-from svdconvert.training.start import Start
+from svdconvert.training.start import TrainingStart
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class FineTunedModel:
     """A network of which everything is trained, and the checkpoint that it ends in."""
 
-    start: Start
+    start: TrainingStart
     network: nn.Module
     source: TensorSource
 
     @staticmethod
-    def load(start: Start, *, trust_remote_code: bool) -> "WholeModel":
+    def load(start: TrainingStart, *, trust_remote_code: bool) -> "FineTunedModel":
         """In float32, whatever the checkpoint is stored in: a small step is nothing to a bfloat16 number.
 
         Raises ArtifactError where what is trained could not be written back under the checkpoint's names.
@@ -39,7 +39,7 @@ class WholeModel:
         layout = LAYOUTS.get(start.layout)
         network = load_network(start.weights, layout, torch.float32, trust_remote_code=trust_remote_code)
         network.requires_grad_(True)
-        found = WholeModel(start, network, open_checkpoint(start.weights))
+        found = FineTunedModel(start, network, open_checkpoint(start.weights))
         written = {id(parameter) for parameter in found._live(layout).values()}
         for name, parameter in network.named_parameters():
             if id(parameter) not in written:
@@ -72,7 +72,7 @@ class WholeModel:
         finish_model(Path(self.start.weights), staged.path, self.files)
         return marks
 
-    def manifest(self, plan: TrainPlan, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
+    def manifest(self, plan: TrainOptions, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
         """Of a plain checkpoint."""
         return Manifest(
             kind="merged",

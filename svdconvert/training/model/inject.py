@@ -74,7 +74,7 @@ def _misfit(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
     return ", ".join(wrong)
 
 
-def harvest(model: nn.Module) -> dict[str, Factors]:
+def extract_factors(model: nn.Module) -> dict[str, Factors]:
     """The factors of every adapted layer by its name, as float32 copies on the CPU."""
     return {path: layer.factors() for path, layer in adapted_layers(model)}
 

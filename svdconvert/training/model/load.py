@@ -13,7 +13,7 @@ from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import CheckpointError
-from svdconvert.layouts.base import Family, Layout
+from svdconvert.layouts.base import Layout, LayoutFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,12 +101,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def _own(family: Family) -> Any:
+def _own(family: LayoutFamily) -> Any:
     """The module that makes the family's network."""
     return import_module(f"svdconvert.models.{family.name}")
 
 
-def _tensors(place: Path, family: Family) -> TensorSource:
+def _tensors(place: Path, family: LayoutFamily) -> TensorSource:
     return as_family(open_checkpoint(place), family.rules, str(place))
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
-def make_accelerator(plan: TrainPlan) -> "Accelerator":
+def make_accelerator(plan: TrainOptions) -> "Accelerator":
     """Accelerate for the plan's device and precision, whatever this process had trained before.
 
     Raises RecipeError where there is no such device or precision, or where accelerate is set to shard.

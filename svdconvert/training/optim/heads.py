@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.optim.objective import Batch, Findings
+from svdconvert.training.optim.objective import Batch, Predictions
 from svdconvert.training.optim.scores import class_scores, number_scores
 
 
@@ -32,12 +32,12 @@ class WholeRow:
         types = [row.types for row in rows if row.types is not None]
         return batch | ({"token_type_ids": pad_sequence(types, batch_first=True).long()} if types else {})
 
-    def muted(self, batch: Batch) -> Batch:
+    def masked(self, batch: Batch) -> Batch:
         """The batch with nothing in the loss."""
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
     def loss_sum(
-        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Findings | None = None
+        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Predictions | None = None
     ) -> Tensor:
         """The rows' losses, summed."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -51,7 +51,7 @@ class WholeRow:
             return cross_entropy(logits, labels_B, reduction="sum", ignore_index=IGNORED)
         return mse_loss(guessed_B[wanted_B], labels_B[wanted_B].float(), reduction="sum")
 
-    def scores(self, found: Findings) -> dict[str, float]:
+    def scores(self, found: Predictions) -> dict[str, float]:
         """Accuracy, F1 and Matthews' correlation of classes; Pearson's and Spearman's of numbers."""
         labels, guesses = [label for label, _ in found], [guess for _, guess in found]
         return class_scores(labels, guesses, self.classes) if self.classes else number_scores(labels, guesses)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import SvdConvertError
-from svdconvert.training.data.dataset import Examples
+from svdconvert.training.data.dataset import DataSplits
 from svdconvert.training.model.attention import attention_for
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import Checkpoints
@@ -47,7 +47,7 @@ class EvalLog:
 
 
 @dataclass(slots=True)
-class Course:
+class TrainState:
     """How far a run has come."""
 
     step: int = 0
@@ -62,9 +62,9 @@ class Course:
 
 def fit(  # noqa: PLR0913 (what is trained, on what, for what, how, where, and from where it goes on)
     model: nn.Module,
-    examples: Examples,
+    examples: DataSplits,
     objective: Objective,
-    plan: TrainPlan,
+    plan: TrainOptions,
     accelerator: "Accelerator | None" = None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[StepLog | EvalLog]:
@@ -106,9 +106,9 @@ class _Run:
     """A trainer on its way through the steps of a plan."""
 
     trainer: Trainer
-    examples: Examples
+    examples: DataSplits
     total: int
-    course: Course = field(default_factory=Course)
+    course: TrainState = field(default_factory=TrainState)
 
     def step(self) -> StepLog:
         step, plan = self.course.step + 1, self.trainer.plan
@@ -145,7 +145,7 @@ class _Run:
         self.trainer.take(self.course.best)
 
     def state(self) -> dict[str, Any]:
-        course = {name: getattr(self.course, name) for name in Course.__slots__}
+        course = {name: getattr(self.course, name) for name in TrainState.__slots__}
         return {"course": course, "trainer": self.trainer.state()}
 
     def restore(self, state: dict[str, Any]) -> None:

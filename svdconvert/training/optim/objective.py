@@ -16,7 +16,7 @@ from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.optim.crossentropy import summed_cross_entropy
 
 Batch = dict[str, Tensor]
-Findings = list[tuple[float, float]]
+Predictions = list[tuple[float, float]]
 """(true label, the model's) of every row that has one."""
 
 
@@ -26,18 +26,18 @@ class Objective(Protocol):
     def batch(self, rows: Sequence[Example]) -> Batch:
         """The rows as tensors, on the CPU."""
 
-    def muted(self, batch: Batch) -> Batch:
+    def masked(self, batch: Batch) -> Batch:
         """The batch with nothing in the loss."""
 
     def loss_sum(
-        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Findings | None = None
+        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Predictions | None = None
     ) -> Tensor:
         """The loss in float32, summed over all that is in it; `model` is `plain` as accelerate wraps it.
 
         What the scores are made of is added to `found`.
         """
 
-    def scores(self, found: Findings) -> dict[str, float]:
+    def scores(self, found: Predictions) -> dict[str, float]:
         """Measures of all that was found, by name."""
 
 
@@ -51,12 +51,12 @@ class NextToken:
         """input_ids, labels and, where a row is several texts, position_ids: int64, (B, T)."""
         return collate(rows, self.pad_id)
 
-    def muted(self, batch: Batch) -> Batch:
+    def masked(self, batch: Batch) -> Batch:
         """The batch with nothing in the loss."""
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
     def loss_sum(
-        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Findings | None = None
+        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Predictions | None = None
     ) -> Tensor:
         """Cross entropy, summed over the batch's tokens in the loss."""
         # Position t predicts token t + 1, so the last predicts nothing.
@@ -69,7 +69,7 @@ class NextToken:
         logits_NV = logits.flatten(0, 1) if cut else logits[chosen_BT]
         return summed_cross_entropy(logits_NV, wanted_BT[chosen_BT])
 
-    def scores(self, found: Findings) -> dict[str, float]:
+    def scores(self, found: Predictions) -> dict[str, float]:
         """None beside the loss."""
         return {}
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
 PUBLISHED = 4e-4
 """gamma of SORSA's published script."""
 
 
-def penalty_weight(plan: TrainPlan) -> float:
+def penalty_weight(plan: TrainOptions) -> float:
     """The weight of P beside the loss, 0 where the plan has none.
 
     By the rule "reference" the plan's number gamma counts gamma / (lr * accumulate). That is what SORSA's

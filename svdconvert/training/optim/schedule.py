@@ -2,10 +2,10 @@
 
 from math import ceil, cos, pi
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 
 
-def learning_rate(plan: TrainPlan, step: int, total: int) -> float:
+def learning_rate(plan: TrainOptions, step: int, total: int) -> float:
     """The rate of step `step` of 1 to `total`: a linear rise over the warm-up, then the plan's schedule.
 
     Without a warm-up these are transformers' schedules. With one, theirs give the first step the rate 0 and

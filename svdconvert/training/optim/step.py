@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
 from svdconvert.training.data.example import Example
 from svdconvert.training.model.adapted_linear import AdaptedLinear
-from svdconvert.training.optim.objective import Batch, Findings, Objective
+from svdconvert.training.optim.objective import Batch, Objective, Predictions
 from svdconvert.training.optim.orthonormality import Penalty, penalty_weight
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class NotFiniteError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class StepResult:
     """What a step was taken with."""
 
     loss: float
@@ -50,13 +50,13 @@ class Trainer:
     """`plain` as accelerate wraps it."""
     optimizer: Any
     objective: Objective
-    plan: TrainPlan
+    plan: TrainOptions
     accelerator: "Accelerator"
     penalty: Penalty | None = None
 
     @staticmethod
     def ready(
-        plain: nn.Module, objective: Objective, plan: TrainPlan, accelerator: "Accelerator"
+        plain: nn.Module, objective: Objective, plan: TrainOptions, accelerator: "Accelerator"
     ) -> "Trainer":
         """Place the model on its device, and start AdamW on all that it has to train."""
         weight = penalty_weight(plan)
@@ -92,10 +92,10 @@ class Trainer:
             start = index % count * size
             batch = self.objective.batch(rows[start : start + size])
             if index >= count:
-                batch = self.objective.muted(batch)
+                batch = self.objective.masked(batch)
             yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    def step(self, rows: Sequence[Example], rate: float) -> "Stepped":
+    def step(self, rows: Sequence[Example], rate: float) -> "StepResult":
         """One optimizer step. Raises NotFiniteError, with the step not taken."""
         count = sum(row.loss_tokens for row in rows)
         batches = list(self.batches(rows))
@@ -116,7 +116,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Stepped(mean, count, penalty)
+        return StepResult(mean, count, penalty)
 
     def _clip(self) -> None:
         if not self.plan.clip:
@@ -138,7 +138,7 @@ class Trainer:
         """(mean loss over the tokens of all rows, scores), without dropout."""
         from accelerate.utils import gather_object
 
-        found: Findings = []
+        found: Predictions = []
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         with measuring(self.plain):
             for batch in self.batches(rows):

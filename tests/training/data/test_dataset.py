@@ -9,10 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.dataset import Examples
-from svdconvert.training.data.dataset import load_examples as load
+from svdconvert.training.data.dataset import DataSplits
+from svdconvert.training.data.dataset import read_dataset as load
 from svdconvert.training.data.encode import collate, encode
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.data.packing import pack
@@ -24,7 +24,7 @@ ROWS = [{"question": f"q{n}", "answer": f"{n}"} for n in range(5)]
 TEXTS = [*ROWS, {"question": "q5", "answer": "072"}, {"question": "q6", "answer": "None"}]
 
 
-def load_examples(plan: TrainPlan, tokenizer: Any) -> Examples:
+def read_dataset(plan: TrainOptions, tokenizer: Any) -> DataSplits:
     return load(plan, partial(encode, tokenizer=tokenizer, plan=plan))
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_named(name: str, content: str | None, complaint:
 
 def test_the_last_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
-    loaded = load_examples(TrainPlan(data=data, eval_rows=2, template="none"), tokenizer)
+    loaded = read_dataset(TrainOptions(data=data, eval_rows=2, template="none"), tokenizer)
     assert [learnt(example, tokenizer) for example in loaded.train] == ["0</s>", "1</s>", "2</s>"]
     assert [learnt(example, tokenizer) for example in loaded.held_out] == ["3</s>", "4</s>"]
     assert loaded.remarks == []
@@ -96,8 +96,8 @@ def test_the_last_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_a_file_of_its_own_is_held_out_whole(tmp_path: Path, tokenizer: Any) -> None:
     data, eval_data = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [{"text": "abc"}])
-    plan = TrainPlan(data=data, eval_data=eval_data, eval_rows=2, template="none")
-    loaded = load_examples(plan, tokenizer)
+    plan = TrainOptions(data=data, eval_data=eval_data, eval_rows=2, template="none")
+    loaded = read_dataset(plan, tokenizer)
     assert (len(loaded.train), len(loaded.held_out)) == (5, 1)
 
 
@@ -106,7 +106,7 @@ LONG = {"question": "a long question", "answer": "5"}
 
 def test_rows_without_anything_to_learn_are_left_out_and_named(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", [*ROWS, LONG])
-    loaded = load_examples(TrainPlan(data=data, template="none", max_length=8), tokenizer)
+    loaded = read_dataset(TrainOptions(data=data, template="none", max_length=8), tokenizer)
     assert len(loaded.train) == 5
     (remark,) = loaded.remarks
     said = "1 of 6 rows are left out, with nothing to learn within max_length 8; the first is row 6"
@@ -118,8 +118,8 @@ def test_rows_that_are_too_long_are_cut_or_left_out_and_named(
     too_long: Any, left: int, word: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     data = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "q", "answer": "0123456789"}, *ROWS[2:]])
-    plan = TrainPlan(data=data, template="none", max_length=8, too_long=too_long)
-    loaded = load_examples(plan, tokenizer)
+    plan = TrainOptions(data=data, template="none", max_length=8, too_long=too_long)
+    loaded = read_dataset(plan, tokenizer)
     assert len(loaded.train) == left
     (remark,) = loaded.remarks
     said = f"1 of 6 rows are longer than max_length 8 and are {word}; the first is row 3 with 13 tokens"
@@ -128,9 +128,9 @@ def test_rows_that_are_too_long_are_cut_or_left_out_and_named(
 
 def test_rows_that_are_too_long_can_be_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "q", "answer": "0123456789"}])
-    plan = TrainPlan(data=data, template="none", max_length=8, too_long="refuse")
+    plan = TrainOptions(data=data, template="none", max_length=8, too_long="refuse")
     with pytest.raises(DataError, match=r"rows.jsonl: row 6 has 13 tokens within max_length 8: give"):
-        load_examples(plan, tokenizer)
+        read_dataset(plan, tokenizer)
 
 
 # --- packing ----------------------------------------------------------------------------------------------
@@ -169,21 +169,21 @@ def test_data_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer: Any
     with pytest.raises(
         DataError, match="rows.jsonl: not one of the 5 training rows has a response within max_length 8"
     ):
-        load_examples(TrainPlan(data=data, max_length=8), tokenizer)
+        read_dataset(TrainOptions(data=data, max_length=8), tokenizer)
 
 
 def test_holding_out_everything_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match="eval_rows holds out 5 of its 5 rows"):
-        load_examples(TrainPlan(data=data, eval_rows=5), tokenizer)
+        read_dataset(TrainOptions(data=data, eval_rows=5), tokenizer)
 
 
 def test_no_data_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="nothing to train on"):
-        load_examples(TrainPlan(), tokenizer)
+        read_dataset(TrainOptions(), tokenizer)
 
 
 def test_an_error_in_a_row_names_the_file_too(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "q"}])
     with pytest.raises(DataError, match=r"rows.jsonl: row 6: it has no answer"):
-        load_examples(TrainPlan(data=data), tokenizer)
+        read_dataset(TrainOptions(data=data), tokenizer)

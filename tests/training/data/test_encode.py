@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.encode import collate, encode, padding_id
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.data.prompts import ALPACA, ALPACA_WITH_INPUT, format_prompt
 
-PLAIN = TrainPlan(template="none")
+PLAIN = TrainOptions(template="none")
 
 
-def one(row: dict[str, Any], tokenizer: Any, plan: TrainPlan = PLAIN) -> Example:
+def one(row: dict[str, Any], tokenizer: Any, plan: TrainOptions = PLAIN) -> Example:
     (example,) = encode([row], tokenizer, plan)
     assert example is not None
     return example
@@ -46,7 +46,7 @@ def learnt(example: Example, tokenizer: Any) -> str:
     ids=lambda value: "/".join(value) if isinstance(value, dict) else "",
 )
 def test_known_fields_are_found_unasked(row: dict[str, Any], prompt: str, tokenizer: Any) -> None:
-    example = one(row, tokenizer, TrainPlan())
+    example = one(row, tokenizer, TrainOptions())
     assert text(example, tokenizer) == "<s>" + prompt.replace("{prompt}", "1+1?") + "2</s>"
     assert learnt(example, tokenizer) == "2</s>"
 
@@ -54,9 +54,9 @@ def test_known_fields_are_found_unasked(row: dict[str, Any], prompt: str, tokeni
 def test_an_input_gets_alpacas_own_headline(tokenizer: Any) -> None:
     row = {"instruction": "Add.", "input": "1 1", "output": "2"}
     before = ALPACA_WITH_INPUT.replace("{prompt}", "Add.\n\n### Input:\n1 1")
-    assert text(one(row, tokenizer, TrainPlan()), tokenizer) == f"<s>{before}2</s>"
+    assert text(one(row, tokenizer, TrainOptions()), tokenizer) == f"<s>{before}2</s>"
     assert (
-        text(one(row, tokenizer, TrainPlan(template="Q {prompt} A ")), tokenizer)
+        text(one(row, tokenizer, TrainOptions(template="Q {prompt} A ")), tokenizer)
         == "<s>Q Add.\n\n1 1 A 2</s>"
     )
 
@@ -68,13 +68,13 @@ def test_a_text_is_learnt_from_its_first_character(tokenizer: Any) -> None:
 
 
 def test_other_fields_can_be_named(tokenizer: Any) -> None:
-    plan = TrainPlan(prompt_field="ask", response_field="say", template="none")
+    plan = TrainOptions(prompt_field="ask", response_field="say", template="none")
     row = {"ask": "a", "say": "b", "question": "no", "answer": "no"}
     assert text(one(row, tokenizer, plan), tokenizer) == "<s>ab</s>"
 
 
 def test_a_named_field_that_is_not_there_is_named_with_its_neighbour(tokenizer: Any) -> None:
-    plan = TrainPlan(prompt_field="question", response_field="anser")
+    plan = TrainOptions(prompt_field="question", response_field="anser")
     with pytest.raises(DataError, match=r"row 1: there is no field anser.*did you mean answer\?"):
         encode([{"question": "a", "answer": "b"}], tokenizer, plan)
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_ends_sequences_itself_gets_no_second_end(tokenizer: An
 
 
 def test_a_template_that_writes_the_first_token_gets_no_second_one(tokenizer: Any) -> None:
-    plan = TrainPlan(template="<s>[{prompt}]")
+    plan = TrainOptions(template="<s>[{prompt}]")
     assert text(one({"prompt": "a", "completion": "b"}, tokenizer, plan), tokenizer) == "<s>[a]b</s>"
 
 
@@ -154,7 +154,7 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("template", [None, "none", "chat", "{not a field} {prompt}:"])
 def test_format_prompt_gives_the_prompt_of_the_training_rows(template: str | None, tokenizer: Any) -> None:
-    example = one({"question": "1+1?", "answer": "2"}, tokenizer, TrainPlan(template=template))
+    example = one({"question": "1+1?", "answer": "2"}, tokenizer, TrainOptions(template=template))
     masked = tokenizer.decode(example.input_ids[example.labels == IGNORED].tolist())
     prompt = format_prompt("1+1?", template, tokenizer)
     assert masked.removeprefix("<s>") == prompt.removeprefix("<s>")
@@ -169,7 +169,7 @@ def test_format_prompt_without_a_chat_template_says_so(tokenizer: Any) -> None:
 
 def test_a_template_needs_a_place_for_the_prompt() -> None:
     with pytest.raises(ValueError, match=r"template is a text with \{prompt\}"):
-        TrainPlan(template="Question: {question}")
+        TrainOptions(template="Question: {question}")
 
 
 # --- chats ------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_what_the_chat_template_refuses_is_told(tokenizer: Any) -> None:
 
 
 def test_a_long_response_is_cut_and_its_end_is_not_learnt(tokenizer: Any) -> None:
-    plan = TrainPlan(template="none", max_length=4)
+    plan = TrainOptions(template="none", max_length=4)
     example = one({"prompt": "a", "completion": "bcdef"}, tokenizer, plan)
     assert text(example, tokenizer) == "<s>abc"
     assert learnt(example, tokenizer) == "bc"
@@ -254,7 +254,7 @@ def test_a_row_without_a_token_in_the_loss_is_none(tokenizer: Any) -> None:
         {"prompt": "a", "completion": ""},
         {"prompt": "a", "completion": "f"},
     ]
-    first, second, third = encode(rows, tokenizer, TrainPlan(template="none", max_length=6))
+    first, second, third = encode(rows, tokenizer, TrainOptions(template="none", max_length=6))
     assert first is None
     assert second is None
     assert third is not None

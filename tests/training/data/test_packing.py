@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svdconvert.commands.train import train
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
 from svdconvert.training.data.encode import collate
 from svdconvert.training.data.example import Example
@@ -71,8 +71,8 @@ def test_packing_takes_fewer_steps_for_the_same_rows(checkpoint: Build, tmp_path
     data = write_sums(tmp_path / "sums.jsonl", rows=12)
     plan = {"data": str(data), "template": "none", "max_length": 64, "batch_size": 1, "epochs": 1.0}
     split = SplitOptions(rank=4)
-    train(base, tmp_path / "packed", TrainPlan(**plan, packing=True), split=split)
-    train(base, tmp_path / "plain", TrainPlan(**plan), split=split)
+    train(base, tmp_path / "packed", TrainOptions(**plan, packing=True), split=split)
+    train(base, tmp_path / "plain", TrainOptions(**plan), split=split)
     steps = [(tmp_path / out / "metrics.jsonl").read_text().count('"lr"') for out in ("packed", "plain")]
     assert (steps[0] < 5, steps[1]) == (True, 12)
     assert tensors(tmp_path / "packed").keys() == tensors(tmp_path / "plain").keys()

@@ -33,7 +33,7 @@ def as_pair(factors: Factors) -> Factors:
 def test_nothing_has_moved_at_the_start(trains: frozenset[str]) -> None:
     factors = start() if trains == TRIPLE else as_pair(start())
     found = drift(installed(factors, trains), {"q": factors}, 0)
-    assert max(abs(found.sigma_drift), abs(found.left_turn), abs(found.right_turn)) < 1e-5
+    assert max(abs(found.sigma_drift), abs(found.u_rotation), abs(found.v_rotation)) < 1e-5
 
 
 @pytest.mark.parametrize("trains", [TRIPLE, PAIR], ids=["three factors", "two factors"])
@@ -49,8 +49,8 @@ def test_it_is_what_numpy_says(trains: frozenset[str]) -> None:
     assert found.step == 5
     assert found.sigma_drift == pytest.approx(2.0 * np.abs(s1[:3] - s0[:3]).mean(), rel=1e-4)
     cosines = [abs(u1[:, k] @ u0[:, k]) for k in range(3)], [abs(v1[k] @ v0[k]) for k in range(3)]
-    assert found.left_turn == pytest.approx(1 - np.mean(cosines[0]), abs=1e-5)
-    assert found.right_turn == pytest.approx(1 - np.mean(cosines[1]), abs=1e-5)
+    assert found.u_rotation == pytest.approx(1 - np.mean(cosines[0]), abs=1e-5)
+    assert found.v_rotation == pytest.approx(1 - np.mean(cosines[1]), abs=1e-5)
 
 
 def noise(rows: int, columns: int, seed: int) -> Tensor:

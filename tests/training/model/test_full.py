@@ -9,7 +9,7 @@ import torch
 
 from svdconvert.commands.decompose import decompose
 from svdconvert.commands.train import train
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.decompose import SplitOptions
@@ -21,9 +21,9 @@ Build = Callable[..., Path]
 FULL = SplitOptions(method="full")
 
 
-def plan(room: Path, **values: Any) -> TrainPlan:
+def plan(room: Path, **values: Any) -> TrainOptions:
     usual: dict[str, Any] = {"steps": 3, "batch_size": 2, "max_length": 48, "lr": 1e-3, "device": "cpu"}
-    return TrainPlan(data=str(write_sums(room / "sums.jsonl")), **(usual | values))
+    return TrainOptions(data=str(write_sums(room / "sums.jsonl")), **(usual | values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

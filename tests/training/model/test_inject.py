@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import Factors
 from svdconvert.training.model.adapted_linear import AdaptedLinear
-from svdconvert.training.model.inject import harvest, install, trainable_count
+from svdconvert.training.model.inject import extract_factors, install, trainable_count
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 BOTH = frozenset({"lora_A", "lora_B"})
@@ -50,7 +50,7 @@ def test_an_installed_model_computes_the_merged_one(make_model: MakeModel) -> No
 def test_harvest_is_the_inverse_of_install(make_model: MakeModel) -> None:
     model = make_model()
     install(model, PIECES, BOTH)
-    got = harvest(model)
+    got = extract_factors(model)
     assert got.keys() == PIECES.keys()
     for path, (piece, _) in PIECES.items():
         assert torch.equal(got[path].left_OR, piece.left_OR)
@@ -76,7 +76,7 @@ def test_one_error_lists_all_that_does_not_fit_and_nothing_is_changed(make_model
         "lora_B is (32, 2) instead of (48, 2)",
         "model.layers.0.mlp.gate_proj: lora_A is (3, 32) instead of (2, 32), lora_S is (3,) instead of (2,)",
     ]
-    assert harvest(model) == {}
+    assert extract_factors(model) == {}
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -101,4 +101,4 @@ def test_a_layer_that_two_paths_share_is_adapted_under_each() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": shared})
     install(model, {"a": (factors(4, 4), 1.0), "b": (factors(4, 4), 1.0)}, BOTH)
-    assert harvest(model).keys() == {"a", "b"}
+    assert extract_factors(model).keys() == {"a", "b"}

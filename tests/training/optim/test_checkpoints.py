@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from svdconvert.config.train import TrainPlan
-from svdconvert.training.data.dataset import Examples
+from svdconvert.config.train import TrainOptions
+from svdconvert.training.data.dataset import DataSplits
 from svdconvert.training.optim.checkpoints import Checkpoints
 from svdconvert.training.optim.loop import fit
 from svdconvert.training.optim.objective import NextToken
@@ -24,9 +24,9 @@ def states(folder: Path, every: int = 1) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", every=every)
 
 
-def stopped(model: LlamaForCausalLM, plan: TrainPlan, folder: Path, logs: int, every: int = 1) -> None:
+def stopped(model: LlamaForCausalLM, plan: TrainOptions, folder: Path, logs: int, every: int = 1) -> None:
     """Train until so many logs were seen, and leave without a word."""
-    rows = Examples(examples(10), examples(3, seed=5))
+    rows = DataSplits(examples(10), examples(3, seed=5))
     course = fit(model, rows, NextToken(2), plan, None, states(folder, every))
     for _ in range(logs):
         next(course)
@@ -36,7 +36,7 @@ def stopped(model: LlamaForCausalLM, plan: TrainPlan, folder: Path, logs: int, e
 @pytest.mark.parametrize("plan", [COURSE, replace(COURSE, precision="bf16")], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("seen", [3, 5, 9])
 def test_a_stopped_run_ends_like_one_that_was_not(
-    plan: TrainPlan, seen: int, make_model: MakeModel, tmp_path: Path
+    plan: TrainOptions, seen: int, make_model: MakeModel, tmp_path: Path
 ) -> None:
     rows = {"train": examples(10), "held_out": examples(3, seed=5)}
     whole, parts = adapted(make_model(), 0.3), adapted(make_model(), 0.3)
@@ -111,7 +111,7 @@ def test_the_best_weights_are_those_of_the_least_held_out_loss(make_model: MakeM
     run(kept, replace(plan, keep_best=True), held_out=held_out)
     assert all(torch.equal(tensor, weights(kept)[name]) for name, tensor in weights(until).items())
     # and a run that goes on has not forgotten them
-    resumed, rows = adapted(make_model()), Examples(examples(12), held_out)
+    resumed, rows = adapted(make_model()), DataSplits(examples(12), held_out)
     plan = replace(plan, keep_best=True)
     course = fit(adapted(make_model()), rows, NextToken(2), plan, None, states(tmp_path))
     assert any(log.step == best + 2 for log in course)

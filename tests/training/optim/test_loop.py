@@ -9,20 +9,20 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaForCausalLM
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError, SvdConvertError
 from svdconvert.linalg.factors import Factors
-from svdconvert.training.data.dataset import Examples
+from svdconvert.training.data.dataset import DataSplits
 from svdconvert.training.data.encode import collate
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.model.inject import harvest, install
+from svdconvert.training.model.inject import extract_factors, install
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.loop import EvalLog, StepLog, fit
 from svdconvert.training.optim.objective import NextToken
 from svdconvert.training.optim.schedule import learning_rate
 
 MakeModel = Callable[..., LlamaForCausalLM]
-PLAN = TrainPlan(lr=1e-2, steps=4, batch_size=4, precision="fp32", device="cpu", warmup=0.0)
+PLAN = TrainOptions(lr=1e-2, steps=4, batch_size=4, precision="fp32", device="cpu", warmup=0.0)
 BOTH = frozenset({"lora_A", "lora_B"})
 
 
@@ -57,8 +57,8 @@ def adapted(model: LlamaForCausalLM, dropout: float = 0.0) -> LlamaForCausalLM:
     return model
 
 
-def run(model: LlamaForCausalLM, plan: TrainPlan = PLAN, **options: Any) -> list[StepLog | EvalLog]:
-    rows = Examples(options.get("train", examples(12)), options.get("held_out", []))
+def run(model: LlamaForCausalLM, plan: TrainOptions = PLAN, **options: Any) -> list[StepLog | EvalLog]:
+    rows = DataSplits(options.get("train", examples(12)), options.get("held_out", []))
     return list(fit(model, rows, NextToken(options.get("pad_id", 2)), plan, None, options.get("checkpoints")))
 
 
@@ -71,7 +71,9 @@ def held_out_losses(logs: list[StepLog | EvalLog]) -> dict[int, float]:
 
 
 def weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    return {f"{path}.{name}": t for path, f in harvest(model).items() for name, t in f.pieces().items()}
+    return {
+        f"{path}.{name}": t for path, f in extract_factors(model).items() for name, t in f.pieces().items()
+    }
 
 
 # --- what is minimised ------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def test_accumulation_weighs_by_tokens_so_that_only_the_product_matters(
 
 
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, dropout=0.3)], ids=["plain", "dropout"])
-def test_the_same_seed_gives_the_same_bits(plan: TrainPlan, make_model: MakeModel) -> None:
+def test_the_same_seed_gives_the_same_bits(plan: TrainOptions, make_model: MakeModel) -> None:
     models = [adapted(make_model(), plan.dropout) for _ in range(2)]
     first, second = (run(model, plan, held_out=examples(3, seed=5)) for model in models)
     assert first == second
@@ -205,7 +207,7 @@ def test_the_logs_come_in_order(make_model: MakeModel) -> None:
 
 
 def rates(total: int, **options: Any) -> list[float]:
-    plan = TrainPlan(lr=1.0, **options)
+    plan = TrainOptions(lr=1.0, **options)
     return [learning_rate(plan, step, total) for step in range(1, total + 1)]
 
 
@@ -329,7 +331,7 @@ def test_the_model_gets_its_settings_back(precision: str, ends: str, make_model:
     attributes, forward = set(vars(model)), model.forward
     rate = 1e30 if ends == "in an error" else 1e-2
     logs = fit(
-        model, Examples(examples(12)), NextToken(0), replace(PLAN, precision=precision, lr=rate, steps=40)
+        model, DataSplits(examples(12)), NextToken(0), replace(PLAN, precision=precision, lr=rate, steps=40)
     )
     next(logs)
     assert model.config.use_cache is False

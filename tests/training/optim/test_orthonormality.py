@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.linalg.factors import Factors
 from svdconvert.training.data.encode import Example
 from svdconvert.training.model.adapted_linear import AdaptedLinear
@@ -82,9 +82,11 @@ def test_it_is_about_trained_sides_of_adapters_with_singular_values_alone() -> N
 
 def test_the_reference_rule_is_the_published_scripts_effective_coefficient() -> None:
     published: dict[str, Any] = {"lr": 3e-5, "accumulate": 64, "penalty": 4e-4}
-    assert penalty_weight(TrainPlan(**published, penalty_rule="reference")) == pytest.approx(0.2083, rel=1e-3)
-    assert penalty_weight(TrainPlan(**published)) == 4e-4
-    assert penalty_weight(TrainPlan()) == 0.0
+    assert penalty_weight(TrainOptions(**published, penalty_rule="reference")) == pytest.approx(
+        0.2083, rel=1e-3
+    )
+    assert penalty_weight(TrainOptions(**published)) == 4e-4
+    assert penalty_weight(TrainOptions()) == 0.0
 
 
 def _rows(count: int) -> list[Example]:
@@ -93,7 +95,7 @@ def _rows(count: int) -> list[Example]:
     return [Example(ids, ids.clone()) for ids in rows]
 
 
-def _taken(model: LlamaForCausalLM, plan: TrainPlan) -> dict[str, Tensor]:
+def _taken(model: LlamaForCausalLM, plan: TrainOptions) -> dict[str, Tensor]:
     """The gradients that AdamW is given in one step of `plan`."""
     pieces = {}
     for number, (path, module) in enumerate(model.named_modules()):
@@ -126,8 +128,8 @@ def test_no_circumstance_of_a_step_changes_its_weight(
 ) -> None:
     values = {"lr": 1e-3, "steps": 1, "device": "cpu", "precision": "fp32"} | CIRCUMSTANCES[name]
     try:
-        without, model = _taken(make_model(), TrainPlan(**values)), make_model()
-        found = _taken(model, TrainPlan(**values, penalty=0.3))
+        without, model = _taken(make_model(), TrainOptions(**values)), make_model()
+        found = _taken(model, TrainOptions(**values, penalty=0.3))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     model.zero_grad()

@@ -6,12 +6,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from svdconvert.config.train import TrainPlan
+from svdconvert.config.train import TrainOptions
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.optim.objective import NextToken
 from svdconvert.training.optim.step import Trainer
 
-PLAN = TrainPlan(batch_size=2, accumulate=2)
+PLAN = TrainOptions(batch_size=2, accumulate=2)
 ROWS = [
     Example(torch.full((3,), n, dtype=torch.int32), torch.full((3,), n, dtype=torch.int32)) for n in range(13)
 ]
