@@ -22,7 +22,7 @@ from tests.conftest import Build
 from tests.program import succeeded
 from tests.reading import readable, write_sums
 from tests.stock import adapted, logits, plain
-from tests.test_architecture import LEVELS
+from tests.test_architecture import LEVELS, PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -154,6 +154,13 @@ def test_a_relative_link_resolves(path: Path) -> None:
 def test_a_page_uses_the_terms_of_the_field(path: Path) -> None:
     text = " ".join(path.read_text().lower().split())
     assert {word: term for word, term in REPLACED.items() if re.search(rf"\b{word}s?\b", text)} == {}
+
+
+def test_every_named_file_of_the_code_exists() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    named = {*re.findall(r"`((?:\w+/)+\w+\.py)\b", text)}
+    assert len(named) > 10
+    assert [name for name in named if not any((top / name).exists() for top in (ROOT, PACKAGE))] == []
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
