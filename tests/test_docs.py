@@ -156,6 +156,15 @@ def test_a_page_uses_the_terms_of_the_field(path: Path) -> None:
     assert {word: term for word, term in REPLACED.items() if re.search(rf"\b{word}s?\b", text)} == {}
 
 
+def test_a_documented_benchmark_has_the_options_shown() -> None:
+    text = " ".join("\n".join(path.read_text() for path in DOCUMENTS).split())
+    shown = re.findall(r"`python (benchmarks/\w+\.py)([^`]*)`", text)
+    assert len(shown) > 10
+    for script, arguments in shown:
+        source = (ROOT / script).read_text()
+        assert [name for name in re.findall(r"--[a-z-]+", arguments) if f'"{name}"' not in source] == []
+
+
 def test_every_named_file_of_the_code_exists() -> None:
     text = "\n".join(path.read_text() for path in DOCUMENTS)
     named = {*re.findall(r"`((?:\w+/)+\w+\.py)\b", text)}
