@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ import svdconvert.layouts
 from svdconvert.cli.app import app
 from svdconvert.commands.list_plugins import layouts, methods
 from svdconvert.layouts.base import LAYOUTS, Layout
-from svdconvert.manifest.schema import Manifest, Matrix, Origin
+from svdconvert.manifest.results import RESULT_OF_KIND, KeptUpdate, RecoveredFactors, TruncatedLora, Update
+from svdconvert.manifest.schema import Kind, Manifest, Matrix, Origin
 from svdconvert.methods.base import Method
 from svdconvert.plugins import Registry
 from tests.conftest import Build
@@ -187,6 +188,9 @@ def test_the_manifest_is_described_key_by_key() -> None:
     text = (DOCS / "manifest.md").read_text()
     for kind in (Manifest, Origin, Matrix):
         assert [entry.name for entry in fields(kind) if f"| `{entry.name}` |" not in text] == []
+    for result in (*RESULT_OF_KIND.values(), Update, KeptUpdate, RecoveredFactors, TruncatedLora):
+        assert [entry.name for entry in fields(result) if f"`{entry.name}`" not in text] == []
+    assert [kind for kind in get_args(Kind) if f"`{kind}`" not in text] == []
 
 
 def test_the_decisions_are_numbered_and_have_three_parts() -> None:
