@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS
 from svdconvert.adapters.extra_parameters import beside_adapters, declaration
-from svdconvert.adapters.peft_files import CONFIG, WEIGHTS, WITH_PARAMETERS
+from svdconvert.adapters.peft_files import WEIGHTS
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions

@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.peft_files import CONFIG as ADAPTER_CONFIG
-from svdconvert.adapters.peft_files import (
-    PER_EXPERT,
-    WEIGHTS,
-    AdapterConfig,
-    adapter_infos,
-    key,
-    target_modules,
-)
+from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
+from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
+from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, target_modules
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
@@ -93,6 +87,7 @@ class DecomposePlan:
             alpha=alpha,
             targets=target_modules(chosen.values(), [*chosen.values(), *others]),
             peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
+            base_is_residual=self.method.residual,
             rslora=self.options.rslora,
             rank_pattern=as_pattern(ranks, rank),
             alpha_pattern=as_pattern(alphas, alpha),
