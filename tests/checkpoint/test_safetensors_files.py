@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdconvert.checkpoint.safetensors_files import INDEX, SafetensorsSource, open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import CheckpointError, ModelNotFoundError
 from tests.tiny import SHARDED
 
 TENSORS = {
@@ -153,13 +153,20 @@ def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_text("x")
     for name, complaint in (
-        ("absent", "does not exist"),
         ("empty", "is empty"),
         ("file", "is a file"),
         ("other", "holds no model weights"),
     ):
         with pytest.raises(CheckpointError, match=complaint):
             open_checkpoint(tmp_path / name)
+
+
+def test_a_path_that_does_not_exist_is_told_from_a_directory_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="absent does not exist"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(tmp_path)
+    assert type(refused.value) is CheckpointError
 
 
 def test_reading_keeps_no_file_open_after_it_is_closed(tmp_path: Path) -> None:

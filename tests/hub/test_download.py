@@ -154,6 +154,38 @@ for model, token in {cases!r}:
         result.append(str(error))
 """
 
+KINDS = """
+from svdconvert.errors import SvdConvertError
+from svdconvert.hub.download import fetch
+result = []
+for model in {models!r}:
+    try:
+        fetch(model)
+        result.append("")
+    except SvdConvertError as error:
+        result.append(type(error).__name__)
+"""
+
+
+def test_what_is_absent_is_told_from_what_is_refused_damaged_or_out_of_reach(
+    published: Hub, alice: Visitor, tmp_path: Path
+) -> None:
+    published.create("bob/private", private=True)
+    published.create("bob/gated", tmp_path / "published", gated=True)
+    absent = ["org/none", "org/tiny@v9", "org/tiny/none.pth", "bob/private", "org/a--b", "/nowhere/model"]
+    assert alice.runs(KINDS.format(models=absent)) == ["ModelNotFoundError"] * len(absent)
+    assert alice.runs(KINDS.format(models=["bob/gated"])) == ["CheckpointError"]
+    published.fault("GET", "/api/models/org/none", status=400)
+    shard = published.repositories["org/tiny"].file("main", "model-00001-of-00005.safetensors").sha256
+    published.fault("GET", f"/file/{shard}", flip=True, times=2)
+    assert alice.runs(KINDS.format(models=["org/none", "org/tiny"])) == ["CheckpointError"] * 2
+    alice.environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert alice.runs(KINDS.format(models=["org/none"])) == ["CheckpointError"]
+    alice.environment = {"HF_HUB_OFFLINE": "1"}
+    assert alice.runs(KINDS.format(models=["org/none"])) == ["CheckpointError"]
+    alice.environment, alice.token = {}, "hf_expired"
+    assert alice.runs(KINDS.format(models=["org/tiny"])) == ["CheckpointError"]
+
 
 def test_what_cannot_be_had_is_a_sentence_with_the_next_step(
     published: Hub, alice: Visitor, tmp_path: Path
