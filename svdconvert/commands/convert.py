@@ -8,7 +8,7 @@ from svdconvert.config.options import ConvertOptions
 from svdconvert.inputs.model import OpenModel, open_model, require_plain_checkpoint
 from svdconvert.layouts.base import in_family
 from svdconvert.manifest.schema import Manifest, run_identity
-from svdconvert.output.sidecars import finish_model, write_config
+from svdconvert.output.sidecars import complete_checkpoint, write_config
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
 from svdconvert.pipeline.convert import Conversion, convert_work, plan_conversion
 from svdconvert.pipeline.runner import file_checksums, stream
@@ -40,7 +40,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
         if run.ranks.leads:
             if plan.config is not None:
                 write_config(staged.path, plan.config)
-            finish_model(home.path, staged.path, plan.files, leave=plan.left_out)
+            complete_checkpoint(home.path, staged.path, plan.files, exclude=plan.left_out)
             manifest.write(staged.path)
     if plan.advice:
         run.notify(plan.advice)

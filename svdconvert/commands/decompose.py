@@ -9,7 +9,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.inputs.model import OpenModel, open_headers, open_model, require_plain_checkpoint
 from svdconvert.linalg.threads import pick_device, use_threads
 from svdconvert.manifest.schema import Manifest, Matrix, Origin, run_identity
-from svdconvert.output.sidecars import finish_model
+from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
 from svdconvert.pipeline.decompose import SplitPlan, plan_split, split_work
 from svdconvert.pipeline.estimate import Estimate, estimate
@@ -37,7 +37,7 @@ def decompose(
         manifest = _manifest(staged, plan, home.origin(source_checksums(staged)), threads)
         if run.ranks.leads:
             if plan.shards:
-                finish_model(home.path, staged.path, plan.shards)
+                complete_checkpoint(home.path, staged.path, plan.shards)
             (staged.path / plan.folder / ADAPTER_CONFIG).write_text(plan.adapter_config().text())
             manifest.write(staged.path)
     return manifest

@@ -14,7 +14,7 @@ from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recover_init import recover_init
 from svdconvert.linalg.threads import pick_device, use_threads
 from svdconvert.manifest.schema import Manifest, has_manifest, head_of, run_identity
-from svdconvert.output.sidecars import finish_model, read_config, write_config
+from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
 from svdconvert.pipeline.merge import MergePlan, Side, merge_work, plan_merge, update_note, write_added
 from svdconvert.pipeline.runner import file_checksums, notes, source_checksums, stream
@@ -68,7 +68,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
 
 
 def _write_sidecars(found: "Merging", directory: Path) -> None:
-    finish_model(found.home.path, directory, found.plan.shards)
+    complete_checkpoint(found.home.path, directory, found.plan.shards)
     if head := head_of(found.change.manifest).get("head"):
         write_config(directory, read_config(directory) | head)
 

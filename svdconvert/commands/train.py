@@ -132,10 +132,10 @@ def _checkpoints(staged: StagedOutput, plan: TrainOptions, run: Run) -> Checkpoi
         every=plan.save_every,
         keep=plan.save_limit,
         leads=run.ranks.leads,
-        # An unfinished output with something noted in it is kept.
-        saved=lambda step: staged.finish("checkpoint", {"step": step}),
+        saved=lambda step: staged.keep(),
     )
     if found.step:
+        staged.keep()
         run.notify(f"going on from {staged.path}: {found.step} steps are done")
     return found
 
@@ -155,8 +155,8 @@ class TrainableAdapter:
         start = self.start
         initial = f"{init_folder(start.method)}/{WEIGHTS}"
         return [
-            plan_adapter(WEIGHTS, start.factors, torch.float32, start.whole),
-            plan_adapter(initial, start.factors),
+            plan_adapter(WEIGHTS, "adapter", start.factors, torch.float32, start.whole),
+            plan_adapter(initial, "initial_adapter", start.factors),
         ]
 
     def write(self, staged: StagedOutput) -> dict[str, dict[str, str]]:

@@ -40,7 +40,9 @@ def use_token() -> None:
 
 
 @contextmanager
-def explained(repository: str, revision: str | None = None, *, kind: type[SvdConvertError]) -> Iterator[None]:
+def hub_errors_as(
+    repository: str, revision: str | None = None, *, kind: type[SvdConvertError]
+) -> Iterator[None]:
     """Turn what huggingface_hub raises about a repository into one sentence, as an error of `kind`.
 
     A repository, revision or file that does not exist is a ModelNotFoundError when `kind` is CheckpointError.
@@ -71,7 +73,7 @@ def _is_absence(error: BaseException) -> bool:
     return isinstance(error, absent) and not isinstance(error, not_answered)
 
 
-def patiently(action: Callable[[], T]) -> T:
+def with_retries(action: Callable[[], T]) -> T:
     """Do what can be done again, and do it again while the Hub is busy or a connection breaks midway.
 
     huggingface_hub itself waits in some of its calls only. A Hub that cannot be reached at all is not

@@ -18,7 +18,7 @@ from svdconvert.checkpoint.safetensors_files import (
     shard_names,
 )
 from svdconvert.errors import CheckpointError, ModelNotFoundError
-from svdconvert.hub.auth import explained, patiently, transport_errors, use_token
+from svdconvert.hub.auth import hub_errors_as, transport_errors, use_token, with_retries
 from svdconvert.hub.reference import ModelRef
 
 Part = Literal["all", "adapter", "sidecars"]
@@ -65,7 +65,7 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
         return Snapshot(reference.path, str(reference.path.absolute()))
     assert reference.repository is not None
     use_token()
-    with explained(reference.repository, reference.revision, kind=CheckpointError):
+    with hub_errors_as(reference.repository, reference.revision, kind=CheckpointError):
         path = _download(reference, part)
     if reference.file is None:
         return Snapshot(path, reference.repository, path.name)
@@ -88,7 +88,9 @@ def _download(reference: ModelRef, part: Part) -> Path:
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
     # By the revision's own name, so that the cache knows it too when the Hub is out of reach.
     exactly = [escape(name) for name in wanted]
-    path = Path(patiently(lambda: snapshot_download(repository, revision=revision, allow_patterns=exactly)))
+    path = Path(
+        with_retries(lambda: snapshot_download(repository, revision=revision, allow_patterns=exactly))
+    )
     if path.name != commit:
         return _download(reference, part)  # somebody has pushed meanwhile
     for name in wanted:
@@ -103,7 +105,7 @@ def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, 
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        info = patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
+        info = with_retries(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
     except (OfflineModeIsEnabled, HfHubHTTPError, transport_errors()[0]) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise

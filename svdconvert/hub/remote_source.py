@@ -9,10 +9,10 @@ from time import sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.safetensors_files import INDEX, places, refuse_misplaced
-from svdconvert.checkpoint.tensors import TensorInfo, pieces, read_whole
+from svdconvert.checkpoint.safetensors_files import INDEX, locate_tensors, refuse_misplaced
+from svdconvert.checkpoint.tensors import TensorInfo, in_chunks, read_whole
 from svdconvert.errors import CheckpointError
-from svdconvert.hub.auth import endpoint, explained, is_passing
+from svdconvert.hub.auth import endpoint, hub_errors_as, is_passing
 from svdconvert.hub.download import Snapshot, weight_files
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 1 << 20  # bytes of a header's first request, and of small tensors that are read together
 _RUNS_KEPT = 4  # one thread reads matrices ahead of another one that copies
-_PIECE = 1 << 18
+_CHUNK = 1 << 18
 _AT_ONCE = 8  # headers that are asked for together
 _RETRIES = 6  # in a row, without a byte in between
 _LONGEST_WAIT = 8.0  # seconds
@@ -44,9 +44,9 @@ class RemoteFile:
 
     def read(self, begin: int, end: int) -> bytes:
         """The bytes from `begin` to `end`, or to the file's own end."""
-        return b"".join(self.pieces(begin, end))
+        return b"".join(self.chunks(begin, end))
 
-    def pieces(self, begin: int, end: int) -> Iterator[bytes]:
+    def chunks(self, begin: int, end: int) -> Iterator[bytes]:
         """The same as they arrive; a connection that breaks is made anew from where it broke.
 
         Raises CheckpointError where it breaks again and again, or the Hub refuses.
@@ -54,10 +54,11 @@ class RemoteFile:
         failures = 0
         while begin < (end if self.size is None else min(end, self.size)):
             try:
-                with explained(self._repository, kind=CheckpointError):
-                    for piece in self._ask(begin, end):
-                        begin, failures = begin + len(piece), 0
-                        yield piece
+                with hub_errors_as(self._repository, kind=CheckpointError):
+                    for chunk in self._ask(begin, end):
+                        begin += len(chunk)
+                        failures = 0
+                        yield chunk
             except CheckpointError as error:
                 if not is_passing(error.__cause__):
                     raise
@@ -81,7 +82,7 @@ class RemoteFile:
             if response.status_code != 206:
                 raise CheckpointError(f"{endpoint()} does not send {self.name} in ranges; leave out --stream")
             self.size = int(response.headers["Content-Range"].rpartition("/")[2])
-            yield from response.iter_raw(_PIECE)
+            yield from response.iter_raw(_CHUNK)
 
 
 class RemoteSource:
@@ -97,7 +98,7 @@ class RemoteSource:
         self._files = {Path(name): RemoteFile(snapshot.location, snapshot.revision, name) for name in names}
         with _in_safetensors(snapshot), ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
             headers = zip(self._files, pool.map(_header, self._files.values()), strict=True)
-            self._extents = places(headers, weight_map)
+            self._extents = locate_tensors(headers, weight_map)
         self.infos: Mapping[str, TensorInfo] = {
             name: extent.info for name, (_, extent) in self._extents.items()
         }
@@ -111,26 +112,26 @@ class RemoteSource:
         """The whole tensor in its stored dtype, freshly allocated."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`, from one request; in `room` where that is given."""
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`, from one request; see TensorSource."""
         end = 0
-        for arrived in self._pieces(name):
-            place = None if room is None else room[end : end + len(arrived)]
-            yield from pieces(memoryview(arrived), size, place)
-            end += len(arrived)
+        for received in self._received(name):
+            part = None if buffer is None else buffer[end : end + len(received)]
+            yield from in_chunks(memoryview(received), size, part)
+            end += len(received)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size of every file: a commit does not change."""
         return {str(path): [file.size or 0] for path, file in self._files.items()}
 
-    def _pieces(self, name: str) -> Iterator[bytes]:
+    def _received(self, name: str) -> Iterator[bytes]:
         path, extent = self._extents[name]
         begin, end = extent.begin, extent.begin + extent.info.nbytes
         if name in self._runs:
             run = self._runs[name]
             yield self._run(run)[begin - run.begin : end - run.begin]
         else:
-            yield from self._files[path].pieces(begin, end)
+            yield from self._files[path].chunks(begin, end)
 
     def _run(self, run: "_Run") -> bytes:
         """The bytes of a run, from memory where it was read with a neighbour."""

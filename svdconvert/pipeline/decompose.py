@@ -113,7 +113,7 @@ def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOp
     for tensor, slot in slots.items():
         rows, columns = source.infos[tensor].shape
         pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
-    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces)
+    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, role="initial_adapter")
     return SplitPlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
 
 

@@ -90,7 +90,10 @@ def plan_lora(change: AdapterDelta, options: LoraOptions) -> LoraPlan:
         TensorInfo(name, change.after.source.infos[change.after.extras[parameter]].shape, dtype_code(dtype))
         for parameter, name in keys.extras.items()
     ]
-    file = PlannedFile(FILE, tuple(infos)) if options.format == "rwkv-peft" else plan_file(WEIGHTS, infos)
+    if options.format == "rwkv-peft":
+        file = PlannedFile(FILE, tuple(infos), role="adapter")
+    else:
+        file = plan_file(WEIGHTS, infos, role="adapter")
     return LoraPlan(change, rank, dtype, file, keys, truncation)
 
 

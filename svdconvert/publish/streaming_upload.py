@@ -15,7 +15,7 @@ import xxhash
 
 from svdconvert.config.execution import ignore_message
 from svdconvert.errors import HubError
-from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.hub.auth import hub_errors_as, use_token, with_retries
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.publish.upload import Destination, Published, deliver, open_repository
 
@@ -40,17 +40,17 @@ class StreamingUpload:
         name, text = self._destination.repository, json.dumps(identity, sort_keys=True)
         self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
         use_token()
-        with explained(name, self._branch, kind=HubError):
+        with hub_errors_as(name, self._branch, kind=HubError):
             open_repository(self._destination)
-            patiently(lambda: HfApi().create_branch(name, branch=self._branch, exist_ok=True))
+            with_retries(lambda: HfApi().create_branch(name, branch=self._branch, exist_ok=True))
 
     def send(self, path: Path, file: str) -> Mapping[str, Any]:
         """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
         name, nbytes = self._destination.repository, path.stat().st_size
-        with explained(name, self._branch, kind=HubError):
-            patiently(
+        with hub_errors_as(name, self._branch, kind=HubError):
+            with_retries(
                 lambda: HfApi().create_commit(
                     name,
                     operations=[CommitOperationAdd(file, path)],
@@ -76,7 +76,7 @@ class StreamingUpload:
         from huggingface_hub import HfApi
 
         destination = self._destination
-        with explained(destination.repository, destination.options.revision, kind=HubError):
+        with hub_errors_as(destination.repository, destination.options.revision, kind=HubError):
             copies = dict.fromkeys(self._sent, self._branch)
             done = deliver(directory, read_manifest(directory), destination, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
@@ -91,7 +91,7 @@ class StreamingUpload:
         from huggingface_hub.hf_api import RepoFile
 
         name = self._destination.repository
-        with explained(name, self._branch, kind=HubError):
-            found = patiently(lambda: HfApi().get_paths_info(name, [file], revision=self._branch))
+        with hub_errors_as(name, self._branch, kind=HubError):
+            found = with_retries(lambda: HfApi().get_paths_info(name, [file], revision=self._branch))
         large = [entry.lfs for entry in found if isinstance(entry, RepoFile) and entry.lfs]
         return {"size": large[0].size, "sha256": large[0].sha256} if large else None

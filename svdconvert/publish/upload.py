@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
-from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.hub.auth import hub_errors_as, use_token, with_retries
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_json_object
 from svdconvert.output.staging import MANIFEST_NAME
@@ -89,8 +89,8 @@ def check(destination: Destination) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     use_token()
-    with explained(destination.repository, kind=HubError):
-        role = patiently(HfApi().whoami).get("auth", {}).get("accessToken", {}).get("role")
+    with hub_errors_as(destination.repository, kind=HubError):
+        role = with_retries(HfApi().whoami).get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise HubError("the token may only read; log in with one that may write")
         try:
@@ -106,7 +106,7 @@ def push(directory: Path, destination: Destination) -> Published:
     """
     manifest = read_manifest(directory)
     use_token()
-    with explained(destination.repository, destination.options.revision, kind=HubError):
+    with hub_errors_as(destination.repository, destination.options.revision, kind=HubError):
         open_repository(destination)
         return deliver(directory, manifest, destination, copies={})
 
@@ -117,9 +117,9 @@ def open_repository(destination: Destination) -> None:
 
     name, branch = destination.repository, destination.branch
     private = destination.options.private or None
-    patiently(lambda: HfApi().create_repo(name, private=private, exist_ok=True))
+    with_retries(lambda: HfApi().create_repo(name, private=private, exist_ok=True))
     if branch != _MAIN and not destination.options.pull_request:
-        patiently(lambda: HfApi().create_branch(name, branch=branch, exist_ok=True))
+        with_retries(lambda: HfApi().create_branch(name, branch=branch, exist_ok=True))
 
 
 def deliver(
@@ -165,7 +165,7 @@ def _commit(
             create_pr=options.pull_request,
         )
 
-    return attempt() if options.pull_request else patiently(attempt)
+    return attempt() if options.pull_request else with_retries(attempt)
 
 
 def _operations(
@@ -183,7 +183,7 @@ def look(destination: Destination) -> BranchState:
     from huggingface_hub import HfApi
 
     name, branch = destination.repository, destination.branch
-    info = patiently(lambda: HfApi().model_info(name, revision=branch))
+    info = with_retries(lambda: HfApi().model_info(name, revision=branch))
     assert info.sha is not None
     files = frozenset(file.rfilename for file in info.siblings or [])
     ours = frozenset[str]()
@@ -244,4 +244,4 @@ def _licence(repos: SourceRepos) -> Mapping[str, Any]:
 def _download(repository: str, file: str, commit: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(patiently(lambda: hf_hub_download(repository, file, revision=commit)))
+    return Path(with_retries(lambda: hf_hub_download(repository, file, revision=commit)))

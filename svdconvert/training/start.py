@@ -20,7 +20,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.output.plan import PlannedFile, plan_file
+from svdconvert.output.plan import FileRole, PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.decompose import SplitPlan, plan_split, split_tensor
 
@@ -119,6 +119,7 @@ def start_whole(method: str, layout: str, weights: Path, base: Origin) -> Traini
 
 def plan_adapter(
     path: str,
+    role: FileRole,
     factors: Mapping[str, Factors],
     dtype: torch.dtype | None = None,
     whole: Mapping[str, tuple[int, ...]] | None = None,
@@ -129,7 +130,7 @@ def plan_adapter(
         for piece, tensor in parts.pieces().items():
             infos += adapter_infos(module, {piece: tuple(tensor.shape)}, dtype_code(dtype or tensor.dtype))
     infos += [TensorInfo(extra_key(name, factors), shape, "F32") for name, shape in (whole or {}).items()]
-    return plan_file(path, infos)
+    return plan_file(path, infos, role)
 
 
 def write_adapter(

@@ -191,8 +191,8 @@ def test_blocks_of_rows_are_the_matrix(rows: int, name: str, tmp_path: Path) -> 
 
 def test_blocks_of_rows_do_not_mind_how_the_bytes_arrive(tmp_path: Path) -> None:
     class Dribble(SafetensorsSource):
-        def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-            return super().chunks(name, min(size, 3), room)
+        def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+            return super().chunks(name, min(size, 3), buffer)
 
     save_file(TENSORS, tmp_path / "model.safetensors")
     source = Dribble([tmp_path / "model.safetensors"])
