@@ -101,7 +101,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ["model is empty", "expected"],
     ),
     "truncated shard": (cut, [FIRST, "is truncated", AGAIN]),
-    "header that lies about its length": (lie, [FIRST, "its header claims 10000000 bytes", AGAIN]),
+    "header with a wrong length": (lie, [FIRST, "its header claims 10000000 bytes", AGAIN]),
     "header that is not JSON": (garble, [FIRST, "header is not a JSON object", AGAIN]),
     "index that names an absent shard": (
         place(TARGET, "model-00099.safetensors"),

@@ -103,7 +103,7 @@ def test_an_index_cannot_point_outside_its_directory(shards: Path, place: str) -
 
 def test_an_index_that_names_an_absent_shard_is_refused(shards: Path) -> None:
     (shards / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names model-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(CheckpointError, match="names model-00002-of-00002.safetensors, which does not exist"):
         open_checkpoint(shards)
 
 
