@@ -55,7 +55,7 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
         entries = {name: row for name, row in table.items() if name != "__metadata__"}
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file}: the safetensors header is not a JSON object; fetch the file again"
+            f"{file}: the safetensors header is not a JSON object; fetch it again"
         ) from error
     start = _LENGTH + len(text)
     extents = [_extent(name, row, start, file) for name, row in entries.items()]
@@ -64,7 +64,7 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
     for extent in extents:
         if extent.begin != end:
             raise CheckpointError(
-                f"{file}: the header has inconsistent offsets for {extent.info.name}; fetch the file again"
+                f"{file}: the header has inconsistent offsets for {extent.info.name}; fetch it again"
             )
         end += extent.info.nbytes
     if end != size:
@@ -79,16 +79,16 @@ def _extent(name: str, row: Any, start: int, file: str) -> Extent:
         whole = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: the header's entry for {name} is malformed; fetch the file again"
+            f"{file}: the header's entry for {name} is malformed; fetch it again"
         ) from error
     if not isinstance(dtype, str) or dtype not in ELEMENTS:
         raise CheckpointError(
             f"{file}: {name} has the element type {dtype!r}, which safetensors does not define; "
-            "fetch the file again"
+            "fetch it again"
         )
     info = TensorInfo(name, shape, dtype)
     if not whole or info.nbytes != end - begin:
-        raise CheckpointError(f"{file}: the header has inconsistent offsets for {name}; fetch the file again")
+        raise CheckpointError(f"{file}: the header has inconsistent offsets for {name}; fetch it again")
     return Extent(info, start + begin)
 
 

@@ -63,7 +63,7 @@ def test_fewer_ranks_than_asked_for_are_refused(model: Path, tmp_path: Path) -> 
     process = start("decompose", model, "-o", tmp_path / "out", "--rank", 8, program=ACCELERATE)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "2 ranks were asked for and 1 runs" in said
+    assert "2 ranks were requested and 1 runs" in said
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
 
 
