@@ -103,16 +103,15 @@ def test_a_hub_that_repeats_the_token_does_not_bring_it_into_a_message(
     hub.create("alice/base", made)
     program = """
 import traceback
-from svdconvert.config.options import PushOptions
 from svdconvert.errors import SvdConvertError
 from svdconvert.hub import errors
 from svdconvert.hub.download import fetch
-from svdconvert.publish.upload import Destination, push
+from svdconvert.publish.upload import Destination, upload
 errors._PAUSES = ()
 result = []
 for action in (
     lambda: fetch("alice/base"),
-    lambda: push({made!r}, Destination(repository="alice/base", command=lambda manifest: "")),
+    lambda: upload({made!r}, Destination(repository="alice/base")),
 ):
     try:
         action()
