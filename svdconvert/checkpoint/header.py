@@ -76,7 +76,7 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
 def _extent(name: str, row: Any, start: int, file: str) -> Extent:
     try:
         dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        whole = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
+        valid = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: the header's entry for {name} is malformed; fetch it again"
@@ -87,7 +87,7 @@ def _extent(name: str, row: Any, start: int, file: str) -> Extent:
             "fetch it again"
         )
     info = TensorInfo(name, shape, dtype)
-    if not whole or info.nbytes != end - begin:
+    if not valid or info.nbytes != end - begin:
         raise CheckpointError(f"{file}: the header has inconsistent offsets for {name}; fetch it again")
     return Extent(info, start + begin)
 

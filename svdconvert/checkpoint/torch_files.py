@@ -27,10 +27,10 @@ class PickledSource:
         self._files = files
         for file in files:
             self._tensors.update(_load(file))
-        for name, place in (weight_map or {}).items():
+        for name, file_name in (weight_map or {}).items():
             if name not in self._tensors:
                 raise CheckpointError(
-                    f"the index places {name} in {place}, which does not hold it; fetch the file again"
+                    f"the index places {name} in {file_name}, which does not hold it; fetch both again"
                 )
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))

@@ -53,7 +53,7 @@ class SplitOptions:
     alpha: AboveZero | None = None
     """The adapter is scaled by alpha / rank; without it, alpha is the rank."""
     rank_pattern: Annotated[Mapping[str, Rank] | None, BeforeValidator(_parse_pairs)] = None
-    """Other ranks for roles or globs, as attn=16,mlp.down=64; the last one that matches applies."""
+    """Other ranks for roles or globs, such as attn=16,mlp.down=64; the last one that matches applies."""
     alpha_pattern: Annotated[Mapping[str, AboveZero] | None, BeforeValidator(_parse_pairs)] = None
     """Other alphas for roles or globs, in the same form."""
     rslora: bool = False

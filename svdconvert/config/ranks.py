@@ -25,10 +25,12 @@ class Ranks:
         """True in the one process that lays out files, completes the output and reports."""
         return self.index == 0
 
-    def alone(self, verb: str) -> "Ranks":
+    def alone(self, command: str) -> "Ranks":
         """`self` if it is the only process, for commands that do not share work. Raises RecipeError."""
         if self.count > 1:
-            raise RecipeError(f"{verb} runs in one process; start it without torchrun or accelerate launch")
+            raise RecipeError(
+                f"{command} runs in one process; start it without torchrun or accelerate launch"
+            )
         return self
 
     def wait(self) -> None:
@@ -55,7 +57,7 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """This process's place among the ranks that the launcher started.
+    """This process's rank among those that the launcher started.
 
     Raises RecipeError if fewer ranks run than `accelerate launch` was told to start.
     """
@@ -92,9 +94,9 @@ def _requested_ranks() -> int:
         return 1
     words = parent.read_bytes().decode(errors="replace").split("\0")
     for flag in ("--num_processes", "--num-processes"):
-        for place, word in enumerate(words):
-            if word == flag and place + 1 < len(words) and words[place + 1].isdigit():
-                return int(words[place + 1])
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if word == flag and following.isdigit():
+                return int(following)
             if word.startswith(flag + "=") and word.split("=", 1)[1].isdigit():
                 return int(word.split("=", 1)[1])
     return 1

@@ -140,6 +140,6 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {_SPELLINGS.get(key, key): value for key, value in names.items()}
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
     if unknown := sorted(set(values) - set(known)):
-        raise RecipeError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+        raise RecipeError(f"{source} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

@@ -1,4 +1,4 @@
-"""The interface to a place that takes finished files at once, so that they need not all fit on this disk."""
+"""The interface for uploading finished files at once, so that they need not all fit on this disk."""
 
 from collections.abc import Mapping
 from pathlib import Path

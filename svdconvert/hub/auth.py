@@ -1,4 +1,4 @@
-"""Which Hub is asked, with whose token, and how the token is kept out of messages."""
+"""The address of the Hub, the token for it, and how the token is kept out of messages."""
 
 import os
 from pathlib import Path

@@ -74,7 +74,8 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
 
 def _download(reference: ModelRef, part: Part) -> Path:
     """The directory of the snapshot in the cache, which then holds all that `part` asks for."""
-    repository, revision = str(reference.repository), reference.revision
+    repository = str(reference.repository)
+    revision = reference.revision
     known = _known_files(repository, revision)
     if known is None:  # the cache may hold it; a missing file is reported when it is read
         return Path(hub_api().snapshot_download(repository, revision=revision, allow_patterns=[*_REQUIRED]))

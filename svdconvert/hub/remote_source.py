@@ -43,7 +43,8 @@ class RemoteFile:
         from huggingface_hub import hf_hub_url
 
         self.name = f"{repository}/{name}"
-        self._repository, self._token = repository, token
+        self._repository = repository
+        self._token = token
         self._url = hf_hub_url(repository, name, revision=commit)
         self.size: int | None = None
         """Size in bytes; None before the first read."""
@@ -141,7 +142,8 @@ class RemoteSource:
 
     def _received(self, name: str) -> Iterator[bytes]:
         path, extent = self._extents[name]
-        begin, end = extent.begin, extent.begin + extent.info.nbytes
+        begin = extent.begin
+        end = begin + extent.info.nbytes
         if name in self._runs:
             run = self._runs[name]
             yield self._run(run)[begin - run.begin : end - run.begin]
@@ -176,7 +178,8 @@ def _small_runs(extents: Mapping[str, tuple[Path, Extent]]) -> dict[str, _Run]:
         if extent.info.nbytes >= _SMALL:
             continue
         if (path, extent.begin) != (last.path, last.end) or end - last.begin > _SMALL:
-            members, last = [], _Run(path, extent.begin, extent.begin)
+            members = []
+            last = _Run(path, extent.begin, extent.begin)
         members.append(name)
         last = last._replace(end=end)
         runs.update(dict.fromkeys(members, last))

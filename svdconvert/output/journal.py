@@ -32,12 +32,13 @@ class Journal:
         self._stream = path.open("ab+")
         try:
             _lock(self._stream, path.parent)
-            lines, end = ([], 0) if discard else _whole_lines(self._stream)
+            lines, end = ([], 0) if discard else _complete_lines(self._stream)
             if lines:
                 _require_same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
             self.finished = {line["item"]: line["record"] for line in lines[1:]}
             self._stream.truncate(end)
-            self._identity, self.resumed = identity, bool(lines)
+            self._identity = identity
+            self.resumed = bool(lines)
             if not lines:
                 self._append(identity)
         except BaseException:
@@ -77,7 +78,7 @@ def read_journal(path: Path) -> tuple[Mapping[str, Any], dict[str, Record]]:
     if not path.exists():
         return {}, {}
     with path.open("rb") as stream:
-        lines, _ = _whole_lines(stream)
+        lines, _ = _complete_lines(stream)
     return (lines[0] if lines else {}), {line["item"]: line["record"] for line in lines[1:]}
 
 
@@ -90,7 +91,7 @@ def _lock(stream: IO[bytes], directory: Path) -> None:
         ) from error
 
 
-def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
+def _complete_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
     """The parsed lines before the first incomplete one, and the offset at which they end."""
     stream.seek(0)
     lines: list[Any] = []

@@ -22,7 +22,9 @@ class ShardUploads:
         identity: Mapping[str, Any],
         shard_sink: ShardSink,
     ) -> None:
-        self._directory, self._identity, self._sink = directory, identity, shard_sink
+        self._directory = directory
+        self._identity = identity
+        self._sink = shard_sink
         self._files = {file.path: file for file in files}
         self._journal: Journal | None = None
 

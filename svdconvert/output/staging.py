@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all.
+"""A directory that appears complete or not at all.
 
 The files are laid out in the staging directory `<out>.partial` according to the plan, each tensor is written
 at its offset, in any order, and a journal records what is finished. The directory is renamed to `<out>` when
@@ -55,12 +55,15 @@ class StagedOutput:
         in `run`, finished shards are uploaded and deleted, in the end all other files too, and `out` does not
         appear.
         """
-        self.out, self.ranks = out, run.ranks
+        self.out = out
+        self.ranks = run.ranks
         self.path = partial(out)
         self.finished: dict[str, Record] = {}
         """Item -> its record, including those of earlier runs and, after `gather`, of other ranks."""
-        self._files, self._identity, self._overwrite = files, identity, run.overwrite
-        self._places: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
+        self._files = files
+        self._identity = identity
+        self._overwrite = run.overwrite
+        self._positions: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
         self._open: dict[str, int] = {}
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
@@ -146,14 +149,14 @@ class StagedOutput:
                 os.ftruncate(descriptor, len(header) + file.nbytes)
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
-            self._places[file.path, info.name] = (offsets[info.name], info)
+            self._positions[file.path, info.name] = (offsets[info.name], info)
 
     def write(self, file: str, name: str, tensor: "Tensor", on_chunk: OnChunk | None = None) -> None:
         """Write a tensor at its offset. Its shape and dtype must be the planned ones.
 
         `on_chunk` is called with every chunk before that is written. Raises OutputError if the disk is full.
         """
-        _, info = self._places[file, name]
+        _, info = self._positions[file, name]
         found = (tuple(tensor.shape), dtype_code(tensor.dtype))
         assert found == (info.shape, info.dtype), f"{name}: planned {info}, got {found}"
         self.write_bytes(file, name, in_chunks(tensor_bytes(tensor), _CHUNK), on_chunk)
@@ -162,7 +165,7 @@ class StagedOutput:
         self, file: str, name: str, chunks: Iterable[memoryview], on_chunk: OnChunk | None = None
     ) -> None:
         """Write a tensor, given as chunks of its bytes, at its offset."""
-        offset, info = self._places[file, name]
+        offset, info = self._positions[file, name]
         end = offset + info.nbytes
         has_crc = file.endswith(pth_archive.ENDING)
         crc = 0
@@ -302,7 +305,7 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
 
-    `overwrite` allows to replace a directory that svdconvert wrote, and no other.
+    With `overwrite`, a directory that svdconvert wrote may be replaced, and no other.
     """
     if not out.exists():
         return

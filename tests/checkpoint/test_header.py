@@ -29,7 +29,7 @@ def parse(raw: bytes) -> dict[str, TensorInfo]:
 
 
 def packed(header: Any, data: int = 32) -> bytes:
-    """A file with this header and `data` bytes behind it."""
+    """A file with this header and `data` bytes after it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(data)
 

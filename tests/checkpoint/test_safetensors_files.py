@@ -1,4 +1,4 @@
-"""Directories of safetensors: the library writes, we read, and what is damaged is refused in a sentence."""
+"""Directories of safetensors files that the library wrote are read, and damaged ones refused."""
 
 import json
 import os
@@ -140,14 +140,14 @@ def test_a_shard_that_shrinks_under_the_run_is_a_sentence(shards: Path, how: str
         source.read("b") if how == "read" else list(source.chunks("b", 16))
 
 
-def test_a_shard_that_goes_away_under_the_run_is_a_sentence(shards: Path) -> None:
+def test_a_shard_that_is_deleted_during_the_run_is_a_sentence(shards: Path) -> None:
     source = open_checkpoint(shards)
     (shards / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="b cannot be read"):
         source.read("b")
 
 
-def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
@@ -161,7 +161,7 @@ def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / name)
 
 
-def test_a_path_that_does_not_exist_is_told_from_a_directory_without_weights(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_distinguished_from_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="absent does not exist"):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError) as refused:
@@ -189,12 +189,12 @@ def test_blocks_of_rows_are_the_matrix(rows: int, name: str, tmp_path: Path) -> 
     assert all(len(block) <= rows for block in blocks)
 
 
-def test_blocks_of_rows_do_not_mind_how_the_bytes_arrive(tmp_path: Path) -> None:
-    class Dribble(SafetensorsSource):
+def test_blocks_of_rows_do_not_depend_on_the_size_of_the_chunks(tmp_path: Path) -> None:
+    class SmallChunks(SafetensorsSource):
         def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
             return super().chunks(name, min(size, 3), buffer)
 
     save_file(TENSORS, tmp_path / "model.safetensors")
-    source = Dribble([tmp_path / "model.safetensors"])
+    source = SmallChunks([tmp_path / "model.safetensors"])
     blocks = [block.clone() for block in blocks_of_rows(source, "half", 2)]
     assert torch.equal(torch.cat(blocks), TENSORS["half"])

@@ -101,7 +101,7 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_pa
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said, said
+    assert f"continues from {out}.partial" in said or "another rank died" in said, said
     assert partial(out).exists() and not out.exists()
     finish(start(*command, program=TORCHRUN))
     assert sums(out).keys() == sums(tmp_path / "one").keys()

@@ -167,7 +167,7 @@ for model in {models!r}:
 """
 
 
-def test_what_is_absent_is_told_from_what_is_refused_damaged_or_out_of_reach(
+def test_absence_is_distinguished_from_refusal_damage_and_a_hub_out_of_reach(
     published: Hub, alice: Visitor, tmp_path: Path
 ) -> None:
     published.create("bob/private", private=True)

@@ -8,7 +8,7 @@ import pytest
 from svdconvert.errors import OutputError
 from svdconvert.output.journal import Journal
 
-IDENTITY = {"verb": "decompose", "rank": 4, "targets": ("attn",)}
+IDENTITY = {"command": "decompose", "rank": 4, "targets": ("attn",)}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_line_that_a_kill_cut_short_is_forgotten_and_overwritten(path: Path, c
 
 
 @pytest.mark.parametrize("length", [0, 1, 10])
-def test_a_journal_without_a_whole_first_line_is_started_again(path: Path, length: int) -> None:
+def test_a_journal_without_a_complete_first_line_is_started_again(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     assert finished(path) == {}
     assert json.loads(path.read_text()) == {**IDENTITY, "targets": ["attn"]}
