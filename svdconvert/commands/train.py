@@ -136,10 +136,10 @@ def _checkpoints(staged: StagedOutput, plan: TrainOptions, run: Run) -> Checkpoi
         every=plan.save_every,
         keep=plan.save_limit,
         leads=run.ranks.leads,
-        # An unfinished output with something noted in it is kept.
-        saved=lambda step: staged.finish("checkpoint", {"step": step}),
+        saved=lambda step: staged.keep(),
     )
     if found.step:
+        staged.keep()
         run.notify(f"going on from {staged.path}: {found.step} steps are done")
     return found
 

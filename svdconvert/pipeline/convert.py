@@ -16,7 +16,7 @@ from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import Layout, in_family
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
-from svdconvert.output.sidecars import finish_model, write_config
+from svdconvert.output.sidecars import complete_checkpoint, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, stream
 
@@ -127,7 +127,7 @@ class ConvertJob:
         """The model's sidecars as far as they fit the layout, and the layout's configuration."""
         if self.plan.config is not None:
             write_config(directory, self.plan.config)
-        finish_model(self.model.path, directory, self.plan.files, leave=self.plan.left_out)
+        complete_checkpoint(self.model.path, directory, self.plan.files, exclude=self.plan.left_out)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """Of the converted checkpoint; the number of threads does not shape it."""

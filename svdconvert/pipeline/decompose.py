@@ -28,7 +28,7 @@ from svdconvert.linalg.triplets import Spectrum
 from svdconvert.manifest.schema import Manifest, Matrix, roles_of
 from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
-from svdconvert.output.sidecars import finish_model
+from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -291,7 +291,7 @@ class DecomposeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
-            finish_model(self.model.path, directory, self.plan.shards)
+            complete_checkpoint(self.model.path, directory, self.plan.shards)
         (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:

@@ -21,7 +21,7 @@ from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import KeptUpdate, MergeResult, RecoveredFactors, Update
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
-from svdconvert.output.sidecars import finish_model, read_config, write_config
+from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
@@ -82,7 +82,7 @@ class MergeJob:
 
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars, and what config.json says of a head that was trained."""
-        finish_model(self.plan.weights.model.path, directory, self.plan.shards)
+        complete_checkpoint(self.plan.weights.model.path, directory, self.plan.shards)
         manifest = self.plan.weights.delta.manifest
         if manifest is not None and manifest.head:
             write_config(directory, read_config(directory) | dict(manifest.head))

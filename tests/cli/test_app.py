@@ -68,7 +68,7 @@ def test_a_plan_writes_nothing_and_is_right(checkpoint: Build, tmp_path: Path) -
     files = [file for file in out.rglob("*.safetensors")]
     # What is not planned is headers: a few kilobytes, so the sizes are compared by their payload.
     payload = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
-    assert f"{payload / 1000:.2f} kB in {len(files)} files" in shown
+    assert f"{payload / 1000:.1f} KB in {len(files)} files" in shown
 
 
 def test_what_is_typed_wins_over_the_recipe_and_that_over_the_defaults(

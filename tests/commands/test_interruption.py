@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(model: Path, tmp_path: 
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGINT)
     assert status == 130, said
-    assert f"the same command goes on from {out}.partial" in said
+    assert f"the same command continues from {out}.partial" in said
     assert not out.exists()
     assert "tensors are done" in finish(start(*SLOW, model, "-o", out))
 
@@ -78,7 +78,7 @@ def test_a_run_that_is_told_to_end_says_where_it_can_go_on(model: Path, tmp_path
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGTERM)
     assert status == 143, said
-    assert f"goes on from {out}.partial" in said
+    assert f"continues from {out}.partial" in said
 
 
 @pytest.mark.parametrize(

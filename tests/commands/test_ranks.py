@@ -52,7 +52,7 @@ def test_a_dead_rank_ends_the_run_and_one_process_can_finish_it(model: Path, tmp
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said
+    assert f"continues from {out}.partial" in said or "another rank died" in said
     assert partial(out).exists() and not out.exists()
     assert "are done" in finish(start("decompose", model, "-o", out, *options))
     finish(start("decompose", model, "-o", tmp_path / "whole", *options))
@@ -63,7 +63,7 @@ def test_fewer_ranks_than_asked_for_are_refused(model: Path, tmp_path: Path) -> 
     process = start("decompose", model, "-o", tmp_path / "out", "--rank", 8, program=ACCELERATE)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "2 ranks were asked for and 1 runs" in said
+    assert "2 ranks were requested and 1 runs" in said
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
 
 
