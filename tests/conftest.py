@@ -1,4 +1,4 @@
-"""What many tests need: tiny checkpoints, made once a session, and one thread for repeatable bytes."""
+"""Shared fixtures: tiny checkpoints, made once per session, and one thread for repeatable bytes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,13 @@ from tests.visitor import Visitor
 Build = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests against the loopback Hub: each of them starts the program as another process."""
+    for item in items:
+        if {"hub", "alice"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.processes)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -24,7 +31,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`tiny.build` without the directory, made once for the same arguments. Not to be written to."""
+    """`tiny.build` without the directory, built once for the same arguments. Tests must not write to it."""
     made: dict[str, Path] = {}
 
     def make(model_type: str, **options: Any) -> Path:
@@ -38,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`decompose` without the output directory, at rank 4; made once. Not to be written to."""
+    """`decompose` without the output directory, at rank 4; built once. Tests must not write to it."""
     made: dict[str, Path] = {}
 
     def make(model: Path, **options: Any) -> Path:
@@ -60,5 +67,5 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def alice(hub: Hub, tmp_path: Path) -> Visitor:
-    """Logged in by HF_TOKEN."""
+    """A user of the loopback Hub who is logged in by HF_TOKEN."""
     return Visitor(hub, tmp_path / "alice")
