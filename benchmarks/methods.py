@@ -26,7 +26,7 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS, find_layout
 from svdconvert.methods.base import METHODS
-from svdconvert.training.data.task import Task, open_training_data
+from svdconvert.training.data.task import TrainingData, open_training_data
 from svdconvert.training.model.inject import install, trainable_count
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
@@ -156,7 +156,7 @@ def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> 
 
 
 def _curve(
-    network: nn.Module, task: Task, plan: TrainOptions
+    network: nn.Module, task: TrainingData, plan: TrainOptions
 ) -> tuple[list[float], tuple[float, float], float]:
     """The losses, the held-out loss before and after, and a step's processor time."""
     losses, held_out, times, mark = [], [], [], time.process_time()
