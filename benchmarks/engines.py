@@ -50,8 +50,11 @@ class Trial:
     def __init__(self, weight_LS: Tensor, rank: int, tol: float) -> None:
         wide = weight_LS.double()
         values = torch.linalg.eigvalsh(wide.T @ wide).flip(0)
-        self.weight_LS, self.rank, self.tol = weight_LS, rank, tol
-        self.total, self.best = float(values.sum()), float(values[rank:].sum())
+        self.weight_LS = weight_LS
+        self.rank = rank
+        self.tol = tol
+        self.total = float(values.sum())
+        self.best = float(values[rank:].sum())
         self.low = {torch.float32: weight_LS, torch.bfloat16: weight_LS.bfloat16()}
 
     def rows(self) -> Iterator[tuple[str, ...]]:

@@ -119,7 +119,8 @@ def _trials(name: str, stored: Tensor, slices: list[str], seeds: range) -> Itera
                 thin = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
                 basis = right.T if thin.shape[1] == right.shape[1] else truncation.left_OR.double()
                 cost, best = (thin @ basis).square().sum(), squares[-rank:].sum()
-            spectrum, share = truncation.spectrum, float((best / squares.sum()).sqrt())
+            spectrum = truncation.spectrum
+            share = float((best / squares.sum()).sqrt())
             judged = spectrum.engine, spectrum.excess or 0.0, float((cost / best).sqrt()) - 1.0, share
             yield Trial(name, slice_, arithmetic, rank, tol, seed, *judged)
 

@@ -104,7 +104,8 @@ def operators(tokens: int, width: int) -> dict[str, Timed]:
     shape = (1, width // HEAD, tokens, HEAD)
     r, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
     a = (-torch.exp(torch.rand(shape) * 6 - 5)).requires_grad_()
-    u, state = torch.randn(shape[1], HEAD, requires_grad=True), torch.zeros(1, shape[1], HEAD, HEAD)
+    u = torch.randn(shape[1], HEAD, requires_grad=True)
+    state = torch.zeros(1, shape[1], HEAD, HEAD)
 
     def work(form: Form) -> Timed:
         def run(backward: bool) -> None:

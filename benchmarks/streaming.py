@@ -70,7 +70,8 @@ def main() -> None:
 
 def split(directory: Path, size: str) -> tuple[Path, Path]:
     """The model and its decomposed directory, made once."""
-    model, out = ensure_model(directory / size, size), directory / f"{size}-pissa"
+    model = ensure_model(directory / size, size)
+    out = directory / f"{size}-pissa"
     if not out.exists():
         run([*SVDCONVERT, "decompose", model, "-o", out, "--rank", RANK])
     return model, out

@@ -1,6 +1,6 @@
 """Shared fixtures: tiny checkpoints, made once per session, and one thread for repeatable bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,24 @@ Build = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests against the loopback Hub: each of them starts the program as another process."""
+    """Mark the tests that use the loopback Hub, which start the program, and what is beyond the sample."""
     for item in items:
         if {"hub", "alice"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.processes)
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if parameters and not is_in_the_sample(parameters):
+            item.add_marker(pytest.mark.slow)
+
+
+def is_in_the_sample(parameters: Mapping[str, Any]) -> bool:
+    """True for what `make quick` runs of the tests over methods, families and dtypes.
+
+    That is every method on llama and pissa on every family, in bfloat16. `make test` runs all combinations.
+    """
+    family, dtype = parameters.get("family", "llama"), parameters.get("dtype", torch.bfloat16)
+    if parameters.get("way", "pissa") != "pissa" and family != "llama":
+        return False
+    return dtype == torch.bfloat16 or "way" not in parameters
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -59,22 +59,24 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
 def test_a_trained_directory_without_its_initial_adapter_is_refused(
-    verb: str, trained: Path, tmp_path: Path
+    command: str, trained: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(trained / "pissa_init")
-    refused(verb, trained, "-o", tmp_path / "out", words=[trained / "pissa_init", "is missing", "--init"])
-    succeeded(verb, trained, "-o", tmp_path / "out", "--init", tmp_path / "pissa" / "pissa_init")
+    refused(command, trained, "-o", tmp_path / "out", words=[trained / "pissa_init", "is missing", "--init"])
+    succeeded(command, trained, "-o", tmp_path / "out", "--init", tmp_path / "pissa" / "pissa_init")
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
 def test_an_initial_adapter_of_another_shape_is_refused(
-    verb: str, trained: Path, base: Path, tmp_path: Path
+    command: str, trained: Path, base: Path, tmp_path: Path
 ) -> None:
     succeeded("decompose", base, "-o", tmp_path / "other", "--rank", 4, "--targets", "mlp")
     words = [tmp_path / "other" / "pissa_init", "is not the start of", "--init"]
-    refused(verb, trained, "-o", tmp_path / "out", "--init", tmp_path / "other" / "pissa_init", words=words)
+    refused(
+        command, trained, "-o", tmp_path / "out", "--init", tmp_path / "other" / "pissa_init", words=words
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -127,9 +129,9 @@ def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Buil
 
 def test_an_adapter_that_changed_its_base_needs_its_initial_adapter(adapter: Path, tmp_path: Path) -> None:
     edit(adapter / "adapter_config.json", init_lora_weights="pissa_niter_4")
-    for verb in ("merge", "to-lora"):
+    for command in ("merge", "to-lora"):
         words = [adapter, "started as pissa_niter_4", "not known", "--residual", "--init"]
-        refused(verb, adapter, "-o", tmp_path / "out", words=words)
+        refused(command, adapter, "-o", tmp_path / "out", words=words)
 
 
 CONFIGS: dict[str, tuple[str, list[str]]] = {
@@ -141,11 +143,13 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", CONFIGS)
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_a_corrupted_adapter_config_is_refused(verb: str, fault: str, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_a_corrupted_adapter_config_is_refused(
+    command: str, fault: str, trained: Path, tmp_path: Path
+) -> None:
     text, words = CONFIGS[fault]
     (trained / "adapter_config.json").write_text(text)
-    refused(verb, trained, "-o", tmp_path / "out", words=[trained / "adapter_config.json", *words])
+    refused(command, trained, "-o", tmp_path / "out", words=[trained / "adapter_config.json", *words])
 
 
 def test_a_truncated_adapter_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -166,8 +170,13 @@ MANIFESTS: dict[str, tuple[str, list[str]]] = {
 def test_a_corrupted_manifest_is_refused_by_every_command(fault: str, pissa: Path, tmp_path: Path) -> None:
     text, words = MANIFESTS[fault]
     (pissa / MANIFEST).write_text(text)
-    for verb in (["verify"], ["inspect"], ["merge", "-o", tmp_path / "o"], ["to-lora", "-o", tmp_path / "o"]):
-        refused(*verb, pissa, words=[pissa / MANIFEST, *words])
+    for command in (
+        ["verify"],
+        ["inspect"],
+        ["merge", "-o", tmp_path / "o"],
+        ["to-lora", "-o", tmp_path / "o"],
+    ):
+        refused(*command, pissa, words=[pissa / MANIFEST, *words])
 
 
 def mutations(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -184,14 +193,15 @@ def mutations(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield value | {key: inner | {name: other}}
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_never_causes_a_traceback(pissa: Path, tmp_path: Path) -> None:
     whole = json.loads((pissa / MANIFEST).read_text())
     seen = 0
     for number, content_ in enumerate(mutations(whole)):
         (pissa / MANIFEST).write_text(json.dumps(content_))
         out = tmp_path / f"out{number}"
-        for verb in (["verify"], ["inspect"], ["merge", "-o", out]):
-            ended = svdconvert(*verb, pissa)
+        for command in (["verify"], ["inspect"], ["merge", "-o", out]):
+            ended = svdconvert(*command, pissa)
             assert ended.status in (0, 1), ended
             seen += ended.status
     assert seen > 100
@@ -227,7 +237,8 @@ def test_data_that_cannot_be_used_is_refused_and_nothing_is_left(
 def test_train_says_what_is_missing_or_wrong(
     pissa: Path, adapter: Path, checkpoint: Build, tmp_path: Path
 ) -> None:
-    rows, out = write_sums(tmp_path / "sums.jsonl"), tmp_path / "out"
+    rows = write_sums(tmp_path / "sums.jsonl")
+    out = tmp_path / "out"
     refused("train", pissa, "-o", out, words=["nothing to train on", "data"])
     refused(
         "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
@@ -254,6 +265,7 @@ def test_train_says_what_is_missing_or_wrong(
     assert not out.exists()
 
 
+@pytest.mark.processes
 def test_after_a_failed_write_the_same_command_finishes_the_output(base: Path, tmp_path: Path) -> None:
     command = ["decompose", base, "--rank", 1, "--max-shard-size", "4KB", "--threads", 1, "-o"]
     succeeded(*command, tmp_path / "anew")

@@ -58,6 +58,7 @@ def test_what_peft_trained_in_full_is_merged_and_kept_in_the_lora(
     assert (logits(plain(tmp_path / "again")) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_parameters_trained_in_full_are_the_same_for_peft_merge_and_to_lora(tmp_path: Path) -> None:
     base = readable(build("qwen2", tmp_path / "tiny", dtype=torch.float32, tied=False), tmp_path / "base")
     decompose(base, tmp_path / "start", SplitOptions(rank=4, targets=("attn.q", "mlp")))

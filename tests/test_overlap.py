@@ -23,7 +23,7 @@ def work(checkpoint: Build, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("verb", "source", "out"),
+    ("command", "source", "out"),
     [
         ("decompose", "merged", "merged"),
         ("decompose", "base", "base/inside"),
@@ -34,13 +34,13 @@ def work(checkpoint: Build, tmp_path: Path) -> Path:
         ("train", "split", "split"),
     ],
 )
-def test_an_output_that_overlaps_an_input_is_refused(verb: str, source: str, out: str, work: Path) -> None:
+def test_an_output_that_overlaps_an_input_is_refused(command: str, source: str, out: str, work: Path) -> None:
     options = {
         "decompose": ["--rank", 4],
         "train": ["--data", write_sums(work / "sums.jsonl"), "--steps", 1, "--max-length", 64],
-    }.get(verb, [])
+    }.get(command, [])
     before = content(work)
-    refused(verb, work / source, "-o", work / out, "--overwrite", *options, words=[work / out, "overlaps"])
+    refused(command, work / source, "-o", work / out, "--overwrite", *options, words=[work / out, "overlaps"])
     assert content(work) == before
 
 
@@ -53,14 +53,16 @@ def test_merging_over_the_base_is_refused(work: Path) -> None:
     assert content(work) == before
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_the_residual_of_a_trained_adapter_is_not_replaced(verb: str, work: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_the_residual_of_a_trained_adapter_is_not_replaced(command: str, work: Path) -> None:
     sums = write_sums(work / "sums.jsonl")
     succeeded(
         "train", work / "split", "-o", work / "trained", "--data", sums, "--steps", 1, "--max-length", 64
     )
     before = content(work)
-    refused(verb, work / "trained", "-o", work / "split", "--overwrite", words=[work / "split", "overlaps"])
+    refused(
+        command, work / "trained", "-o", work / "split", "--overwrite", words=[work / "split", "overlaps"]
+    )
     assert content(work) == before
 
 

@@ -66,6 +66,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         svdconvert.decompse  # noqa: B018
 
 
+@pytest.mark.processes
 def test_importing_the_package_imports_neither_torch_nor_pydantic() -> None:
     program = "import sys, svdconvert; sys.exit(str({'torch', 'pydantic', 'typer'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

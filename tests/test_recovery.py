@@ -34,6 +34,7 @@ def plain_residual(decomposed: Path, out: Path) -> Path:
     return Path(shutil.copytree(decomposed, out, ignore=shutil.ignore_patterns("*_init", "svdconvert.json")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", REBASED)
 def test_a_lost_initial_adapter_is_recovered_from_base_and_residual(
     way: str, checkpoint: Build, decomposed: Build, tmp_path: Path
@@ -158,7 +159,8 @@ def made_by_peft(start: str, scales: str, base: Path, directory: Path) -> PeftMo
         values |= {name: value for name, value in SCALES[scales].items() if name != "rank_pattern"}
     else:
         values |= SCALES[scales]
-    config, model = LoraConfig(**values, **STARTS[start]), plain(base)
+    config = LoraConfig(**values, **STARTS[start])
+    model = plain(base)
     torch.manual_seed(0)
     if start == "corda":
         preprocess_corda(model, config, run_model=lambda: model(input_ids=TOKENS[:1]))
@@ -194,6 +196,7 @@ def _store(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("start", STARTS)
@@ -223,7 +226,7 @@ def test_the_initialisations_of_peft_are_converted_with_each_source_of_the_initi
 def test_a_random_initialisation_is_not_repeated_but_asked_for(checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("llama", dtype=torch.float32)
     made_by_peft("pissa_niter_4", "plain", base, tmp_path)
-    for verb in ("merge", "to-lora"):
+    for command in ("merge", "to-lora"):
         words = ["started as pissa_niter_4", "is not known", "--init", "both --base and --residual"]
-        refused(verb, tmp_path / "adapter", "-o", tmp_path / "out", "--base", base, words=words)
+        refused(command, tmp_path / "adapter", "-o", tmp_path / "out", "--base", base, words=words)
     assert not (tmp_path / "out").exists()

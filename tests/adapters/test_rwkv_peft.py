@@ -14,7 +14,8 @@ from tests.program import refused, succeeded
 from tests.rwkv6 import random_model, save
 from tests.test_rwkv6_layouts import read
 
-RANK, ALPHA = 4, 10.0
+RANK = 4
+ALPHA = 10.0
 MODULES = [
     f"blocks.{layer}.{module}"
     for layer in range(2)
@@ -102,6 +103,7 @@ def test_what_is_written_is_merged_by_the_formula_of_rwkv_peft(files: Files, tmp
         assert np.abs(merged - files.pissa[f"{module}.weight"]).max() < 1e-6
 
 
+@pytest.mark.slow
 @needs_rwkv
 def test_an_adapter_is_merged_into_a_base_of_another_layout(files: Files, tmp_path: Path) -> None:
     tensors = read(files.end)

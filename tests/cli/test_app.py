@@ -73,7 +73,8 @@ def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plan_writes_nothing_and_names_the_right_sizes(checkpoint: Build, tmp_path: Path) -> None:
-    model, out = checkpoint("llama"), tmp_path / "out"
+    model = checkpoint("llama")
+    out = tmp_path / "out"
     command = ("decompose", model, "-o", out, "--rank", 4)
     shown = succeeded(*command, "--plan").out
     assert list(tmp_path.iterdir()) == []
@@ -88,7 +89,8 @@ def test_a_plan_writes_nothing_and_names_the_right_sizes(checkpoint: Build, tmp_
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     checkpoint: Build, tmp_path: Path
 ) -> None:
-    model, recipe = checkpoint("llama"), tmp_path / "recipe.yaml"
+    model = checkpoint("llama")
+    recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {model}\nseed: 5\nthreads: 1\n"
         "decompose: {rank: 3, targets: [attn.q, mlp.down], max-shard-size: 20KB}\n"

@@ -114,7 +114,8 @@ def test_another_option_is_refused_by_name(
 
 
 def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
-    model, out = medium.build(tmp_path / "base", layers=8, hidden=256, wide=704), tmp_path / "out"
+    model = medium.build(tmp_path / "base", layers=8, hidden=256, wide=704)
+    out = tmp_path / "out"
     _interrupted(model, out)
     os.utime(model / "model-00002-of-00005.safetensors")
     process = start(*SLOW, model, "-o", out)

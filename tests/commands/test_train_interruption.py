@@ -52,6 +52,8 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
     train(
         room / "start",
@@ -71,6 +73,8 @@ def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, 
     assert not partial(out).exists()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
     plan = TrainOptions(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)

@@ -38,23 +38,23 @@ NEUTRAL = "/models"
 """What stands in the manifests in place of the directory in which they were made."""
 
 
-def make(room: Path) -> None:
-    """Write a base and what every command makes of it into `room`."""
-    base = _llama(room / "base")
-    data = str(write_sums(room / "sums.jsonl"))
-    decompose(base, room / "decomposed", SplitOptions(rank=2), RUN)
-    train(room / "decomposed", room / "trained", TrainOptions(data=data, **STEPS), RUN)
-    merge(room / "trained", room / "merged", MergeOptions(), RUN)
-    to_lora(room / "trained", room / "lora", LoraOptions(), RUN)
-    to_lora(room / "trained", room / "lora-truncated", LoraOptions(rank=1), RUN)
+def make(directory: Path) -> None:
+    """Write a base and what every command makes of it into `directory`."""
+    base = _llama(directory / "base")
+    data = str(write_sums(directory / "sums.jsonl"))
+    decompose(base, directory / "decomposed", SplitOptions(rank=2), RUN)
+    train(directory / "decomposed", directory / "trained", TrainOptions(data=data, **STEPS), RUN)
+    merge(directory / "trained", directory / "merged", MergeOptions(), RUN)
+    to_lora(directory / "trained", directory / "lora", LoraOptions(), RUN)
+    to_lora(directory / "trained", directory / "lora-truncated", LoraOptions(rank=1), RUN)
     full = SplitOptions(method="full")
-    train(base, room / "full", TrainOptions(data=data, **STEPS), RUN, split=full)
-    labels = str(_write_labels(room / "labels.jsonl"))
+    train(base, directory / "full", TrainOptions(data=data, **STEPS), RUN, split=full)
+    labels = str(_write_labels(directory / "labels.jsonl"))
     classify = TrainOptions(data=labels, task="classify", text_fields="text", **STEPS)
-    train(room / "decomposed", room / "classifier", classify, RUN)
+    train(directory / "decomposed", directory / "classifier", classify, RUN)
     model = rwkv6.random_model(layers=1, width=32, head=16, vocabulary=32)
-    rwkv6.save(model, room / "rwkv6.pth")
-    convert(room / "rwkv6.pth", room / "converted", ConvertOptions(layout="hf"), RUN)
+    rwkv6.save(model, directory / "rwkv6.pth")
+    convert(directory / "rwkv6.pth", directory / "converted", ConvertOptions(layout="hf"), RUN)
 
 
 def _llama(directory: Path) -> Path:
@@ -84,14 +84,14 @@ def _write_labels(path: Path) -> Path:
     return path
 
 
-def _hide_paths(directory: Path, room: Path) -> None:
+def _hide_paths(directory: Path) -> None:
     for manifest in directory.rglob("svdconvert.json"):
-        manifest.write_text(manifest.read_text().replace(str(room), NEUTRAL))
+        manifest.write_text(manifest.read_text().replace(str(directory), NEUTRAL))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as room:
-        make(Path(room))
-        _hide_paths(Path(room), Path(room))
+    with tempfile.TemporaryDirectory() as directory:
+        make(Path(directory))
+        _hide_paths(Path(directory))
         shutil.rmtree(FORMAT1, ignore_errors=True)
-        shutil.copytree(room, FORMAT1)
+        shutil.copytree(directory, FORMAT1)

@@ -46,7 +46,7 @@ KINDS = {
     "lora-truncated": "lora",
     "converted": "converted",
 }
-"""Directory -> what it is. `full`, which format 1 calls merged, has a test of its own."""
+"""Directory -> what it is. `full`, which format 1 calls merged, has a separate test."""
 ROUNDING = 2.0**-8
 """Half a unit in the last place of bfloat16, relative."""
 

@@ -251,7 +251,8 @@ def test_a_push_that_fails_after_the_work_loses_nothing_and_is_repeated_alone(
 def test_training_checkpoints_are_not_pushed(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
-    base, out = readable(checkpoint("llama"), tmp_path / "base"), tmp_path / "out"
+    base = readable(checkpoint("llama"), tmp_path / "base")
+    out = tmp_path / "out"
     data = ["--data", write_sums(tmp_path / "sums.jsonl"), "--steps", 2, "--max-length", 48]
     kept = ["--save-every", 1, "--keep-checkpoints", "--push", "alice/trained"]
     alice.succeeds("train", base, "-o", out, "--method", "lora", "--rank", 4, *data, *kept)
