@@ -35,17 +35,17 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
-from svdconvert.inputs.adapter_delta import open_adapter_delta
+from svdconvert.inputs.open_adapter import open_adapter_delta
+from svdconvert.inputs.sources import Sources
 from svdconvert.linalg.delta import as_lora, merged_
 from svdconvert.manifest.schema import read_manifest
-path = Path(sys.argv[1])
-change = open_adapter_delta(path, residual=sys.argv[2])
-seconds = 0.0
-for matrix in read_manifest(Path(sys.argv[2])).matrices.values():
+adapter, decomposed = sys.argv[1:]
+delta, seconds = open_adapter_delta(adapter, Sources(residual=decomposed)), 0.0
+for matrix in read_manifest(Path(decomposed)).matrices.values():
     weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
-    end, start = change.end(matrix.module), change.start(matrix.module)
+    trained, initial = delta.trained(matrix.module), delta.initial(matrix.module)
     started = time.perf_counter()
-    merged_(weight, as_lora(*end, *start), weight.dtype)
+    merged_(weight, as_lora(*trained, *initial), weight.dtype)
     seconds += time.perf_counter() - started
 print(json.dumps(seconds))
 """

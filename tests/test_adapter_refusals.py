@@ -113,7 +113,9 @@ def test_a_base_that_changed_in_place_is_refused(trained: Path, base: Path, tmp_
 
 def test_a_missing_base_is_asked_for(trained: Path, base: Path, tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
-    refused("merge", trained, "-o", tmp_path / "out", "--from", "base", words=[base, "not at hand", "--base"])
+    refused(
+        "merge", trained, "-o", tmp_path / "out", "--from", "base", words=[base, "is not found", "--base"]
+    )
     (tmp_path / "pissa").rename(tmp_path / "moved too")
     refused(
         "merge", trained, "-o", tmp_path / "out", words=["neither the base nor the residual", "--residual"]

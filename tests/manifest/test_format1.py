@@ -42,11 +42,12 @@ KINDS = {
     "trained": "trained",
     "classifier": "trained",
     "merged": "merged",
+    "full": "finetuned",
     "lora": "lora",
     "lora-truncated": "lora",
     "converted": "converted",
 }
-"""Directory -> what it is. `full`, which format 1 calls merged, has a separate test."""
+"""Directory -> kind. Format 1 called a fine-tuned one merged, with the method full."""
 ROUNDING = 2.0**-8
 """Half a unit in the last place of bfloat16, relative."""
 
@@ -90,7 +91,7 @@ def changes() -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", [*KINDS, "full"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_fixtures_are_of_format_1_and_name_a_neutral_place(name: str) -> None:
     values = json.loads((FORMAT1 / name / "svdconvert.json").read_text())
     assert values["format"] == 1
@@ -112,7 +113,30 @@ def test_inspect_shows_the_options_that_were_chosen() -> None:
     succeeded("inspect", FORMAT1 / "lora-truncated")
 
 
-@pytest.mark.parametrize("name", [*KINDS, "full"])
+def test_results_are_read_apart_from_options() -> None:
+    merged = read_manifest(FORMAT1 / "merged")
+    assert merged.result.side == "base"
+    assert len(merged.result.update.matrices) == 7
+    exact, truncated = (read_manifest(FORMAT1 / name) for name in ("lora", "lora-truncated"))
+    assert (exact.result.rank, exact.result.truncation, exact.options["rank"]) == (4, None, None)
+    assert (truncated.result.rank, truncated.options["rank"]) == (1, 1)
+    assert 0.1 < truncated.result.truncation.error < 0.9
+    head = read_manifest(FORMAT1 / "classifier").result.head
+    assert head["id2label"] == {"0": "False", "1": "True"}
+    for name in KINDS:
+        assert not {"update", "truncation", "head"} & read_manifest(FORMAT1 / name).options.keys()
+
+
+def test_a_fine_tuned_model_is_no_merged_adapter() -> None:
+    manifest = read_manifest(FORMAT1 / "full")
+    assert (manifest.kind, manifest.method) == ("finetuned", "full")
+    assert manifest.options["steps"] == 2
+    before, after = tensors(BASE), tensors(FORMAT1 / "full")
+    assert before.keys() == after.keys()
+    assert not any(same_bits(after[name], before[name]) for name in adapted_tensors())
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_verify_finds_every_tensor_as_it_was_written(name: str) -> None:
     report = verify(FORMAT1 / name, RUN)
     assert report.faults == []
@@ -202,9 +226,10 @@ def test_an_overwritten_directory_may_be_of_format_1(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_push_writes_a_card_for_each(hub: Hub, alice: Visitor) -> None:
     hub.create("org/base", BASE)
-    for name in ("decomposed", "trained", "merged", "lora-truncated"):
+    for name in ("decomposed", "trained", "merged", "full", "lora-truncated"):
         residual = ["--residual", "alice/decomposed"] if name == "trained" else []
         alice.succeeds("push", FORMAT1 / name, f"alice/{name}", "--base", "org/base", *residual)
         card = hub.repositories[f"alice/{name}"].read("README.md").decode()
         assert "base_model" in card and "org/base" in card
         assert "/models" not in card
+        assert ("adapter merged" in card) == (name == "merged")
