@@ -73,7 +73,7 @@ def test_an_initial_adapter_of_another_shape_is_refused(
     command: str, trained: Path, base: Path, tmp_path: Path
 ) -> None:
     succeeded("decompose", base, "-o", tmp_path / "other", "--rank", 4, "--targets", "mlp")
-    words = [tmp_path / "other" / "pissa_init", "is not the start of", "--init"]
+    words = [tmp_path / "other" / "pissa_init", "is not the initial adapter of", "--init"]
     refused(
         command, trained, "-o", tmp_path / "out", "--init", tmp_path / "other" / "pissa_init", words=words
     )

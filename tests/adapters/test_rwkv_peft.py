@@ -138,9 +138,9 @@ def test_inspect_says_what_the_file_is_and_what_it_does_not_say(files: Files) ->
 def test_missing_options_are_asked_for(files: Files, tmp_path: Path) -> None:
     out, base = ["-o", tmp_path / "out"], ["--base", files.base]
     refused(
-        "merge", files.end, *out, *base, words=["rwkv-0.pth", "does not say its scale", "--alpha", "--init"]
+        "merge", files.end, *out, *base, words=["rwkv-0.pth", "does not store its scale", "--alpha", "--init"]
     )
-    refused("to-lora", files.end, *out, words=["does not say its scale"])
+    refused("to-lora", files.end, *out, words=["does not store its scale"])
     refused("merge", files.end, *out, "--alpha", 3, words=["base", "--base"])
     words = ["leave --alpha out"]
     refused("merge", files.end, *out, *base, "--alpha", 3, "--init", files.start, words=words)
@@ -163,4 +163,4 @@ def test_an_adapter_of_another_family_is_not_written_in_this_format(
     succeeded("decompose", llama, "-o", tmp_path / "out", "--rank", 4)
     command = ("to-lora", tmp_path / "out", "-o", tmp_path / "lora", "--format", "rwkv-peft")
     refused(*command, words=["model.layers.0", "RWKV-6 alone"])
-    refused("merge", tmp_path / "out", "-o", tmp_path / "m", "--alpha", 3, words=["says its own alpha"])
+    refused("merge", tmp_path / "out", "-o", tmp_path / "m", "--alpha", 3, words=["stores its own alpha"])
