@@ -176,7 +176,7 @@ def test_a_residual_base_is_not_converted_without_its_adapter(
 ) -> None:
     succeeded("decompose", models["blinkdl"], "-o", tmp_path / "out", "--rank", RANK)
     command = ("convert", tmp_path / "out", "-o", tmp_path / "hf", "--layout", "hf")
-    refused(*command, words=["a decomposed directory", "convert wants a plain checkpoint"])
+    refused(*command, words=["a decomposed directory", "convert needs a plain checkpoint"])
 
 
 def test_vectors_and_small_factors_are_no_targets(models: dict[str, Path], tmp_path: Path) -> None:
