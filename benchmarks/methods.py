@@ -26,11 +26,11 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS, find_layout
 from svdconvert.methods.base import METHODS
-from svdconvert.training.data.task import Task, open_training_data
+from svdconvert.training.data.task import TrainingData, open_training_data
 from svdconvert.training.model.inject import install, trainable_count
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
-from svdconvert.training.resolve_defaults import settled
+from svdconvert.training.resolve_defaults import resolve_defaults
 from svdconvert.training.start import open_training_start
 
 COMMON = 2e-4
@@ -151,13 +151,13 @@ def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> 
         network = _full(arguments, layout)
     else:
         network = _adapted(arguments, seed, method, init)
-        plan = settled(plan, METHODS.get(method).started(init), 0.0, print)
+        plan = resolve_defaults(plan, METHODS.get(method).started(init), 0.0, print)
     curve = _curve(network, task, plan)
     return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
 
 def _curve(
-    network: nn.Module, task: Task, plan: TrainOptions
+    network: nn.Module, task: TrainingData, plan: TrainOptions
 ) -> tuple[list[float], tuple[float, float], float]:
     """The losses, the held-out loss before and after, and a step's processor time."""
     losses, held_out, times, mark = [], [], [], time.process_time()

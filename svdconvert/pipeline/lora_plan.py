@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.extra_parameters import extra_key
-from svdconvert.adapters.peft_files import WEIGHTS, key
+from svdconvert.adapters.peft_files import PER_EXPERT, WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
 from svdconvert.checkpoint.renamed import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
@@ -72,7 +72,15 @@ class LoraPlan:
 
 
 def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
-    """Find the ranks by a first pass over the small factors, and plan the file."""
+    """Find the ranks by a first pass over the small factors, and plan the file.
+
+    Raises ArtifactError for an adapter of single experts.
+    """
+    if delta.adapter.config.peft_type == PER_EXPERT:
+        raise ArtifactError(
+            f"{delta.directory} adapts experts one by one, which no LoRA for stock PEFT can express, because "
+            "transformers fuses experts at run time; use merge, or decompose with --targets attn"
+        )
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(delta, options)
     if truncation is None:

@@ -63,6 +63,8 @@ def wait_until_saved(process: "subprocess.Popen[str]", out: Path, states: int) -
         time.sleep(0.001)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
     train(
         room / "start",
@@ -82,6 +84,8 @@ def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, 
     assert not partial(out).exists()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
     plan = TrainOptions(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)

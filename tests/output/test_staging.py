@@ -107,6 +107,7 @@ def test_an_error_later_leaves_the_partial_directory_to_continue_from(out: Path)
     assert same(load_file(out / "model.safetensors"))
 
 
+@pytest.mark.processes
 def test_a_kill_leaves_only_the_partial_directory(out: Path) -> None:
     program = f"""
 import os, signal
@@ -242,6 +243,7 @@ def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(load_file(out / "f")["big"], big)
 
 
+@pytest.mark.processes
 def test_a_limit_of_the_system_is_a_sentence_and_leaves_nothing(out: Path) -> None:
     program = f"""
 import resource
