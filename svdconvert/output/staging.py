@@ -180,6 +180,11 @@ class StagedOutput:
             self._journal.finish(item, record)
         self.finished[item] = record
 
+    def keep(self) -> None:
+        """Keep the staging directory even if the run is aborted before a tensor is finished."""
+        if "keep" not in self.finished:
+            self.finish("keep", {})
+
     def departs(self, file: str) -> bool:
         """True for a file that is sent off as soon as it is finished."""
         return self._departed is not None and self._departed.leaves(file)
