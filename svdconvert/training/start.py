@@ -90,7 +90,7 @@ def open_training_start(
         start = start_from_plain(plan_split(opened.source, name, layout, split), opened, run.track)
     if start.config.peft_type == PER_EXPERT:
         raise ArtifactError(
-            f"{model} has adapters for single experts, which transformers fuses at run time, so that train "
+            f"{model} adapts experts one by one, but transformers fuses them at run time, so train "
             "cannot inject them; decompose with --targets attn, or train it elsewhere"
         )
     if not train_also:
