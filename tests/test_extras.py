@@ -99,7 +99,7 @@ def test_small_steps_of_a_norm_are_not_swallowed_by_bfloat16(tmp_path: Path) -> 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": (("nroms",), "'nroms', which matches no tensor; give norms, biases"),
     "an adapted matrix": (("*.q_proj.weight",), "q_proj.weight, which the adapter trains already"),
-    "tied embeddings": (("model.embed_tokens.weight",), "the head's weight too"),
+    "tied embeddings": (("model.embed_tokens.weight",), "also the head's weight"),
 }
 
 

@@ -6,10 +6,11 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.linalg.threads import use_threads
-from svdconvert.manifest.schema import Manifest, read_manifest
-from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
+from svdconvert.manifest.schema import Manifest
+from svdconvert.output.staging import check_free, recorded
+from svdconvert.pipeline.job import run_job
 from svdconvert.training.logs.trackers import require_trackers
-from svdconvert.training.run import Watch, ignore_log, load_training_job, train_and_record
+from svdconvert.training.run import Watch, ignore_log, load_training_job
 from svdconvert.training.start import open_training_start
 
 
@@ -31,17 +32,10 @@ def train(  # noqa: PLR0913 (what to start from, how to train, and who watches)
     sentence.
     """
     run = run or Run()
-    target = Path(out)
     split = split or SplitOptions()
-    check_free(target, overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite)
     require_trackers(plan)
-    threads = use_threads(run.threads or recorded(target, "threads"))
+    # A plain model is decomposed while it is opened, with results that depend on the number of threads.
+    use_threads(run.threads or recorded(Path(out), "threads"))
     start = open_training_start(str(model), split, base, run, plan.train_also or ())
-    check_apart(target, start.weights, Path(model) if Path(model).exists() else None)
-    job = load_training_job(start, plan, run)
-    with StagedOutput(target, job.output.files, job.identity(split, threads), run) as staged:
-        train_and_record(job, staged, run, watch)
-        if run.ranks.leads:
-            checksums = job.output.write(staged)
-            job.output.manifest(job.options, checksums, threads).write(staged.path)
-    return read_manifest(target)
+    return run_job(load_training_job(start, plan, split, run, watch), Path(out), run)

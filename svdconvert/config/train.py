@@ -50,7 +50,7 @@ class TrainOptions:
     response_field: str | None = None
     """Field of the response, if it is not one of the known ones."""
     template: str | None = None
-    """Prompt template: text with {prompt} in it, "chat" for the tokenizer's, or "none"; by default Alpaca's."""
+    """Prompt template: text with {prompt} in it, "chat" (the tokenizer's) or "none"; by default Alpaca's."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Maximum number of tokens in a row."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"

@@ -183,7 +183,7 @@ class StagedOutput:
     def keep(self) -> None:
         """Keep the staging directory even if the run is aborted before a tensor is finished."""
         if "keep" not in self.finished:
-            self.finish("keep", {})
+            self.finish("keep", {"files": {}})
 
     def departs(self, file: str) -> bool:
         """True for a file that is sent off as soon as it is finished."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,13 @@ from svdconvert.errors import ArtifactError
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
-from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.results import TrainResult
+from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.output.plan import PlannedFile, plan_file, plan_model
+from svdconvert.output.plan import FileRole, PlannedFile, plan_file, plan_model
 from svdconvert.output.sidecars import finish_model
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.runner import file_checksums
 from svdconvert.training.data.dataset import TrainingData
 from svdconvert.training.data.packing import require_packing_support
 from svdconvert.training.model.extra_parameters import ParameterShapes, extract_parameters, unfreeze
@@ -30,8 +33,6 @@ from svdconvert.training.model.inject import extract_factors, inject_adapters
 from svdconvert.training.model.load import head_config, load_classifier, load_network, replace_weights
 from svdconvert.training.start import AdapterStart, FullStart, TrainingStart
 
-Checksums = dict[str, dict[str, str]]
-"""File -> tensor -> checksum."""
 _SHARD_SIZE = "5GB"
 _HEAD = re.compile(r"^(classifier|score)\..*")
 
@@ -47,10 +48,13 @@ class TrainedOutput(Protocol):
     def files(self) -> list[PlannedFile]:
         """The weight files of the directory; known before training."""
 
-    def write(self, staged: StagedOutput) -> Checksums:
-        """Write the weights as they are now, with everything that belongs next to them."""
+    def write_weights(self, staged: StagedOutput) -> None:
+        """Write the weights as they are now."""
 
-    def manifest(self, options: TrainOptions, checksums: Checksums, threads: int) -> Manifest:
+    def write_sidecars(self, directory: Path) -> None:
+        """Write everything that belongs next to the weights."""
+
+    def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the directory."""
 
 
@@ -123,24 +127,25 @@ class TrainedAdapter:
 
     @property
     def _trained_file(self) -> PlannedFile:
-        return _plan_adapter(WEIGHTS, self.start.factors, torch.float32, self.start.fully_trained)
+        return _plan_adapter(WEIGHTS, "adapter", self.start.factors, torch.float32, self.start.fully_trained)
 
     @property
     def _initial_file(self) -> PlannedFile:
-        return _plan_adapter(f"{init_folder(self.start.method)}/{WEIGHTS}", self.start.factors)
+        return _plan_adapter(
+            f"{init_folder(self.start.method)}/{WEIGHTS}", "initial_adapter", self.start.factors
+        )
 
-    def write(self, staged: StagedOutput) -> Checksums:
-        """Write both adapters with their configurations."""
+    def write_weights(self, staged: StagedOutput) -> None:
+        """Write both adapters."""
         start = self.start
-        initial = self._initial_file
-        trained = self._trained_file
-        (staged.path / CONFIG).write_text(self._trained_config().text())
-        (staged.path / init_folder(start.method) / CONFIG).write_text(start.config.text())
         parameters = extract_parameters(self.network, start.fully_trained, LAYOUTS.get(start.layout))
-        return {
-            initial.path: _write_adapter(staged, initial, start.factors),
-            trained.path: _write_adapter(staged, trained, extract_factors(self.network), parameters),
-        }
+        _write_adapter(staged, self._initial_file, start.factors)
+        _write_adapter(staged, self._trained_file, extract_factors(self.network), parameters)
+
+    def write_sidecars(self, directory: Path) -> None:
+        """Write the configurations of both adapters."""
+        (directory / CONFIG).write_text(self._trained_config().text())
+        (directory / init_folder(self.start.method) / CONFIG).write_text(self.start.config.text())
 
     def _trained_config(self) -> AdapterConfig:
         start = self.start
@@ -159,7 +164,7 @@ class TrainedAdapter:
         modules = sorted({_HEAD.sub(r"\1", module) for module in modules})
         return replace(config, task="SEQ_CLS", modules_to_save=modules)
 
-    def manifest(self, options: TrainOptions, checksums: Checksums, threads: int) -> Manifest:
+    def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of a trained adapter."""
         return Manifest(
             kind="trained",
@@ -167,10 +172,12 @@ class TrainedAdapter:
             method=self.start.method,
             base=self.start.base,
             residual=self.start.residual,
-            rebased=self.start.base_is_residual,
-            options=options.shaping() | ({"head": self.head} if self.head else {}),
+            base_is_residual=self.start.base_is_residual,
+            options=options.shaping(),
+            result=TrainResult(head=self.head or None),
             matrices=self.start.matrices,
-            files=checksums,
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
             threads=threads,
         )
 
@@ -183,6 +190,7 @@ def _hub_repository(start: AdapterStart) -> str | None:
 
 def _plan_adapter(
     path: str,
+    role: FileRole,
     factors: Mapping[str, Factors],
     dtype: torch.dtype | None = None,
     fully_trained: ParameterShapes | None = None,
@@ -195,7 +203,7 @@ def _plan_adapter(
     infos += [
         TensorInfo(extra_key(name, factors), shape, "F32") for name, shape in (fully_trained or {}).items()
     ]
-    return plan_file(path, infos)
+    return plan_file(path, infos, role)
 
 
 def _write_adapter(
@@ -203,8 +211,8 @@ def _write_adapter(
     file: PlannedFile,
     factors: Mapping[str, Factors],
     parameters: Mapping[str, Tensor] | None = None,
-) -> dict[str, str]:
-    """Write all tensors of an adapter's file; name -> checksum."""
+) -> None:
+    """Write all tensors of an adapter's file."""
     tensors = {
         key(module, name): tensor
         for module, module_factors in factors.items()
@@ -212,8 +220,12 @@ def _write_adapter(
     }
     tensors |= {extra_key(name, factors): tensor for name, tensor in (parameters or {}).items()}
     for name, tensor in tensors.items():
-        staged.write(file.path, name, tensor)
-    return {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
+        _write_tensor(staged, file.path, name, tensor)
+
+
+def _write_tensor(staged: StagedOutput, file: str, name: str, tensor: Tensor) -> None:
+    staged.write(file, name, tensor)
+    staged.finish(f"{file}: {name}", {"files": {file: {name: checksum(tensor_bytes(tensor))}}})
 
 
 @dataclass(frozen=True)
@@ -256,10 +268,9 @@ class FineTunedModel:
         """The shards, with the names and element types of the source."""
         return plan_model(list(self.source.infos.values()), parse_size(_SHARD_SIZE))
 
-    def write(self, staged: StagedOutput) -> Checksums:
-        """Write the shards and the sidecars of a checkpoint."""
+    def write_weights(self, staged: StagedOutput) -> None:
+        """Write the shards."""
         parameters = self._parameters_by_tensor()
-        checksums: Checksums = {}
         for file in self.files:
             for info in file.infos:
                 if info.name in parameters:
@@ -267,19 +278,21 @@ class FineTunedModel:
                 else:
                     tensor = self.source.read(info.name)
                 stored = tensor.to("cpu", torch_dtype(info.dtype)).contiguous()
-                staged.write(file.path, info.name, stored)
-                checksums.setdefault(file.path, {})[info.name] = checksum(tensor_bytes(stored))
-        finish_model(self.start.weights, staged.path, self.files)
-        return checksums
+                _write_tensor(staged, file.path, info.name, stored)
 
-    def manifest(self, options: TrainOptions, checksums: Checksums, threads: int) -> Manifest:
+    def write_sidecars(self, directory: Path) -> None:
+        """Copy the sidecars of the source, and write the index."""
+        finish_model(self.start.weights, directory, self.files)
+
+    def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of a fine-tuned checkpoint."""
         return Manifest(
-            kind="merged",
+            kind="finetuned",
             layout=self.start.layout,
             method=self.start.method,
             base=self.start.base,
             options=options.shaping(),
-            files=checksums,
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
             threads=threads,
         )

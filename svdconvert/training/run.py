@@ -1,7 +1,8 @@
-"""One training run: everything is loaded, then trained step by step while the measurements are recorded."""
+"""One training run as a job: load everything, train the network, write what comes out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.tensors import tensor_bytes
@@ -11,8 +12,9 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, digest
-from svdconvert.manifest.schema import run_identity
+from svdconvert.manifest.schema import Manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.logs.drift import measure_drift
@@ -37,31 +39,67 @@ def ignore_log(log: Log, steps: int) -> None:
     """The default of `watch`: discard the measurement."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """Everything that a run needs, loaded."""
+    """A run with everything that it needs, loaded."""
 
     start: TrainingStart
     options: TrainOptions
     """With all defaults resolved."""
+    split: SplitOptions
+    """How a plain model was decomposed."""
     data: TrainingData
     accelerator: "Accelerator"
     output: TrainedOutput
+    watch: Watch = ignore_log
+    command: str = "train"
 
     @property
     def steps(self) -> int:
         """The number of optimizer steps."""
         return self.options.total_steps(len(self.data.splits.train), self.accelerator.num_processes)
 
-    def identity(self, split: SplitOptions, threads: int) -> dict[str, Any]:
-        """What an interrupted run must have in common with this one to be resumed."""
-        return run_identity("train", self.options.shaping(), threads) | {
-            "split": asdict(split),
+    @property
+    def files(self) -> Sequence[PlannedFile]:
+        """The weight files of the output."""
+        return self.output.files
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """What the start was read from."""
+        return self.start.inputs
+
+    def identity(self) -> dict[str, Any]:
+        """The start, the data, the machine, and the options that influence the result."""
+        return {
+            "options": self.options.shaping(),
+            "split": asdict(self.split),
             "data": {"files": dict(self.data.splits.checksums)},
             "start": {"files": {str(self.start.weights): _start_checksum(self.start)}},
             "processes": self.accelerator.num_processes,
             "precision": self.accelerator.mixed_precision,
         }
+
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Train, and write the weights; all ranks train, the leading rank writes."""
+        checkpoints = train_and_record(self, staged, run)
+        if run.ranks.leads:
+            self.output.write_weights(staged)
+            if not self.options.keep_checkpoints:
+                checkpoints.delete()
+        staged.gather()
+
+    def write_sidecars(self, directory: Path) -> None:
+        """Write everything that belongs next to the weights."""
+        self.output.write_sidecars(directory)
+
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """The manifest of the trained adapter, or of the fine-tuned checkpoint."""
+        return self.output.manifest(self.options, staged, threads)
+
+    def remarks(self, manifest: Manifest) -> tuple[str, ...]:
+        """Empty: `load_training_job` notifies before the training."""
+        return ()
 
 
 def _start_checksum(start: TrainingStart) -> str:
@@ -75,7 +113,9 @@ def _start_checksum(start: TrainingStart) -> str:
     return digest([[asdict(origin) for origin in origins if origin], *factors])
 
 
-def load_training_job(start: TrainingStart, options: TrainOptions, run: Run) -> TrainingJob:
+def load_training_job(
+    start: TrainingStart, options: TrainOptions, split: SplitOptions, run: Run, watch: Watch = ignore_log
+) -> TrainingJob:
     """Resolve the options, read the data and load the model. Raises SvdConvertError if anything does not fit.
 
     Calls `run.notify` with a sentence for everything that may surprise the user.
@@ -88,11 +128,18 @@ def load_training_job(start: TrainingStart, options: TrainOptions, run: Run) -> 
         if warning:
             run.notify(warning)
     accelerator = make_accelerator(options)
-    output = load_output(start, options, data, accelerator.mixed_precision, run.trust_remote_code)
-    return TrainingJob(start, options, data, accelerator, output)
+    return TrainingJob(
+        start=start,
+        options=options,
+        split=split,
+        data=data,
+        accelerator=accelerator,
+        output=load_output(start, options, data, accelerator.mixed_precision, run.trust_remote_code),
+        watch=watch,
+    )
 
 
-def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run, watch: Watch = ignore_log) -> None:
+def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkpoints:
     """Train the job's network; write metrics, samples and checkpoints into the staging directory.
 
     Resumes from the newest checkpoint that an interrupted run left there.
@@ -111,6 +158,10 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run, watch: Wa
     samples = Samples.of(network, job.data.tokenizer, job.data.splits.held_out, options)
     trackers = Trackers(job.accelerator, options, staged.out.name)
     metrics = MetricsLog(staged.path, checkpoints.step, samples, trackers, leads=run.ranks.leads)
+    initial: Mapping[str, Factors] = {}
+    if isinstance(job.start, AdapterStart) and job.start.base_is_residual:
+        # Drift is measured only for adapters that start as a part of the base.
+        initial = job.start.factors
 
     def before_save() -> None:
         # A resumed run repeats only the steps after its checkpoint, so the measurements of all steps before
@@ -121,12 +172,8 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run, watch: Wa
 
     def record(log: Log) -> None:
         metrics.write(log)
-        watch(log, job.steps)
+        job.watch(log, job.steps)
 
-    initial: Mapping[str, Factors] = {}
-    if isinstance(job.start, AdapterStart) and job.start.base_is_residual:
-        # Drift is measured only for adapters that start as a part of the base.
-        initial = job.start.factors
     checkpoints = replace(checkpoints, before_save=before_save)
     with run.ranks.together(), metrics:
         # `fit` saves a checkpoint only when it is asked for the next measurement, so after this loop's body.
@@ -134,8 +181,7 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run, watch: Wa
             record(log)
             if initial and isinstance(log, StepLog) and _drift_is_due(job, log.step):
                 record(measure_drift(network, initial, log.step))
-    if run.ranks.leads and not options.keep_checkpoints:
-        checkpoints.delete()
+    return checkpoints
 
 
 def _drift_is_due(job: TrainingJob, step: int) -> bool:

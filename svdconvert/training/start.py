@@ -13,13 +13,13 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot, fetch
-from svdconvert.inputs.model import OpenModel, find_model, open_model
+from svdconvert.inputs.model import OpenModel, open_model, require_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.pipeline.decompose import SplitPlan, plan_split, split_tensor
+from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
 
@@ -30,6 +30,8 @@ class AdapterStart:
 
     weights: Path
     """The directory to load: a residual or a base."""
+    inputs: Sequence[Path]
+    """All directories and files that were read."""
     method: str
     layout: str
     base_is_residual: bool
@@ -61,10 +63,15 @@ class FullStart:
     """A plain checkpoint of which every weight is trained, without an adapter."""
 
     weights: Path
-    """The directory to load."""
+    """The directory to load, and the only input."""
     method: str
     layout: str
     base: Origin
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """All directories and files that were read."""
+        return [self.weights]
 
 
 TrainingStart = AdapterStart | FullStart
@@ -84,10 +91,14 @@ def open_training_start(
         start, opened = _open_decomposed(model, snapshot, base)
     else:
         opened = open_model(model)
-        name, layout = opened.layout(split.layout)
         if METHODS.get(split.method).split is None:
-            return FullStart(weights=opened.path, method=split.method, layout=name, base=opened.origin())
-        start = start_from_plain(plan_split(opened.source, name, layout, split), opened, run.track)
+            return FullStart(
+                weights=opened.path,
+                method=split.method,
+                layout=opened.layout(split.layout)[0],
+                base=opened.origin(),
+            )
+        start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
     if start.config.peft_type == PER_EXPERT:
         raise ArtifactError(
             f"{model} adapts experts one by one, but transformers fuses them at run time, so train "
@@ -108,17 +119,12 @@ def _open_decomposed(model: str, snapshot: Snapshot, base: str | None) -> tuple[
         raise ArtifactError(
             f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
         )
-    if manifest.rebased:
+    if manifest.base_is_residual:
         opened = open_model(model)
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
-    found = find_model(manifest.base, base)
-    if found is None:
-        location = manifest.base.location if manifest.base else "unknown"
-        raise ArtifactError(
-            f"the base of {snapshot.path} is not at hand ({location}); give its location with --base"
-        )
-    return start_from_decomposed(snapshot.path, manifest, found.path, None), found
+    opened = require_model(manifest.base, base, snapshot.path)
+    return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
 
 
 def start_from_decomposed(
@@ -128,9 +134,10 @@ def start_from_decomposed(
     adapter = open_adapter(directory / init_folder(manifest.method))
     return AdapterStart(
         weights=weights,
+        inputs=[directory, weights],
         method=manifest.method,
         layout=manifest.layout,
-        base_is_residual=manifest.rebased,
+        base_is_residual=manifest.base_is_residual,
         config=adapter.config,
         base=manifest.base,
         residual=residual,
@@ -139,7 +146,7 @@ def start_from_decomposed(
     )
 
 
-def start_from_plain(plan: SplitPlan, model: OpenModel, track: Track) -> AdapterStart:
+def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
@@ -159,6 +166,7 @@ def start_from_plain(plan: SplitPlan, model: OpenModel, track: Track) -> Adapter
         track(Progress(name, "", done_bytes, total_bytes))
     return AdapterStart(
         weights=model.path,
+        inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
         base_is_residual=plan.method.residual,

@@ -39,7 +39,7 @@ def test_full_fine_tuning_trains_every_tensor_and_keeps_names_and_dtypes(
     }
     still = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
     assert not [name for name in still if name.endswith("_proj.weight") or "embed" in name]
-    assert (manifest.kind, manifest.method) == ("merged", "full")
+    assert (manifest.kind, manifest.method) == ("finetuned", "full")
     assert (logits(plain(tmp_path / "full")) - logits(plain(base))).abs().max() > 1e-3
     assert (tmp_path / "full" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     # The result may be decomposed and trained further.
@@ -64,7 +64,7 @@ def test_from_the_command_line(checkpoint: Build, tmp_path: Path) -> None:
     shown = succeeded(*typed, tmp_path / "full").out
     assert "from_pretrained" in shown and "to-lora" not in shown
     assert read_manifest(tmp_path / "full").options["lr"] == 1e-5
-    assert "fine-tuned whole" in succeeded("inspect", tmp_path / "full").out
+    assert "of which every weight was trained" in succeeded("inspect", tmp_path / "full").out
     succeeded("verify", tmp_path / "full")
     refused(
         "decompose", base, "-o", tmp_path / "out", "--method", "full", words=["nothing to decompose", "train"]
