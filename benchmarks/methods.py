@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, str | None]] = {
 """Name -> (method, init)."""
 
 
-TEXT = """# The methods side by side
+TEXT = """# Methods compared
 
 Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps {steps} --rank {rank}
 --batch-size {batch_size} --max-length {max_length} --seeds {seeds}`.
@@ -61,17 +61,17 @@ Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps 
 |---|---|---|---|---|---|
 {rows}
 
-Every figure is the mean over the seeds {seeds}; after ± stands half the distance between the smallest and
-the largest value. A seed determines the order of the rows and what a method initialises randomly; the
-{held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve
-is {steps} steps of {batch_size} rows, with a constant learning rate after a short warm-up, in bf16 if the
-processor has instructions for it. `full` trains the matrices that the others adapt, in float32 under the
-same autocast.
+Every figure is the mean over the seeds {seeds}; ± is half the distance between the smallest and the
+largest. The seed determines the order of the rows and the random numbers of a method, in the same way for
+all methods. The {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are
+left out. A curve is {steps} steps of {batch_size} rows with a constant learning rate after a short warm-up,
+in bfloat16 if the processor multiplies it. `full` trains the matrices that the other methods adapt, in
+float32 under the same autocast.
 
-This shows that every method trains, that all start from the loss of the model, and how far a few steps go at
-either learning rate. It does not show which method is best: a few steps with few seeds on one small model say
-nothing about the end of a training run, no answer was graded, and the published learning rates are for larger
-models, larger batches and hundreds of steps.
+What it shows: every method trains; the loss it starts from (always the model's own); and how far a few steps
+take it at either rate. What it does not show: which method is best. A few steps with few seeds on one small
+model say nothing about the end of a training, no answer was graded, and every method's published rate
+belongs to larger models, larger batches and hundreds of steps.
 """
 
 

@@ -26,6 +26,8 @@ class Journal:
         Raises OutputError where another process has it, or where it belongs to another run (naming
         what differs).
         """
+        self.resumed = False
+        """True if an earlier run with the same identity wrote this journal."""
         self.finished: dict[str, Record] = {}
         self._stream = path.open("ab+")
         try:
@@ -36,6 +38,7 @@ class Journal:
             self.finished = {line["item"]: line["record"] for line in lines[1:]}
             self._stream.truncate(end)
             self._identity = identity
+            self.resumed = bool(lines)
             if not lines:
                 self._append(identity)
         except BaseException:
@@ -51,6 +54,7 @@ class Journal:
         """Begin again: nothing is finished."""
         self._stream.truncate(0)
         self.finished.clear()
+        self.resumed = False
         self._append(self._identity)
 
     def close(self) -> None:

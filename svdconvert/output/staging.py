@@ -61,6 +61,7 @@ class StagedOutput:
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
         self._writer = UncachedWriter()
+        self._keep = False
         self._departed = ShardUploads(self.path, files, identity, run.shard_sink) if run.shard_sink else None
 
     def __enter__(self) -> "StagedOutput":
@@ -91,7 +92,7 @@ class StagedOutput:
         if not whole:
             self._journal.forget()
             gone = set()
-        if self._overwrite or not whole or not (self._journal.finished or len(journals(self.path)) > 1):
+        if not self._journal.resumed:
             _clear(self.path, except_for=JOURNAL)
         if self._departed:
             self._departed.open(anew=not gone)
@@ -181,9 +182,8 @@ class StagedOutput:
         self.finished[item] = record
 
     def keep(self) -> None:
-        """Keep the staging directory even if the run is aborted before a tensor is finished."""
-        if "keep" not in self.finished:
-            self.finish("keep", {"files": {}})
+        """Keep the staging directory even if the run is aborted before an item is finished."""
+        self._keep = True
 
     def departs(self, file: str) -> bool:
         """True for a file that is sent off as soon as it is finished."""
@@ -213,7 +213,7 @@ class StagedOutput:
     ) -> None:
         with explained(self.path):
             if error is not None:
-                self._abandon(keep=bool(self.finished) or self.ranks.count > 1)
+                self._abandon(keep=self._keep or bool(self.finished) or self.ranks.count > 1)
                 if isinstance(error, OSError):
                     raise error
                 return
