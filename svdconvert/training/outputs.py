@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import beside_adapters, declaration, extra_key
-from svdconvert.adapters.peft_files import CONFIG, WEIGHTS, WITH_PARAMETERS, AdapterConfig, adapter_infos, key
+from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
 from svdconvert.config.sizes import parse_size
@@ -23,7 +24,7 @@ from svdconvert.manifest.results import TrainResult
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import FileRole, PlannedFile, plan_file, plan_model
-from svdconvert.output.sidecars import finish_model
+from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import file_checksums
 from svdconvert.training.data.dataset import TrainingData
@@ -282,7 +283,7 @@ class FineTunedModel:
 
     def write_sidecars(self, directory: Path) -> None:
         """Copy the sidecars of the source, and write the index."""
-        finish_model(self.start.weights, directory, self.files)
+        complete_checkpoint(self.start.weights, directory, self.files)
 
     def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of a fine-tuned checkpoint."""

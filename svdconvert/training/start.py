@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdconvert.adapters.peft_files import PER_EXPERT, AdapterConfig, open_adapter
+from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
+from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions

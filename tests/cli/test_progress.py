@@ -11,7 +11,9 @@ from svdconvert.config.progress import Progress
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_a_bar_is_one_line_and_keeps_its_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_is_one_line_and_keeps_its_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = StringIO()
     terminal = Console(file=shown, force_terminal=True, width=width, color_system=None)
     monkeypatch.setattr(progress, "stderr", terminal)
@@ -27,7 +29,7 @@ def test_a_bar_is_one_line_and_keeps_its_numbers(width: int, monkeypatch: pytest
     assert name[:10] in last
 
 
-def test_there_is_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_there_is_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = StringIO()
     monkeypatch.setattr(progress, "stderr", Console(file=shown))
     with progress.tensors("decompose") as track:

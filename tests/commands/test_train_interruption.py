@@ -61,6 +61,8 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(prepared: Path, tmp_path: Path) -> None:
     train(
         prepared / "start",
@@ -80,6 +82,8 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(prepared: Path, tm
     assert not partial(out).exists()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_ranks_train_like_one_with_twice_the_accumulation(prepared: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
     options = TrainOptions(data=str(prepared / "sums.jsonl"), **{**OPTIONS, **changes}, accumulate=2)
@@ -99,7 +103,7 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(prepared: Path, tm
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said, said
+    assert f"continues from {out}.partial" in said or "another rank died" in said, said
     assert partial(out).exists() and not out.exists()
     finish(start(*command, program=TORCHRUN))
     assert sums(out).keys() == sums(tmp_path / "one").keys()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from svdconvert.errors import DataError, did_you_mean
+from svdconvert.hub.auth import find_token
 
 Row = Mapping[str, Any]
 FieldSet = tuple[str, ...]
@@ -112,7 +113,8 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
 
 def _read_hub(data: str, split: str) -> Any:
     name, _, config = data.partition(":")
-    return _load_dataset(f"{data}, taken for a Hub data set", name, name=config or None, split=split)
+    description = f"{data}, taken for a Hub data set"
+    return _load_dataset(description, name, name=config or None, split=split, token=find_token())
 
 
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
