@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.adapter_config import AdapterConfig, read_adapter_config
 from svdconvert.adapters.peft_files import open_adapter, target_modules
 from svdconvert.errors import ArtifactError, CheckpointError
 from tests.stock import WEIGHTS, plain
@@ -118,7 +118,7 @@ def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
         alpha_pattern={"v_proj": 1.0}, dropout=0.2, initialised="pissa",
     )  # fmt: skip
     (directory / "adapter_config.json").write_text(written.text())
-    assert open_adapter(directory).config == written
+    assert read_adapter_config(directory) == written
 
 
 @pytest.mark.filterwarnings(
@@ -167,11 +167,11 @@ def test_a_missing_file_is_refused_by_name(saved: Callable[..., Path], name: str
         open_adapter(directory)
 
 
-@pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": None}, {"r": []}])
+@pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": [1]}, {"r": []}])
 def test_a_configuration_with_invalid_values_is_refused(
     saved: Callable[..., Path], values: dict[str, Any]
 ) -> None:
-    with pytest.raises(ArtifactError, match="not the configuration of a LoRA adapter"):
+    with pytest.raises(ArtifactError, match=f"adapter_config.json has {next(iter(values))} .* must be"):
         open_adapter(edit(saved(), **values))
 
 
