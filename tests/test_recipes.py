@@ -69,7 +69,7 @@ def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa-smollm2-gsm8k", "lora-smollm2-gsm8k"])
-def test_a_recipe_serves_every_verb(name: str, checkpoint: Build, tmp_path: Path) -> None:
+def test_a_recipe_serves_every_command(name: str, checkpoint: Build, tmp_path: Path) -> None:
     recipe, start, trained = ROOT / f"{name}.yaml", tmp_path / "start", tmp_path / "trained"
     model = _model(recipe, checkpoint, tmp_path / "model")
     rows = write_sums(tmp_path / "sums.jsonl", rows=80)

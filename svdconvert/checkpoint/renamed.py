@@ -14,7 +14,7 @@ from svdconvert.checkpoint.tensors import (
     TensorInfo,
     TensorSource,
     dtype_code,
-    pieces,
+    in_chunks,
     tensor_bytes,
     torch_dtype,
 )
@@ -89,12 +89,12 @@ class RenamedSource:
         tensors = [self._source.read(inner) for inner in part.names]
         return tensors[0] if part.make is None else part.make(tensors).contiguous()
 
-    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`; what is only renamed is never whole in memory."""
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`; what is only renamed is never whole in memory."""
         part = self._parts[name]
         if part.make is None:
-            return self._source.chunks(part.names[0], size, room)
-        return pieces(tensor_bytes(self.read(name)), size, room)
+            return self._source.chunks(part.names[0], size, buffer)
+        return in_chunks(tensor_bytes(self.read(name)), size, buffer)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """That of the source."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Realised:
     size: float
     """||intended||."""
     cosine: float
-    """Between the intended and the realised update."""
+    """Between the intended and the realised update; NaN if a value of either is NaN or infinite."""
     kept: float
     """How much of the intended update is in the realised one: 1 where rounding is unbiased."""
 
@@ -115,7 +115,10 @@ class _Sums:
         """None where nothing was to change."""
         if self.uu == 0.0:
             return None
-        along, whole = self.uu + self.ue, self.uu + 2.0 * self.ue + self.ee
+        along = self.uu + self.ue
+        whole = self.uu + 2.0 * self.ue + self.ee
+        if not isfinite(whole):
+            return Realised(sqrt(self.uu), nan, nan)
         cosine = along / sqrt(self.uu * whole) if whole > 0.0 else 0.0
         return Realised(sqrt(self.uu), cosine, along / self.uu)
 

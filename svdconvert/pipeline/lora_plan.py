@@ -161,4 +161,10 @@ def exact_factors(delta: AdapterDelta, module: str) -> tuple[Tensor, Tensor]:
     """(B, A) of a module's delta, without truncation."""
     factors, scale = delta.trained(module)
     initial, initial_scale = delta.initial(module)
-    return as_lora(factors, scale, initial, initial_scale)
+    left, right = as_lora(factors, scale, initial, initial_scale)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise ArtifactError(
+            f"{delta.directory}: the scaled factors of {module} are NaN or Inf; check lora_alpha ({scale:g} "
+            "is the scale)"
+        )
+    return left, right

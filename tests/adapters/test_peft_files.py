@@ -12,7 +12,8 @@ from peft.tuners.lora import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from svdconvert.adapters.peft_files import AdapterConfig, open_adapter, target_modules
+from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.peft_files import open_adapter, target_modules
 from svdconvert.errors import ArtifactError, CheckpointError
 from tests.stock import WEIGHTS, plain
 

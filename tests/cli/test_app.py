@@ -83,7 +83,7 @@ def test_a_plan_writes_nothing_and_names_the_right_sizes(checkpoint: Build, tmp_
     files = list(out.rglob("*.safetensors"))
     # The plan does not count the headers, so the sizes are compared without them.
     payload = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
-    assert f"{payload / 1000:.2f} kB in {len(files)} files" in shown
+    assert f"{payload / 1000:.1f} KB in {len(files)} files" in shown
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(

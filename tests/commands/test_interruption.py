@@ -86,7 +86,7 @@ def test_ctrl_c_leaves_a_state_to_continue_from_and_says_so(model: Path, tmp_pat
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGINT)
     assert status == 130, said
-    assert f"the same command goes on from {out}.partial" in said
+    assert f"the same command continues from {out}.partial" in said
     assert not out.exists()
     assert "tensors are done" in finish(start(*SLOW, model, "-o", out))
 
@@ -95,7 +95,7 @@ def test_a_terminated_run_says_from_where_it_can_continue(model: Path, tmp_path:
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGTERM)
     assert status == 143, said
-    assert f"goes on from {out}.partial" in said
+    assert f"continues from {out}.partial" in said
 
 
 @pytest.mark.parametrize(

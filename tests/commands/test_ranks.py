@@ -55,7 +55,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_can_finish_it(model: Path, t
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said
+    assert f"continues from {out}.partial" in said or "another rank died" in said
     assert partial(out).exists() and not out.exists()
     assert "are done" in finish(start("decompose", model, "-o", out, *options))
     finish(start("decompose", model, "-o", tmp_path / "whole", *options))
@@ -66,7 +66,7 @@ def test_fewer_ranks_than_the_launcher_was_asked_for_are_refused(model: Path, tm
     process = start("decompose", model, "-o", tmp_path / "out", "--rank", 8, program=ACCELERATE)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "2 ranks were asked for and 1 runs" in said
+    assert "2 ranks were requested and 1 runs" in said
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
 
 

@@ -211,7 +211,7 @@ def test_of_two_pushes_at_once_the_second_is_refused_and_can_be_repeated(
         ("hf_expired", "alice/x", ["the token was refused", "expired"]),
         ("hf_reader", "alice/x", ["may", "log in"]),
         ("hf_alice", "bob/x", ["may not do that to bob/x", "log in"]),
-        ("hf_alice", "no name", ["no name is no name of a repository", "org/name"]),
+        ("hf_alice", "no name", ["no name is not a valid name of a repository", "org/name"]),
     ],
 )
 def test_a_push_without_permission_is_refused_and_says_why(
