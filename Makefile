@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install quick test soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo docs install quick test soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -22,6 +23,15 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[all]"
+	touch $@
+
+# docs: build the pages of docs/ as a site in build/site; a warning is an error
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# 60 MB that nothing else needs, so they are not part of the extra `all`.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[docs]"
 	touch $@
 
 # quick: the tests that take less than two seconds, start no other process and download nothing

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, str | None]] = {
 """Name -> (method, init)."""
 
 
-TEXT = """# The methods side by side
+TEXT = """# Methods compared
 
 Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps {steps} --rank {rank}
 --batch-size {batch_size} --max-length {max_length} --seeds {seeds}`.
@@ -61,15 +61,16 @@ Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps 
 |---|---|---|---|---|---|
 {rows}
 
-Every figure is the mean over the seeds {seeds}; behind ± stands half the distance between the least and
-the largest. A seed decides the order of the rows and what a method draws by chance, alike for all methods;
-the {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve
-is {steps} steps of {batch_size} rows, a constant rate after a short warm-up, bf16 where the processor
-multiplies it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
+Every figure is the mean over the seeds {seeds}; ± is half the distance between the smallest and the largest.
+The seed determines the order of the rows and the random numbers of a method, in the same way for all methods.
+The {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out.
+A curve is {steps} steps of {batch_size} rows with a constant learning rate after a short warm-up, in bfloat16
+if the processor multiplies it. `full` trains the matrices that the other methods adapt, in float32 under the
+same autocast.
 
-What it shows: that every method trains, from which loss it starts (all from the model's own), and how far a
-few steps take it at either rate. What it does not show: which method is best. A few steps of few seeds on one
-small model say nothing about the end of a training, no answer was graded, and every method's published rate
+What it shows: every method trains; the loss it starts from (always the model's own); and how far a few steps
+take it at either rate. What it does not show: which method is best. A few steps with few seeds on one small
+model say nothing about the end of a training, no answer was graded, and every method's published rate
 belongs to larger models, larger batches and hundreds of steps.
 """
 

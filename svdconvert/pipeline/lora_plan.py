@@ -8,8 +8,9 @@ from math import hypot
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.adapter_config import PER_EXPERT
 from svdconvert.adapters.extra_parameters import extra_key
-from svdconvert.adapters.peft_files import PER_EXPERT, WEIGHTS, key
+from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
 from svdconvert.checkpoint.renamed import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
