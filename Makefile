@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo install test test-processors soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 # test: run the tests, two at a time; each worker gets one thread of torch's
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# test-processors: run the tests of the linear algebra with other processors' instructions
+test-processors: install
+	PYTHON=$(BIN)/python .ci/test-processors
 
 # soak: kill every verb twenty times, at moments of chance, and compare the bytes
 soak: install

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import minor, threads
+from svdconvert.linalg import threads
 from svdconvert.linalg.minor import fast_bottom
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
@@ -82,18 +82,19 @@ def test_the_gram_matrix_gives_way_where_it_is_too_ill_conditioned(monkeypatch: 
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("kind", ["slow", "power"])
-def test_the_gram_matrix_is_enough_where_what_it_costs_is_below_the_tolerance(
+def test_the_gram_matrix_gives_what_the_tolerance_asks_for(
     kind: str, tol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
-    factored = []
-    real = minor._qr_factor
-    monkeypatch.setattr(minor, "_qr_factor", lambda *args: factored.append(1) or real(*args))
     rounded = Truth(matrix(kind, 900, 400).bfloat16().float())
     found = fast(rounded.weight, tol)
-    true = rounded.minor_excess(found)
-    assert 0.7 * true - NOISE < found.spectrum.excess < 3 * true + NOISE
-    assert bool(factored) == (kind == "power" and tol == 1e-4)
+    true, excess = rounded.minor_excess(found), found.spectrum.excess
+    assert excess is not None and true < tol and excess < tol
+    assert well_formed(found, (900, 400), RANK)
+    # Rounding W^T W to float32 moves the energy inside by up to eps / 2 of the total. The engine counts such a
+    # move as missing, although the vectors need not be worse for it, so the estimate may be larger by as much.
+    rounding = torch.finfo(torch.float32).eps / 2 / (2 * found.spectrum.energy)
+    assert 0.7 * true - NOISE < excess < 3 * true + NOISE + rounding
 
 
 def test_lapack_takes_over_where_there_is_nothing_to_invert_or_save() -> None:
