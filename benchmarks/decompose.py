@@ -1,6 +1,6 @@
 """Decomposition against PEFT's documented recipe and against LAPACK: seconds, memory, residual.
 
-    python benchmarks/decompose.py [--model DIR] [--rank 128] [--repeat 3] [--only niter_4 minor]
+    python benchmarks/decompose.py [--model DIR] [--rank 128] [--repeat 3] [--only niter_4 bottom]
 
 Without --model a Llama of hidden size 2048, four layers, is made in --room, which is kept. Every run is
 a process of its own, from start to exit, in turn with what it is compared with.
@@ -51,21 +51,21 @@ def main() -> None:
     """Run every part, or the ones named."""
     arguments = _arguments()
     if arguments.slice:
-        print(json.dumps(minor_slice(*arguments.slice)))
+        print(json.dumps(bottom_slice(*arguments.slice)))
         return
-    parts = [part for part in (*AGAINST, "minor") if part in arguments.only]
+    parts = [part for part in (*AGAINST, "bottom") if part in arguments.only]
     model = arguments.model
-    if model is None and parts != ["minor"]:
+    if model is None and parts != ["bottom"]:
         model = ensure_model(arguments.room / "300m", "300m")
-    best = optimum(model, arguments.rank, arguments.room) if parts != ["minor"] else 0.0
+    best = optimum(model, arguments.rank, arguments.room) if parts != ["bottom"] else 0.0
     rows: list[dict[str, Any]] = []
     for part in parts:
-        if part == "minor":
+        if part == "bottom":
             rows += [against_lapack(shape, arguments.repeat) for shape in SHAPES]
         else:
             rows.append(against_peft(part, model, arguments, best))
         if not arguments.json:
-            show(rows[-2:] if part == "minor" else rows[-1:])
+            show(rows[-2:] if part == "bottom" else rows[-1:])
     if arguments.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     else:
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--room", type=Path, default=Path(".cache/benchmark"), help="for models and outputs")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", choices=[*AGAINST, "minor"], nargs="*", default=[*AGAINST, "minor"])
+    parser.add_argument("--only", choices=[*AGAINST, "bottom"], nargs="*", default=[*AGAINST, "bottom"])
     parser.add_argument("--json", action="store_true", help="one JSON document in place of tables")
     parser.add_argument("--slice", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -115,7 +115,7 @@ def against_peft(part: str, model: Path, arguments: argparse.Namespace, best: fl
 
 
 def against_lapack(shape: tuple[int, int], repeat: int) -> dict[str, Any]:
-    """The minor slice of one matrix by a full SVD and by us; the processes time themselves."""
+    """The bottom slice of one matrix by a full SVD and by us; the processes time themselves."""
     size = [str(side) for side in shape]
     command = [sys.executable, __file__, "--slice", *size]
     runs: dict[str, Callable[[], Measured]] = {
@@ -123,11 +123,11 @@ def against_lapack(shape: tuple[int, int], repeat: int) -> dict[str, Any]:
     }
     found = in_turn(runs, repeat)
     energy = {name: json.loads(each[-1].said)["energy"] for name, each in found.items()}
-    row = _row(f"minor slice {shape[0]} x {shape[1]}", found, GOAL)
+    row = _row(f"bottom slice {shape[0]} x {shape[1]}", found, GOAL)
     return row | {"excess": {"svdconvert": energy["svdconvert"] / energy["full SVD"] - 1}}
 
 
-def minor_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
+def bottom_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
     """One process's share: seconds, and the energy of the slice.
 
     A corner of the matrix goes first: the threads and kernels that the first call of a process makes belong
@@ -137,7 +137,7 @@ def minor_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
 
     def smallest(matrix: Tensor) -> Tensor:
         if engine == "svdconvert":
-            return Solver("weight", tol=ENERGY).minor(matrix, SLICE).right_RI
+            return Solver("weight", tol=ENERGY).bottom(matrix, SLICE).right_RI
         return torch.linalg.svd(matrix, full_matrices=False).Vh[-SLICE:]
 
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── TargetError            a target matches nothing, or a matrix cannot be decomposed
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
 ├── UnknownNameError       no method or layout of that name
+├── PluginError            a method or layout of another package cannot be loaded
 ├── OutputError            the output directory is taken, read-only or full
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
 ├── HubError               the Hub refuses what is sent to it, or is out of reach
@@ -36,6 +37,10 @@ class RecipeError(SvdConvertError):
 
 class UnknownNameError(SvdConvertError):
     """No method or layout has that name."""
+
+
+class PluginError(SvdConvertError):
+    """A method or layout of another package cannot be loaded."""
 
 
 class OutputError(SvdConvertError):

@@ -30,7 +30,7 @@ from svdconvert.cli.signals import TerminatedError, raise_on_signals
 from svdconvert.config.progress import Progress, Track, ignore_progress
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import SvdConvertError
-from svdconvert.layouts.base import is_transformers, loading
+from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
     from svdconvert.commands.inspect import Inspection

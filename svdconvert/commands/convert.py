@@ -6,7 +6,7 @@ from pathlib import Path
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
 from svdconvert.inputs.model import OpenModel, open_model, require_plain_checkpoint
-from svdconvert.layouts.base import in_family
+from svdconvert.layouts.detect import in_family
 from svdconvert.manifest.schema import Manifest, run_identity
 from svdconvert.output.sidecars import finish_model, write_config
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded

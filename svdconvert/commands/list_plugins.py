@@ -17,7 +17,7 @@ def methods() -> list[dict[str, Any]]:
             {
                 "method": name,
                 "what it does": method.summary,
-                "slice": _by_start(method, lambda way: way.slice),
+                "slice": _by_start(method, lambda way: way.spectrum_part),
                 "trains": ", ".join(sorted(method.trains)),
                 "values of an O x I matrix": method.trained_formula,
                 "base": _by_start(method, _base),
@@ -31,9 +31,9 @@ def methods() -> list[dict[str, Any]]:
 
 def _by_start(method: Method, told: Callable[[Method], str]) -> str:
     """What is told of a method, or of each way to start it where it knows several."""
-    if not method.others:
+    if not method.variants:
         return told(method)
-    return ", ".join(f"{told(way)} (init {way.init})" for way in (method, *method.others))
+    return ", ".join(f"{told(way)} (init {way.init})" for way in (method, *method.variants))
 
 
 def _base(method: Method) -> str:

@@ -227,7 +227,7 @@ def _pupil(
 def _paths(start: TrainingStart) -> dict[str, str]:
     """Module, as the adapter names it -> where the network has it."""
     layout = LAYOUTS.get(start.layout)
-    return {matrix.module: layout.path(name) for name, matrix in start.matrices.items()}
+    return {matrix.module: layout.network_path(name) for name, matrix in start.matrices.items()}
 
 
 def _hub_weights(start: TrainingStart) -> str | None:

@@ -1,6 +1,7 @@
 """BERT, with or without a head; MiniLM and the sentence encoders made of it have the same names."""
 
-from svdconvert.layouts.base import Layout, encoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import encoder
 
 LAYOUT = Layout(
     model_types=frozenset({"bert"}),

@@ -4,7 +4,8 @@ On disk the language model lies below `language_model.model`, at run time (trans
 `model.language_model`; adapters speak of modules, checkpoints of tensors on disk.
 """
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"gemma3"}),

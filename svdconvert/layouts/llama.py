@@ -1,6 +1,7 @@
 """Llama and Mistral."""
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"llama", "mistral"}),

@@ -1,6 +1,7 @@
 """Qwen3-MoE: each expert's matrices are tensors of their own; the router leaves as it is."""
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}"
 

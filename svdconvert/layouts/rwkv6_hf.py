@@ -4,7 +4,17 @@ from typing import Any
 
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename, states
+from svdconvert.models.rwkv6_tensors import (
+    BLOCK,
+    GROUPS,
+    NAMES,
+    ROLES,
+    STATE,
+    Sizes,
+    network_path,
+    rename,
+    states,
+)
 
 _RENAMED = (
     ("emb.", "rwkv.embeddings."),
@@ -18,10 +28,10 @@ _RENAMED = (
 _ATT = "rwkv.blocks.0.attention"
 
 
-def name(own: str) -> str:
+def name(canonical: str) -> str:
     """The layout's name of a tensor of the family."""
-    before, after = next(pair for pair in _RENAMED if own.startswith(pair[0]))
-    return after + own[len(before) :]
+    before, after = next(pair for pair in _RENAMED if canonical.startswith(pair[0]))
+    return after + canonical[len(before) :]
 
 
 def config(family: TensorSource) -> dict[str, Any]:
@@ -57,7 +67,7 @@ LAYOUT = Layout(
     model_types=frozenset(),
     roles={role: name(f"{BLOCK}.{role}.weight") for role in ROLES},
     summary="RWKV-6 as its code on the Hub names it; llama.cpp converts it",
-    signature=f"{_ATT}.time_maa_w1",
+    signature_tensor=f"{_ATT}.time_maa_w1",
     known_unsupported=(
         KnownUnsupported(
             "an RWKV-5", (f"{_ATT}.time_mix_key", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_maa_w1",)
@@ -65,8 +75,8 @@ LAYOUT = Layout(
     ),
     family=LayoutFamily(
         "rwkv6",
-        path,
-        tuple(rename(own, name(own)) for own in NAMES if own != STATE),
+        network_path,
+        tuple(rename(canonical, name(canonical)) for canonical in NAMES if canonical != STATE),
         states=states,
         groups=GROUPS,
         config=config,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 
 # Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
 # own, with gaps between them that make the heap grow with the length of a run.
@@ -41,7 +41,7 @@ def _rows(matrix_LS: Tensor, elements: int) -> int:
     return max(1, min(rows, elements // max(1, columns)) if matrix_LS.device.type == "cpu" else rows)
 
 
-def _turned(matrix_LS: Tensor) -> bool:
+def _is_transposed(matrix_LS: Tensor) -> bool:
     return matrix_LS.stride(0) == 1 and matrix_LS.stride(1) > 1
 
 
@@ -53,19 +53,19 @@ def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W X in float32, (L, B)."""
-    if _turned(matrix_LS):
-        return _turned_times(matrix_LS.T, thin_SB)
+    if _is_transposed(matrix_LS):
+        return _transposed_times(matrix_LS.T, thin_SB)
     product_LB = thin_SB.new_empty(matrix_LS.shape[0], thin_SB.shape[1])
     for rows, part in in_float32(matrix_LS):
-        product_LB[rows] = product(part, thin_SB)
+        product_LB[rows] = matmul_f32(part, thin_SB)
     return product_LB
 
 
-def _turned_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
+def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
     """stored^T X: the sum over rows as they lie in memory, whose float32 copies are quicker to make."""
     sum_BL = thin_SB.new_zeros(thin_SB.shape[1], stored_SL.shape[1])
     for rows in row_blocks(stored_SL):
-        sum_BL += product(stored_SL[rows].float().T, thin_SB[rows]).T
+        sum_BL += matmul_f32(stored_SL[rows].float().T, thin_SB[rows]).T
     return sum_BL.T
 
 
@@ -73,7 +73,7 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
     sum_SB = torch.zeros_like(thin_SB)
     for _, part in in_float32(matrix_LS):
-        sum_SB += product(part.T, product(part, thin_SB))
+        sum_SB += matmul_f32(part.T, matmul_f32(part, thin_SB))
     return sum_SB
 
 
@@ -90,13 +90,13 @@ def gram(matrix_LS: Tensor, dtype: torch.dtype) -> Tensor:
     sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=dtype)
     for _, part in in_float32(matrix_LS):
         wide = part.to(dtype)
-        sum_SS += product(wide.T, wide)
+        sum_SS += matmul_f32(wide.T, wide)
     return sum_SS
 
 
 def total_energy(matrix_LS: Tensor) -> float:
     """||W||_F^2."""
-    stored = matrix_LS.T if _turned(matrix_LS) else matrix_LS
+    stored = matrix_LS.T if _is_transposed(matrix_LS) else matrix_LS
     return energy_of(part for _, part in in_float32(stored))
 
 
@@ -116,4 +116,4 @@ def held_by_float32(energy: float) -> bool:
 
 def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:
     """||W - left right||_F^2."""
-    return energy_of(part - product(left_LB[rows], right_BS) for rows, part in in_float32(matrix_LS))
+    return energy_of(part - matmul_f32(left_LB[rows], right_BS) for rows, part in in_float32(matrix_LS))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdconvert.linalg.blocks import energy_of, in_float32, row_blocks, rows_of_a_block
 from svdconvert.linalg.factors import Factors
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.rounding import stochastic
 
 Product = tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
 
     def rounded_off() -> Iterator[Tensor]:
         for rows, part in in_float32(weight_OI):
-            exact = part.sub_(product(left[rows], right))
+            exact = part.sub_(matmul_f32(left[rows], right))
             room_OI[rows] = exact
             if dtype != torch.float32:
                 yield exact.sub_(room_OI[rows])
@@ -88,11 +88,11 @@ def merged_(
     sum_OI, sums = _block(weight_OI), _Sums()
     for rows in row_blocks(weight_OI):
         count = rows.stop - rows.start
-        change = product(opposite_OR[rows], right_RI)
+        change = matmul_f32(opposite_OR[rows], right_RI)
         exact = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
         merged_OI[rows] = exact if chance is None else stochastic(exact, dtype, chance)
         if update is not None:
-            change = product(-update[0][rows], update[1])
+            change = matmul_f32(-update[0][rows], update[1])
         sums.add(change, exact.sub_(merged_OI[rows]))
     return merged_OI, sums.realised()
 

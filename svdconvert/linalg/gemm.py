@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+def matmul_f32(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     """left @ right, (M, N); column after column in memory where `left` is."""
     if not (_for_onednn(left_MK) and _for_onednn(right_KN)):
         return left_MK @ right_KN

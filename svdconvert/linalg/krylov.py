@@ -14,7 +14,7 @@ from math import ceil, inf, log, sqrt
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.orthonormal import complement, newton_schulz_step, svqb
 from svdconvert.linalg.triplets import Triplets
 
@@ -91,9 +91,9 @@ class Krylov:
             self._basis_KN[old:new] = block_NB.T
             basis_KN = self._basis_KN[:new]
             image_NB = self._apply(block_NB)
-            shares_KB = product(basis_KN, image_NB)
+            shares_KB = matmul_f32(basis_KN, image_NB)
             self._core_KK[:new, old:new] = shares_KB
-            self._rest_NB = image_NB - product(basis_KN.T, shares_KB)
+            self._rest_NB = image_NB - matmul_f32(basis_KN.T, shares_KB)
             self.width = new
 
     def ritz(self, rank: int) -> Ritz:
@@ -109,7 +109,7 @@ class Krylov:
 
     def vectors(self, ritz: Ritz) -> Tensor:
         """(N, R): the Ritz vectors, orthonormal to float32's rounding."""
-        return newton_schulz_step(product(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
+        return newton_schulz_step(matmul_f32(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
 
     def _forecast(self, values_R: Tensor, mix_KR: Tensor) -> Tensor:
         """What the next block will add to each Ritz value, from how it is coupled to its vector.
@@ -119,7 +119,7 @@ class Krylov:
         larger eigenvalue of [[g, c], [c, 0]] is g + 2 c^2 / (g + sqrt(g^2 + 4 c^2)).
         """
         last = slice(self.width - self.block, self.width)
-        gram_BB, mix_BR = product(self._rest_NB.T, self._rest_NB).double(), mix_KR[last].double()
+        gram_BB, mix_BR = matmul_f32(self._rest_NB.T, self._rest_NB).double(), mix_KR[last].double()
         squares_R = (mix_BR * (gram_BB @ mix_BR)).sum(0)
         quotient = self._core_KK.diagonal()[last].double().mean()
         squares_R, gap_R = squares_R.clamp_min(0.0), (values_R - quotient).clamp_min(0.0)
@@ -139,12 +139,12 @@ class ErrorEstimate:
     """How far the cost lies above what it would converge to. An estimate, not a bound."""
     ratio: float
     """Of the gains of successive blocks."""
-    noise: float = 0.0
+    rounding_floor: float = 0.0
     """What rounding has lost, which no block wins back."""
 
     @staticmethod
     def of(
-        before: float, cost: float, coming: float, *, centre: float = _CENTRE, noise: float = 0.0
+        before: float, cost: float, coming: float, *, centre: float = _CENTRE, rounding_floor: float = 0.0
     ) -> "ErrorEstimate":
         """From the cost a block earlier and now, and the gain that the next block is expected to make.
 
@@ -153,11 +153,11 @@ class ErrorEstimate:
         """
         gain = before - cost
         ratio = min(coming / gain, 0.95) if gain > 0.0 else 0.0
-        return ErrorEstimate(cost, centre * coming / (1.0 - ratio), ratio, noise)
+        return ErrorEstimate(cost, centre * coming / (1.0 - ratio), ratio, rounding_floor)
 
     def excess(self) -> float:
         """sqrt(cost / optimum) - 1."""
-        lost = self.missing + self.noise
+        lost = self.missing + self.rounding_floor
         if lost < _NOISE:
             return 0.0
         return sqrt(self.cost / (self.cost - lost)) - 1.0 if lost < self.cost else inf
@@ -180,9 +180,9 @@ class Search:
 
     rank: int
     tol: float
-    outlook: Callable[[Ritz], ErrorEstimate]
+    estimate: Callable[[Ritz], ErrorEstimate]
     finish: Callable[[Tensor, ErrorEstimate], tuple[Triplets, ErrorEstimate]]
-    """(vectors_NR, outlook) -> the factors, and the outlook with the cost that is measured on them."""
+    """(vectors_NR, estimate) -> the factors, and the estimate with the cost that is measured on them."""
     more: int = 0
     """Blocks above the usual ones before the first look."""
 
@@ -193,16 +193,16 @@ class Search:
         while krylov.width + blocks * krylov.block <= krylov.limit:
             krylov.grow(blocks)
             ritz = krylov.ritz(self.rank)
-            outlook = self.outlook(ritz)
-            if outlook.excess() < self.tol:
-                found, outlook = self.finish(krylov.vectors(ritz), outlook)
-                excess = outlook.excess()
+            estimate = self.estimate(ritz)
+            if estimate.excess() < self.tol:
+                found, estimate = self.finish(krylov.vectors(ritz), estimate)
+                excess = estimate.excess()
                 if excess < self.tol:
                     return replace(found, spectrum=replace(found.spectrum, excess=excess))
                 if excess > _STUCK * missed[-2]:
                     return None
                 missed.append(excess)
-            if outlook.is_stuck(self.tol):
+            if estimate.is_stuck(self.tol):
                 return None
-            blocks = outlook.blocks_to(self.tol)
+            blocks = estimate.blocks_to(self.tol)
         return None

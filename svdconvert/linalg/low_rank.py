@@ -17,7 +17,7 @@ def singular_values(left_OR: Tensor, right_RI: Tensor) -> Tensor:
     return values
 
 
-def truncated(left_OR: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(left_OR: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B, A) in float32 with B @ A the best approximation of left @ right of rank `rank`, the rest zero.
 
     The singular values are shared out evenly: B = U sqrt(S), A = sqrt(S) V^T.
@@ -30,7 +30,7 @@ def truncated(left_OR: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Ten
     return kept_OR.float(), kept_RI.float()
 
 
-def rank_within(sigma: Tensor, tol: float) -> int:
+def rank_for_tolerance(sigma: Tensor, tol: float) -> int:
     """The least rank whose truncation leaves out at most `tol` of the Frobenius norm."""
     tails = sigma.double().square().flip(0).cumsum(0).flip(0)
     return int((tails > tol**2 * tails[:1]).sum())
@@ -48,6 +48,6 @@ def allocate_ranks(sigmas: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return dict(zip(sigmas, counts.tolist(), strict=True))
 
 
-def left_out(sigma: Tensor, rank: int) -> float:
+def truncation_error(sigma: Tensor, rank: int) -> float:
     """Frobenius norm of what a truncation to `rank` leaves out: exact, as the values are."""
     return float(torch.linalg.vector_norm(sigma.double()[rank:]))

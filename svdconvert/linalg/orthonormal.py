@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import held_by_float32, total_energy
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 
 _THIN = 1e-10  # of the largest eigenvalue of a Gram matrix: below, Householder's reflections are used
 # Of the energy of the columns that an eigenvector mixes: a smaller eigenvalue is the rest of a cancellation.
@@ -56,7 +56,7 @@ class GramEigen:
         """The left singular vectors of the block, in its dtype."""
         dtype = block_NB.dtype if self.independent else torch.float64
         turn_BB = (self.mix_BB / self.squares_B.sqrt()).to(dtype)
-        return product(block_NB.to(dtype), turn_BB).to(block_NB.dtype)
+        return matmul_f32(block_NB.to(dtype), turn_BB).to(block_NB.dtype)
 
 
 def gram_eigen(block_NB: Tensor) -> GramEigen:
@@ -67,7 +67,7 @@ def gram_eigen(block_NB: Tensor) -> GramEigen:
     more than the eigenvalue, because columns are nearly dependent, they are multiplied in float64.
     """
     if block_NB.dtype == torch.float32:
-        gram_BB, energy = product(block_NB.T, block_NB).double(), total_energy(block_NB)
+        gram_BB, energy = matmul_f32(block_NB.T, block_NB).double(), total_energy(block_NB)
         if held_by_float32(energy):
             gram_BB *= energy / gram_BB.trace()  # as energies are subtracted from one another
             squares_B, mix_BB = _falling(gram_BB)
@@ -91,9 +91,9 @@ def householder(block_NB: Tensor) -> Tensor:
 
 def newton_schulz_step(block_NB: Tensor) -> Tensor:
     """A block that is orthonormal but for some rounding, without it: one step of Newton and Schulz."""
-    gram_BB = product(block_NB.T, block_NB)
+    gram_BB = matmul_f32(block_NB.T, block_NB)
     step_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device).mul_(1.5).sub_(gram_BB / 2)
-    return product(block_NB, step_BB)
+    return matmul_f32(block_NB, step_BB)
 
 
 def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
     """
     block_NB = svqb(rest_NB)
     for _ in range(3):
-        shares_KB = product(basis_KN, block_NB)
-        block_NB = block_NB - product(basis_KN.T, shares_KB)
+        shares_KB = matmul_f32(basis_KN, block_NB)
+        block_NB = block_NB - matmul_f32(basis_KN.T, shares_KB)
         if float(shares_KB.abs().max()) < _MIXED:
             break
         block_NB = householder(block_NB)

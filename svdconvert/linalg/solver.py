@@ -7,9 +7,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from svdconvert.linalg.bottom import fast_bottom
 from svdconvert.linalg.exact import exact_bottom, exact_middle, exact_random, exact_top
 from svdconvert.linalg.krylov import space_needed
-from svdconvert.linalg.minor import fast_bottom
 from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import fast_top, gram_top
 
@@ -45,7 +45,7 @@ class Solver:
             found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
         return found or exact_top(weight_OI, rank, self._dtype)
 
-    def minor(self, weight_OI: Tensor, rank: int) -> Triplets:
+    def bottom(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` smallest singular triplets, by the same rules."""
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):

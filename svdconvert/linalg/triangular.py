@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 
 _PANEL = 256
 
@@ -42,13 +42,13 @@ class Triangular:
             below_XS, column_XP = gram_SS[rows.start :, : rows.start], gram_SS[rows.start :, rows]
             left.append(gram_SS[rows, : rows.start].contiguous())
             if rows.start:
-                column_XP -= product(below_XS, left[-1].T)
+                column_XP -= matmul_f32(below_XS, left[-1].T)
             size = column_XP.shape[1]
             corner_PP, failed = torch.linalg.cholesky_ex(column_XP[:size])
             if int(failed):
                 return None
             inverses.append(_inverse(corner_PP))
-            column_XP[size:] = product(column_XP[size:], inverses[-1].T)
+            column_XP[size:] = matmul_f32(column_XP[size:], inverses[-1].T)
         return Triangular(tuple(left), tuple(inverses))
 
     def solve(self, block_SB: Tensor) -> Tensor:
@@ -58,19 +58,19 @@ class Triangular:
             stop = start + len(inverse_PP)
             rest_PB = block_SB[start:stop]
             if start:
-                rest_PB = rest_PB - product(left, found_SB[:start])
-            found_SB[start:stop] = product(inverse_PP, rest_PB)
+                rest_PB = rest_PB - matmul_f32(left, found_SB[:start])
+            found_SB[start:stop] = matmul_f32(inverse_PP, rest_PB)
             start = stop
         return found_SB
 
-    def solve_turned(self, block_SB: Tensor) -> Tensor:
+    def solve_transposed(self, block_SB: Tensor) -> Tensor:
         """X with L^T X = block."""
         found_SB, stop = block_SB.clone(), len(block_SB)
         for left, inverse_PP in zip(reversed(self.left), reversed(self.inverse_PP), strict=True):
             start = stop - len(inverse_PP)
-            found_SB[start:stop] = product(inverse_PP.T, found_SB[start:stop])
+            found_SB[start:stop] = matmul_f32(inverse_PP.T, found_SB[start:stop])
             if start:
-                found_SB[:start] -= product(left.T, found_SB[start:stop])
+                found_SB[:start] -= matmul_f32(left.T, found_SB[start:stop])
             stop = start
         return found_SB
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import times
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.orthonormal import gram_eigen, orthonormal
 
 
@@ -21,7 +21,7 @@ class Spectrum:
     energy: float
     """Share of ||W||_F^2 that the kept components hold."""
     excess: float | None
-    """Estimate of ||W - W_r||_F over its optimum, minus one; of the minor slice ||W_r||_F over its
+    """Estimate of ||W - W_r||_F over its optimum, minus one; of the bottom slice ||W_r||_F over its
     optimum, minus one; 0 where the SVD is exact, None where there is none."""
     engine: str
     """"fast" or "exact"."""
@@ -69,5 +69,5 @@ def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, en
     L, S: the longer and the shorter side, Q the basis.
     """
     left_LR, sigma_R, mix_RR = thin_svd(times(weight_LS, basis_SR))
-    right_RS = product(basis_SR, mix_RR).T
+    right_RS = matmul_f32(basis_SR, mix_RR).T
     return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

@@ -109,7 +109,7 @@ class _Top:
         core = torch.float32 if self.coarse else torch.float64
         powers, more = (POWERS - 1, 1) if tol > _LOOSE else (POWERS, 0)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, powers), limit, core)
-        return Search(self.rank, tol, self.outlook, self.finish, more).run(krylov)
+        return Search(self.rank, tol, self.estimate, self.finish, more).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
@@ -118,31 +118,34 @@ class _Top:
             return gram_times(self.weight_LS, block_SB / norm).div_(norm)
         return low_gram_times(self.low_LS, block_SB / norm).div_(norm)
 
-    def outlook(self, ritz: Ritz) -> ErrorEstimate:
+    def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy outside the best rank-R part of the space."""
         kept, before, coming = (
             float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.predicted_gain_R)
         )
         return ErrorEstimate.of(
-            1.0 - before, 1.0 - kept, coming, noise=self._noise(ritz) if self.coarse else 0.0
+            1.0 - before,
+            1.0 - kept,
+            coming,
+            rounding_floor=self._rounding_floor(ritz) if self.coarse else 0.0,
         )
 
-    def _noise(self, ritz: Ritz) -> float:
+    def _rounding_floor(self, ritz: Ritz) -> float:
         """What bfloat16 loses; of values too close to each other for it, all."""
         return _LOST if ritz.values_R[-1] < (1.0 - _SPREAD) * ritz.values_R[0] else 1.0
 
-    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
+    def finish(self, vectors_SR: Tensor, estimate: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
         """The factors, and the energy outside as they leave it."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         outside = 1.0 - found.spectrum.energy
         if self.coarse:
-            return found, replace(outlook, cost=outside)
+            return found, replace(estimate, cost=outside)
         if outside < _STEEP:
             left = found.left_OR * found.sigma_R
             outside = energy_outside(self.weight_LS, left, found.right_RI) / self.total
         if outside <= _FLOOR**2:
             return found, ErrorEstimate(outside, 0.0, 0.0)
-        return found, replace(outlook, cost=outside)
+        return found, replace(estimate, cost=outside)
 
 
 def _nothing(weight_OI: Tensor, rank: int) -> Triplets:

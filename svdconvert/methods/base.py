@@ -49,7 +49,7 @@ class Method:
     """The pieces that are trained, of "lora_A", "lora_B", "lora_S", "lora_R", or WEIGHT alone."""
     residual: bool
     """True where the base becomes W - scale * factors; False where it stays as it is."""
-    slice: Literal["top", "minor", "middle", "random", "first columns", "none", "whole"]
+    spectrum_part: Literal["top", "bottom", "middle", "random", "first columns", "none", "whole"]
     """The part of the matrix that the factors are made of."""
     peft_type: str = "LORA"
     """As stock PEFT knows it; a name of our own where stock PEFT cannot express the method."""
@@ -59,22 +59,17 @@ class Method:
     """Weight of the penalty that keeps A and B orthonormal, the trainer's default; 0 is none."""
     init: str | None = None
     """The name of this way to start, where the method has several."""
-    others: tuple["Method", ...] = ()
+    variants: tuple["Method", ...] = ()
     """The same method started in other ways; this one is its default."""
 
-    @property
-    def minor(self) -> bool:
-        """True for slices as small as bf16 rounding, whose residual is float32 unless told otherwise."""
-        return self.slice == "minor"
-
-    def started(self, init: str | None) -> "Method":
+    def variant(self, init: str | None) -> "Method":
         """The method with the start called `init`, by default its own. Raises UnknownNameError."""
         if init is None or init == self.init:
             return self
-        for other in self.others:
+        for other in self.variants:
             if other.init == init:
                 return other
-        names = [way.init for way in (self, *self.others) if way.init is not None]
+        names = [way.init for way in (self, *self.variants) if way.init is not None]
         known = did_you_mean(init, names) if names else "the method has one only"
         raise UnknownNameError(f"there is no init {init!r} for this method; {known}")
 
@@ -92,7 +87,7 @@ class Method:
         return " + ".join(term for piece, term in pieces if piece in self.trains)
 
 
-METHODS: Registry[Method] = Registry("svdconvert.methods", "METHOD", "method")
+METHODS: Registry[Method] = Registry("svdconvert.methods", "METHOD", Method)
 
 
 def init_folder(method: str) -> str:

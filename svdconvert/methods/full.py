@@ -8,6 +8,6 @@ METHOD = Method(
     split=None,
     trains=frozenset({WEIGHT}),
     residual=False,
-    slice="whole",
+    spectrum_part="whole",
     learning_rate=1e-5,
 )

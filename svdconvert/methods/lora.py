@@ -19,6 +19,6 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=False,
-    slice="none",
+    spectrum_part="none",
     learning_rate=2e-4,
 )

@@ -31,9 +31,9 @@ _SVD = Method(
     split=from_svd,
     trains=frozenset({"lora_B"}),
     residual=True,
-    slice="top",
+    spectrum_part="top",
     learning_rate=2e-4,
     init="svd",
 )
-_RANDOM = replace(_SVD, split=from_chance, residual=False, slice="none", init="random")
-METHOD = replace(_SVD, others=(_RANDOM,))
+_RANDOM = replace(_SVD, split=from_chance, residual=False, spectrum_part="none", init="random")
+METHOD = replace(_SVD, variants=(_RANDOM,))

@@ -25,7 +25,7 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_R"}),
     residual=False,
-    slice="top",
+    spectrum_part="top",
     peft_type="LORA_XS",
     learning_rate=1e-3,
 )

@@ -17,6 +17,6 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="middle",
+    spectrum_part="middle",
     learning_rate=3e-4,
 )

@@ -29,6 +29,6 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="first columns",
+    spectrum_part="first columns",
     learning_rate=2e-4,
 )

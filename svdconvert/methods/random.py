@@ -17,6 +17,6 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="random",
+    spectrum_part="random",
     learning_rate=3e-4,
 )

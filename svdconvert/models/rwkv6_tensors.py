@@ -8,7 +8,7 @@ Source: github.com/BlinkDL/RWKV-LM, RWKV-v5/src/model.py, RWKV_Tmix_x060 and RWK
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError
 
@@ -65,7 +65,7 @@ GROUPS = {"time": r".*\.time_(?!state).*", "norms": r"(.*\.)?ln\w*\.(weight|bias
 """What can be trained whole beside the matrices, as RWKV-PEFT does by default."""
 
 
-def path(role: str, layer: int) -> str:
+def network_path(role: str, layer: int) -> str:
     """Where the network of `rwkv6` has a matrix."""
     return f"{BLOCK.replace('{layer}', str(layer))}.{role}"
 
@@ -75,11 +75,18 @@ def states(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     return Sizes.of(infos).states()
 
 
-def rename(own: str, name: str) -> RenameRule:
-    """The family's tensor `own` as a layout's `name`, with the same values in the same order."""
+def rename(canonical: str, name: str) -> RenameRule:
+    """The family's tensor `canonical` as a layout's `name`, with the same values in the same order."""
     # Vectors are found in several shapes; the family's own is (1, 1, C).
-    unpack = (lambda tensor: [tensor.reshape(1, 1, -1)]) if own in VECTORS else None
-    return RenameRule((own,), name, None, unpack, first_only=own in FIRST_NORM, optional=own == STATE)
+    to_canonical = (lambda tensor: [tensor.reshape(1, 1, -1)]) if canonical in VECTORS else None
+    return RenameRule(
+        (canonical,),
+        name,
+        None,
+        to_canonical,
+        first_only=canonical in FIRST_NORM,
+        optional=canonical == STATE,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class SplitPlan:
 
 def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOptions) -> SplitPlan:
     """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
-    method = METHODS.get(options.method).started(options.init)
+    method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
         raise TargetError(
             f"{options.method} trains the weights themselves and has nothing to decompose; "
@@ -126,7 +126,7 @@ def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[st
 def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
     if options.residual_dtype != "auto":
         return dtype_code(getattr(torch, options.residual_dtype))
-    return "F32" if method.minor else info.dtype
+    return "F32" if method.spectrum_part == "bottom" else info.dtype
 
 
 def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
@@ -186,7 +186,7 @@ def split_work(plan: SplitPlan, device: torch.device) -> TensorJob:
 
 def matrices_at_once(plan: SplitPlan, device: torch.device) -> int:
     """Two matrices at once where they are small work; whole decompositions take the memory of several."""
-    small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
+    small = plan.options.svd == "fast" and plan.method.spectrum_part in ("top", "first columns", "none")
     return parallel_matrices(device) if small else 1
 
 

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.linalg.truncated import POWERS
@@ -52,7 +52,7 @@ def estimate(plan: SplitPlan) -> Estimate:
     ]
     read = sum(info.nbytes for info in plan.infos.values())
     written = sum(file.nbytes for file in plan.files)
-    exact = plan.options.svd != "fast" or plan.method.slice in ("middle", "random")
+    exact = plan.options.svd != "fast" or plan.method.spectrum_part in ("middle", "random")
     work = sum(row.count * _flops(*row.shape, row.rank, exact=exact) for row in rows)
     work *= 2 if plan.options.svd == "exact64" else 1  # units of float64 are half as many
     return Estimate(
@@ -101,6 +101,6 @@ def _flops_per_second() -> float:
     seconds = []
     for _ in range(6):
         start = perf_counter()
-        product(wide, thin)
+        matmul_f32(wide, thin)
         seconds.append(perf_counter() - start)
     return 2.0 * 1024 * 1024 * 64 / min(seconds)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.renamed import sort_by_rules
+from svdconvert.checkpoint.rename_rules import sort_by_rules
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
@@ -53,7 +53,7 @@ def plan_merge(
     """Plan from headers. Raises ArtifactError where the adapter does not fit the model."""
     slots = layout.slots(source.infos)
     # An adapter for another layout of the family speaks of modules as the family's network does.
-    by_module = {layout.path(name): name for name in slots} if layout.family else {}
+    by_module = {layout.network_path(name): name for name in slots} if layout.family else {}
     by_module |= {slot.module: name for name, slot in slots.items()}
     if lost := [module for module in change.modules if module not in by_module]:
         raise ArtifactError(
@@ -97,7 +97,7 @@ def _added(change: AdapterDelta, source: TensorSource, layout: Layout) -> dict[s
     """Tensor -> parameter, for what a head brings that the model does not have."""
     if not head_of(change.manifest):
         return {}
-    stored = {layout.parameter(name) for name in source.infos}
+    stored = {layout.runtime_name(name) for name in source.infos}
     prefixed = any(name.startswith(layout.prefix) for name in source.infos)
     return {
         parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
@@ -125,7 +125,7 @@ def _replaced(
     change: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
     """Tensor -> parameter, for what the adapter trained whole of what the model has."""
-    by_parameter = {layout.parameter(name): name for name in source.infos}
+    by_parameter = {layout.runtime_name(name): name for name in source.infos}
     replaced = {parameter: key for parameter, key in change.after.extras.items() if parameter not in added}
     for parameter, key in replaced.items():
         shape = change.after.source.infos[key].shape

@@ -12,7 +12,7 @@ from torch import Tensor
 from svdconvert.adapters.extra_parameters import beside_adapters, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, WITH_PARAMETERS, AdapterConfig, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
-from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress, Track
@@ -20,7 +20,13 @@ from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.delta import as_lora
-from svdconvert.linalg.low_rank import allocate_ranks, left_out, rank_within, singular_values, truncated
+from svdconvert.linalg.low_rank import (
+    allocate_ranks,
+    rank_for_tolerance,
+    singular_values,
+    truncate,
+    truncation_error,
+)
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
@@ -106,7 +112,7 @@ def _rwkv_peft_keys(change: AdapterDelta) -> Keys:
     layout = LAYOUTS.get(known.layout) if known and known.layout else None
     paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
     names = {
-        module: layout.path(paths[module]) if layout and module in paths else module
+        module: layout.network_path(paths[module]) if layout and module in paths else module
         for module in change.modules
     }
     if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
@@ -115,13 +121,13 @@ def _rwkv_peft_keys(change: AdapterDelta) -> Keys:
         )
     extras = {}
     for parameter in change.after.extras:
-        rule = layout.held(parameter) if layout and paths else RenameRule((parameter,), parameter)
-        if rule.pack is not None:
+        rule = layout.rename_rule(parameter) if layout and paths else RenameRule((parameter,), parameter)
+        if rule.to_layout is not None:
             raise ArtifactError(
                 f"{change.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
                 "merge it, or train the model in the layout blinkdl"
             )
-        extras[parameter] = rule.own[0]
+        extras[parameter] = rule.canonical[0]
     pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
     return Keys(pieces, extras)
 
@@ -137,11 +143,11 @@ def _truncation(change: AdapterDelta, options: LoraOptions) -> Truncation | None
     if options.rank_budget is not None:
         ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:
-        ranks = {module: rank_within(sigma, options.tol) for module, sigma in sigmas.items()}
+        ranks = {module: rank_for_tolerance(sigma, options.tol) for module, sigma in sigmas.items()}
     else:
         ranks = {module: min(options.rank or 1, len(sigma)) for module, sigma in sigmas.items()}
-    lost = {module: left_out(sigma, ranks[module]) for module, sigma in sigmas.items()}
-    whole = {module: left_out(sigma, 0) for module, sigma in sigmas.items()}
+    lost = {module: truncation_error(sigma, ranks[module]) for module, sigma in sigmas.items()}
+    whole = {module: truncation_error(sigma, 0) for module, sigma in sigmas.items()}
     errors = {module: lost[module] / whole[module] if whole[module] else 0.0 for module in sigmas}
     all_of_it = hypot(*whole.values())
     return Truncation(ranks, errors, hypot(*lost.values()) / all_of_it if all_of_it else 0.0)
@@ -180,7 +186,7 @@ def write_lora(plan: LoraPlan, staged: StagedOutput, track: Track) -> None:
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
     left, right = _exact(plan.change, module)
     if plan.truncation is not None:
-        left, right = truncated(left, right, plan.truncation.ranks[module])
+        left, right = truncate(left, right, plan.truncation.ranks[module])
     missing = plan.rank - left.shape[1]
     pieces = {
         plan.keys.pieces[module, "lora_A"]: torch.nn.functional.pad(right, (0, 0, 0, missing)).to(plan.dtype),

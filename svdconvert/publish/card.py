@@ -11,7 +11,7 @@ import xxhash
 import yaml
 
 from svdconvert.hub.auth import endpoint
-from svdconvert.layouts.base import CAUSAL, auto_class
+from svdconvert.layouts.loading import CAUSAL, auto_class
 from svdconvert.manifest.schema import Manifest
 from svdconvert.publish.files import SourceRepos
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import TargetError, UnknownNameError
-from svdconvert.layouts.base import LAYOUTS, Layout, find_layout
+from svdconvert.layouts.base import LAYOUTS, Layout
+from svdconvert.layouts.detect import find_layout
 from tests import tiny
 from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES
 

@@ -68,7 +68,7 @@ def test_the_space_is_built_in_bfloat16_where_that_loses_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("slice_", ["top", "minor", "middle", "random"])
+@pytest.mark.parametrize("slice_", ["top", "bottom", "middle", "random"])
 def test_a_matrix_as_stored_is_decomposed_like_its_float32_copy(slice_: str, dtype: torch.dtype) -> None:
     weight = matrix("trained", 320, 400).to(dtype)
     answers = [getattr(Solver("w"), slice_)(each, 16) for each in (weight, weight.float())]

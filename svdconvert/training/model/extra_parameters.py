@@ -37,7 +37,7 @@ def choose(
                 raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
             if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
                 raise RecipeError(f"train_also names {name}, which is the head's weight too; leave it out")
-            found[layout.parameter(name)] = infos[name].shape
+            found[layout.runtime_name(name)] = infos[name].shape
     return found
 
 
@@ -47,7 +47,9 @@ def _words(layout: Layout) -> str:
 
 def _names(target: str, name: str, layout: Layout) -> bool:
     if layout.family and target in layout.family.groups:
-        return all(re.fullmatch(layout.family.groups[target], own) for own in layout.held(name).own)
+        return all(
+            re.fullmatch(layout.family.groups[target], own) for own in layout.rename_rule(name).canonical
+        )
     if target == "norms":
         return _NORM.search(name) is not None
     return name.endswith(".bias") if target == "biases" else fnmatchcase(name, target)
@@ -56,7 +58,7 @@ def _names(target: str, name: str, layout: Layout) -> bool:
 def unfreeze(model: nn.Module, parameters: Iterable[str], layout: Layout) -> None:
     """Have these trained, in float32, for a small step is nothing to a bfloat16 number."""
     for name in parameters:
-        for own in layout.held(name).own:
+        for own in layout.rename_rule(name).canonical:
             parameter = _live(model, own)
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -66,9 +68,9 @@ def extract_parameters(model: nn.Module, parameters: Shapes, layout: Layout) -> 
     """What has become of them: float32 copies on the CPU, in their shapes on disk."""
     found = {}
     for name, shape in parameters.items():
-        rule = layout.held(name)
-        live = [_live(model, own).detach() for own in rule.own]
-        value = rule.pack(live) if rule.pack else live[0]
+        rule = layout.rename_rule(name)
+        live = [_live(model, own).detach() for own in rule.canonical]
+        value = rule.to_layout(live) if rule.to_layout else live[0]
         found[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
     return found
 

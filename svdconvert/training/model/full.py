@@ -52,7 +52,7 @@ class FineTunedModel:
     def _live(self, layout: Layout) -> dict[str, Tensor]:
         """Tensor on disk -> parameter, of those that are parameters."""
         known = dict(self.network.named_parameters(remove_duplicate=False))
-        names = {name: layout.parameter(name) for name in self.source.infos}
+        names = {name: layout.runtime_name(name) for name in self.source.infos}
         return {name: known[path] for name, path in names.items() if path in known}
 
     @property

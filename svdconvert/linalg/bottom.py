@@ -49,10 +49,10 @@ def fast_bottom(
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
     if 2 * weight_OI.shape[0] >= 3 * weight_OI.shape[1] and multiplies_bfloat16(weight_OI):
         factor = Triangular.cholesky(_gram(weight_OI, alone).div_(total))
-        found = _Minor(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None
+        found = _Bottom(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None
         if found is not None:
             return found
-    return _Minor(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
+    return _Bottom(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
 
 
 def _gram(weight_LS: Tensor, alone: bool) -> Tensor:
@@ -84,7 +84,7 @@ def _qr_factor(weight_LS: Tensor, total: float) -> Triangular:
 
 
 @dataclass(frozen=True)
-class _Minor:
+class _Bottom:
     """A matrix, the lower triangular factor of its scaled Gram matrix, and what is wanted of it."""
 
     weight_LS: Tensor
@@ -96,24 +96,24 @@ class _Minor:
         """The truncation, or None where the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit)
-        return Search(self.rank, tol, self.outlook, self.finish).run(krylov)
+        return Search(self.rank, tol, self.estimate, self.finish).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""
-        return self.factor.solve_turned(self.factor.solve(block_SB))
+        return self.factor.solve_transposed(self.factor.solve(block_SB))
 
-    def outlook(self, ritz: Ritz) -> ErrorEstimate:
+    def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy inside the R best directions of the space."""
         now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.predicted_gain_R).reciprocal()
         cost = float(now.sum())
         before = float(ritz.before_R.reciprocal().sum())
         return ErrorEstimate.of(before, cost, cost - float(then.sum()), centre=_CENTRE)
 
-    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
+    def finish(self, vectors_SR: Tensor, estimate: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
         """The factors, and the cost as they have it; what it is more than promised is missing too."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         inside = found.spectrum.energy
         if inside <= _FLOOR:
             return found, ErrorEstimate(inside, 0.0, 0.0)
-        more = max(inside - outlook.cost, 0.0)
-        return found, replace(outlook, cost=inside, missing=outlook.missing + more)
+        more = max(inside - estimate.cost, 0.0)
+        return found, replace(estimate, cost=inside, missing=estimate.missing + more)
