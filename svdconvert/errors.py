@@ -1,7 +1,8 @@
 """Everything that is the user's to mend, as one tree.
 
 SvdConvertError            one sentence: what is wrong, where, and what to do
-├── CheckpointError        a file is missing, damaged or not a checkpoint
+├── CheckpointError        a file is missing, damaged or not a checkpoint, or the Hub does not answer
+│   └── ModelNotFoundError there is no such path, repository, revision or file
 ├── TargetError            a target matches nothing, or a matrix cannot be decomposed
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
 ├── UnknownNameError       no method or layout of that name
@@ -24,7 +25,15 @@ class SvdConvertError(Exception):
 
 
 class CheckpointError(SvdConvertError):
-    """A file is missing, damaged or not a checkpoint."""
+    """A file is missing, damaged or not a checkpoint, or the Hub does not answer."""
+
+
+class ModelNotFoundError(CheckpointError):
+    """There is no such path, repository, revision or file.
+
+    Raised for absence only: for a damaged model, a Hub that does not answer and a gated repository a plain
+    CheckpointError is raised.
+    """
 
 
 class TargetError(SvdConvertError):

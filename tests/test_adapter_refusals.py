@@ -107,7 +107,9 @@ def test_a_base_that_changed_where_it_was_is_refused(trained: Path, base: Path, 
 
 def test_a_base_that_is_gone_is_asked_for(trained: Path, base: Path, tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
-    refused("merge", trained, "-o", tmp_path / "out", "--from", "base", words=[base, "not at hand", "--base"])
+    refused(
+        "merge", trained, "-o", tmp_path / "out", "--from", "base", words=[base, "is not found", "--base"]
+    )
     (tmp_path / "pissa").rename(tmp_path / "moved too")
     refused(
         "merge", trained, "-o", tmp_path / "out", words=["neither the base nor the residual", "--residual"]

@@ -121,7 +121,7 @@ def test_where_a_does_not_move_or_the_start_is_zero_the_lora_keeps_its_rank(
 ) -> None:
     out = decomposed(checkpoint("llama", dtype=torch.float32), **chosen(way))
     trained = shutil.copytree(trained_from(out, tmp_path / "moved"), tmp_path / "trained")
-    assert to_lora(trained, tmp_path / "lora", residual=str(out)).options["rank"] == 4
+    assert to_lora(trained, tmp_path / "lora", residual=str(out)).result.rank == 4
 
 
 ODD: dict[str, tuple[list[str], list[str]]] = {

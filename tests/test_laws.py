@@ -143,7 +143,7 @@ def test_merging_the_start_from_the_base_gives_the_base_byte_for_byte(  # noqa: 
     assert all(
         (before[name] == 0).any() and before[name][before[name] == 0].signbit().all() for name in slots
     )
-    assert manifest.options["side"] == "base"
+    assert manifest.result.side == "base"
     assert same_bytes(tensors(tmp_path / "out"), before)
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 

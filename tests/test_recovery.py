@@ -44,9 +44,9 @@ def test_a_lost_start_is_recovered_from_base_and_residual(
     residual = plain_residual(out, tmp_path / "residual")
     made = to_lora(trained, tmp_path / "lora", base=str(base), residual=str(residual))
     to_lora(trained, tmp_path / "known", residual=str(out))
-    note = made.options["recovered"]
-    assert note["by"] == "difference"
-    assert note["error"] < 1e-5 and note["of_base"] < 1e-6
+    note = made.result.recovered
+    assert note.by == "difference"
+    assert note.error < 1e-5 and note.of_base < 1e-6
     wanted = logits(adapted(base, tmp_path / "known"))
     assert (logits(adapted(base, tmp_path / "lora")) - wanted).abs().max() < 2e-5 * wanted.abs().max()
     merge(trained, tmp_path / "one", base=str(base), residual=str(residual))
@@ -60,7 +60,7 @@ def test_it_says_how_exact_it_is(checkpoint: Build, decomposed: Build, tmp_path:
     out = decomposed(base)
     trained = trained_from(out, tmp_path / "trained")
     residual = plain_residual(out, tmp_path / "residual")
-    note = to_lora(trained, tmp_path / "lora", base=str(base), residual=str(residual)).options["recovered"]
+    note = to_lora(trained, tmp_path / "lora", base=str(base), residual=str(residual)).result.recovered
     before, after = tensors(base), tensors(residual)
     rest = start = whole = 0.0
     for name in (name for name in before if name.endswith("_proj.weight")):
@@ -68,12 +68,12 @@ def test_it_says_how_exact_it_is(checkpoint: Build, decomposed: Build, tmp_path:
         sigma = np.linalg.svd(gap, compute_uv=False)
         module = name.removesuffix(".weight")
         own = float(np.sqrt((sigma[4:] ** 2).sum() / (sigma**2).sum()))
-        assert note["modules"][module] == pytest.approx(own, rel=1e-2)
+        assert note.modules[module] == pytest.approx(own, rel=1e-2)
         rest, start = rest + float((sigma[4:] ** 2).sum()), start + float((sigma**2).sum())
         whole += float(before[name].double().square().sum())
-    assert note["error"] == pytest.approx(np.sqrt(rest / start), rel=1e-2)
-    assert note["of_base"] == pytest.approx(np.sqrt(rest / whole), rel=1e-2)
-    assert 1e-4 < note["error"] < 0.02, "a bfloat16 residual is not exact, and not far off"
+    assert note.error == pytest.approx(np.sqrt(rest / start), rel=1e-2)
+    assert note.of_base == pytest.approx(np.sqrt(rest / whole), rel=1e-2)
+    assert 1e-4 < note.error < 0.02, "a bfloat16 residual is not exact, and not far off"
     typed = ("to-lora", trained, "-o", tmp_path / "again", "--base", base, "--residual", residual)
     assert "recovered to" in succeeded(*typed).out
 

@@ -103,7 +103,7 @@ def test_what_peft_trained_from_the_start_is_converted_and_merged(
     assert not close(wanted, logits(plain(base)), 1e-3), "training changed nothing"
     manifest = to_lora(adapter, tmp_path / "lora", residual=str(out))
     merge(adapter, tmp_path / "merged", residual=str(out))
-    assert manifest.options["rank"] == (8 if method == "pissa" else 4)
+    assert manifest.result.rank == (8 if method == "pissa" else 4)
     assert close(logits(adapted(base, tmp_path / "lora")), wanted, 3e-5)
     assert close(logits(plain(tmp_path / "merged")), wanted, 3e-5)
     with safe_open(tmp_path / "lora" / WEIGHTS, "pt") as file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import CheckpointError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,11 @@ ENDINGS = (".pth", ".st")
 def open_checkpoint(directory: Path) -> TensorSource:
     """The tensors of a model: a directory of safetensors (preferred) or PyTorch .bin, or one .pth or .st.
 
-    Raises CheckpointError where there is no checkpoint or a file of it is missing or damaged.
+    Raises ModelNotFoundError if `directory` does not exist, CheckpointError if it holds no checkpoint or
+    a file of the checkpoint is missing or damaged.
     """
     if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist; give a model directory, or a .pth file")
+        raise ModelNotFoundError(f"{directory} does not exist; give a model directory, or a .pth file")
     if not directory.is_dir():
         if directory.suffix not in ENDINGS:
             raise CheckpointError(

@@ -1,6 +1,6 @@
-"""The command line: options in, one verb called, one summary or one sentence out.
+"""The command line: options in, one command called, one summary or one sentence out.
 
-Verbs are imported inside their commands, so that `--help` loads no torch.
+Commands are imported when they run, so that `--help` imports no torch.
 """
 
 from dataclasses import replace
@@ -13,13 +13,12 @@ import typer
 from svdconvert.cli import summaries
 from svdconvert.cli.options import Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
-from svdconvert.cli.push_options import publishes
+from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.config.progress import Track
 from svdconvert.config.ranks import find_ranks
 from svdconvert.config.recipe import Recipe, options, read_recipe
-from svdconvert.config.shard_sink import ShardSink
 from svdconvert.config.train import TrainOptions
 
 T = TypeVar("T")
@@ -104,10 +103,11 @@ class Listing(str, Enum):
 @app.command(
     epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
 )
-@publishes
+@with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(SplitOptions)
 def decompose(
     typed: Typed,
+    pushing: Typed,
     model: ModelArg = None,
     out: OutOpt = None,
     recipe: RecipeOpt = None,
@@ -116,38 +116,37 @@ def decompose(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
-    shard_sink: ShardSink | None = None,
+    push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
     with summaries.report_errors(debug=debug, out=out):
-        shared = read_recipe(recipe)
-        chosen, source = (
-            options(SplitOptions, shared, typed),
-            _needed(model or shared.get("model"), "a MODEL"),
-        )
-        from svdconvert.commands.decompose import decompose as verb
+        from svdconvert.commands.decompose import decompose as command
         from svdconvert.commands.decompose import plan_decompose
 
+        shared = read_recipe(recipe)
+        chosen = options(SplitOptions, shared, typed)
+        source = _needed(model or shared.get("model"), "a MODEL")
         if plan:
+            refuse_push_options(push, pushing)
             summaries.show_estimate(source, plan_decompose(source, chosen))
             return
-        target = _needed(out, "-o DIR")
-        with summaries.progress("decompose") as track:
-            run = replace(
-                _run(shared, track, overwrite, threads, device), stream=stream, shard_sink=shard_sink
-            )
-            manifest = verb(source, target, chosen, run)
-        summaries.show_decomposed(shard_sink or target, manifest)
+        with published(out, push, pushing, stream=stream) as output:
+            with summaries.progress("decompose") as track:
+                run = _run(shared, track, overwrite, threads, device)
+                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                manifest = command(source, output.directory, chosen, run)
+            summaries.show_decomposed(output.place, manifest)
 
 
 @app.command(
     epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
 )
-@publishes
+@with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(TrainOptions)
 def train(
     typed: Typed,
+    pushing: Typed,
     model: ModelArg = None,
     out: OutOpt = None,
     method: Annotated[
@@ -161,28 +160,32 @@ def train(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
+    push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
     with summaries.report_errors(debug=debug, out=out):
-        from svdconvert.commands.train import train as verb
+        from svdconvert.commands.train import train as command
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
-        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
+        source = _needed(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        split, plan = options(SplitOptions, shared, given), options(TrainOptions, shared, typed)
+        split = options(SplitOptions, shared, given)
+        chosen = options(TrainOptions, shared, typed)
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
-        with summaries.training() as watch:
-            manifest = verb(source, target, plan, run, split=split, base=base, watch=watch)
-        summaries.show_trained(target, manifest)
+        with published(out, push, pushing) as output:
+            with summaries.training() as watch:
+                manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
+            summaries.show_trained(output.place, manifest)
 
 
 @app.command(epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned")
-@publishes
+@with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(MergeOptions)
 def merge(
     typed: Typed,
+    pushing: Typed,
     adapter: AdapterArg,
     out: OutOpt = None,
     base: BaseOpt = None,
@@ -194,34 +197,38 @@ def merge(
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
-    shard_sink: ShardSink | None = None,
+    push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
     with summaries.report_errors(debug=debug, out=out):
-        from svdconvert.commands.merge import Places, prepare_merge
-        from svdconvert.commands.merge import merge as verb
+        from svdconvert.commands.merge import merge as command
+        from svdconvert.commands.merge import open_merge
+        from svdconvert.inputs.sources import Sources
 
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
         if plan:
-            found = prepare_merge(adapter, chosen, Places(base, residual, init, stream=True))
-            summaries.show_merging(adapter, found)
+            refuse_push_options(push, pushing)
+            sources = Sources(base=base, residual=residual, init=init, stream=True)
+            summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
             return
-        target = _needed(out, "-o DIR")
-        with summaries.progress("merge") as track:
-            run = replace(
-                _run(shared, track, overwrite, threads, device), stream=stream, shard_sink=shard_sink
-            )
-            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
-        summaries.show_merged(shard_sink or target, manifest)
+        with published(out, push, pushing, stream=stream) as output:
+            with summaries.progress("merge") as track:
+                run = _run(shared, track, overwrite, threads, device)
+                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                manifest = command(
+                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
+                )
+            summaries.show_merged(output.place, manifest)
 
 
 @app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
-@publishes
+@with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(LoraOptions)
 def to_lora(
     typed: Typed,
+    pushing: Typed,
     adapter: AdapterArg,
     out: OutOpt = None,
     base: BaseOpt = None,
@@ -229,44 +236,51 @@ def to_lora(
     init: InitOpt = None,
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
+    push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Write what training changed as a standard LoRA for the untouched base."""
     with summaries.report_errors(debug=debug, out=out):
-        from svdconvert.commands.to_lora import to_lora as verb
+        from svdconvert.commands.to_lora import to_lora as command
 
-        shared, target = read_recipe(recipe), _needed(out, "-o DIR")
+        shared = read_recipe(recipe)
         chosen = options(LoraOptions, shared, typed)
-        with summaries.progress("to-lora", of_bytes=False) as track:
-            run = _run(shared, track, overwrite, None, None)
-            manifest = verb(adapter, target, chosen, run, base=base, residual=residual, init=init)
-        summaries.show_lora(target, manifest)
+        with published(out, push, pushing) as output:
+            with summaries.progress("to-lora", of_bytes=False) as track:
+                run = _run(shared, track, overwrite, None, None)
+                manifest = command(
+                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
+                )
+            summaries.show_lora(output.place, manifest)
 
 
 @app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
-@publishes
+@with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ConvertOptions)
 def convert(
     typed: Typed,
+    pushing: Typed,
     model: ModelArg = None,
     out: OutOpt = None,
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
     stream: StreamOpt = False,
-    shard_sink: ShardSink | None = None,
+    push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
     with summaries.report_errors(debug=debug, out=out):
-        from svdconvert.commands.convert import convert as verb
+        from svdconvert.commands.convert import convert as command
 
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
-        source, target = _needed(model or shared.get("model"), "a MODEL"), _needed(out, "-o DIR")
-        with summaries.progress("convert") as track:
-            run = replace(_run(shared, track, overwrite, None, None), stream=stream, shard_sink=shard_sink)
-            manifest = verb(source, target, chosen, run)
-        summaries.show_converted(shard_sink or target, manifest)
+        source = _needed(model or shared.get("model"), "a MODEL")
+        with published(out, push, pushing, stream=stream) as output:
+            with summaries.progress("convert") as track:
+                run = _run(shared, track, overwrite, None, None)
+                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                manifest = command(source, output.directory, chosen, run)
+            summaries.show_converted(output.place, manifest)
 
 
 @app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
@@ -285,9 +299,9 @@ def push(
 ) -> None:
     """Publish DIR with a card; what the Hub has already is not sent again."""
     with summaries.report_errors(debug=debug, out=None):
-        from svdconvert.commands.push import push as verb
+        from svdconvert.commands.push import push as command
 
-        done = verb(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
         summaries.show_published(directory, repository, done)
 
 
@@ -295,10 +309,10 @@ def push(
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
     with summaries.report_errors(debug=debug, out=None):
-        from svdconvert.commands.verify import verify as verb
+        from svdconvert.commands.verify import verify as command
 
         with summaries.progress("verify", of_bytes=False) as track:
-            report = verb(directory, Run(track=track), base=base)
+            report = command(directory, Run(track=track), base=base)
         summaries.show_report(report)
         if not report.passed:
             raise typer.Exit(1)
@@ -314,9 +328,9 @@ def inspect(
     with summaries.report_errors(debug=debug, out=None):
         from dataclasses import asdict
 
-        from svdconvert.commands.inspect import inspect as verb
+        from svdconvert.commands.inspect import inspect as command
 
-        found = verb(model)
+        found = command(model)
         summaries.as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 

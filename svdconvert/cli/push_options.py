@@ -1,17 +1,21 @@
-"""The options of pushing, for every command that writes a directory."""
+"""`--push` and its options, for every command that writes a directory."""
 
-import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svdconvert.cli import summaries
-from svdconvert.cli.options import Typed, sign, with_options
+from svdconvert.cli.options import Typed
 from svdconvert.config.options import PushOptions
 from svdconvert.config.ranks import find_ranks
+
+if TYPE_CHECKING:
+    from svdconvert.publish.streaming_upload import StreamingUpload
+    from svdconvert.publish.upload import Destination
 
 PushOpt = Annotated[
     str | None,
@@ -24,43 +28,62 @@ PushOpt = Annotated[
 ]
 
 
-def publishes(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that writes `out` the option to push it.
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes."""
 
-    It is pushed after the command has returned: a push that fails loses nothing, and can be repeated
-    alone. With --stream the command gets a `shard_sink` instead, and leaves nothing on the disk.
+    directory: Path
+    shard_sink: "StreamingUpload | None" = None
+    """With --stream --push: where finished shards go, so that no directory stays on the disk."""
+
+    @property
+    def place(self) -> object:
+        """What a summary calls it."""
+        return self.shard_sink or self.directory
+
+
+@contextmanager
+def published(
+    out: Path | None, push: str | None, pushing: Typed, *, stream: bool = False
+) -> Iterator[Output]:
+    """The output of a command; leaving the context pushes it if `push` names a repository.
+
+    The repository is checked before any work. The push comes after the command is done: one that fails loses
+    nothing and can be repeated with `svdconvert push`.
     """
+    if push is None:
+        refuse_push_options(push, pushing)
+        if out is None:
+            raise typer.BadParameter("-o DIR is missing")
+        yield Output(out)
+        return
+    from svdconvert.publish.upload import Destination, check_destination, upload
 
-    @functools.wraps(command)
-    def call(*, push: str | None, pushing: Typed, **values: Any) -> None:
-        if push is None and pushing:
-            option = f"--{next(iter(pushing)).replace('_', '-')}"
-            raise typer.BadParameter(f"{option} is for pushing; say where to with --push ORG/NAME")
-        if push is None or values.get("plan"):
-            command(**values)
-            return
-        debug, options, streaming = bool(values["debug"]), PushOptions(**pushing), values.get("stream")
-        with summaries.report_errors(debug=debug, out=None):
-            from svdconvert.commands.push import check_push, to
-            from svdconvert.commands.push import push as verb
-            from svdconvert.publish.streaming_upload import StreamingUpload
+    destination = Destination(repository=push, options=PushOptions(**pushing))
+    ranks = find_ranks()
+    sink = _streaming(destination) if stream else None
+    if out is None and sink is None:
+        raise typer.BadParameter("-o DIR is missing")
+    if ranks.leads:
+        check_destination(destination)
+    output = Output(out or Path(push.split("/")[-1]), sink)
+    yield output
+    if sink is not None:
+        assert sink.published is not None, "the upload finishes with the output"
+        summaries.show_published(output.directory, push, sink.published)
+    elif ranks.leads:
+        summaries.show_published(output.directory, push, upload(output.directory, destination))
 
-            ranks = find_ranks()
-            if streaming:
-                ranks.alone("--stream --push")
-                values["out"] = values["out"] or Path(push.split("/")[-1])
-                values["shard_sink"] = StreamingUpload(to(push, options), summaries.notify)
-            if ranks.leads:
-                check_push(push, options)
-        command(**values)
-        with summaries.report_errors(debug=debug, out=None):
-            if streaming:
-                summaries.show_published(values["out"], push, values["shard_sink"].published)
-            elif ranks.leads and values["out"] is not None:
-                summaries.show_published(values["out"], push, verb(values["out"], push, options))
 
-    own = [value for name, value in inspect.signature(command).parameters.items() if name != "shard_sink"]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = inspect.Parameter("push", keyword, default=None, annotation=PushOpt)
-    sign(call, [*own, added, inspect.Parameter("pushing", keyword, annotation=Typed)])
-    return with_options(PushOptions, "pushing", "Publishing")(call)
+def refuse_push_options(push: str | None, pushing: Typed) -> None:
+    """Raise BadParameter for options of a push without --push."""
+    if push is None and pushing:
+        option = f"--{next(iter(pushing)).replace('_', '-')}"
+        raise typer.BadParameter(f"{option} is for pushing; say where to with --push ORG/NAME")
+
+
+def _streaming(destination: "Destination") -> "StreamingUpload":
+    from svdconvert.publish.streaming_upload import StreamingUpload
+
+    find_ranks().alone("--stream --push")
+    return StreamingUpload(destination, summaries.notify)

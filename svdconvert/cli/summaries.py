@@ -34,10 +34,11 @@ from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
     from svdconvert.commands.inspect import Inspection
-    from svdconvert.commands.merge import Merging
     from svdconvert.commands.verify import Report
+    from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
+    from svdconvert.pipeline.merge_plan import MergePlan
     from svdconvert.publish.upload import Published
     from svdconvert.training.logs.metrics import Log
 
@@ -204,29 +205,33 @@ def _ranks(matrices: Sequence["Matrix"]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def show_merging(adapter: object, found: "Merging") -> None:
+def show_merge_plan(adapter: object, plan: "MergePlan") -> None:
     """What a merge would read and write."""
+    weights = plan.weights
     summary(
         f"merge {adapter} would",
         {
-            "take": f"the {found.plan.side} {found.home.snapshot.location}",
-            "merge": f"{len(found.plan.modules)} matrices",
-            "read": size_text(found.read),
-            "write": f"{size_text(found.written)} in {len(found.plan.shards)} files",
+            "take": f"the {weights.side} {weights.model.snapshot.location}",
+            "merge": f"{len(plan.modules)} matrices",
+            "read": size_text(sum(info.nbytes for info in weights.model.source.infos.values())),
+            "write": f"{size_text(plan.nbytes)} in {len(plan.shards)} files",
         },
     )
 
 
 def show_merged(out_dir: object, manifest: "Manifest") -> None:
     """What merge did, and from which weights."""
-    origin = manifest.residual if manifest.options["side"] == "residual" else manifest.base
-    shards = sum("/" not in file for file in manifest.files)
+    from svdconvert.manifest.results import MergeResult
+
+    assert isinstance(manifest.result, MergeResult)
+    side = manifest.result.side
+    origin = manifest.residual if side == "residual" else manifest.base
     summary(
         f"merged into {out_dir}",
         {
-            "from": f"the {manifest.options['side']} {origin.location if origin else ''}",
-            "tensors": f"{len(manifest.checksums)} in {shards} files",
-            "update as stored": _update(manifest.options.get("update")),
+            "from": f"the {side} {origin.location if origin else ''}",
+            "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "update as stored": _update(manifest.result.update),
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
@@ -234,35 +239,39 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
 
 def show_converted(out_dir: object, manifest: "Manifest") -> None:
     """What convert did."""
-    files = [file for file in manifest.files if "/" not in file]
+    files = manifest.files_of("model")
     summary(
         f"converted into {out_dir}",
         {
             "layout": manifest.layout,
             "tensors": f"{len(manifest.checksums)} in {', '.join(files) if len(files) == 1 else len(files)}",
-            "values": "as they were" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
+            "values": "unchanged" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
     )
 
 
-def _update(note: Mapping[str, Any] | None) -> str | None:
-    if note is None:
+def _update(update: "Update | None") -> str | None:
+    if update is None:
         return None
-    return f"cosine {note['cosine']:.4f} with the intended one, {note['kept']:.1%} of it kept"
+    return f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
 
 
 def show_lora(out_dir: object, manifest: "Manifest") -> None:
     """What to-lora did."""
+    from svdconvert.manifest.results import LoraResult
+
+    result = manifest.result
+    assert isinstance(result, LoraResult)
     base = manifest.base.location if manifest.base else "the base it was made for"
-    cut = manifest.options.get("truncation")
-    loss = f"leaves out {cut['error']:.2e} of its norm" if cut else "exact"
-    scale = f"lora_alpha {manifest.options['rank']}" if manifest.options["format"] != "peft" else "scale 1"
+    cut = result.truncation
+    loss = f"leaves out {cut.error:.2e} of its norm" if cut else "exact"
+    scale = f"lora_alpha {result.rank}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
         {
-            "LoRA": f"rank {manifest.options['rank']}{_spread(cut)}, {scale}, {loss}",
-            "start": _recovery(manifest.options.get("recovered")),
+            "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
+            "start": _recovery(result.recovered),
             "for": base,
         },
         [
@@ -286,18 +295,18 @@ def show_published(out_dir: object, repository: str, done: "Published") -> None:
     )
 
 
-def _spread(cut: Mapping[str, Any] | None) -> str:
-    """Of the ranks, where they differ: the file has one, and zeros in the others' places."""
-    ranks = [module["rank"] for module in cut["modules"].values()] if cut else []
+def _spread(cut: "TruncatedLora | None") -> str:
+    """The range of the ranks if they differ: the file has the largest, and zeros for the others."""
+    ranks = [module.rank for module in cut.modules.values()] if cut else []
     return f" ({min(ranks)} to {max(ranks)} by matrix)" if len(set(ranks)) > 1 else ""
 
 
-def _recovery(note: Mapping[str, Any] | None) -> str | None:
-    if note is None:
+def _recovery(recovered: "RecoveredFactors | None") -> str | None:
+    if recovered is None:
         return None
-    if note["by"] != "difference":
-        return f"computed again from the base, as {note['by']}"
-    return f"recovered to {note['error']:.1e} of itself, {note['of_base']:.1e} of the base's weights"
+    if recovered.by != "difference":
+        return f"computed again from the base, as {recovered.by}"
+    return f"recovered to {recovered.error:.1e} of itself, {recovered.of_base:.1e} of the base's weights"
 
 
 def show_report(report: "Report") -> None:

@@ -1,7 +1,7 @@
 """svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Inspection:
 
     directory: str
     kind: str
-    """checkpoint, decomposed, trained, merged, lora, adapter or unfinished."""
+    """checkpoint, adapter, unfinished, or the kind of a manifest."""
     summary: str
     """One sentence."""
     next: list[str]
@@ -65,14 +65,15 @@ def _from_manifest(path: str, manifest: Manifest) -> Inspection:
         "base": _place(manifest.base),
         "residual": _place(manifest.residual),
         "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
+        **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
     }
     return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
 
 
 def _what(manifest: Manifest) -> str:
-    if manifest.kind == "merged" and METHODS.get(manifest.method).split is None:
-        return "a plain checkpoint that was fine-tuned whole, to be loaded as any other"
+    if manifest.kind == "finetuned":
+        return "a plain checkpoint of which every weight was trained, to be loaded as any other"
     if manifest.kind in PLAIN:
         return f"a {manifest.kind} plain checkpoint, to be loaded as any other"
     if manifest.kind == "lora":
@@ -91,6 +92,7 @@ def _commands(path: str, manifest: Manifest) -> list[str]:
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
         "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        "finetuned": [*plain, f"svdconvert verify {path}"],
         "merged": [*plain, f"svdconvert verify {path}"],
         "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],
         "lora": [*peft, f"svdconvert merge {path} -o MERGED{base}"],

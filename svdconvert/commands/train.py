@@ -20,7 +20,8 @@ from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.fingerprint import checksum, digest
-from svdconvert.manifest.schema import Manifest, read_manifest, run_identity
+from svdconvert.manifest.results import TrainResult
+from svdconvert.manifest.schema import Manifest, read_manifest, roles_of, run_identity
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput, check_apart, check_free, recorded
@@ -89,7 +90,9 @@ def train(  # noqa: PLR0913 (what starts it, what trains it, who watches)
         trackers = Trackers(accelerator, plan, target.name)
         steps = plan.total_steps(len(task.examples.train), processes)
         logs = fit(pupil.network, task.examples, task.objective, plan, accelerator, checkpoints)
-        drifting = with_drift(logs, pupil.network, start.factors, plan, steps) if start.rebased else logs
+        drifting = (
+            with_drift(logs, pupil.network, start.factors, plan, steps) if start.base_is_residual else logs
+        )
         with run.ranks.together():
             for log in record(drifting, staged.path, checkpoints, samples, trackers):
                 watch(log, steps)
@@ -187,10 +190,12 @@ class TrainableAdapter:
             method=self.start.method,
             base=self.start.base,
             residual=self.start.residual,
-            rebased=self.start.rebased,
-            options=plan.shaping() | ({"head": self.head} if self.head else {}),
+            base_is_residual=self.start.base_is_residual,
+            options=plan.shaping(),
+            result=TrainResult(head=self.head or None),
             matrices=self.start.matrices,
             files=files,
+            roles=roles_of(self.files),
             threads=threads,
         )
 

@@ -11,8 +11,8 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.adapter_delta import open_adapter_delta
 from svdconvert.inputs.model import find_model
+from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.pipeline.verify import MatrixCheck, check_files, check_matrix
@@ -74,14 +74,14 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
 
 
 def _matrices(path: Path, manifest: Manifest, base: TensorSource, run: Run) -> Iterator[MatrixCheck]:
-    change = open_adapter_delta(path)
-    residual = open_checkpoint(path) if manifest.rebased else None
+    delta = open_adapter_delta(path)
+    residual = open_checkpoint(path) if manifest.base_is_residual else None
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
     # A residual that is missing is a fault of its file already.
     names = [name for name in manifest.matrices if residual is None or name in residual.infos]
     with worker_pool(parallel_matrices(torch.device("cpu"))) as pool:
-        for check in pool.map(lambda name: check_matrix(change, name, base, residual), names):
+        for check in pool.map(lambda name: check_matrix(delta, name, base, residual), names):
             yield check
             done += base.infos[check.name].nbytes
             run.track(Progress(check.name, "base", done, total))

@@ -31,6 +31,7 @@ SECTIONS: Mapping[str, type] = {
 COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
     "trained": "train",
+    "finetuned": "train",
     "merged": "merge",
     "lora": "to_lora",
     "converted": "convert",

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import sleep
 from typing import TypeVar
 
-from svdconvert.errors import HubError, RecipeError, SvdConvertError
+from svdconvert.errors import CheckpointError, HubError, ModelNotFoundError, RecipeError, SvdConvertError
 
 T = TypeVar("T")
 
@@ -41,16 +41,34 @@ def use_token() -> None:
 
 @contextmanager
 def explained(repository: str, revision: str | None = None, *, kind: type[SvdConvertError]) -> Iterator[None]:
-    """Turn what huggingface_hub raises about a repository into one sentence, as an error of `kind`."""
+    """Turn what huggingface_hub raises about a repository into one sentence, as an error of `kind`.
+
+    A repository, revision or file that does not exist is a ModelNotFoundError when `kind` is CheckpointError.
+    """
     try:
         yield
     except SvdConvertError:
         raise
     except Exception as error:
-        pushing = kind is HubError
-        if sentence := _sentence(_cause(error), repository, revision, pushing):
-            raise kind(sentence) from error
+        cause = _cause(error)
+        if sentence := _sentence(cause, repository, revision, pushing=kind is HubError):
+            absent = kind is CheckpointError and _is_absence(cause)
+            raise (ModelNotFoundError if absent else kind)(sentence) from error
         raise
+
+
+def _is_absence(error: BaseException) -> bool:
+    """True if there is no such repository, revision or file on the Hub."""
+    from huggingface_hub import errors
+
+    not_answered = (errors.GatedRepoError, errors.LocalEntryNotFoundError)
+    absent = (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+    )
+    return isinstance(error, absent) and not isinstance(error, not_answered)
 
 
 def patiently(action: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from svdconvert.checkpoint.safetensors_files import (
     read_index,
     shard_names,
 )
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import CheckpointError, ModelNotFoundError
 from svdconvert.hub.auth import explained, patiently, transport_errors, use_token
 from svdconvert.hub.reference import ModelRef
 
@@ -57,7 +57,8 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
     """The directory of `model`, downloaded into the Hub's cache where it is not local.
 
     Only what is needed is fetched, at one commit, and weights are compared with their SHA-256 when they
-    arrive. Raises CheckpointError where the Hub does not have it or cannot be reached.
+    arrive. Raises ModelNotFoundError if neither this machine nor the Hub has it, CheckpointError if the Hub
+    cannot be reached, refuses access or sends damaged files.
     """
     reference = ModelRef.parse(model)
     if reference.path is not None:
@@ -83,7 +84,7 @@ def _download(reference: ModelRef, part: Part) -> Path:
     wanted = [name for name in files if _is_sidecar(name)]
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
     if absent := [name for name in wanted if name not in files]:
-        raise CheckpointError(f"{repository} has no {absent[0]}; check the name of the file")
+        raise ModelNotFoundError(f"{repository} has no {absent[0]}; check the name of the file")
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
     # By the revision's own name, so that the cache knows it too when the Hub is out of reach.
     exactly = [escape(name) for name in wanted]

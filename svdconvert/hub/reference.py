@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdconvert.checkpoint.safetensors_files import ENDINGS
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import ModelNotFoundError
 
 _FILE = "|".join(re.escape(ending) for ending in ENDINGS)
 _REPOSITORY = re.compile(rf"(?P<name>\w[\w.-]*/[\w.-]+)(/(?P<file>[^@]+({_FILE})))?(@(?P<revision>.+))?")
@@ -23,11 +23,11 @@ class ModelRef:
 
     @staticmethod
     def parse(text: str) -> "ModelRef":
-        """A path where one exists, else a repository. Raises CheckpointError where it can be neither."""
+        """A path if one exists, else a repository. Raises ModelNotFoundError if it can be neither."""
         if Path(text).exists():
             return ModelRef(Path(text))
         if match := _REPOSITORY.fullmatch(text):
             return ModelRef(None, match["name"], match["revision"] or None, match["file"])
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{text} does not exist, and is no org/name[@revision] of the Hub; check the path"
         )

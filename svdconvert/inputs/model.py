@@ -1,4 +1,4 @@
-"""Models at hand: where the user says, else where a manifest says."""
+"""Models: what the user typed or a manifest names becomes one open model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource
-from svdconvert.errors import ArtifactError, CheckpointError
+from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
 from svdconvert.layouts.base import Layout
@@ -19,23 +19,24 @@ from svdconvert.output.sidecars import CONFIG, read_config
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model on this machine, open."""
+    """A model whose headers are read."""
 
     snapshot: Snapshot
     source: TensorSource
     config: Mapping[str, Any]
+    """config.json; empty for a model that is a single file."""
 
     @property
     def path(self) -> Path:
-        """Its directory, or its one file."""
+        """Its directory, or its single file."""
         return self.snapshot.path
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
-        """The layout called `name`, else the one that fits, with its name. Raises as `find_layout`."""
+        """(name, layout): the layout called `name`, else the one that fits. Raises as `find_layout`."""
         return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
 
     def identity(self) -> dict[str, Any]:
-        """What a run that reads it must find again when it goes on."""
+        """What must be unchanged for an interrupted run to continue."""
         return {
             "location": self.snapshot.location,
             "files": dict(self.source.file_versions()),
@@ -43,70 +44,99 @@ class OpenModel:
         }
 
     def origin(self, checksums: Mapping[str, str] | None = None) -> Origin:
-        """How a manifest names it, with the checksums of the tensors that were read."""
-        print_ = fingerprint(self.config, self.source, checksums or {})
-        return Origin(location=self.snapshot.location, revision=self.snapshot.revision, fingerprint=print_)
+        """The manifest's entry for this model, with the checksums of the tensors that were read."""
+        return Origin(
+            location=self.snapshot.location,
+            revision=self.snapshot.revision,
+            fingerprint=fingerprint(self.config, self.source, checksums or {}),
+        )
 
 
 def open_model(model: str, *, stream: bool = False) -> OpenModel:
-    """Fetch and open a model; with `stream`, the weights of one on the Hub stay there.
+    """Open a model: a directory, a single file, or org/name[@revision].
 
-    Raises CheckpointError where it is not there or damaged.
+    With `stream` the weights of a Hub model are read by range requests instead of downloaded. Raises
+    ModelNotFoundError if there is none, CheckpointError if it is damaged or the Hub does not answer.
     """
-    snapshot = fetch(model, "sidecars" if stream else "all")
-    source = _streamed(snapshot) if stream and snapshot.revision else open_checkpoint(snapshot.path)
-    signed = has_signature_tensor(source.infos)
-    if snapshot.path.is_file() and not signed:
-        raise CheckpointError(
-            f"{snapshot.path} is no model that is known by its tensors' names "
-            f"(it has {next(iter(source.infos), 'none')}); give a model's directory, and an adapter to merge"
-        )
-    bare = signed and not (snapshot.path / CONFIG).exists()
-    return OpenModel(snapshot, source, {} if bare else read_config(snapshot.path))
+    return _opened(fetch(model, "sidecars" if stream else "all"), stream=stream)
 
 
-def require_plain_checkpoint(model: str, verb: str) -> None:
-    """Raise ArtifactError where `model` is a directory of ours whose weights are of no use by themselves."""
-    place = fetch(model, "sidecars").path
-    if has_manifest(place) and (kind := read_manifest(place).kind) not in PLAIN:
-        raise ArtifactError(f"{model} is a {kind} directory; {verb} wants a plain checkpoint")
+def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenModel:
+    """Open a model that `command` reads as a plain checkpoint.
+
+    Raises ArtifactError, before any weights are downloaded, for a directory of svdconvert whose weights are
+    only usable together with an adapter.
+    """
+    sidecars = fetch(model, "sidecars")
+    manifest = read_manifest(sidecars.path) if has_manifest(sidecars.path) else None
+    if manifest is not None and manifest.kind not in PLAIN:
+        raise ArtifactError(f"{model} is a {manifest.kind} directory; {command} needs a plain checkpoint")
+    if stream or sidecars.revision is None:
+        return _opened(sidecars, stream=stream)
+    return _opened(fetch(sidecars.name), stream=False)
 
 
-def open_headers(model: str) -> OpenModel:
-    """Open a model that is only looked at: its weights are fetched where nothing else tells their shapes."""
+def open_headers(model: str, command: str | None = None) -> OpenModel:
+    """Open a model of which only headers are read; weights are downloaded only if headers need it.
+
+    `command` asks for a plain checkpoint, as `open_plain_model`.
+    """
     try:
-        return open_model(model, stream=True)
+        return open_plain_model(model, command, stream=True) if command else open_model(model, stream=True)
     except Unstreamable:
         return open_model(model)
 
 
+def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
+    """The model of `origin`, at `given` or else at the manifest's location; None if it is absent there.
+
+    Raises ArtifactError if another model is found, CheckpointError if the model is damaged, if the Hub does
+    not answer, or if `given` does not exist.
+    """
+    if given is not None:
+        found = open_model(given, stream=stream)
+    elif origin is None:
+        return None
+    else:
+        try:
+            found = open_model(format_reference(origin), stream=stream)
+        except ModelNotFoundError:
+            return None
+    if origin is not None:
+        same_model(origin, found.path, found.config, found.source)
+    return found
+
+
+def require_model(origin: Origin | None, given: str | None, owner: object) -> OpenModel:
+    """The base of `owner` as `find_model` finds it. Raises ArtifactError if it is absent."""
+    found = find_model(origin, given)
+    if found is None:
+        place = origin.location if origin else "unknown"
+        raise ArtifactError(f"the base of {owner} is not found ({place}); say where it is with --base")
+    return found
+
+
+def format_reference(origin: Origin) -> str:
+    """A model's location as a user would type it."""
+    return f"{origin.location}@{origin.revision}" if origin.revision else origin.location
+
+
+def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
+    streamed = stream and snapshot.revision is not None
+    source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
+    known_by_names = has_signature_tensor(source.infos)
+    if snapshot.path.is_file() and not known_by_names:
+        raise CheckpointError(
+            f"{snapshot.path} is no model that its tensors' names identify (it has "
+            f"{next(iter(source.infos), 'none')}); give a model's directory, or an adapter to merge"
+        )
+    without_config = known_by_names and not (snapshot.path / CONFIG).exists()
+    return OpenModel(snapshot, source, {} if without_config else read_config(snapshot.path))
+
+
 def _streamed(snapshot: Snapshot) -> TensorSource:
-    """The weights where they are: in the cache, if all of them are there already, else on the Hub."""
+    """The weights in the local cache if they are complete there, else on the Hub."""
     try:
         return open_checkpoint(snapshot.path)
     except CheckpointError:
         return RemoteSource(snapshot)
-
-
-def at(origin: Origin) -> str:
-    """The place of a model as a user would write it."""
-    return f"{origin.location}@{origin.revision}" if origin.revision else origin.location
-
-
-def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
-    """The model of `origin` at the place `given`, else where the manifest says; None where it is not there.
-
-    Raises ArtifactError where what is there is another model, CheckpointError where `given` is wrong.
-    """
-    if given is None:
-        if origin is None:
-            return None
-        try:
-            home = open_model(at(origin), stream=stream)
-        except CheckpointError:
-            return None
-    else:
-        home = open_model(given, stream=stream)
-    if origin is not None:
-        same_model(origin, home.path, home.config, home.source)
-    return home

@@ -1,4 +1,4 @@
-"""Where the weights lie from which a lost start is found again."""
+"""A lost initial adapter: which weights it can be computed from."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,48 +11,61 @@ from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recovered_init import REPEATABLE, RecoveredInit
 
 
-def recover_init(change: AdapterDelta, base: str | None, residual: str | None) -> AdapterDelta:
-    """The change with its start found again, where it is lost; else as it is.
+def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None = None) -> AdapterDelta:
+    """The delta with its initial adapter recovered if that is lost, else unchanged.
 
-    `base` and `residual` say where the weights are, where change does not know. Raises ArtifactError where
-    they do not suffice.
+    `base` is the base if it is open already; otherwise it is looked for at `given`, or where the manifest or
+    the adapter's configuration says. Raises ArtifactError if the weights do not suffice.
     """
-    if not change.is_lost:
-        return change
-    there = _base(change, base)
-    place = residual or (str(change.residual) if change.residual else None)
-    started = str(change.after.config.initialised)
-    if there is None or (place is None and started not in REPEATABLE):
+    if not delta.is_lost:
+        return delta
+    base = base or _find_base(delta, given)
+    started = str(delta.adapter.config.initialised)
+    if base is None or (delta.residual is None and started not in REPEATABLE):
+        raise lost_init(delta)
+    names = _tensor_names(delta, base)
+    ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
+    residual = None
+    if delta.residual is not None:
+        residual = open_model(delta.residual.name).source
+        _refuse_other_shapes(base, residual.infos, list(names.values()), delta.residual.path)
+    # PEFT's OLoRA subtracts scale * Q R; its PiSSA divides by the scale first, and a difference has none.
+    scaled = residual is None and started == "olora"
+    scales = {module: delta.adapter.config.scale(module) if scaled else 1.0 for module in delta.modules}
+    return replace(delta, recovered=RecoveredInit(base.source, residual, names, ranks, scales, started))
+
+
+def lost_init(delta: AdapterDelta) -> ArtifactError:
+    """The error for an initial adapter that is needed, not stored, and cannot be recovered."""
+    return ArtifactError(
+        f"{delta.directory} was started as {delta.adapter.config.initialised}, which changes the base, "
+        "and its start is not known; name its initial adapter with --init, what decompose wrote with "
+        "--residual, or both --base and --residual, to recover it from their difference"
+    )
+
+
+def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+    named = delta.adapter.config.base
+    if given is None and delta.manifest is None and named and Path(named).is_dir():
+        given = named
+    return find_model(delta.manifest.base if delta.manifest else None, given)
+
+
+def _tensor_names(delta: AdapterDelta, base: OpenModel) -> dict[str, str]:
+    """Module -> tensor of the base."""
+    _, layout = base.layout(delta.layout_name)
+    names = {slot.module: name for name, slot in layout.slots(base.source.infos).items()}
+    if absent := [module for module in delta.modules if module not in names]:
         raise ArtifactError(
-            f"{change.directory} was started as {started}, which changes the base, and its start is not "
-            "known; name its initial adapter with --init, what decompose wrote with --residual, or both "
-            "--base and --residual, to recover it from their difference"
-        )
-    known = change.manifest.layout if change.manifest and change.manifest.layout else None
-    names = {slot.module: name for name, slot in there.layout(known)[1].slots(there.source.infos).items()}
-    if absent := [module for module in change.modules if module not in names]:
-        raise ArtifactError(
-            f"{change.directory} adapts {absent[0]}, which {there.path} does not have as a matrix of its "
+            f"{delta.directory} adapts {absent[0]}, which {base.path} does not have as a matrix of its "
             f"layers ({len(absent)} such modules); give the base that it was made for"
         )
-    ranks = {module: change.after.shape(module, "lora_A")[0] for module in change.modules}
-    weights = open_model(place).source if place else None
-    if weights is not None:
-        _same_shapes(there, weights.infos, [names[module] for module in change.modules], str(place))
-    # PEFT's OLoRA takes out scale * Q R; its PiSSA divides by the scale first, and a difference has none.
-    scaled = weights is None and started == "olora"
-    scales = {module: change.after.config.scale(module) if scaled else 1.0 for module in change.modules}
-    return replace(change, recovered=RecoveredInit(there.source, weights, names, ranks, scales, started))
+    return {module: names[module] for module in delta.modules}
 
 
-def _base(change: AdapterDelta, given: str | None) -> OpenModel | None:
-    if given is None and change.manifest is None and change.after.config.base:
-        named = Path(change.after.config.base)
-        given = str(named) if named.is_dir() else None
-    return find_model(change.manifest.base if change.manifest else None, given)
-
-
-def _same_shapes(base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], place: str) -> None:
+def _refuse_other_shapes(
+    base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], place: Path
+) -> None:
     for name in names:
         if name not in infos or infos[name].shape != base.source.infos[name].shape:
             raise ArtifactError(

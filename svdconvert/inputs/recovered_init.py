@@ -17,6 +17,7 @@ from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
+from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
 
 REPEATABLE = ("pissa", "olora")
@@ -102,22 +103,22 @@ class RecoveredInit:
         return self.method if self.residual is None else "difference"
 
     def file_versions(self) -> dict[str, Any]:
-        """What a run that reads it must find again."""
+        """What must be unchanged for an interrupted run to continue."""
         return {**self.base.file_versions(), **(self.residual.file_versions() if self.residual else {})}
 
-    def note(self) -> dict[str, Any]:
-        """How exact it was, for the manifest: what is left over, as a share of the starts and of the base."""
+    def result(self) -> RecoveredFactors:
+        """How exact it is, for the manifest."""
         if self.residual is None:
-            return {"by": self.way}
-        losses = self.losses.values()
-        rest, start = hypot(*(loss.rest for loss in losses)), hypot(*(loss.start for loss in losses))
-        base = hypot(*(loss.base for loss in losses))
-        return {
-            "by": self.way,
-            "error": rest / start,
-            "of_base": rest / base,
-            "modules": {module: loss.error for module, loss in self.losses.items()},
-        }
+            return RecoveredFactors(by=self.way)
+        rest = hypot(*(loss.rest for loss in self.losses.values()))
+        start = hypot(*(loss.start for loss in self.losses.values()))
+        base = hypot(*(loss.base for loss in self.losses.values()))
+        return RecoveredFactors(
+            by=self.way,
+            error=rest / start,
+            of_base=rest / base,
+            modules={module: loss.error for module, loss in self.losses.items()},
+        )
 
 
 def _norm(matrix_OI: Tensor) -> float:

@@ -5,7 +5,7 @@ docs/manifest.md.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -15,14 +15,17 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.errors import ArtifactError
+from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint
+from svdconvert.manifest.results import RESULT_OF_KIND, Result
+from svdconvert.output.plan import FileRole, PlannedFile
 from svdconvert.output.sidecars import read_json_object
 from svdconvert.output.staging import MANIFEST_NAME
 
-FORMAT = 1
-Kind = Literal["decomposed", "trained", "merged", "lora", "converted"]
-PLAIN = ("merged", "converted")
-"""The kinds that are plain checkpoints, like one from elsewhere."""
+FORMAT = 2
+Kind = Literal["decomposed", "trained", "finetuned", "merged", "lora", "converted"]
+PLAIN = ("finetuned", "merged", "converted")
+"""The kinds that are plain checkpoints, which any program loads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,40 +71,70 @@ class Manifest:
     method: str
     base: Origin | None
     residual: Origin | None = None
-    """The residual base: absent where the method leaves the base as it is."""
-    rebased: bool = False
-    """True where the adapter belongs to a residual, W - scale * B A; False where to the base itself."""
+    """The residual base; None if the method leaves the base as it is."""
+    base_is_residual: bool = False
+    """True if the adapter belongs to a residual W - scale * B A, False if it belongs to the base itself."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Every option that shaped the result."""
+    """What was asked for: every option that shapes the result, defaults included."""
+    result: Result | None = None
+    """What came out; None for the kinds whose matrices say all."""
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     """By the tensor's name in the base."""
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Checksum of every stored tensor, by file."""
+    roles: Mapping[str, FileRole] = field(default_factory=dict)
+    """What each file is."""
     threads: int = 0
     svdconvert: str = field(default_factory=lambda: version("svdconvert"))
     format: int = FORMAT
 
     def write(self, directory: Path) -> "Manifest":
-        """Write svdconvert.json into `directory`."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """Write svdconvert.json into `directory`. Raises ArtifactError if a value is NaN or infinite."""
+        try:
+            text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise ArtifactError(
+                f"{directory} has no valid manifest: a measured value is NaN or infinite; check that "
+                "the input weights are finite"
+            ) from error
         (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
         return self
 
+    def files_of(self, role: FileRole) -> list[str]:
+        """The files with this role, in the manifest's order."""
+        return [file for file in self.files if self._role(file) == role]
+
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksum of every stored tensor of the model's own files, whatever the file."""
+        """Checksum of every tensor of the model's own weights, by name."""
         return {
-            name: mark
-            for file, marks in self.files.items()
-            if "/" not in file
-            for name, mark in marks.items()
+            name: checksum for file in self.files_of("model") for name, checksum in self.files[file].items()
         }
 
+    @property
+    def init_directory(self) -> str:
+        """The subdirectory of the initial adapter; empty if there is none."""
+        return next((file.rpartition("/")[0] for file in self.files_of("initial_adapter")), "")
 
-def head_of(manifest: Manifest | None) -> dict[str, Any]:
-    """{"head": what config.json says of a head that was trained on top}, or nothing."""
-    head = manifest.options.get("head") if manifest else None
-    return {"head": head} if head else {}
+    @property
+    def head(self) -> Mapping[str, Any] | None:
+        """The entries of config.json that describe a head trained with the adapter."""
+        return None if self.result is None else self.result.head
+
+    def _role(self, file: str) -> FileRole:
+        return self.roles.get(file) or _inferred_role(self.kind, file)
+
+
+def _inferred_role(kind: Kind, file: str) -> FileRole:
+    """The role of a file that the manifest gives none, as in format 1."""
+    if "/" in file:
+        return "initial_adapter"
+    return "adapter" if kind in ("trained", "lora") else "model"
+
+
+def roles_of(files: Sequence[PlannedFile]) -> dict[str, FileRole]:
+    """The roles of planned files, as a manifest has them."""
+    return {file.path: file.role for file in files}
 
 
 def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:
@@ -135,19 +168,36 @@ def read_manifest(directory: Path) -> Manifest:
             )
         raise ArtifactError(f"{directory} was not written by svdconvert: it holds no {MANIFEST_NAME}")
     values = read_json_object(path)
+    if values.get("format") == format1.FORMAT:
+        values = format1.upgraded(values)
     if values.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has format {values.get('format')!r} and this svdconvert reads {FORMAT}; "
+            f"{path} has format {values.get('format')!r} and this svdconvert reads formats 1 to {FORMAT}; "
             "use the version that wrote it"
         )
-    if absent := [entry.name for entry in fields(Manifest) if entry.name not in values]:
+    if absent := [name for name in _REQUIRED if name not in values]:
         raise ArtifactError(f"{path} is damaged at {absent[0]}, which is missing; restore the file")
+    known = {entry.name for entry in fields(Manifest)}
+    values = {name: value for name, value in values.items() if name in known}
     try:
-        return _reader().validate_python(values)
+        result = _read_result(values)
+        manifest = _reader().validate_python(values | {"result": result})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; restore the file") from error
+    return manifest
+
+
+_REQUIRED = ("kind", "layout", "method", "base", "residual", "options", "matrices", "files", "threads")
+
+
+def _read_result(values: Mapping[str, Any]) -> Result | None:
+    kind = RESULT_OF_KIND.get(str(values.get("kind")))
+    if kind is None:
+        return None
+    result: Result = TypeAdapter(kind).validate_python(values.get("result") or {})
+    return result
 
 
 @cache

@@ -3,8 +3,11 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo
+
+FileRole = Literal["model", "adapter", "initial_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +16,7 @@ class PlannedFile:
 
     path: str
     infos: tuple[TensorInfo, ...]
+    role: FileRole = "model"
 
     @property
     def nbytes(self) -> int:
@@ -20,9 +24,9 @@ class PlannedFile:
         return sum(info.nbytes for info in self.infos)
 
 
-def plan_file(path: str, infos: Iterable[TensorInfo]) -> PlannedFile:
+def plan_file(path: str, infos: Iterable[TensorInfo], role: FileRole = "model") -> PlannedFile:
     """One file: the widest element types first, so that every tensor is aligned; otherwise as given."""
-    return PlannedFile(path, tuple(sorted(infos, key=lambda info: -ELEMENTS[info.dtype][0])))
+    return PlannedFile(path, tuple(sorted(infos, key=lambda info: -ELEMENTS[info.dtype][0])), role)
 
 
 def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = None) -> list[PlannedFile]:

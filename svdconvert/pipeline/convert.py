@@ -1,26 +1,33 @@
-"""A checkpoint under the names of another layout: planned from headers, then copied tensor by tensor."""
+"""convert: a checkpoint under the names of another layout, copied one tensor at a time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from svdconvert.checkpoint.renamed import RenamedSource, as_family, as_layout, with_zeros
-from svdconvert.checkpoint.tensors import ELEMENTS, REAL, TensorInfo, TensorSource, torch_dtype
+from svdconvert.checkpoint.tensors import ELEMENTS, REAL, TensorInfo, torch_dtype
+from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
+from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import Layout
+from svdconvert.layouts.detect import in_family
+from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
-from svdconvert.pipeline.runner import TensorJob, TensorResult
+from svdconvert.output.sidecars import finish_model, write_config
+from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, stream
 
 _CODE = ("config.json", "configuration_*.py", "modeling_*.py")
 """What belongs to the names, and is another's in another layout."""
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConvertPlan:
     """What will be written, known from headers alone."""
 
     name: str
@@ -36,10 +43,11 @@ class Conversion:
     advice: str
 
 
-def plan_conversion(
-    source: TensorSource, layout: Layout, name: str, target: Layout, options: ConvertOptions
-) -> Conversion:
-    """Plan from headers. Raises CheckpointError where a tensor is missing, unknown or has no place."""
+def plan_conversion(model: OpenModel, options: ConvertOptions) -> ConvertPlan:
+    """Plan from headers. Raises CheckpointError if a tensor is missing, unknown or has no place."""
+    own_name, layout = model.layout()
+    name, target = in_family(own_name, layout, options.layout)
+    source = model.source
     assert layout.family is not None and target.family is not None
     family = as_family(source, layout.family.rules, "the checkpoint")
     if options.state:
@@ -59,7 +67,7 @@ def plan_conversion(
     files = plan_model(outputs, parse_size(options.max_shard_size), target.family.file)
     moved = layout is not target
     config = target.family.config(family) if target.family.config and moved else None
-    return Conversion(
+    return ConvertPlan(
         name=name,
         view=view,
         files=tuple(files),
@@ -76,7 +84,7 @@ def _states(layout: Layout, family: RenamedSource, name: str) -> Sequence[Tensor
     return layout.family.states(family.infos)
 
 
-def convert_work(plan: Conversion, origin: str) -> TensorJob:
+def convert_work(plan: ConvertPlan, origin: str) -> TensorJob:
     """How each tensor is copied, or cast."""
     copies = {info.name: file.path for file in plan.files for info in file.infos}
     return TensorJob(
@@ -99,3 +107,53 @@ def _cast(name: str, tensor: Tensor, code: str) -> Tensor:
             "convert to another --dtype"
         )
     return cast
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """The conversion of one model."""
+
+    model: OpenModel
+    plan: ConvertPlan
+    options: ConvertOptions
+    command: str = "convert"
+
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The files of the converted model."""
+        return self.plan.files
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The model."""
+        return [self.model.path]
+
+    def identity(self) -> dict[str, Any]:
+        """The model."""
+        return {"model": self.model.identity()}
+
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Rename, repack or cast every tensor."""
+        stream(convert_work(self.plan, str(self.model.path)), self.plan.view, staged, run)
+
+    def write_sidecars(self, directory: Path) -> None:
+        """The model's sidecars as far as they fit the layout, and the layout's configuration."""
+        if self.plan.config is not None:
+            write_config(directory, self.plan.config)
+        finish_model(self.model.path, directory, self.plan.files, leave=self.plan.left_out)
+
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """Of the converted checkpoint; the number of threads does not shape it."""
+        return Manifest(
+            kind="converted",
+            layout=self.plan.name,
+            method="",
+            base=self.model.origin(),
+            options=asdict(self.options),
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
+        )
+
+    def remarks(self, manifest: Manifest) -> list[str]:
+        """What a user of the new layout has to know."""
+        return [self.plan.advice] if self.plan.advice else []

@@ -1,13 +1,15 @@
-"""Split a checkpoint's matrices: planned from headers, then done one tensor at a time."""
+"""decompose: every target matrix becomes a residual and initial factors, one tensor at a time."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.peft_files import CONFIG as ADAPTER_CONFIG
 from svdconvert.adapters.peft_files import (
     PER_EXPERT,
     WEIGHTS,
@@ -17,25 +19,36 @@ from svdconvert.adapters.peft_files import (
     target_modules,
 )
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
+from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.threads import parallel_matrices
+from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.linalg.triplets import Spectrum
-from svdconvert.manifest.schema import Matrix
+from svdconvert.manifest.schema import Manifest, Matrix, roles_of
 from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
-from svdconvert.pipeline.runner import TensorJob, TensorResult
+from svdconvert.output.sidecars import finish_model
+from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.runner import (
+    TensorJob,
+    TensorResult,
+    file_checksums,
+    notes,
+    source_checksums,
+    stream,
+)
 from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
 
 
 @dataclass(frozen=True)
-class SplitPlan:
+class DecomposePlan:
     """What will be written, known from headers alone."""
 
     method: Method
@@ -87,8 +100,10 @@ class SplitPlan:
         )
 
 
-def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOptions) -> SplitPlan:
-    """Plan from headers; `name` is the layout's. Raises TargetError for what cannot be decomposed."""
+def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan:
+    """Plan from headers. Raises TargetError for what cannot be decomposed."""
+    name, layout = model.layout(options.layout)
+    source = model.source
     method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
         raise TargetError(
@@ -113,8 +128,8 @@ def plan_split(source: TensorSource, name: str, layout: Layout, options: SplitOp
     for tensor, slot in slots.items():
         rows, columns = source.infos[tensor].shape
         pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
-    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces)
-    return SplitPlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
+    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
+    return DecomposePlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
 
 
 def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -160,7 +175,7 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]
         )
 
 
-def split_work(plan: SplitPlan, device: torch.device) -> TensorJob:
+def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
     """How each tensor of the source is split, copied or only noted."""
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     order = list(copies) or list(plan.infos)
@@ -184,14 +199,14 @@ def split_work(plan: SplitPlan, device: torch.device) -> TensorJob:
     )
 
 
-def matrices_at_once(plan: SplitPlan, device: torch.device) -> int:
+def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
     """Two matrices at once where they are small work; whole decompositions take the memory of several."""
     small = plan.options.svd == "fast" and plan.method.spectrum_part in ("top", "first columns", "none")
     return parallel_matrices(device) if small else 1
 
 
 def split_tensor(
-    plan: SplitPlan, name: str, stored: Tensor, *, alone: bool
+    plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor, Matrix]:
     """The factors as stored, what becomes of the base's matrix, and what was measured.
 
@@ -204,7 +219,7 @@ def split_tensor(
     rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
     norm = _finite_norm(name, stored)
     solver = Solver(name, options.svd, options.tol, options.seed, alone)
-    assert plan.method.split is not None, "plan_split refuses methods without an adapter"
+    assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
     split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
     base_OI, error = stored, 0.0
@@ -244,3 +259,62 @@ def _finite_norm(name: str, weight_OI: Tensor) -> float:
             f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
         )
     return norm
+
+
+@dataclass(frozen=True)
+class DecomposeJob:
+    """The decomposition of one model."""
+
+    model: OpenModel
+    plan: DecomposePlan
+    command: str = "decompose"
+
+    @property
+    def options(self) -> SplitOptions:
+        """As it was asked for."""
+        return self.plan.options
+
+    @property
+    def files(self) -> list[PlannedFile]:
+        """The shards of the residual, and the initial adapter."""
+        return self.plan.files
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The model."""
+        return [self.model.path]
+
+    def identity(self) -> dict[str, Any]:
+        """The model."""
+        return {"model": self.model.identity()}
+
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Decompose or copy every tensor."""
+        device = pick_device(run.device, run.ranks.local)
+        stream(decompose_work(self.plan, device), self.model.source, staged, run)
+
+    def write_sidecars(self, directory: Path) -> None:
+        """The model's sidecars if its weights were written, and the adapter's configuration."""
+        if self.plan.shards:
+            finish_model(self.model.path, directory, self.plan.shards)
+        (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
+
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """Of the decomposed directory."""
+        measured = notes(staged, self.plan.slots)
+        return Manifest(
+            kind="decomposed",
+            layout=self.plan.layout,
+            method=self.options.method,
+            base=self.model.origin(source_checksums(staged)),
+            base_is_residual=self.plan.method.residual,
+            options=asdict(self.options),
+            matrices={name: Matrix(**note) for name, note in measured.items()},
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
+            threads=threads,
+        )
+
+    def remarks(self, manifest: Manifest) -> tuple[str, ...]:
+        """None."""
+        return ()

@@ -10,7 +10,7 @@ from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.linalg.truncated import POWERS
-from svdconvert.pipeline.decompose import SplitPlan, matrices_at_once
+from svdconvert.pipeline.decompose import DecomposePlan, matrices_at_once
 
 _GROWN = 2  # blocks that the fast engine adds to its first space for trained weights, about
 _DISK = 500e6  # bytes per second, a modest disk
@@ -41,7 +41,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: SplitPlan) -> Estimate:
+def estimate_decompose(plan: DecomposePlan) -> Estimate:
     """Sizes are exact, memory and time are estimates."""
     groups = Counter(
         (slot.role, _shape(plan, name), plan.scalings[name].rank) for name, slot in plan.slots.items()
@@ -65,7 +65,7 @@ def estimate(plan: SplitPlan) -> Estimate:
     )
 
 
-def _matrices_in_memory(plan: SplitPlan, *, exact: bool) -> int:
+def _matrices_in_memory(plan: DecomposePlan, *, exact: bool) -> int:
     """Those being read, in work and being written, as stored, and what the engine makes of one in work."""
     stored = max(plan.infos[name].nbytes for name in plan.slots)
     wide = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
@@ -74,7 +74,7 @@ def _matrices_in_memory(plan: SplitPlan, *, exact: bool) -> int:
     return (count + 2) * stored + (9 * wide if exact else count * wide)
 
 
-def _shape(plan: SplitPlan, name: str) -> tuple[int, int]:
+def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:
     rows, columns = plan.infos[name].shape
     return rows, columns
 
@@ -88,7 +88,7 @@ def _flops(rows: int, columns: int, rank: int, *, exact: bool) -> float:
     return 4.0 * rows * columns * (searched + rank)  # the last: the factors and the residual
 
 
-def _speed(plan: SplitPlan) -> float:
+def _speed(plan: DecomposePlan) -> float:
     """Floating-point operations per second of the matrices at once, with their share of the threads."""
     count = matrices_at_once(plan, torch.device("cpu"))
     with worker_pool(count) as pool:

@@ -1,168 +1,133 @@
-"""Merge what training changed back into a plain checkpoint, one tensor at a time."""
+"""merge: an adapter is folded into the base or its residual, one tensor at a time."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from math import hypot
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.rename_rules import sort_by_rules
-from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
+from svdconvert.checkpoint.tensors import tensor_bytes, torch_dtype
+from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
-from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapter_delta import AdapterDelta
-from svdconvert.layouts.base import Layout
 from svdconvert.linalg.delta import Product, as_lora, merged_
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.threads import parallel_matrices
+from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.fingerprint import checksum
-from svdconvert.manifest.schema import head_of
-from svdconvert.output.plan import PlannedFile, plan_model
+from svdconvert.manifest.results import KeptUpdate, MergeResult, RecoveredFactors, Update
+from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.output.plan import PlannedFile
+from svdconvert.output.sidecars import finish_model, read_config, write_config
 from svdconvert.output.staging import StagedOutput
-from svdconvert.pipeline.runner import TensorJob, TensorResult
+from svdconvert.pipeline.merge_plan import MergePlan
+from svdconvert.pipeline.runner import (
+    TensorJob,
+    TensorResult,
+    file_checksums,
+    notes,
+    source_checksums,
+    stream,
+)
 
-Side = Literal["base", "residual"]
+FAITHFUL = 0.95
+"""The cosine between intended and realised update below which a merge warns."""
 
 
 @dataclass(frozen=True)
-class MergePlan:
-    """What will be written, known from headers alone."""
+class MergeJob:
+    """The merge of one adapter."""
 
-    change: AdapterDelta
-    side: Side
-    modules: Mapping[str, str]
-    """Tensor -> module, of the adapted matrices."""
-    extras: Mapping[str, str]
-    """Tensor -> parameter, of those that were trained whole and are replaced."""
-    added: Mapping[str, str]
-    """Tensor -> parameter, of a head that was trained on top and is new to the model."""
-    shards: tuple[PlannedFile, ...]
-    dtypes: Mapping[str, str]
-    """Element type of every merged matrix."""
-    stochastic: bool = False
-    """Round by chance."""
-    seed: int = 0
+    plan: MergePlan
+    command: str = "merge"
 
+    @property
+    def options(self) -> MergeOptions:
+        """As it was asked for."""
+        return self.plan.options
 
-def plan_merge(
-    change: AdapterDelta, source: TensorSource, side: Side, layout: Layout, options: MergeOptions
-) -> MergePlan:
-    """Plan from headers. Raises ArtifactError where the adapter does not fit the model."""
-    slots = layout.slots(source.infos)
-    # An adapter for another layout of the family speaks of modules as the family's network does.
-    by_module = {layout.network_path(name): name for name in slots} if layout.family else {}
-    by_module |= {slot.module: name for name, slot in slots.items()}
-    if lost := [module for module in change.modules if module not in by_module]:
-        raise ArtifactError(
-            f"{change.directory} adapts {lost[0]}, which the model does not have as a matrix of its layers "
-            f"({len(lost)} such modules); give the model that it was made for"
-        )
-    modules = {by_module[module]: module for module in change.modules}
-    for name, module in modules.items():
-        _refuse_shape(change, module, source.infos[name])
-    added = _added(change, source, layout)
-    extras = _replaced(change, source, layout, set(added.values()))
-    dtypes = {name: _merged_code(change, source.infos[name], options) for name in [*modules, *extras]}
-    outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
-    outputs += [_new(change, name, parameter) for name, parameter in added.items()]
-    return MergePlan(
-        change,
-        side,
-        modules,
-        extras,
-        added,
-        tuple(_files(outputs, side, layout, options)),
-        dtypes,
-        options.rounding == "stochastic",
-        options.seed,
-    )
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The shards of the merged model."""
+        return self.plan.shards
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The weights, and all that the adapter was read from."""
+        return [self.plan.weights.model.path, *self.plan.weights.delta.input_paths()]
 
-def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
-    """The files of the plain checkpoint, with the tensors in the order of the source or, where that is a
-    residual in an order of its own, of the layout."""
-    limit = parse_size(options.max_shard_size)
-    if layout.family is None:
-        return plan_model(outputs, limit)
-    if side == "residual":
-        by_name = {info.name: info for info in outputs}
-        outputs = [by_name[name] for name in sort_by_rules(by_name, layout.family.rules)]
-    return plan_model(outputs, limit, layout.family.file)
+    def identity(self) -> dict[str, Any]:
+        """The side, the weights and the adapter."""
+        weights = self.plan.weights
+        return {
+            "from": weights.side,
+            "weights": weights.model.identity(),
+            "adapter": weights.delta.identity(),
+        }
 
-
-def _added(change: AdapterDelta, source: TensorSource, layout: Layout) -> dict[str, str]:
-    """Tensor -> parameter, for what a head brings that the model does not have."""
-    if not head_of(change.manifest):
-        return {}
-    stored = {layout.runtime_name(name) for name in source.infos}
-    prefixed = any(name.startswith(layout.prefix) for name in source.infos)
-    return {
-        parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
-        for parameter in change.after.extras
-        if parameter not in stored
-    }
-
-
-def _new(change: AdapterDelta, name: str, parameter: str) -> TensorInfo:
-    return replace(change.after.source.infos[change.after.extras[parameter]], name=name)
-
-
-def write_added(plan: MergePlan, staged: StagedOutput) -> None:
-    """The head's tensors, which no tensor of the model becomes."""
-    files = {info.name: file.path for file in plan.shards for info in file.infos}
-    noted: dict[str, dict[str, str]] = {}
-    for name, parameter in plan.added.items():
-        tensor = plan.change.extra(parameter)
-        staged.write(files[name], name, tensor)
-        noted.setdefault(files[name], {})[name] = checksum(tensor_bytes(tensor))
-    staged.finish("head", {"files": noted})
-
-
-def _replaced(
-    change: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
-) -> dict[str, str]:
-    """Tensor -> parameter, for what the adapter trained whole of what the model has."""
-    by_parameter = {layout.runtime_name(name): name for name in source.infos}
-    replaced = {parameter: key for parameter, key in change.after.extras.items() if parameter not in added}
-    for parameter, key in replaced.items():
-        shape = change.after.source.infos[key].shape
-        if parameter not in by_parameter:
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Merge or copy every tensor. Raises ArtifactError for a head that a streamed output cannot hold."""
+        weights = self.plan.weights
+        if self.plan.added and run.shard_sink is not None:
             raise ArtifactError(
-                f"{change.directory} trained {parameter} whole, which the model does not store (its head may "
-                "be tied to the embeddings); merge it with PEFT into a model that has it"
+                f"{weights.delta.directory} has a head that the model lacks: merge it without --stream"
             )
-        if shape != (known := source.infos[by_parameter[parameter]].shape):
-            raise ArtifactError(
-                f"{change.directory} trained {parameter} with the shape {shape}, and the model has it with "
-                f"{known}; give the model that it was made for"
-            )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in source.infos):
-            raise ArtifactError(
-                f"{change.directory} trained {parameter} whole, which the model ties to its head: merging "
-                "would change the head too; untie them first, or train without it"
-            )
-    return {by_parameter[parameter]: parameter for parameter in replaced}
+        device = pick_device(run.device, run.ranks.local)
+        stream(merge_work(self.plan, device), weights.model.source, staged, run)
+        if run.ranks.leads:
+            _write_added(self.plan, staged)
 
+    def write_sidecars(self, directory: Path) -> None:
+        """The model's sidecars, and what config.json says of a head that was trained."""
+        finish_model(self.plan.weights.model.path, directory, self.plan.shards)
+        manifest = self.plan.weights.delta.manifest
+        if manifest is not None and manifest.head:
+            write_config(directory, read_config(directory) | dict(manifest.head))
 
-def _refuse_shape(change: AdapterDelta, module: str, info: TensorInfo) -> None:
-    adapted = (change.after.shape(module, "lora_B")[0], change.after.shape(module, "lora_A")[1])
-    if adapted != info.shape:
-        raise ArtifactError(
-            f"{change.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """Of the merged checkpoint."""
+        weights = self.plan.weights
+        known = weights.delta.manifest
+        origin = weights.model.origin(source_checksums(staged))
+        on_base = weights.side == "base"
+        recovered = weights.delta.recovered
+        return Manifest(
+            kind="merged",
+            layout=self.plan.layout,
+            method=known.method if known else "lora",
+            base=origin if on_base else known.base if known else None,
+            residual=None if on_base else origin,
+            options=asdict(self.options),
+            result=MergeResult(
+                side=weights.side,
+                update=measured_update(notes(staged, self.plan.modules)),
+                recovered=RecoveredFactors(by=recovered.way) if recovered else None,
+                head=known.head if known else None,
+            ),
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
+            threads=threads,
         )
 
+    def remarks(self, manifest: Manifest) -> Iterator[str]:
+        """A warning if rounding to nearest lost too much of the update in some matrices."""
+        assert isinstance(manifest.result, MergeResult)
+        update = manifest.result.update
+        if update is None or self.options.rounding != "nearest":
+            return
+        low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
+        if low:
+            worst = min(low, key=low.__getitem__)
+            yield (
+                f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
+                f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
+                "--dtype float32 keeps it, --rounding stochastic does on average"
+            )
 
-def _merged_code(change: AdapterDelta, info: TensorInfo, options: MergeOptions) -> str:
-    if options.dtype != "auto":
-        return dtype_code(getattr(torch, options.dtype))
-    known = change.manifest.matrices.get(info.name) if change.manifest else None
-    return known.dtype if known else info.dtype
 
-
-def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str], origin: str) -> TensorJob:
+def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     """How each tensor of the base or residual is merged or copied."""
     copies = {
         info.name: file.path for file in plan.shards for info in file.infos if info.name not in plan.added
@@ -173,48 +138,57 @@ def merge_work(plan: MergePlan, device: torch.device, expected: Mapping[str, str
         compute=lambda name, stored: _merge_one(plan, name, copies[name], stored.to(device)),
         copies=copies,
         parallelism=parallel_matrices(device),
-        expected=expected,
-        origin=origin,
+        expected=plan.weights.expected,
+        origin=str(plan.weights.model.path),
     )
 
 
 def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
     dtype = torch_dtype(plan.dtypes[name])
+    delta = plan.weights.delta
     if name in plan.extras:
-        return TensorResult({(file, name): plan.change.extra(plan.extras[name]).to(dtype)})
+        return TensorResult({(file, name): delta.parameter(plan.extras[name]).to(dtype)})
     module = plan.modules[name]
-    after, scale = plan.change.end(module)
-    told = plan.side == "base" or not plan.change.is_lost
-    update = as_lora(after, scale, *plan.change.start(module)) if told else None
-    if plan.side == "residual":
-        left, right = after.folded()
-        product = left * scale, right
-    else:
+    factors, scale = delta.trained(module)
+    on_base = plan.weights.side == "base"
+    is_known = on_base or not delta.is_lost
+    update = as_lora(factors, scale, *delta.initial(module)) if is_known else None
+    if on_base:
         assert update is not None
         product, update = update, None
-    chance = Solver(name, seed=plan.seed).generator() if plan.stochastic and dtype != torch.float32 else None
-    merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), chance)
-    return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and told else {})
+    else:
+        left, right = factors.folded()
+        product = left * scale, right
+    stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    generator = Solver(name, seed=plan.options.seed).generator() if stochastic else None
+    merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), generator)
+    return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and is_known else {})
 
 
 def _on(product: Product, like: Tensor) -> Product:
     return product[0].to(like.device), product[1].to(like.device)
 
 
-def update_note(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How much of the intended update is in the merged matrices, over all of them and by tensor."""
-    found = {name: note for name, note in notes.items() if note}
+def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
+    """Write the tensors of a trained head that no tensor of the model becomes."""
+    files = {info.name: file.path for file in plan.shards for info in file.infos}
+    for name, parameter in plan.added.items():
+        tensor = plan.weights.delta.parameter(parameter)
+        staged.write(files[name], name, tensor)
+        staged.finish(name, {"files": {files[name]: {name: checksum(tensor_bytes(tensor))}}})
+
+
+def measured_update(notes: Mapping[str, Mapping[str, Any]]) -> Update | None:
+    """How much of the intended update the merged matrices hold, over all of them and by tensor.
+
+    None if no matrix was meant to change, or if the intended update is not known.
+    """
+    found = {name: KeptUpdate(**note) for name, note in notes.items() if note}
     if not found:
-        return {}
-    sizes = [note["size"] for note in found.values()]
-    along = sum(note["kept"] * note["size"] ** 2 for note in found.values())
-    # cosine = along / (|intended| |realised|), by tensor
-    lengths = [note["kept"] * note["size"] / note["cosine"] for note in found.values() if note["cosine"]]
-    whole = hypot(*lengths) if lengths else 0.0
-    return {
-        "update": {
-            "cosine": along / (hypot(*sizes) * whole) if whole else 0.0,
-            "kept": along / hypot(*sizes) ** 2,
-            "matrices": {name: dict(note) for name, note in found.items()},
-        }
-    }
+        return None
+    intended = hypot(*(one.size for one in found.values()))
+    # <u, v> of all matrices is the sum over matrices of kept * size^2; ||v|| of one is kept * size / cosine.
+    along = sum(one.kept * one.size**2 for one in found.values())
+    realised = hypot(*(one.kept * one.size / one.cosine for one in found.values() if one.cosine))
+    cosine = along / (intended * realised) if realised else 0.0
+    return Update(cosine=cosine, kept=along / intended**2, matrices=found)

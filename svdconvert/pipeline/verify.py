@@ -51,11 +51,11 @@ def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str,
 
 
 def check_matrix(
-    change: AdapterDelta, name: str, base: TensorSource, residual: TensorSource | None
+    delta: AdapterDelta, name: str, base: TensorSource, residual: TensorSource | None
 ) -> MatrixCheck:
     """Compare one matrix with its base. `residual` is None where the method leaves the base as it is."""
-    assert change.manifest is not None
-    matrix = change.manifest.matrices[name]
+    assert delta.manifest is not None
+    matrix = delta.manifest.matrices[name]
     rows = rows_at_once(*matrix.shape)
     weights = blocks_of_rows(base, name, rows)
     pairs = (
@@ -63,7 +63,7 @@ def check_matrix(
         if residual is None
         else zip(weights, blocks_of_rows(residual, name, rows), strict=True)
     )
-    factors, scale = change.start(matrix.module)
+    factors, scale = delta.initial(matrix.module)
     sums = _compare(pairs, factors, scale, torch_dtype(matrix.dtype))
     error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
     faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]

@@ -1,9 +1,13 @@
-"""The card of a repository: what it is and is not, how to load it, how it was made."""
+"""The model card: what a repository holds and does not hold, how to load it, how it was made.
+
+The text is the template `card.md.jinja`; this file decides which of its parts apply.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +16,44 @@ import yaml
 
 from svdconvert.hub.auth import endpoint
 from svdconvert.layouts.loading import CAUSAL, auto_class
-from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.results import LoraResult
+from svdconvert.manifest.schema import PLAIN, Manifest
+from svdconvert.publish.command_line import command_of
 from svdconvert.publish.files import SourceRepos
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _LICENCE = ("license", "license_name", "license_link")
 _STAMP = re.compile(r"\n<!-- written by svdconvert ([0-9a-f]{16}) -->\n$")
 _FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_TASKS = {CAUSAL: "text-generation", "AutoModelForSequenceClassification": "text-classification"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardContext:
-    """What a card says, beside the manifest."""
+    """What a card says in addition to the manifest."""
 
     repository: str
     revision: str | None
     repos: SourceRepos
     config: Mapping[str, Any]
-    """Of the model, empty for an adapter alone."""
+    """The model's config.json; empty for an adapter alone."""
     adapter: Mapping[str, Any]
-    """Configuration of the adapter, initial or trained; empty where there is none."""
+    """adapter_config.json, initial or trained; empty if there is none."""
     licence: Mapping[str, Any]
-    """The front matter's words for the base's licence."""
-    command: str
-    """What made it."""
+    """The licence entries of the base's front matter."""
     metrics: Path | None = None
     absent: tuple[str, ...] = ()
-    """Files of code that the configuration names and the repository does not have."""
+    """Files of code that config.json names and the repository lacks."""
 
 
 def write_card(manifest: Manifest, context: CardContext) -> str:
-    """README.md with its front matter, and a stamp by which an edited one is told."""
-    kind = _Adapter(manifest, context) if _is_adapter(manifest, context) else _Weights(manifest, context)
-    front = yaml.safe_dump(kind.front() | dict(context.licence), sort_keys=False, allow_unicode=True)
-    code = kind.loading()
-    parts = [
-        f"---\n{front}---\n",
-        f"# {context.repository.split('/')[-1]}\n",
-        kind.what() + "\n",
-        "## Load it\n",
-        code + "\n",
-        "## What is known about it\n",
-        _table(_numbers(manifest, context)) + "\n",
-        "## How it was made\n",
-        f"```\n{context.command}\n```\n",
-        f"svdconvert {manifest.svdconvert} wrote this repository; `svdconvert.json` holds every option, "
-        "singular values and errors by matrix, and a checksum of every tensor, which "
-        f"`svdconvert verify {context.repository}` compares.\n",
-    ]
-    return stamped("\n".join(parts))
+    """README.md with its front matter, and a checksum by which an edited card is recognised."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    card = _Card(manifest, context)
+    data = ModelCardData(**card.metadata, **dict(context.licence))
+    made = ModelCard.from_template(data, template_path=str(TEMPLATE), **card.variables)
+    return stamped(str(made).rstrip() + "\n")
 
 
 def stamped(text: str) -> str:
@@ -74,7 +68,7 @@ def is_untouched(card: str) -> bool:
 
 
 def licence_of(card: str) -> dict[str, Any]:
-    """The licence that a card's front matter states, in its own words."""
+    """The licence entries of a card's front matter."""
     found = _FRONT.match(card)
     try:
         front = yaml.safe_load(found[1]) if found else None
@@ -83,187 +77,140 @@ def licence_of(card: str) -> dict[str, Any]:
     return {key: front[key] for key in _LICENCE if key in front} if isinstance(front, dict) else {}
 
 
-def _is_adapter(manifest: Manifest, context: CardContext) -> bool:
-    """True where the repository's own weights are an adapter's."""
-    return bool(context.adapter) and not (manifest.kind == "decomposed" and manifest.checksums)
-
-
 @dataclass(frozen=True)
-class _Weights:
-    """A repository with the weights of a whole model: a residual base, or a plain checkpoint."""
+class _Card:
+    """The decisions behind one card."""
 
     manifest: Manifest
     context: CardContext
 
-    @property
-    def _plain(self) -> bool:
-        return self.manifest.kind != "decomposed"
+    @cached_property
+    def holds_adapter(self) -> bool:
+        """True if the repository's own weights are an adapter's, initial or trained."""
+        manifest = self.manifest
+        return bool(self.context.adapter) and not (manifest.kind == "decomposed" and manifest.checksums)
 
-    def front(self) -> dict[str, Any]:
-        plain = self._plain
-        relation = {} if self.manifest.kind == "converted" else {"base_model_relation": "finetune"}
-        tag = _TASKS.get(auto_class(self.context.config))
-        task = {"pipeline_tag": tag} if plain and tag else {}
-        return {
-            **_base_model(self.context.repos.base_id, relation),
-            **({"library_name": "transformers"} if self.context.config else {}),
-            **task,
-            "tags": _tags(self.manifest, "residual-base" if self.manifest.rebased else self.manifest.kind),
-        }
+    @cached_property
+    def variant(self) -> str:
+        """Which description the template prints."""
+        manifest = self.manifest
+        if manifest.kind in PLAIN:
+            return manifest.kind
+        if manifest.kind == "lora":
+            return "lora"
+        if manifest.kind == "trained":
+            return "on_residual" if manifest.base_is_residual else "trained"
+        if self.holds_adapter:
+            return "initial"
+        return "residual" if manifest.base_is_residual else "copy"
 
-    def what(self) -> str:
-        base, kind = _named(self.context.repos.base_id, "its base"), self.manifest.kind
-        if kind == "converted":
-            return f"{base} under the names of the layout `{self.manifest.layout}`: the same weights."
-        if kind == "merged":
-            return (
-                f"A plain checkpoint: {base} with a {self.manifest.method} adapter merged into its weights."
-            )
-        if kind == "trained":
-            return f"A plain checkpoint: {base}, all of whose chosen matrices were trained."
-        if not self.manifest.rebased:
-            return f"A copy of {base}, and an initial adapter for it in `{_folder(self.manifest)}`."
-        return (
-            f"The residual base of {base}, and in `{_folder(self.manifest)}` the initial "
-            f"{self.manifest.method} adapter that belongs to it.\n\n"
-            f"**Not a model to be used by itself.** {len(self.manifest.matrices)} matrices of the base are "
-            "split as W = W_res + s B A; the weights here hold W_res in their place, and the adapter holds B "
-            "and A. Together they give what the base gives; the residual alone does not."
-        )
-
-    def loading(self) -> str:
-        repository = f'"{self.context.repository}"{_at(self.context.revision)}'
-        if not self._plain:
-            return _residual_code(self.manifest, self.context, repository)
-        if not self.context.config:
-            return _rwkv_code(self.manifest, self.context)
-        name = auto_class(self.context.config)
-        trust = ", trust_remote_code=True" if "auto_map" in self.context.config else ""
-        code = _python(
-            f"from transformers import AutoTokenizer, {name}\n\n"
-            f"model = {name}.from_pretrained({repository}{trust})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({repository}{trust})"
-        )
-        if not self.context.absent:
-            return code
-        return f"Put {' and '.join(self.context.absent)} of a released model beside the weights.\n\n{code}"
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """A repository with an adapter: initial, trained, or a plain LoRA."""
-
-    manifest: Manifest
-    context: CardContext
+    @cached_property
+    def loader(self) -> str:
+        """Which way to load it the template prints."""
+        stock = self.context.adapter.get("peft_type") == "LORA"
+        if self.holds_adapter:
+            if not stock:
+                return "merge"
+            return "merge_head" if self.has_head else "peft"
+        if self.manifest.kind == "decomposed":
+            return "residual" if stock and self.context.config else "train"
+        if self.context.config:
+            return "transformers"
+        return "rwkv" if self.weights_file else "inspect"
 
     @property
-    def _weights_id(self) -> str | None:
-        """The repository that the adapter is loaded on."""
-        return self.context.repos.residual_id if self._on_residual else self.context.repos.base_id
-
-    @property
-    def _on_residual(self) -> bool:
-        return self.manifest.rebased and self.manifest.kind == "trained"
-
-    @property
-    def _has_head(self) -> bool:
+    def has_head(self) -> bool:
+        """True for an adapter with a classification head."""
         return self.context.adapter.get("task_type") == "SEQ_CLS"
 
-    def front(self) -> dict[str, Any]:
-        kind = "lora" if self.manifest.kind == "lora" else f"{self.manifest.kind}-adapter"
-        data = self.manifest.options.get("data")
-        sets = [str(data).split(":")[0]] if isinstance(data, str) and _is_data_set(data) else []
-        tag = "text-classification" if self._has_head else "text-generation"
-        task = {"pipeline_tag": tag} if self.manifest.kind != "decomposed" else {}
+    @property
+    def weights_file(self) -> str | None:
+        """The single file of an RWKV-6 in its author's format."""
+        return next((name for name in self.manifest.files if name.endswith(".pth")), None)
+
+    @property
+    def weights_id(self) -> str | None:
+        """The repository of the model that the adapter is loaded on."""
+        repos = self.context.repos
+        return repos.residual_id if self.variant == "on_residual" else repos.base_id
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The front matter without the licence."""
+        base = self.context.repos.base_id
+        tags = {"svdconvert", self.manifest.method} - {""}
+        if self.holds_adapter:
+            weights = self.weights_id or base
+            kind = "lora" if self.manifest.kind == "lora" else f"{self.manifest.kind}-adapter"
+            task = "text-classification" if self.has_head else "text-generation"
+            return {
+                "base_model": weights,
+                "base_model_relation": "adapter" if weights else None,
+                "library_name": "peft",
+                "pipeline_tag": None if self.manifest.kind == "decomposed" else task,
+                "datasets": self._datasets(),
+                "tags": sorted({*tags, kind}),
+            }
+        plain = self.manifest.kind in PLAIN and self.context.config
         return {
-            **_base_model(self._weights_id or self.context.repos.base_id, {"base_model_relation": "adapter"}),
-            "library_name": "peft",
-            **task,
-            **({"datasets": sets} if sets else {}),
-            "tags": _tags(self.manifest, kind),
+            "base_model": base,
+            "base_model_relation": "finetune" if base and self.manifest.kind != "converted" else None,
+            "library_name": "transformers" if self.context.config else None,
+            "pipeline_tag": _TASKS.get(auto_class(self.context.config)) if plain else None,
+            "tags": sorted({*tags, "residual-base" if self.variant == "residual" else self.manifest.kind}),
         }
 
-    def what(self) -> str:
-        base = _named(self.context.repos.base_id, "its base")
-        if self.manifest.kind == "lora":
-            return f"A plain LoRA for {base}, untouched: scale 1, the same to every engine."
-        if self.manifest.kind == "decomposed":
-            return (
-                f"An initial {self.manifest.method} adapter for {base}, in `{_folder(self.manifest)}`; it is "
-                "to be trained, and changes nothing before."
-            )
-        if not self._on_residual:
-            return f"A {self.manifest.method} adapter for {base}, trained from `{_folder(self.manifest)}`."
-        return (
-            f"A {self.manifest.method} adapter, trained against the residual base "
-            f"{_named(self.context.repos.residual_id, 'it started from')} of {base}; "
-            f"`{_folder(self.manifest)}` is its start. **It is wrong on the base itself**: load it on the "
-            "residual base, or convert it into a LoRA for the base with `svdconvert to-lora`."
-        )
+    def _datasets(self) -> list[str] | None:
+        data = self.manifest.options.get("data")
+        return [data.split(":")[0]] if isinstance(data, str) and _is_data_set(data) else None
 
-    def loading(self) -> str:
-        repository, weights = self.context.repository, self._weights_id
-        merge = f"```\nsvdconvert merge {repository} -o merged\n```"
-        if self.context.adapter.get("peft_type") != "LORA":
-            return f"Stock PEFT has no such adapter. Merge it:\n\n{merge}"
-        if self._has_head:
-            return (
-                f"It holds a head of its own, with its labels. Merged they are a plain checkpoint:\n\n{merge}"
-            )
-        folder = f', subfolder="{_folder(self.manifest)}"' if self.manifest.kind == "decomposed" else ""
-        name = "residual" if self._on_residual else "base"
-        return _python(
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'{name} = AutoModelForCausalLM.from_pretrained("{weights or name.upper()}")\n'
-            f'model = PeftModel.from_pretrained({name}, "{repository}"{folder}{_at(self.context.revision)})'
-        ) + ("" if weights else f"\n\n{name.upper()} is the directory of the model that it belongs to.")
-
-
-_TASKS = {CAUSAL: "text-generation", "AutoModelForSequenceClassification": "text-classification"}
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The template's variables."""
+        manifest = self.manifest
+        context = self.context
+        subfolder = f', subfolder="{manifest.init_directory}"' if manifest.kind == "decomposed" else ""
+        return {
+            "title": context.repository.split("/")[-1],
+            "repository": context.repository,
+            "variant": self.variant,
+            "loader": self.loader,
+            "base": _link(context.repos.base_id, "its base"),
+            "residual": _link(context.repos.residual_id, "it started from"),
+            "layout": manifest.layout,
+            "method": manifest.method,
+            "matrices": len(manifest.matrices),
+            "init_directory": manifest.init_directory,
+            "auto_class": auto_class(context.config),
+            "trust": ", trust_remote_code=True" if "auto_map" in context.config else "",
+            "revision": f', revision="{context.revision}"' if context.revision else "",
+            "subfolder": subfolder,
+            "owner": "residual" if self.variant == "on_residual" else "base",
+            "weights": self.weights_id,
+            "weights_file": self.weights_file,
+            "absent_code": context.absent,
+            "numbers": _numbers(manifest, context.metrics),
+            "command": command_of(manifest, context.repository),
+            "version": manifest.svdconvert,
+        }
 
 
-def _residual_code(manifest: Manifest, context: CardContext, repository: str) -> str:
-    train = f"```\nsvdconvert train {context.repository} -o trained --data train.jsonl\n```"
-    if not context.config or context.adapter.get("peft_type") != "LORA":
-        return f"svdconvert trains it; stock PEFT does not know its like:\n\n{train}"
-    load = _python(
-        f"from peft import PeftModel\nfrom transformers import {auto_class(context.config)}\n\n"
-        f"residual = {auto_class(context.config)}.from_pretrained({repository})\n"
-        f'model = PeftModel.from_pretrained(residual, {repository}, subfolder="{_folder(manifest)}", '
-        "is_trainable=True)"
-    )
-    return (
-        f"{load}\n\nTrain `model` as any PEFT model and convert what comes out with `svdconvert to-lora "
-        f"ADAPTER -o lora --residual {context.repository}`, or let svdconvert train it:\n\n{train}"
-    )
-
-
-def _rwkv_code(manifest: Manifest, context: CardContext) -> str:
-    """For weights without a configuration: RWKV's own file, or what svdconvert reads."""
-    file = next((name for name in manifest.files if name.endswith(".pth")), None)
-    if file is None:
-        return f"```\nsvdconvert inspect {context.repository}\n```"
-    return _python(
-        "from huggingface_hub import hf_hub_download\nfrom rwkv.model import RWKV\n\n"
-        f'model = RWKV(hf_hub_download("{context.repository}", "{file}"{_at(context.revision)}), "cpu fp32")'
-    )
-
-
-def _numbers(manifest: Manifest, context: CardContext) -> dict[str, str]:
-    """What the manifest has measured."""
+def _numbers(manifest: Manifest, metrics: Path | None) -> dict[str, str]:
+    """What was measured, as rows of a table."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
     ranks = sorted({matrix.rank for matrix in matrices})
-    cut = manifest.options.get("truncation")
+    lora = manifest.result if isinstance(manifest.result, LoraResult) else None
+    cut = lora.truncation if lora else None
     rows = {
         "method": manifest.method,
         "layout": manifest.layout,
         "matrices": str(len(matrices)) if matrices else "",
-        "rank": ", ".join(map(str, ranks)) or str(manifest.options.get("rank") or ""),
+        "rank": ", ".join(map(str, ranks)) or (str(lora.rank) if lora else ""),
         "share of the base in the adapter": f"{sum(energies) / len(energies):.1%}" if energies else "",
         "largest relative error as stored": f"{max(m.error for m in matrices):.2e}" if energies else "",
-        "left out of the change": f"{cut['error']:.2e} of its norm" if cut else "",
-        **_losses(context.metrics),
+        "left out of the change": f"{cut.error:.2e} of its norm" if cut else "",
+        **_losses(metrics),
     }
     return {name: value for name, value in rows.items() if value}
 
@@ -281,35 +228,10 @@ def _losses(metrics: Path | None) -> dict[str, str]:
     }
 
 
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def _python(code: str) -> str:
-    return f"```python\n{code}\n```"
-
-
-def _base_model(base: str | None, relation: Mapping[str, str]) -> dict[str, Any]:
-    return {"base_model": base, **relation} if base else {}
-
-
-def _tags(manifest: Manifest, *others: str) -> list[str]:
-    return sorted({"svdconvert", manifest.method, *others} - {""})
-
-
-def _named(repository: str | None, otherwise: str) -> str:
+def _link(repository: str | None, otherwise: str) -> str:
     return f"[{repository}]({endpoint()}/{repository})" if repository else otherwise
 
 
-def _at(revision: str | None) -> str:
-    return f', revision="{revision}"' if revision else ""
-
-
-def _folder(manifest: Manifest) -> str:
-    """Of the initial adapter."""
-    return next((name.split("/")[0] for name in manifest.files if "/" in name), "")
-
-
 def _is_data_set(data: str) -> bool:
-    """org/name[:config], and no file."""
+    """True for org/name[:config], False for a file."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data) is not None and not Path(data).suffix

@@ -83,7 +83,7 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
         if (directory / name).exists():  # what has left already is not here any more
             files[name] = directory / name
     weights_of = repository if manifest.kind == "decomposed" else repos.residual_id
-    named = weights_of if manifest.rebased else repos.base_id
+    named = weights_of if manifest.base_is_residual else repos.base_id
     homes = {Path(name).parent for name in manifest.files} | {Path()}
     left = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):

@@ -1,6 +1,6 @@
 """The door out: a finished directory becomes one commit of a repository."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,6 @@ class Destination:
     """The base's org/name, where it was read from a local directory."""
     residual: str | None = None
     """The residual base's, likewise."""
-    command: Callable[[Manifest], str]
-    """What made the directory, as it is typed."""
 
     @property
     def branch(self) -> str:
@@ -79,7 +77,7 @@ class BranchState:
     """The card that somebody has edited, or written."""
 
 
-def check(destination: Destination) -> None:
+def check_destination(destination: Destination) -> None:
     """Refuse, before any work, what could not be pushed when it is done. Changes nothing.
 
     Raises HubError where nobody is logged in, the token may only read, or the repository holds what
@@ -99,7 +97,7 @@ def check(destination: Destination) -> None:
             return  # which is made when the time has come
 
 
-def push(directory: Path, destination: Destination) -> Published:
+def upload(directory: Path, destination: Destination) -> Published:
     """Send a finished directory as one commit; what the Hub has already is not sent again.
 
     Raises HubError with one sentence; the same push can be repeated.
@@ -210,7 +208,6 @@ def _card(directory: Path, manifest: Manifest, destination: Destination, repos: 
         config=config,
         adapter=next(filter(None, (_json_of(directory / home / ADAPTER_CONFIG) for home in homes)), {}),
         licence=_licence(repos),
-        command=destination.command(manifest),
         metrics=metrics if metrics.exists() else None,
         absent=tuple(file for file in _code_files(config) if not (directory / file).exists()),
     )

@@ -8,21 +8,28 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.extra_parameters import extra_key
-from svdconvert.adapters.peft_files import PER_EXPERT, AdapterConfig, adapter_infos, key, open_adapter
+from svdconvert.adapters.peft_files import (
+    PER_EXPERT,
+    WEIGHTS,
+    AdapterConfig,
+    adapter_infos,
+    key,
+    open_adapter,
+)
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.model import find_model, open_model
+from svdconvert.inputs.model import open_model, require_model
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
-from svdconvert.pipeline.decompose import SplitPlan, plan_split, split_tensor
+from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,7 @@ class TrainingStart:
     """The directory that is loaded: the residual, or the base."""
     method: str
     layout: str
-    rebased: bool
+    base_is_residual: bool
     """True where the weights are a residual, or `replaced` makes them one."""
     config: AdapterConfig
     base: Origin | None
@@ -60,7 +67,7 @@ def start_from_decomposed(
         weights=weights,
         method=manifest.method,
         layout=manifest.layout,
-        rebased=manifest.rebased,
+        base_is_residual=manifest.base_is_residual,
         config=adapter.config,
         base=manifest.base,
         residual=residual,
@@ -70,7 +77,7 @@ def start_from_decomposed(
 
 
 def start_from_plain(
-    plan: SplitPlan, source: TensorSource, weights: Path, base: Origin, track: Track
+    plan: DecomposePlan, source: TensorSource, weights: Path, base: Origin, track: Track
 ) -> TrainingStart:
     """Split the matrices of a plain checkpoint in memory, as `decompose` would on disk."""
     matrices: dict[str, Matrix] = {}
@@ -92,7 +99,7 @@ def start_from_plain(
         weights=weights,
         method=plan.options.method,
         layout=plan.layout,
-        rebased=plan.method.residual,
+        base_is_residual=plan.method.residual,
         config=plan.adapter_config(),
         base=replace(base, fingerprint=replace(base.fingerprint, tensors=marks)),
         residual=None,
@@ -108,7 +115,7 @@ def start_whole(method: str, layout: str, weights: Path, base: Origin) -> Traini
         weights=weights,
         method=method,
         layout=layout,
-        rebased=False,
+        base_is_residual=False,
         config=AdapterConfig(rank=1, alpha=1.0, targets=()),
         base=base,
         residual=None,
@@ -129,7 +136,7 @@ def plan_adapter(
         for piece, tensor in parts.pieces().items():
             infos += adapter_infos(module, {piece: tuple(tensor.shape)}, dtype_code(dtype or tensor.dtype))
     infos += [TensorInfo(extra_key(name, factors), shape, "F32") for name, shape in (whole or {}).items()]
-    return plan_file(path, infos)
+    return plan_file(path, infos, "adapter" if path == WEIGHTS else "initial_adapter")
 
 
 def write_adapter(
@@ -165,24 +172,18 @@ def _found(model: str, split: SplitOptions, base: str | None, run: Run) -> Train
     snapshot = fetch(model)
     if not has_manifest(snapshot.path) or read_manifest(snapshot.path).kind in PLAIN:
         home = open_model(model)
-        name, layout = home.layout(split.layout)
         if METHODS.get(split.method).split is None:
-            return start_whole(split.method, name, home.path, home.origin())
+            return start_whole(split.method, home.layout(split.layout)[0], home.path, home.origin())
         return start_from_plain(
-            plan_split(home.source, name, layout, split), home.source, home.path, home.origin(), run.track
+            plan_decomposition(home, split), home.source, home.path, home.origin(), run.track
         )
     manifest = read_manifest(snapshot.path)
     if manifest.kind != "decomposed":
         raise ArtifactError(
             f"{snapshot.path} is a {manifest.kind} directory; train wants what decompose wrote, or a model"
         )
-    if manifest.rebased:
+    if manifest.base_is_residual:
         home = open_model(model)
         return start_from_decomposed(home.path, manifest, home.path, home.origin(manifest.checksums))
-    found = find_model(manifest.base, base)
-    if found is None:
-        place = manifest.base.location if manifest.base else "unknown"
-        raise ArtifactError(
-            f"the base of {snapshot.path} is not at hand ({place}); say where it is with --base"
-        )
+    found = require_model(manifest.base, base, snapshot.path)
     return start_from_decomposed(snapshot.path, manifest, found.path, None)

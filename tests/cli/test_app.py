@@ -115,7 +115,7 @@ def test_ctrl_c_ends_with_status_130(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svdconvert.commands.decompose.stream", interrupt)
+    monkeypatch.setattr("svdconvert.pipeline.decompose.stream", interrupt)
     ended = svdconvert("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
     assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
 

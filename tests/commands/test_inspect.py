@@ -62,7 +62,9 @@ def test_what_merge_and_to_lora_wrote(checkpoint: Build, decomposed: Build, tmp_
     succeeded("merge", out, "-o", tmp_path / "merged")
     succeeded("to-lora", out, "-o", tmp_path / "lora")
     assert (inspect(tmp_path / "merged").kind, inspect(tmp_path / "lora").kind) == ("merged", "lora")
-    assert inspect(tmp_path / "lora").details["options"] == {"rank": 4}
+    assert inspect(tmp_path / "lora").details["options"] == {}
+    assert inspect(tmp_path / "lora").details["rank"] == 4
+    assert inspect(tmp_path / "merged").details["side"] == "base"
 
 
 def test_what_is_known_of_every_matrix_is_left_to_json(

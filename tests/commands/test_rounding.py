@@ -33,11 +33,11 @@ def test_a_small_update_is_warned_about_and_written_down(
     assert ended.status == 0
     assert "rounding swallows updates in 14 of 14 matrices" in ended.err
     assert "--dtype float32" in ended.err and "--rounding stochastic" in ended.err
-    note = read_manifest(tmp_path / "out").options["update"]
-    assert len(note["matrices"]) == 14
-    assert all(0 <= row["cosine"] < 0.95 for row in note["matrices"].values())
-    assert 0 <= note["cosine"] < 0.95
-    assert f"cosine {note['cosine']:.4f}" in ended.out
+    note = read_manifest(tmp_path / "out").result.update
+    assert len(note.matrices) == 14
+    assert all(0 <= row.cosine < 0.95 for row in note.matrices.values())
+    assert 0 <= note.cosine < 0.95
+    assert f"cosine {note.cosine:.4f}" in ended.out
 
 
 def test_what_is_written_down_is_what_the_files_hold(
@@ -49,15 +49,15 @@ def test_what_is_written_down_is_what_the_files_hold(
     base, half, whole = (
         tensors(path) for path in (checkpoint("llama"), tmp_path / "half", tmp_path / "whole")
     )
-    note = read_manifest(tmp_path / "half").options["update"]
+    note = read_manifest(tmp_path / "half").result.update
     total = torch.zeros(3, dtype=torch.float64)
-    for name, row in note["matrices"].items():
+    for name, row in note.matrices.items():
         intended = whole[name].double() - base[name].double()
         real = half[name].double() - base[name].double()
         sums = torch.stack([(real * intended).sum(), intended.square().sum(), real.square().sum()])
-        assert row["kept"] == pytest.approx(float(sums[0] / sums[1]), abs=1e-2)
+        assert row.kept == pytest.approx(float(sums[0] / sums[1]), abs=1e-2)
         total += sums
-    assert note["cosine"] == pytest.approx(float(total[0] / (total[1] * total[2]).sqrt()), abs=1e-2)
+    assert note.cosine == pytest.approx(float(total[0] / (total[1] * total[2]).sqrt()), abs=1e-2)
 
 
 def test_float32_keeps_the_update_whole_and_stochastic_rounding_on_average(
@@ -67,10 +67,10 @@ def test_float32_keeps_the_update_whole_and_stochastic_rounding_on_average(
     command = ("merge", trained, "--residual", out, "-o")
     shown = svdconvert(*command, tmp_path / "whole", "--dtype", "float32")
     assert "swallows" not in shown.err
-    assert read_manifest(tmp_path / "whole").options["update"]["cosine"] > 0.9999
+    assert read_manifest(tmp_path / "whole").result.update.cosine > 0.9999
     shown = svdconvert(*command, tmp_path / "chance", "--rounding", "stochastic")
     assert "swallows" not in shown.err
-    assert 0.8 < read_manifest(tmp_path / "chance").options["update"]["kept"] < 1.2
+    assert 0.8 < read_manifest(tmp_path / "chance").result.update.kept < 1.2
     succeeded(*command, tmp_path / "again", "--rounding", "stochastic", "--threads", 1)
     succeeded(*command, tmp_path / "other", "--rounding", "stochastic", "--seed", 1)
     chance, again, other = (tensors(tmp_path / name) for name in ("chance", "again", "other"))
@@ -84,6 +84,6 @@ def test_a_large_update_is_not_warned_about_and_none_is_not_measured(
     trained = trained_from(out, tmp_path / "trained", 0.3)
     shown = svdconvert("merge", trained, "-o", tmp_path / "out", "--residual", out)
     assert "swallows" not in shown.err
-    assert read_manifest(tmp_path / "out").options["update"]["cosine"] > 0.95
+    assert read_manifest(tmp_path / "out").result.update.cosine > 0.95
     merge(out, tmp_path / "back")
     assert "update" not in read_manifest(tmp_path / "back").options

@@ -45,24 +45,24 @@ def test_the_loss_is_the_least_and_is_recorded(
     adapter, residual = trained
     to_lora(adapter, tmp_path / "whole", residual=str(residual))
     manifest = to_lora(adapter, tmp_path / "lora", LoraOptions(**asked), residual=str(residual))
-    note = manifest.options["truncation"]
+    note = manifest.result.truncation
     whole, kept = products(tmp_path / "whole"), products(tmp_path / "lora")
     lost, norm = 0.0, 0.0
     for name, product in whole.items():
-        row = note["modules"][module(name)]
+        row = note.modules[module(name)]
         sigma = torch.linalg.svdvals(product)
-        least = float(sigma[row["rank"] :].norm() / sigma.norm())
-        assert row["error"] == pytest.approx(least, abs=1e-6)
+        least = float(sigma[row.rank :].norm() / sigma.norm())
+        assert row.error == pytest.approx(least, abs=1e-6)
         found = float((product - kept[name]).norm() / product.norm())
-        assert found == pytest.approx(row["error"], abs=1e-5)
+        assert found == pytest.approx(row.error, abs=1e-5)
         lost, norm = lost + float((product - kept[name]).square().sum()), norm + float(product.square().sum())
-    assert note["error"] == pytest.approx((lost / norm) ** 0.5, abs=1e-5)
-    ranks = [row["rank"] for row in note["modules"].values()]
-    assert manifest.options["rank"] == max(ranks)
+    assert note.error == pytest.approx((lost / norm) ** 0.5, abs=1e-5)
+    ranks = [row.rank for row in note.modules.values()]
+    assert manifest.result.rank == max(ranks)
     if "rank" in asked:
         assert set(ranks) == {3}
     elif "tol" in asked:
-        assert all(row["error"] <= 0.3 for row in note["modules"].values()) and min(ranks) < 8
+        assert all(row.error <= 0.3 for row in note.modules.values()) and min(ranks) < 8
     else:
         assert sum(ranks) == 40 and len(set(ranks)) > 1, "the budget was not shared out"
 
@@ -94,7 +94,7 @@ def test_a_change_of_nothing_has_a_lora_of_zeros(
     out = decomposed(checkpoint("llama", dtype=torch.float32))
     for number, asked in enumerate(({"rank": 2}, {"tol": 0.1}, {"rank_budget": 9})):
         found = to_lora(out, tmp_path / str(number), LoraOptions(**asked))
-        assert found.options["truncation"]["error"] < 1e-6
+        assert found.result.truncation.error < 1e-6
 
 
 def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -104,9 +104,7 @@ def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Pat
     command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
     refused(*command, "--tol", "0.1", "--rank-budget", "5", words=["tol and rank_budget exclude each other"])
     said = succeeded(*command, "--rank-budget", "30")
-    ranks = json.loads((tmp_path / "lora" / "svdconvert.json").read_text())["options"]["truncation"][
-        "modules"
-    ]
+    ranks = json.loads((tmp_path / "lora" / "svdconvert.json").read_text())["result"]["truncation"]["modules"]
     least, most = (pick(module["rank"] for module in ranks.values()) for pick in (min, max))
     assert least < most
     assert f"rank {most} ({least} to {most} by matrix)" in said.out

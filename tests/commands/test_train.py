@@ -170,8 +170,8 @@ def test_merging_from_the_base_is_merging_from_a_float32_residual(
     method: str, chain: Callable[[str], Chain], tmp_path: Path
 ) -> None:
     _, _, trained = chain(method)
-    assert merge(trained, tmp_path / "one", MergeOptions(side="base")).options["side"] == "base"
-    assert merge(trained, tmp_path / "other", MergeOptions(side="residual")).options["side"] == "residual"
+    assert merge(trained, tmp_path / "one", MergeOptions(side="base")).result.side == "base"
+    assert merge(trained, tmp_path / "other", MergeOptions(side="residual")).result.side == "residual"
     one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-6) for name in one)
@@ -200,7 +200,7 @@ def test_a_base_that_is_gone_is_asked_for(checkpoint: Build, sums: Path, tmp_pat
     succeeded("decompose", base, "-o", tmp_path / "start", "--method", "lora", "--rank", 4)
     base.rename(tmp_path / "moved")
     options = ("--data", sums, "--steps", 1, "--max-length", 48)
-    refused("train", tmp_path / "start", "-o", tmp_path / "out", *options, words=["is not at hand", "--base"])
+    refused("train", tmp_path / "start", "-o", tmp_path / "out", *options, words=["is not found", "--base"])
     succeeded("train", tmp_path / "start", "-o", tmp_path / "out", *options, "--base", tmp_path / "moved")
     succeeded("merge", tmp_path / "out", "-o", tmp_path / "merged", "--base", tmp_path / "moved")
 

@@ -204,7 +204,7 @@ def test_verify_and_inspect_know_the_head(chain: Callable[[str, str], Path]) -> 
     home = chain("roberta", "classify")
     for name in ("trained", "merged", "lora"):
         assert "is as its manifest says" in succeeded("verify", home / name).out
-    head = read_manifest(home / "trained").options["head"]
+    head = read_manifest(home / "trained").head
     assert head["id2label"] == {"0": "large", "1": "small"}
     stored = load_file(home / "trained" / "adapter_model.safetensors")
     assert any(".classifier." in name for name in stored)
@@ -228,7 +228,6 @@ def test_the_class_that_loads_a_classifier_is_named(
             config=config,
             adapter=adapter,
             licence={},
-            command="svdconvert",
         )
         card = write_card(read_manifest(home / kind), facts)
         assert "pipeline_tag: text-classification" in card

@@ -11,6 +11,17 @@ from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.manifest.fingerprint import Fingerprint, checksum
+from svdconvert.manifest.results import (
+    KeptUpdate,
+    LoraResult,
+    MergeResult,
+    RecoveredFactors,
+    Result,
+    TrainResult,
+    TruncatedLora,
+    TruncatedModule,
+    Update,
+)
 from svdconvert.manifest.schema import Manifest, Matrix, Origin, has_manifest, read_manifest
 
 MATRIX = Matrix(module="m", role="attn.q", shape=(4, 3), dtype="BF16", rank=2, scale=0.5, error=1e-3)
@@ -23,6 +34,7 @@ MANIFEST = Manifest(
     options={"rank": 2, "targets": ["attn"]},
     matrices={"w": MATRIX},
     files={"model.safetensors": {"w": "2"}, "pissa_init/adapter_model.safetensors": {"w.lora_A": "3"}},
+    roles={"model.safetensors": "model", "pissa_init/adapter_model.safetensors": "initial_adapter"},
     threads=1,
 )
 
@@ -36,7 +48,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_a_manifest_without_base_or_matrices_is_read(tmp_path: Path) -> None:
-    bare = Manifest(kind="merged", layout="llama", method="lora", base=None)
+    bare = Manifest(kind="merged", layout="llama", method="lora", base=None, result=MergeResult())
     assert read_manifest((bare.write(tmp_path), tmp_path)[1]) == bare
 
 
@@ -44,10 +56,68 @@ def test_the_checksums_of_the_model_leave_the_adapter_out() -> None:
     assert MANIFEST.checksums == {"w": "2"}
 
 
+KEPT = KeptUpdate(size=2.0, cosine=0.5, kept=0.25)
+RESULTS: list[tuple[str, Result]] = [
+    ("trained", TrainResult(head={"architectures": ["X"]})),
+    ("merged", MergeResult(side="residual", update=Update(cosine=0.5, kept=0.25, matrices={"w": KEPT}))),
+    ("merged", MergeResult(recovered=RecoveredFactors(by="pissa"))),
+    (
+        "lora",
+        LoraResult(
+            rank=4, truncation=TruncatedLora(error=0.1, modules={"m": TruncatedModule(rank=4, error=0.1)})
+        ),
+    ),
+    (
+        "lora",
+        LoraResult(
+            rank=8, recovered=RecoveredFactors(by="difference", error=0.1, of_base=0.01, modules={"m": 0.1})
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "result"), RESULTS)
+def test_the_result_of_every_kind_is_read_as_its_class(tmp_path: Path, kind: Any, result: Result) -> None:
+    manifest = Manifest(kind=kind, layout="llama", method="pissa", base=None, result=result)
+    assert read_manifest((manifest.write(tmp_path), tmp_path)[1]) == manifest
+
+
+def test_the_keys_that_other_programs_read_stand_at_the_top(tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    written = json.loads((tmp_path / "svdconvert.json").read_text())
+    assert {"format", "kind", "files", "matrices", "residual", "options"} <= written.keys()
+    assert written["format"] == 2
+
+
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    path = tmp_path / "svdconvert.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 1}))
+    assert read_manifest(tmp_path) == MANIFEST
+
+
+def test_a_file_without_a_role_has_the_one_that_its_kind_and_place_imply(tmp_path: Path) -> None:
+    files = {"adapter_model.safetensors": {"a": "1"}, "pissa_init/adapter_model.safetensors": {"a": "2"}}
+    trained = Manifest(kind="trained", layout="", method="pissa", base=None, files=files)
+    assert trained.files_of("adapter") == ["adapter_model.safetensors"]
+    assert trained.files_of("initial_adapter") == ["pissa_init/adapter_model.safetensors"]
+    assert trained.files_of("model") == [] and trained.checksums == {}
+    assert trained.init_directory == "pissa_init"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_manifest_that_json_cannot_hold_is_not_written(tmp_path: Path, value: float) -> None:
+    matrix = Matrix(module="m", role="attn.q", shape=(4, 3), dtype="BF16", rank=2, scale=1.0, error=value)
+    broken = Manifest(kind="decomposed", layout="", method="pissa", base=None, matrices={"w": matrix})
+    with pytest.raises(ArtifactError, match="NaN or infinite"):
+        broken.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 2}, "has format 2 and this svdconvert reads 1"),
+        ({"format": 3}, "has format 3 and this svdconvert reads formats 1 to 2"),
         ({"format": None}, "has format None"),
         ({"base": {"location": "x"}}, "is damaged"),
         ({"matrices": {"w": {"module": "m"}}}, "is damaged"),

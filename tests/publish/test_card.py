@@ -49,6 +49,7 @@ def shop(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(room / "pissa", room / "trained", plan, RUN)
     to_lora(room / "trained", room / "lora", LoraOptions(rank=3))
     merge(room / "trained", room / "merged", run=RUN)
+    train(base, room / "full", plan, RUN, split=SplitOptions(method="full"))
     return room
 
 
@@ -58,7 +59,7 @@ def alice(shop: Path) -> Iterator[Visitor]:
     with Hub(shop / "store") as hub:
         hub.create("org/base", shop / "base")
         base, residual = {"base": "org/base"}, {"residual": "alice/pissa"}
-        places = {name: base for name in ("pissa", "start", "sorsa", "lora", "merged")}
+        places = {name: base for name in ("pissa", "start", "sorsa", "lora", "merged", "full")}
         places["trained"] = base | residual
         visitor = Visitor(hub, shop / "alice")
         pushes = [(str(shop / name), f"alice/{name}", {}, given) for name, given in places.items()]
@@ -70,7 +71,7 @@ def alice(shop: Path) -> Iterator[Visitor]:
 @pytest.fixture(scope="module")
 def published(alice: Visitor) -> dict[str, str]:
     """The cards by name."""
-    names = ("pissa", "start", "sorsa", "trained", "lora", "merged")
+    names = ("pissa", "start", "sorsa", "trained", "lora", "merged", "full")
     return {name: alice.hub.repositories[f"alice/{name}"].read("README.md").decode() for name in names}
 
 
@@ -102,6 +103,7 @@ def test_the_code_of_every_card_loads_what_it_promises(
         "trained": trained,
         "merged": trained,
         "lora": logits(adapted(shop / "base", shop / "lora")),
+        "full": logits(plain(shop / "full")),
     }
     assert loaded.keys() == wanted.keys()
     for name, found in loaded.items():
@@ -121,6 +123,7 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
         "trained": ["pissa", "svdconvert", "trained-adapter"],
         "lora": ["lora", "pissa", "svdconvert"],
         "merged": ["merged", "pissa", "svdconvert"],
+        "full": ["finetuned", "full", "svdconvert"],
     }
     kinds = {
         "pissa": {"base_model": "org/base", **weights},
@@ -129,6 +132,7 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
         "trained": {"base_model": "alice/pissa", **adapter, **generates},
         "lora": {"base_model": "org/base", **adapter, **generates},
         "merged": {"base_model": "org/base", **weights, **generates},
+        "full": {"base_model": "org/base", **weights, **generates},
     }
     assert {name: front(card) for name, card in published.items()} == {
         name: {**kind, "tags": tags[name]} for name, kind in kinds.items()
@@ -138,9 +142,11 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
 def test_a_card_says_what_its_repository_is_not(published: dict[str, str]) -> None:
     assert "**Not a model to be used by itself.** 14 matrices" in published["pissa"]
     assert "**It is wrong on the base itself**" in published["trained"]
-    assert "stock PEFT does not know its like" in published["sorsa"]
+    assert "stock PEFT does not know this kind of adapter" in published["sorsa"]
     assert "svdconvert train alice/sorsa" in published["sorsa"]
-    assert "changes nothing before" in published["start"]
+    assert "all of whose weights were trained" in published["full"]
+    assert "adapter merged" not in published["full"]
+    assert "untrained, it changes nothing" in published["start"]
 
 
 def test_a_card_has_numbers_and_the_command(published: dict[str, str], shop: Path) -> None:
@@ -158,10 +164,12 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], shop: Pat
         "start": [f"svdconvert decompose {at[0]} --method lora --rank 4 -o start --push alice/start"],
         "sorsa": [f"svdconvert decompose {at[0]} --method sorsa --rank 4 -o sorsa --push alice/sorsa"],
         "trained": commands["trained"],
+        "full": commands["full"],
         "lora": ["svdconvert to-lora TRAINED --rank 3 -o lora --push alice/lora"],
-        "merged": ["svdconvert merge TRAINED --from base -o merged --push alice/merged"],
+        "merged": ["svdconvert merge TRAINED -o merged --push alice/merged"],
     }
     assert re.match(r"svdconvert train alice/pissa@[0-9a-f]{40} --data sums.jsonl ", commands["trained"][0])
+    assert commands["full"][0].startswith(f"svdconvert train {at[0]} --method full --data sums.jsonl ")
     assert str(shop) not in "".join(published.values())
 
 

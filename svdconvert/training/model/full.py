@@ -14,7 +14,7 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.manifest.fingerprint import checksum
-from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.output.sidecars import finish_model
 from svdconvert.output.staging import StagedOutput
@@ -75,11 +75,12 @@ class FineTunedModel:
     def manifest(self, plan: TrainOptions, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:
         """Of a plain checkpoint."""
         return Manifest(
-            kind="merged",
+            kind="finetuned",
             layout=self.start.layout,
             method=self.start.method,
             base=self.start.base,
             options=plan.shaping(),
             files=files,
+            roles=roles_of(self.files),
             threads=threads,
         )

@@ -1,0 +1,91 @@
+"""The weights that an adapter is merged into: the base, else its residual."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.model import OpenModel, find_model, open_model
+from svdconvert.inputs.recover_init import lost_init, recover_init
+from svdconvert.inputs.sources import Sources
+from svdconvert.manifest.results import Side
+from svdconvert.manifest.schema import has_manifest
+
+
+@dataclass(frozen=True)
+class MergeWeights:
+    """Open weights, and the delta with all that merging into them needs."""
+
+    side: Side
+    model: OpenModel
+    delta: AdapterDelta
+
+    @property
+    def expected(self) -> Mapping[str, str]:
+        """The checksums that the weights must have, by tensor, as far as the manifest knows them."""
+        manifest = self.delta.manifest
+        if manifest is None:
+            return {}
+        if self.side == "base":
+            return manifest.base.fingerprint.tensors if manifest.base else {}
+        residual = self.delta.residual
+        if self.delta.is_lost and residual is not None and not has_manifest(residual.path):
+            return {}  # a plain residual that somebody else wrote
+        if manifest.kind == "decomposed":
+            return manifest.checksums
+        return manifest.residual.fingerprint.tensors if manifest.residual else {}
+
+
+def choose_weights(
+    delta: AdapterDelta, side: Literal["auto", "base", "residual"], sources: Sources
+) -> MergeWeights:
+    """The base if it is given or found, else the residual; `side` other than "auto" insists.
+
+    An initial adapter that is lost is recovered if the base needs it. Raises ArtifactError if neither is
+    found, CheckpointError if one is damaged or the Hub does not answer.
+    """
+    if side == "auto" and _needs_no_init(delta):
+        side = "residual"
+    if side != "residual":
+        base = find_model(
+            delta.manifest.base if delta.manifest else None, sources.base, stream=sources.stream
+        )
+        if base is not None:
+            return MergeWeights("base", base, recover_init(delta, sources.base, base))
+        if side == "base" or not delta.has_residual:
+            raise _no_base(delta)
+    if not delta.has_residual:
+        raise ArtifactError(
+            f"{delta.directory} has no residual base: its method leaves the base as it is; use --from base"
+        )
+    return MergeWeights("residual", _open_residual(delta, sources), delta)
+
+
+def _needs_no_init(delta: AdapterDelta) -> bool:
+    """True for a lost initial adapter with a residual at hand, from which merging works without it."""
+    known = delta.manifest.residual if delta.manifest else None
+    return delta.is_lost and (delta.residual is not None or known is not None)
+
+
+def _no_base(delta: AdapterDelta) -> ArtifactError:
+    if delta.is_lost:
+        return lost_init(delta)
+    origin = delta.manifest.base if delta.manifest else None
+    place = origin.location if origin else "unknown"
+    return ArtifactError(f"the base of {delta.directory} is not found ({place}); say where it is with --base")
+
+
+def _open_residual(delta: AdapterDelta, sources: Sources) -> OpenModel:
+    if delta.residual is not None:
+        return open_model(delta.residual.name, stream=sources.stream)
+    assert delta.manifest is not None
+    origin = delta.manifest.residual
+    found = find_model(origin, sources.residual, stream=sources.stream)
+    if found is None:
+        place = origin.location if origin else "none was written"
+        raise ArtifactError(
+            f"neither the base nor the residual of {delta.directory} is found ({place}); "
+            "say where one is with --base or --residual"
+        )
+    return found

@@ -1,0 +1,169 @@
+"""Adapters: what the user typed becomes one AdapterDelta, whoever wrote the adapter."""
+
+from pathlib import Path
+
+from svdconvert.adapters.peft_files import Adapter, is_adapter, open_adapter
+from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
+from svdconvert.errors import ArtifactError
+from svdconvert.hub.download import Snapshot, fetch
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.sources import NO_INIT, Sources
+from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
+from svdconvert.methods.base import init_folder
+
+# PEFT's names of initial states that are subtracted from the base.
+_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def open_adapter_delta(
+    adapter: str | Path, sources: Sources | None = None, alpha: float | None = None
+) -> AdapterDelta:
+    """Open a DECOMPOSED, TRAINED or LORA directory, any adapter in PEFT's format, or RWKV-PEFT's file.
+
+    `adapter` and the strings of `sources` may be local or org/name[@revision]. `alpha` is the lora_alpha of
+    an RWKV-PEFT file, which does not store it. Raises ArtifactError if the initial adapter is missing or
+    does not fit.
+    """
+    sources = sources or Sources()
+    place = fetch(str(adapter), "adapter")
+    if is_adapter_file(place.path):
+        return _from_rwkv_file(place.path, sources.init, alpha)
+    if alpha is not None:
+        raise ArtifactError(f"{place.path} stores its own alpha; --alpha is for files of RWKV-PEFT")
+    if not place.path.is_dir():
+        raise ArtifactError(
+            f"{place.path} is not a directory; give a directory that decompose or train wrote, or an adapter"
+        )
+    residual = fetch(sources.residual, "adapter") if sources.residual else None
+    init = Path(sources.init) if sources.init not in (None, NO_INIT) else None
+    opened = _from_manifest if has_manifest(place.path) else _from_peft
+    delta = opened(place, residual, init)
+    if delta.initial_adapter is not None:
+        _refuse_misfit(delta.adapter, delta.initial_adapter)
+    return delta
+
+
+def is_subtracted(initialised: str | bool) -> bool:
+    """True if PEFT subtracts an initial adapter of this `init_lora_weights` from the base."""
+    return str(initialised).lower().startswith(_SUBTRACTED)
+
+
+def refuse_unknown_init(delta: AdapterDelta, init: str | None) -> None:
+    """Refuse an adapter that may belong to a residual, as far as is known: its LoRA would be wrong.
+
+    A lost initial adapter is recovered instead, and an RWKV-PEFT file was asked about when it was opened.
+    """
+    if delta.is_lost or delta.directory.is_file() or init == NO_INIT:
+        return
+    named = delta.adapter.config.base
+    on_a_local_base = named is not None and Path(named).is_dir()
+    if delta.manifest is None and delta.initial_adapter is None and not on_a_local_base:
+        raise ArtifactError(
+            f"{delta.directory} does not say where it started; name what decompose wrote with --residual, "
+            f"its initial adapter with --init, or --init {NO_INIT} for one that started at zero"
+        )
+
+
+def _from_rwkv_file(path: Path, init: str | None, alpha: float | None) -> AdapterDelta:
+    """RWKV-PEFT's file: PiSSA with the file of its initial factors, or a LoRA with its alpha."""
+    if init not in (None, NO_INIT):
+        if alpha is not None:
+            raise ArtifactError(f"{path} started from {init}, at scale 1; leave --alpha out")
+        initial = open_adapter_file(Path(str(init)), None)
+        adapter = open_adapter_file(path, None)
+        _refuse_misfit(adapter, initial)
+        return AdapterDelta(path, adapter, initial, None)
+    adapter = open_adapter_file(path, alpha)
+    if alpha is None:
+        raise ArtifactError(
+            f"{path} does not store its scale; give the lora_alpha of its training with --alpha or, for "
+            "PiSSA, its init_pissa.pth with --init"
+        )
+    return AdapterDelta(path, adapter, None, None)
+
+
+def _from_manifest(place: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+    """A directory of svdconvert."""
+    directory = place.path
+    manifest = read_manifest(directory)
+    if manifest.kind in PLAIN:
+        raise ArtifactError(
+            f"{directory} is {manifest.kind} already: a plain checkpoint, to be loaded as it is"
+        )
+    if manifest.kind == "lora":
+        file = directory / FILE
+        adapter = open_adapter_file(file, None) if file.is_file() else open_adapter(directory)
+        return AdapterDelta(directory, adapter, None, manifest)
+    start = init or directory / init_folder(manifest.method)
+    if not is_adapter(start):
+        if residual is not None:
+            return _on_residual(directory, open_adapter(directory), residual, None, manifest)
+        raise ArtifactError(
+            f"{start} is missing, and without the initial adapter the delta is not known; copy it from the "
+            "decomposed directory, name another with --init, or give --base and --residual to recover it"
+        )
+    initial = open_adapter(start)
+    if manifest.kind == "decomposed":
+        return AdapterDelta(directory, initial, initial, manifest, residual or place)
+    return AdapterDelta(directory, open_adapter(directory), initial, manifest)
+
+
+def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+    """An adapter in PEFT's format that svdconvert did not write."""
+    directory = place.path
+    if not is_adapter(directory):
+        raise ArtifactError(
+            f"{directory} is neither a directory of svdconvert nor an adapter: there is no svdconvert.json "
+            "and no adapter_config.json; give what decompose, train or PEFT wrote"
+        )
+    adapter = open_adapter(directory)
+    residual = residual or _named_residual(adapter)
+    if residual is not None:
+        return _on_residual(directory, adapter, residual, init, None)
+    if init is not None:
+        return AdapterDelta(directory, adapter, open_adapter(init), None)
+    return AdapterDelta(directory, adapter, None, None, is_lost=is_subtracted(adapter.config.initialised))
+
+
+def _named_residual(adapter: Adapter) -> Snapshot | None:
+    """The decomposed directory that an adapter's configuration names as its base, if there is one."""
+    base = adapter.config.base
+    if base and has_manifest(Path(base)) and read_manifest(Path(base)).kind == "decomposed":
+        return fetch(base, "adapter")
+    return None
+
+
+def _on_residual(
+    directory: Path, adapter: Adapter, residual: Snapshot, init: Path | None, own: Manifest | None
+) -> AdapterDelta:
+    """An adapter that was trained on `residual`, whose directory has the initial adapter, or it is lost."""
+    manifest = own
+    if has_manifest(residual.path):
+        found = read_manifest(residual.path)
+        if found.kind != "decomposed":
+            raise ArtifactError(
+                f"{residual.path} is a {found.kind} directory; --residual needs what decompose wrote, or a "
+                "plain residual"
+            )
+        manifest = own or found
+        init = init or residual.path / init_folder(found.method)
+    if init is not None and is_adapter(init):
+        return AdapterDelta(directory, adapter, open_adapter(init), manifest, residual)
+    return AdapterDelta(directory, adapter, None, manifest, residual, is_lost=True)
+
+
+def _refuse_misfit(adapter: Adapter, initial: Adapter) -> None:
+    if absent := sorted(set(adapter.modules) ^ set(initial.modules)):
+        raise ArtifactError(
+            f"{initial.directory} is not the initial adapter of {adapter.directory}: {absent[0]} is in one "
+            f"only ({len(absent)} such modules); name the right one with --init"
+        )
+    for module in adapter.modules:
+        for factor, side in (("lora_A", 1), ("lora_B", 0)):
+            now = adapter.shape(module, factor)
+            before = initial.shape(module, factor)
+            if now[side] != before[side]:
+                raise ArtifactError(
+                    f"{initial.directory} is not the initial adapter of {adapter.directory}: "
+                    f"{module}.{factor} has the shape {before} and {now}; name the right one with --init"
+                )

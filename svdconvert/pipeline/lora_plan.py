@@ -1,0 +1,156 @@
+"""to-lora: which factors will be written, at which ranks, under which names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import hypot
+
+import torch
+from torch import Tensor
+
+from svdconvert.adapters.extra_parameters import extra_key
+from svdconvert.adapters.peft_files import WEIGHTS, key
+from svdconvert.adapters.rwkv_peft import FILE, file_key
+from svdconvert.checkpoint.rename_rules import RenameRule
+from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
+from svdconvert.config.options import LoraOptions
+from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.linalg.delta import as_lora
+from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
+from svdconvert.manifest.results import TruncatedLora, TruncatedModule
+from svdconvert.output.plan import PlannedFile, plan_file
+
+_SIDES = ("lora_A", "lora_B")
+_RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is kept of the changes, and how much is lost."""
+
+    ranks: Mapping[str, int]
+    """By module."""
+    errors: Mapping[str, float]
+    """||change - kept||_F / ||change||_F by module, exact."""
+    error: float
+    """The same over all modules together."""
+
+    def result(self) -> TruncatedLora:
+        """For the manifest."""
+        modules = {
+            module: TruncatedModule(rank=rank, error=self.errors[module])
+            for module, rank in self.ranks.items()
+        }
+        return TruncatedLora(error=self.error, modules=modules)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the tensors are called in the file."""
+
+    pieces: Mapping[tuple[str, str], str]
+    """(module, piece) -> name."""
+    extras: Mapping[str, str]
+    """Parameter -> name."""
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What will be written."""
+
+    delta: AdapterDelta
+    options: LoraOptions
+    rank: int
+    """The largest of the modules; the others are padded with zeros."""
+    dtype: torch.dtype
+    file: PlannedFile
+    keys: "Keys"
+    truncation: Truncation | None = None
+    """None where the LoRA is exact."""
+
+
+def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
+    """Find the ranks by a first pass over the small factors, and plan the file."""
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    truncation = _truncation(delta, options)
+    if truncation is None:
+        rank = max(exact_factors(delta, module)[0].shape[1] for module in delta.modules)
+    else:
+        rank = max(1, *truncation.ranks.values())
+    keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta)
+    infos = []
+    for (module, piece), name in keys.pieces.items():
+        rows, columns = delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1]
+        shape = (rank, columns) if piece == "lora_A" else (rows, rank)
+        infos.append(TensorInfo(name, shape, dtype_code(dtype)))
+    infos += [
+        TensorInfo(name, delta.adapter.source.infos[delta.adapter.extras[parameter]].shape, dtype_code(dtype))
+        for parameter, name in keys.extras.items()
+    ]
+    if options.format == "rwkv-peft":
+        file = PlannedFile(FILE, tuple(infos), "adapter")
+    else:
+        file = plan_file(WEIGHTS, infos, "adapter")
+    return LoraPlan(delta, options, rank, dtype, file, keys, truncation)
+
+
+def _peft_keys(delta: AdapterDelta) -> Keys:
+    pieces = {(module, piece): key(module, piece) for module in delta.modules for piece in _SIDES}
+    adapted = delta.modules
+    return Keys(pieces, {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras})
+
+
+def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
+    """The names of a .pth. Raises ArtifactError for what has none there."""
+    known = delta.manifest
+    layout = LAYOUTS.get(known.layout) if known and known.layout else None
+    paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
+    names = {
+        module: layout.network_path(paths[module]) if layout and module in paths else module
+        for module in delta.modules
+    }
+    if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
+        raise ArtifactError(
+            f"{delta.directory} adapts {odd[0]}, and the format rwkv-peft is for RWKV-6 alone"
+        )
+    extras = {}
+    for parameter in delta.adapter.extras:
+        rule = layout.rename_rule(parameter) if layout and paths else RenameRule((parameter,), parameter)
+        if rule.to_layout is not None:
+            raise ArtifactError(
+                f"{delta.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
+                "merge it, or train the model in the layout blinkdl"
+            )
+        extras[parameter] = rule.canonical[0]
+    pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
+    return Keys(pieces, extras)
+
+
+def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
+    """The ranks that the options ask for: one module's factors in memory at a time."""
+    if options.rank is options.tol is options.rank_budget is None:
+        return None
+    sigmas = {
+        module: singular_values(*(side.double() for side in exact_factors(delta, module)))
+        for module in delta.modules
+    }
+    if options.rank_budget is not None:
+        ranks = allocate_ranks(sigmas, options.rank_budget)
+    elif options.tol is not None:
+        ranks = {module: rank_for_tolerance(sigma, options.tol) for module, sigma in sigmas.items()}
+    else:
+        ranks = {module: min(options.rank or 1, len(sigma)) for module, sigma in sigmas.items()}
+    lost = {module: truncation_error(sigma, ranks[module]) for module, sigma in sigmas.items()}
+    whole = {module: truncation_error(sigma, 0) for module, sigma in sigmas.items()}
+    errors = {module: lost[module] / whole[module] if whole[module] else 0.0 for module in sigmas}
+    all_of_it = hypot(*whole.values())
+    return Truncation(ranks, errors, hypot(*lost.values()) / all_of_it if all_of_it else 0.0)
+
+
+def exact_factors(delta: AdapterDelta, module: str) -> tuple[Tensor, Tensor]:
+    """(B, A) of a module's delta, without truncation."""
+    factors, scale = delta.trained(module)
+    initial, initial_scale = delta.initial(module)
+    return as_lora(factors, scale, initial, initial_scale)
