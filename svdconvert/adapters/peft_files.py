@@ -16,12 +16,11 @@ from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_
 from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.factors import FACTOR_AXES, Factors
 from svdconvert.output.sidecars import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
 PER_EXPERT = "LORA_PER_EXPERT"
 """The type of adapters with factors for single experts: transformers fuses experts at run time, and stock
 PEFT, which knows only the fused tensors, refuses the type instead of leaving such factors out."""
@@ -30,7 +29,7 @@ WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
 parameters: stock PEFT, which would lose them, refuses the type."""
 # What changes the meaning of the factors.
 _MORE = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "use_qalora")
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,10 @@ class Layout:
             for role, pattern in self.roles.items()
         ]
 
-    @property
-    def has_experts(self) -> bool:
-        """True if some roles are matrices of single experts, which stock PEFT cannot adapt."""
-        return any("{expert}" in pattern for pattern in self.roles.values())
+    def has_experts(self, names: Iterable[str]) -> bool:
+        """True if one of these tensors is a matrix of a single expert, which stock PEFT cannot adapt."""
+        slots = (self.slot(name) for name in names)
+        return any(slot is not None and slot.expert is not None for slot in slots)
 
     def slot(self, name: str) -> Slot | None:
         """The slot of the tensor `name`; None for embeddings, heads, norms and biases."""

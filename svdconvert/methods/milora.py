@@ -1,4 +1,4 @@
-"""MiLoRA: train the bottom singular triplets, keep the principal ones as they are (arXiv:2406.09044)."""
+"""MiLoRA: train the smallest singular triplets, keep the principal ones as they are (arXiv:2406.09044)."""
 
 from torch import Tensor
 
@@ -18,5 +18,7 @@ METHOD = Method(
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
     spectrum_part="bottom",
+    parallel=False,
+    residual_dtype="float32",
     learning_rate=3e-4,
 )

@@ -18,5 +18,6 @@ METHOD = Method(
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
     spectrum_part="top",
+    dropout_harms=True,
     learning_rate=2e-5,
 )

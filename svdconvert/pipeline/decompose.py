@@ -127,21 +127,17 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     pieces: list[TensorInfo] = []
     for tensor, slot in slots.items():
         rows, columns = source.infos[tensor].shape
-        pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
+        pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
     return DecomposePlan(method, name, options, slots, scaled, source.infos, tuple(shards), adapter)
-
-
-def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
-    core = {"lora_S": (rank,), "lora_R": (rank, rank)}
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
-    return shapes | {piece: core[piece] for piece in method.trains if piece in core}
 
 
 def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
     if options.residual_dtype != "auto":
         return dtype_code(getattr(torch, options.residual_dtype))
-    return "F32" if method.spectrum_part == "bottom" else info.dtype
+    if method.residual_dtype is not None:
+        return dtype_code(getattr(torch, method.residual_dtype))
+    return info.dtype
 
 
 def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
@@ -200,9 +196,8 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
 
 
 def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
-    """Two matrices at once where they are small work; whole decompositions take the memory of several."""
-    small = plan.options.svd == "fast" and plan.method.spectrum_part in ("top", "first columns", "none")
-    return parallel_matrices(device) if small else 1
+    """How many matrices are split at the same time; one by LAPACK, which takes the memory of several."""
+    return parallel_matrices(device) if plan.method.parallel and plan.options.svd == "fast" else 1
 
 
 def split_tensor(

@@ -24,7 +24,7 @@ def resolve_defaults(
     if chosen.penalty is None:
         own = PUBLISHED if plan.penalty_rule == "reference" else method.penalty
         chosen = replace(chosen, penalty=own if method.penalty else 0.0)
-    if chosen.dropout and method.residual and method.spectrum_part == "top":
+    if chosen.dropout and method.dropout_harms:
         notify(
             f"dropout {chosen.dropout:g} takes principal components of the model away at random, for they "
             "are in the adapter; this method is meant to be trained without"

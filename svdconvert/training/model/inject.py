@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.factors import Factors, factor_shapes
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
 Pieces = Mapping[str, tuple[Factors, float]]
@@ -61,12 +61,7 @@ def _complaints(modules: Mapping[str, nn.Module], pieces: Pieces, trains: frozen
 def _misfit(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
     """What keeps these factors from this layer, empty where nothing does."""
     have = {name: tuple(piece.shape) for name, piece in factors.pieces().items()}
-    rank = factors.rank
-    want: dict[str, tuple[int, ...]] = {
-        "lora_A": (rank, base.in_features),
-        "lora_B": (base.out_features, rank),
-    }
-    want |= {"lora_S": (rank,), "lora_R": (rank, rank)}
+    want = factor_shapes(base.out_features, base.in_features, factors.rank)
     wrong = [
         f"{name} is {shape} instead of {want[name]}" for name, shape in have.items() if shape != want[name]
     ]
