@@ -92,7 +92,10 @@ def test_the_help_has_an_example_that_can_be_typed(verb: str) -> None:
 @pytest.mark.parametrize(("name", "rows"), [("methods", methods()), ("layouts", layouts())])
 def test_a_table_of_the_readme_is_the_registrys(name: str, rows: list[dict[str, Any]]) -> None:
     shown = README.read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-    assert shown.strip() == table(rows)
+    wanted = table(rows)
+    missing = [line for line in wanted.splitlines() if line not in shown]
+    assert not missing, f"the table of {name} in the README needs these lines:\n" + "\n".join(missing)
+    assert shown.strip() == wanted
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

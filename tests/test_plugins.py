@@ -59,9 +59,7 @@ def test_a_broken_plug_in_does_not_keep_others_from_being_found() -> None:
 
 @pytest.mark.usefixtures("package")
 def test_a_broken_plug_in_is_named_when_it_is_asked_for_or_may_have_been_needed() -> None:
-    with pytest.raises(
-        PluginError, match=r"layout broken of gallery cannot be loaded .*no_such_library"
-    ):
+    with pytest.raises(PluginError, match=r"layout broken of gallery cannot be loaded .*no_such_library"):
         find_layout("broken", None, "dir")
     with pytest.raises(UnknownNameError, match=r"'gallery9'.*mean gallery\?.*layout broken of gallery"):
         find_layout(None, "gallery9", "dir")

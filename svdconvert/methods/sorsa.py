@@ -17,7 +17,7 @@ def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
 
 
 METHOD = Method(
-    summary="trains U, S and V of the r largest triplets, with U and V kept orthonormal",
+    summary="trains U, S and V of the r largest triplets, U and V orthonormal",
     paper="arXiv:2409.00055",
     split=split,
     trains=frozenset({"lora_A", "lora_B", "lora_S"}),
