@@ -1,8 +1,8 @@
 """Products with a matrix of any float dtype, in float32, a block of rows at a time.
 
-L: rows, S: columns, B: columns of a thin block. A float32 copy of a whole matrix takes memory and new
-pages, and every pass over it goes past the cache; a block of rows stays there while it is worked on. A
-GPU, which has no use for small pieces, is given the matrix in one.
+L: rows, S: columns, B: columns of a thin block. A float32 copy of the entire matrix would take memory, and
+every pass over it would miss the cache; a block of rows stays in the cache. A GPU does not profit from small
+blocks and gets the matrix in one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from svdconvert.linalg.gemm import matmul_f32
 
-# Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
-# own, with gaps between them that make the heap grow with the length of a run.
+# Elements per block: 1.5 MB in float32. A block of 2 MB or more would be allocated in separate huge pages,
+# and the gaps between them make the heap grow during a run.
 _BLOCK = 3 << 17
 _TINY = 1e-30
-_LOW_BLOCK = 1 << 21  # elements in bfloat16: of these no copy is made, and their products are faster on more
+_LOW_BLOCK = 1 << 21  # elements per block in bfloat16: no copies are made, and larger products are faster
 
 
 def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
@@ -27,12 +27,12 @@ def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
 
 
 def rows_of_a_block(matrix_LS: Tensor) -> int:
-    """How many rows are in work at a time; at least one."""
+    """The number of rows in a block of this matrix; at least one."""
     return _rows(matrix_LS, _BLOCK)
 
 
 def rows_at_once(rows: int, columns: int) -> int:
-    """The same of a matrix that is not in memory yet."""
+    """The same for a matrix of this shape that is not in memory yet."""
     return max(1, min(rows, _BLOCK // max(1, columns)))
 
 
@@ -46,7 +46,7 @@ def _is_transposed(matrix_LS: Tensor) -> bool:
 
 
 def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows in float32); of a float32 matrix its own memory."""
+    """(rows, these rows in float32); views if the matrix is float32."""
     for rows in row_blocks(matrix_LS):
         yield rows, matrix_LS[rows].float()
 
@@ -62,7 +62,7 @@ def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
 
 
 def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
-    """stored^T X: the sum over rows as they lie in memory, whose float32 copies are quicker to make."""
+    """stored^T X, summed over blocks of rows as stored, because contiguous rows are quicker to convert."""
     sum_BL = thin_SB.new_zeros(thin_SB.shape[1], stored_SL.shape[1])
     for rows in row_blocks(stored_SL):
         sum_BL += matmul_f32(stored_SL[rows].float().T, thin_SB[rows]).T
@@ -78,7 +78,7 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
 
 
 def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
-    """The same of a matrix in a narrow dtype, multiplied in it and added up in float32."""
+    """`gram_times` for a matrix in a narrow dtype, with products in that dtype and their sum in float32."""
     thin_SB, sum_SB = thin_SB.to(low_LS.dtype), torch.zeros_like(thin_SB)
     for part in torch.split(low_LS, _rows(low_LS, _LOW_BLOCK)):
         sum_SB += part.T @ (part @ thin_SB)
@@ -101,16 +101,16 @@ def total_energy(matrix_LS: Tensor) -> float:
 
 
 def energy_of(parts: Iterable[Tensor]) -> float:
-    """The sum of all squares of blocks in float32: added up along memory in float32, these sums in float64.
+    """The sum of all squares of float32 blocks: along memory in float32, and of these sums in float64.
 
-    One float32 sum over all of a large matrix is wrong by 5e-4.
+    A single float32 sum over a large matrix would be wrong by 5e-4.
     """
     norms = [torch.linalg.vector_norm(part, dim=1 if part.stride(1) == 1 else 0) for part in parts]
     return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
 
 def held_by_float32(energy: float) -> bool:
-    """True where float32 holds sums of squares of this size to all their digits."""
+    """True if a sum of squares of this size neither overflows nor loses digits in float32."""
     return _TINY < energy < 1.0 / _TINY
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from svdconvert.linalg import threads, truncated
+from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
-from svdconvert.linalg.truncated import exact_top, fast_top, gram_top
+from svdconvert.linalg.truncated import fast_top, gram_top
 from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, truth, well_formed
 
 RANK = 16
