@@ -6,5 +6,5 @@ from svdconvert.layouts.blocks import gated_decoder
 LAYOUT = Layout(
     model_types=frozenset({"llama", "mistral"}),
     roles=gated_decoder(),
-    summary="Llama 1-3, Mistral, SmolLM2 and others that kept their names",
+    summary="Llama 1-3, Mistral, SmolLM2 and others with the same names",
 )

@@ -1,4 +1,4 @@
-"""RWKV-6 as flash-linear-attention names it; the five inputs of the mixing stand in the order r, w, k, v, g.
+"""RWKV-6 as flash-linear-attention names it; the five inputs of the mixing are in the order r, w, k, v, g.
 
 Source: github.com/fla-org/flash-linear-attention, fla/models/rwkv6 and utils/convert_from_rwkv6.py.
 C: width, D: rank of the mixing.
@@ -124,7 +124,7 @@ _RULES = (
 
 
 def config(family: TensorSource) -> dict[str, Any]:
-    """config.json as flash-linear-attention's converter writes it, with what its defaults get wrong."""
+    """config.json as flash-linear-attention's converter writes it, plus what its defaults get wrong."""
     sizes = Sizes.of(family.infos)
     return {
         "architectures": ["RWKV6ForCausalLM"],
@@ -137,7 +137,7 @@ def config(family: TensorSource) -> dict[str, Any]:
         "hidden_act": "sqrelu",
         "hidden_ratio": 3.5,
         "hidden_size": sizes.width,
-        # Where it is null it is rounded up to 32, and RWKV rounds down.
+        # If null, it would be rounded up to a multiple of 32, and RWKV rounds down.
         "intermediate_size": sizes.feed_forward,
         "model_type": "rwkv6",
         "norm_bias": True,

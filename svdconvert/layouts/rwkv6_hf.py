@@ -1,4 +1,4 @@
-"""RWKV-6 as the code beside the models of the RWKV organisation on the Hub names it: a pure renaming."""
+"""RWKV-6 as the code in the RWKV organisation's repositories on the Hub names it: only the names differ."""
 
 from typing import Any
 
@@ -47,13 +47,13 @@ def config(family: TensorSource) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "head_size": sizes.head_size,
-        # The released models' code makes the group norm's epsilon of this: 1e-5 * 8^2.
+        # The released models' code computes the group norm's epsilon from it: 1e-5 * 8^2.
         "head_size_divisor": 8,
         "hidden_size": sizes.width,
         "intermediate_size": sizes.feed_forward,
         "layer_norm_epsilon": 1e-5,
         "model_type": "rwkv6",
-        # In every released model this is the size of a head, and not their number.
+        # In every released model this is the size of a head, not the number of heads.
         "num_attention_heads": sizes.head_size,
         "num_hidden_layers": sizes.layers,
         "rescale_every": 6,
@@ -81,8 +81,8 @@ LAYOUT = Layout(
         groups=GROUPS,
         config=config,
         loading='AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)',
-        advice="transformers has no RWKV-6 of its own: put configuration_rwkv6.py and modeling_rwkv6.py of a "
-        "released model beside the weights and load with trust_remote_code=True. That code divides weights "
+        advice="transformers has no RWKV-6: put configuration_rwkv6.py and modeling_rwkv6.py of a "
+        "released model next to the weights and load with trust_remote_code=True. That code divides weights "
         "in place when it runs in half precision: do not save a model that ran",
     ),
 )

@@ -1,6 +1,6 @@
-"""RWKV-6 as web-rwkv, Ai00 and RWKV-Runner read it: a .st file, which is one safetensors file.
+"""RWKV-6 as web-rwkv, Ai00 and RWKV-Runner read it: a .st file, which is a single safetensors file.
 
-Names as BlinkDL's with time_first and time_mix; what is multiplied from the left is transposed.
+BlinkDL's names, except time_first and time_mix; tensors that are multiplied from the left are transposed.
 Source: github.com/cryscan/web-rwkv, assets/scripts/convert_safetensors.py.
 """
 
@@ -41,6 +41,6 @@ LAYOUT = Layout(
         states=states,
         groups=GROUPS,
         file="model.st",
-        advice="its readers want float16: add --dtype float16 where the source has another element type",
+        advice="its readers want float16: add --dtype float16 if the source has another element type",
     ),
 )

@@ -63,25 +63,25 @@ class DecomposePlan:
 
     @property
     def folder(self) -> str:
-        """Of the initial adapter."""
+        """The folder of the initial adapter."""
         return init_folder(self.options.method)
 
     @property
     def per_expert(self) -> bool:
-        """True where single experts of a mixture are adapted."""
+        """True if single experts of a mixture are adapted."""
         return any(slot.expert is not None for slot in self.slots.values())
 
     @property
     def files(self) -> list[PlannedFile]:
-        """Everything that is laid out."""
+        """Every file of tensors that is written."""
         return [*self.shards, self.adapter]
 
     def residual_dtype(self, name: str) -> str:
-        """Element type of a residual."""
+        """The element type of the residual of the tensor `name`."""
         return _residual_code(self.options, self.method, self.infos[name])
 
     def adapter_config(self) -> AdapterConfig:
-        """Of the initial adapter."""
+        """The configuration of the initial adapter."""
         linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
         chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
         others = linears - set(chosen)
@@ -141,7 +141,7 @@ def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> s
 
 
 def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
-    """A layout that was insisted on and fits in part would leave matrices out without a word."""
+    """An explicit --layout that fits only in part would silently leave matrices out."""
     known = {slot.role for slot in layout.slots(source.infos).values()}
     if missing := [role for role in layout.roles if role not in known]:
         raise TargetError(
@@ -152,21 +152,22 @@ def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> No
 
 def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
     chosen = [infos[name] for name in scaled]
-    if odd := [info for info in chosen if info.dtype not in REAL]:
+    if unreal := [info for info in chosen if info.dtype not in REAL]:
         raise TargetError(
-            f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such); "
+            f"{unreal[0].name} is stored as {unreal[0].dtype}, which cannot be decomposed "
+            f"({len(unreal)} such); "
             "convert the checkpoint to bfloat16, float16 or float32 first"
         )
-    if odd := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
+    if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
         raise TargetError(
-            f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets"
+            f"{shapeless[0].name} has the shape {shapeless[0].shape} and is no matrix; choose other targets"
         )
-    if odd := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
-        rank = max(scaled[info.name].rank for info in odd)
-        shapes = ", ".join(f"{info.name} {info.shape}" for info in odd[:3])
-        most = min(min(info.shape) for info in odd)
+    if small := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
+        rank = max(scaled[info.name].rank for info in small)
+        shapes = ", ".join(f"{info.name} {info.shape}" for info in small[:3])
+        most = min(min(info.shape) for info in small)
         raise TargetError(
-            f"rank {rank} is above what {len(odd)} of {len(chosen)} targets have: {shapes}; "
+            f"rank {rank} is above what {len(small)} of {len(chosen)} targets have: {shapes}; "
             f"give --rank {most} or less, or other --targets"
         )
 
@@ -203,12 +204,12 @@ def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor, Matrix]:
-    """The factors as stored, what becomes of the base's matrix, and what was measured.
+    """The factors as stored, the base's matrix or its residual, and what was measured.
 
-    Where the dtype stays the residual takes the memory of `stored`, which is not to be used afterwards.
+    If the dtype stays the same, the residual overwrites `stored`, which must not be used afterwards.
 
-    The factors are rounded first and the residual is computed from the rounded ones, so that its own
-    single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
+    The factors are rounded first and the residual is computed from the rounded factors, so only the single
+    rounding of the residual is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
     slot, info, options = plan.slots[name], plan.infos[name], plan.options
     rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
@@ -247,11 +248,12 @@ def _measured(spectrum: Spectrum) -> dict[str, Any]:
 def _finite_norm(name: str, weight_OI: Tensor) -> float:
     """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
     norm = sqrt(total_energy(weight_OI))
-    # The norm is one cheap pass; only where it is odd are the values looked at.
+    # The norm takes one cheap pass; the values are examined only if it is not finite.
     if not isfinite(norm) and not weight_OI.isfinite().all():
         count = int((~weight_OI.isfinite()).sum())
         raise TargetError(
-            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
+            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint "
+            "or leave the tensor out of --targets"
         )
     return norm
 
