@@ -2,29 +2,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-processors soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo docs install quick test test-processors soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
 	@sed -n 's/^# \([a-z-]*\): /make \1\t/p' $(MAKEFILE_LIST) | expand -t 28
 
-# demo: decompose, train, merge and convert a real 135M model, and show what happened
+# demo: decompose, train, merge and convert a real model of 135M parameters, and show the results
 demo: install
 	$(BIN)/python recipes/demo/demo.py
 
 # install: make .venv and install svdconvert with everything into it
 install: $(STAMP)
 
-# The stamp is newer than the files that decide what is installed, or pip runs again.
+# If the stamp is older than the files that decide what is installed, pip runs again.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[all]"
 	touch $@
 
-# test: run the tests, two at a time; each worker gets one thread of torch's
+# docs: build the pages of docs/ as a site in build/site; a warning is an error
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# 60 MB that nothing else needs, so they are not part of the extra `all`.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[docs]"
+	touch $@
+
+# quick: the tests that take less than two seconds, start no other process and download nothing
+quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not processes and not network"
+
+# test: run all tests, two at a time; each worker gets one thread of torch's
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
@@ -32,14 +46,14 @@ test: install
 test-processors: install
 	PYTHON=$(BIN)/python .ci/test-processors
 
-# soak: kill every verb twenty times, at moments of chance, and compare the bytes
+# soak: kill every command twenty times, at random moments, and compare the bytes
 soak: install
 	SVDCONVERT_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/commands/test_interruption.py
 
-# check: everything that can be said about the code without running it
+# check: the format, lint rules, types and architecture of the code
 check: check-format check-lint check-types check-architecture
 
-# check-format: the layout of the code, as ruff formats it
+# check-format: the code is formatted as ruff formats it
 check-format: install
 	$(BIN)/ruff format --check .
 
@@ -51,7 +65,7 @@ check-lint: install
 check-types: install
 	$(BIN)/mypy --strict svdconvert
 
-# check-architecture: the floors, the size of files and functions
+# check-architecture: which package imports which, and the size of files and functions
 check-architecture: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_architecture.py
 

@@ -84,7 +84,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--kind", kind]
         command += ["--layers", str(chosen.layers), "--tokens", str(chosen.tokens)]
         done = run(command, threads=2)
-        print(f"{kind:12}{int(done.said.split()[-1]) / 1e6:10.0f}{done.memory / 1e6:10.0f}")
+        print(f"{kind:12}{int(done.output.split()[-1]) / 1e6:10.0f}{done.memory / 1e6:10.0f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do small matrices gain from being worked on in batches?  The parts of a decomposition, both ways.
+"""Whether batches make small matrices faster: the parts of a decomposition, one by one and batched.
 
 python benchmarks/batches.py [--threads 2] [--repeat 9]
 """

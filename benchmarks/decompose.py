@@ -2,8 +2,8 @@
 
     python benchmarks/decompose.py [--model DIR] [--rank 128] [--repeat 3] [--only niter_4 bottom]
 
-Without --model a Llama of hidden size 2048, four layers, is made in --room, which is kept. Every run is
-a process of its own, from start to exit, in turn with what it is compared with.
+Without --model a Llama with hidden size 2048 and four layers is made in --dir, which is kept. Every run is a
+separate process, timed from start to exit; the programs that are compared run in turn.
 """
 
 import argparse
@@ -31,7 +31,9 @@ AGAINST = {
     "exact": ("pissa", 1e-3, 18.0),
 }
 SHAPES = ((4096, 4096), (5632, 2048))
-SLICE, ENERGY, GOAL = 128, 4e-3, 10.0
+SLICE = 128
+ENERGY = 4e-3
+GOAL = 10.0
 PEFT = """
 import sys, torch
 from peft import LoraConfig, get_peft_model
@@ -56,8 +58,8 @@ def main() -> None:
     parts = [part for part in (*AGAINST, "bottom") if part in arguments.only]
     model = arguments.model
     if model is None and parts != ["bottom"]:
-        model = ensure_model(arguments.room / "300m", "300m")
-    best = optimum(model, arguments.rank, arguments.room) if parts != ["bottom"] else 0.0
+        model = ensure_model(arguments.dir / "300m", "300m")
+    best = optimum(model, arguments.rank, arguments.dir) if parts != ["bottom"] else 0.0
     rows: list[dict[str, Any]] = []
     for part in parts:
         if part == "bottom":
@@ -76,18 +78,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a checkpoint directory; else one is made")
-    parser.add_argument("--room", type=Path, default=Path(".cache/benchmark"), help="for models and outputs")
+    parser.add_argument("--model", type=Path, help="a checkpoint directory; one is made if it is not given")
+    parser.add_argument("--dir", type=Path, default=Path(".cache/benchmark"), help="for models and outputs")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", choices=[*AGAINST, "bottom"], nargs="*", default=[*AGAINST, "bottom"])
-    parser.add_argument("--json", action="store_true", help="one JSON document in place of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--slice", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def machine() -> str:
-    """What decides the figures."""
+    """The properties of the machine on which the figures depend."""
     names = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
     units = [unit for unit, name in names.items() if getattr(torch.cpu, name, bool)()]
     fast = ", ".join(units) or "no fast bfloat16"
@@ -95,9 +97,10 @@ def machine() -> str:
 
 
 def against_peft(part: str, model: Path, arguments: argparse.Namespace, best: float) -> dict[str, Any]:
-    """One of PEFT's recipes and ours with a tolerance, in turn."""
+    """One of PEFT's recipes and svdconvert with a tolerance, in turn."""
     start, tol, goal = AGAINST[part]
-    theirs, ours = arguments.room / "peft", arguments.room / "svdconvert"
+    theirs = arguments.dir / "peft"
+    ours = arguments.dir / "svdconvert"
     rank = str(arguments.rank)
     commands = {
         "peft": (theirs, [sys.executable, "-c", PEFT, model, theirs, start, rank]),
@@ -115,23 +118,23 @@ def against_peft(part: str, model: Path, arguments: argparse.Namespace, best: fl
 
 
 def against_lapack(shape: tuple[int, int], repeat: int) -> dict[str, Any]:
-    """The bottom slice of one matrix by a full SVD and by us; the processes time themselves."""
+    """The bottom slice of one matrix by a full SVD and by svdconvert; the processes time themselves."""
     size = [str(side) for side in shape]
     command = [sys.executable, __file__, "--slice", *size]
     runs: dict[str, Callable[[], Measured]] = {
         name: partial(_timed, [*command, name]) for name in ("full SVD", "svdconvert")
     }
     found = in_turn(runs, repeat)
-    energy = {name: json.loads(each[-1].said)["energy"] for name, each in found.items()}
+    energy = {name: json.loads(each[-1].output)["energy"] for name, each in found.items()}
     row = _row(f"bottom slice {shape[0]} x {shape[1]}", found, GOAL)
     return row | {"excess": {"svdconvert": energy["svdconvert"] / energy["full SVD"] - 1}}
 
 
 def bottom_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
-    """One process's share: seconds, and the energy of the slice.
+    """Compute one bottom slice in this process: seconds, and the energy of the slice.
 
-    A corner of the matrix goes first: the threads and kernels that the first call of a process makes belong
-    to its start and not to a matrix.
+    A corner of the matrix is computed before, without being timed, because the first call of a process
+    creates threads and loads kernels.
     """
     from svdconvert.linalg.solver import Solver
 
@@ -151,7 +154,7 @@ def bottom_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
 
 def _timed(command: list[str]) -> Measured:
     whole = run(command)
-    return Measured(json.loads(whole.said)["seconds"], whole.memory, whole.said)
+    return Measured(json.loads(whole.output)["seconds"], whole.memory, whole.output)
 
 
 def _fresh(out: Path, command: list[object]) -> Measured:
@@ -185,10 +188,10 @@ def residual_norm(out: Path) -> float:
     return sum(float(each.square().sum()) for each in targets(out)) ** 0.5
 
 
-def optimum(model: Path, rank: int, room: Path) -> float:
+def optimum(model: Path, rank: int, directory: Path) -> float:
     """The smallest residual that this rank allows, from eigenvalues in float64; computed once."""
-    room.mkdir(parents=True, exist_ok=True)
-    notes = room / "optimum.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    notes = directory / "optimum.json"
     known: dict[str, float] = json.loads(notes.read_text()) if notes.exists() else {}
     key = f"{model.resolve()} {rank}"
     if key not in known:
@@ -202,13 +205,14 @@ def optimum(model: Path, rank: int, room: Path) -> float:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print one table for what was measured together."""
+    """Print one table for each row."""
     for row in rows:
         table = Table(title=f"{row['against']}: {row['ratio']:.1f} times faster, goal {row['goal']:.0f}")
         for head in ("", "median", "all runs", "memory", "residual", "above the optimum"):
             table.add_column(head, justify="left" if not head else "right")
         for name, seconds in row["median"].items():
-            norm, above = row.get("residual", {}).get(name), row["excess"].get(name)
+            norm = row.get("residual", {}).get(name)
+            above = row["excess"].get(name)
             table.add_row(
                 name,
                 f"{seconds:.2f} s",

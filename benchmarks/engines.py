@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1]
 
-Every way is run until its residual is within --tol of the optimum (known here from eigenvalues), so that
-nothing but the way differs; the last line is the engine as shipped, which has to judge for itself. The
-time is the processor's own (one thread unless told otherwise), which other processes hardly disturb.
+Every way runs until its residual is within --tol of the optimum (computed here from eigenvalues), so that all
+have the same accuracy; the last line is the engine of svdconvert, which estimates its own error. The time is
+CPU time (of one thread by default), which other processes hardly change.
 """
 
 import argparse
@@ -50,8 +50,11 @@ class Trial:
     def __init__(self, weight_LS: Tensor, rank: int, tol: float) -> None:
         wide = weight_LS.double()
         values = torch.linalg.eigvalsh(wide.T @ wide).flip(0)
-        self.weight_LS, self.rank, self.tol = weight_LS, rank, tol
-        self.total, self.best = float(values.sum()), float(values[rank:].sum())
+        self.weight_LS = weight_LS
+        self.rank = rank
+        self.tol = tol
+        self.total = float(values.sum())
+        self.best = float(values[rank:].sum())
         self.low = {torch.float32: weight_LS, torch.bfloat16: weight_LS.bfloat16()}
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -71,7 +74,7 @@ class Trial:
         outside = (1.0 - found.spectrum.energy) * self.total
         error = (outside / self.best) ** 0.5 - 1.0
         yield (
-            "as shipped",
+            "svdconvert",
             "",
             "",
             "",
@@ -85,7 +88,8 @@ class Trial:
         start = torch.randn(self.weight_LS.shape[1], width, generator=self._generator())
         attempts = range(2, 41)
         for steps in attempts:
-            self.columns, started = 0, time.thread_time()
+            self.columns = 0
+            started = time.thread_time()
             basis = (
                 self._iterated(start, steps, dtype) if subspace else self._space(start, steps, powers, dtype)
             )
@@ -100,8 +104,9 @@ class Trial:
         return name, str(dtype)[6:], columns, f"{flops:.1f}", f"{milliseconds:.0f}", f"{error:.1e}"
 
     def _iterated(self, start: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-        """Householder QR after every sweep, then Rayleigh and Ritz, as torch.svd_lowrank does."""
-        block, low = start, self.low[dtype]
+        """Householder QR after every sweep, then Rayleigh-Ritz, as torch.svd_lowrank does."""
+        block = start
+        low = self.low[dtype]
         for _ in range(steps):
             self.columns += 2 * block.shape[1]
             block = torch.linalg.qr((low.T @ (low @ block.to(dtype))).float() / self.total).Q

@@ -1,11 +1,11 @@
-"""The estimated excess of truncations beside the true one, which float64 LAPACK knows.
+"""The estimated excess of truncations, compared with the true one by LAPACK in float64.
 
     python benchmarks/estimates.py [--model DIR] [--slice top bottom] [--seeds 3]
 
-Every matrix is truncated at several ranks and tolerances, from several random starts, as it is stored (in
-bfloat16 numbers) and as float32 numbers that bfloat16 does not hold. Without --model the matrices are made
-up; of a model some layers are taken. Where the truth is float32's rounding (an excess below 1e-6, or a norm
-below 1e-7 of the matrix's) there is no ratio.
+Every matrix is truncated at several ranks and tolerances, with several seeds, as it is stored (in bfloat16
+numbers) and as float32 numbers that bfloat16 cannot represent. Without --model the matrices are random; of a
+model some layers are taken. No ratio is computed if the true excess is of the size of float32's rounding
+(below 1e-6, or a norm below 1e-7 of the matrix's).
 """
 
 import argparse
@@ -27,7 +27,10 @@ from svdconvert.linalg.threads import multiplies_bfloat16
 
 RANKS = (16, 32, 64, 128)
 TOLERANCES = (1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
-ROUNDING, LEAST = 1e-6, 1e-7  # of the optimum, and of the matrix's norm
+ROUNDING = 1e-6
+"""Smallest excess that float32 can show, relative to the optimum."""
+LEAST = 1e-7
+"""Smallest norm that float32 can show, relative to the matrix's."""
 
 
 def main() -> None:
@@ -49,7 +52,7 @@ def main() -> None:
     Console().print(_table(found))
     judged = sorted((trial for trial in found if trial.ratio), key=lambda trial: trial.ratio or 0.0)
     for trial in (judged[0], judged[-1]):
-        print(f"{trial.ratio:.2f} times the truth: {trial}")
+        print(f"estimate {trial.ratio:.2f} times the truth: {trial}")
 
 
 class Trial(NamedTuple):
@@ -65,11 +68,11 @@ class Trial(NamedTuple):
     estimate: float
     truth: float
     share: float
-    """Of the optimum, in the matrix's norm."""
+    """Norm of the optimal residual, relative to the matrix's."""
 
     @property
     def ratio(self) -> float | None:
-        """Estimate over truth, where there is one."""
+        """Estimate over truth; None if float32 cannot show the truth, or the engine was exact."""
         seen = self.truth > ROUNDING and self.truth * self.share > LEAST
         return self.estimate / self.truth if seen and self.engine == "fast" else None
 
@@ -116,7 +119,8 @@ def _trials(name: str, stored: Tensor, slices: list[str], seeds: range) -> Itera
                 thin = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
                 basis = right.T if thin.shape[1] == right.shape[1] else truncation.left_OR.double()
                 cost, best = (thin @ basis).square().sum(), squares[-rank:].sum()
-            spectrum, share = truncation.spectrum, float((best / squares.sum()).sqrt())
+            spectrum = truncation.spectrum
+            share = float((best / squares.sum()).sqrt())
             judged = spectrum.engine, spectrum.excess or 0.0, float((cost / best).sqrt()) - 1.0, share
             yield Trial(name, slice_, arithmetic, rank, tol, seed, *judged)
 

@@ -1,4 +1,4 @@
-"""Whole processes, measured: seconds, and the peak of their anonymous memory."""
+"""Run other programs, and measure their seconds and the peak of their anonymous memory."""
 
 import os
 import statistics
@@ -14,8 +14,12 @@ from pathlib import Path
 import psutil
 
 SVDCONVERT = [sys.executable, "-m", "svdconvert"]
-_BETWEEN_LOOKS, _LOOKS = 0.01, 50  # seconds; and so many looks until the next at who its children are
-_SETTLING = 5.0  # seconds; a virtual machine gives free memory back to its host two after it was freed
+_INTERVAL = 0.01
+"""Seconds between two readings of the memory."""
+_READINGS = 50
+"""Readings after which the child processes are listed anew."""
+_SETTLING = 5.0
+"""Seconds before each run: a virtual machine returns memory to its host two seconds after it was freed."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
 
 
@@ -26,18 +30,17 @@ class Measured:
     seconds: float
     memory: int
     """Peak anonymous memory of the process and its children, in bytes."""
-    said: str
+    output: str
     """What it printed."""
 
 
 def run(command: Sequence[object], threads: int | None = None) -> Measured:
-    """Run a command to its end, and look at its memory meanwhile.
+    """Run a command to its end, and read its memory meanwhile.
 
-    What an earlier one left to the system, files to write and memory to hand back, is not this one's work: it
-    is waited for before the clock starts.
+    The clock starts after files of earlier runs are on the disk and their memory is returned to the system.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once, not at every start
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # so that bytecode is cached as in an installed program
     os.sync()
     time.sleep(_SETTLING)
     words = [str(word) for word in command]
@@ -46,35 +49,37 @@ def run(command: Sequence[object], threads: int | None = None) -> Measured:
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     with watching(process.pid) as watched:
-        said = process.communicate()[0]
+        output = process.communicate()[0]
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}:\n{said}")
-    return Measured(seconds, watched.peak, said)
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}:\n{output}")
+    return Measured(seconds, watched.peak, output)
 
 
 @dataclass
 class Watched:
-    """What was seen of a process so far."""
+    """What was measured of a process so far."""
 
     peak: int = 0
 
 
 @contextmanager
 def watching(pid: int) -> Iterator[Watched]:
-    """Look at the anonymous memory of a process and its children; memory-mapped files do not count.
+    """Measure the peak anonymous memory of a process and its children; memory-mapped files do not count.
 
-    Without taking a core that the process wants: a look takes 30 microseconds; who the children are takes a
-    millisecond, and is asked seldom.
+    One reading takes 30 microseconds, so that the process keeps its cores; listing the children takes a
+    millisecond and is done less often.
     """
-    watched, over = Watched(), threading.Event()
+    watched = Watched()
+    over = threading.Event()
 
     def watch() -> None:
-        looks, family = 0, [pid]
-        while not over.wait(_BETWEEN_LOOKS):
-            family = _family(pid) if looks % _LOOKS == 0 else family
-            watched.peak = max(watched.peak, sum(_rss_anon(member) for member in family))
-            looks += 1
+        readings = 0
+        processes = [pid]
+        while not over.wait(_INTERVAL):
+            processes = _with_children(pid) if readings % _READINGS == 0 else processes
+            watched.peak = max(watched.peak, sum(_rss_anon(process) for process in processes))
+            readings += 1
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -85,7 +90,7 @@ def watching(pid: int) -> Iterator[Watched]:
         watcher.join()
 
 
-def _family(pid: int) -> list[int]:
+def _with_children(pid: int) -> list[int]:
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
@@ -101,7 +106,7 @@ def _rss_anon(pid: int) -> int:
 
 
 def in_turn(runs: dict[str, Callable[[], Measured]], repeat: int) -> dict[str, list[Measured]]:
-    """A B C A B C ...: what is compared meets the same moods of the machine."""
+    """Run A B C A B C ...: what is compared meets the same load of the machine."""
     found: dict[str, list[Measured]] = {name: [] for name in runs}
     for _ in range(repeat):
         for name, once in runs.items():

@@ -27,11 +27,11 @@ from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.detect import find_layout
 from svdconvert.methods.base import METHODS
-from svdconvert.training.data.task import Task, open_training_data
+from svdconvert.training.data.task import TrainingData, open_training_data
 from svdconvert.training.model.inject import install, trainable_count
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
-from svdconvert.training.resolve_defaults import settled
+from svdconvert.training.resolve_defaults import resolve_defaults
 from svdconvert.training.start import open_training_start
 
 COMMON = 2e-4
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, str | None]] = {
 """Name -> (method, init)."""
 
 
-TEXT = """# The methods side by side
+TEXT = """# Methods compared
 
 Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps {steps} --rank {rank}
 --batch-size {batch_size} --max-length {max_length} --seeds {seeds}`.
@@ -62,15 +62,16 @@ Made by `python benchmarks/methods.py --model DIR --data FILE --out DIR --steps 
 |---|---|---|---|---|---|
 {rows}
 
-Every figure is the mean over the seeds {seeds}; behind ± stands half the distance between the least and
-the largest. A seed decides the order of the rows and what a method draws by chance, alike for all methods;
-the {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out. A curve
-is {steps} steps of {batch_size} rows, a constant rate after a short warm-up, bf16 where the processor
-multiplies it. `full` trains the matrices that the others adapt, in float32 under the same autocast.
+Every figure is the mean over the seeds {seeds}; ± is half the distance between the smallest and the largest.
+The seed determines the order of the rows and the random numbers of a method, in the same way for all methods.
+The {held_out} held-out rows are the same for all. Rows of more than {max_length} tokens are left out.
+A curve is {steps} steps of {batch_size} rows with a constant learning rate after a short warm-up, in bfloat16
+if the processor multiplies it. `full` trains the matrices that the other methods adapt, in float32 under the
+same autocast.
 
-What it shows: that every method trains, from which loss it starts (all from the model's own), and how far a
-few steps take it at either rate. What it does not show: which method is best. A few steps of few seeds on one
-small model say nothing about the end of a training, no answer was graded, and every method's published rate
+What it shows: every method trains; the loss it starts from (always the model's own); and how far a few steps
+take it at either rate. What it does not show: which method is best. A few steps with few seeds on one small
+model say nothing about the end of a training, no answer was graded, and every method's published rate
 belongs to larger models, larger batches and hundreds of steps.
 """
 
@@ -151,13 +152,13 @@ def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> 
         network = _full(arguments, layout)
     else:
         network = _adapted(arguments, seed, method, init)
-        plan = settled(plan, METHODS.get(method).variant(init), 0.0, print)
+        plan = resolve_defaults(plan, METHODS.get(method).variant(init), 0.0, print)
     curve = _curve(network, task, plan)
     return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
 
 def _curve(
-    network: nn.Module, task: Task, plan: TrainOptions
+    network: nn.Module, task: TrainingData, plan: TrainOptions
 ) -> tuple[list[float], tuple[float, float], float]:
     """The losses, the held-out loss before and after, and a step's processor time."""
     losses, held_out, times, mark = [], [], [], time.process_time()

@@ -17,7 +17,8 @@ SIZES = {
     "300m": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
 }
-HEADS, GROUPS = 32, 4
+HEADS = 32
+GROUPS = 4
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
-    """The model at `out`, written unless it is there."""
+    """The model at `out`, which is written if it does not exist."""
     if (out / "config.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,10 @@ def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
 
 
 def _shards(values: dict[str, int], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Embedding, head and norm; then a shard for each layer."""
-    hidden, wide, vocabulary = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    """Embedding, head and norm; then one shard per layer."""
+    hidden = values["hidden_size"]
+    wide = values["intermediate_size"]
+    vocabulary = values["vocab_size"]
     narrow = hidden // (HEADS if hidden >= 2048 else 8) * GROUPS
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden)}
     shapes |= {"self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden)}

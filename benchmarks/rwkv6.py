@@ -1,13 +1,13 @@
 """How fast RWKV-6 runs and trains on this CPU: by chunks, token by token, and in the rwkv package.
 
     python benchmarks/rwkv6.py --threads 1
-    python benchmarks/rwkv6.py --train RWKV-x060.pth     # steps per minute on a model of your own
+    python benchmarks/rwkv6.py --train RWKV-x060.pth     # steps per minute on your own model
 
 The operator is timed alone and in a random model of two layers (`--tokens`, `--width`), forward and
-forward with backward. The package runs in a process of its own, because importing it changes settings of
-torch; it computes forward only. Times are medians of the processor's own, taken in turn, each right behind a
-run of the same that is not counted: the first run after another's also pays for the memory which that one
-gave back to the system.
+forward with backward. The package runs in a separate process, because importing it changes settings of torch;
+it computes forward only. Times are medians of CPU time. The forms run in turn, and each timed run directly
+follows an untimed one of the same form, because the first run after another form's also has to take back the
+memory that was returned to the system.
 """
 
 import argparse
@@ -75,11 +75,11 @@ def main() -> None:
     )
 
 
-TensorJob = Callable[[bool], None]
-"""Runs once, with the backward pass or without."""
+Timed = Callable[[bool], None]
+"""Runs once, with the backward pass or without it."""
 
 
-def report(title: str, works: dict[str, TensorJob], repeat: int) -> None:
+def report(title: str, works: dict[str, Timed], repeat: int) -> None:
     """Median times of each, and how many times slower the recurrence is."""
     print(f"{title:20} {'forward':>8} {'and backward':>14}")
     times: dict[tuple[str, bool], list[float]] = {}
@@ -99,14 +99,15 @@ def report(title: str, works: dict[str, TensorJob], repeat: int) -> None:
         print(f"    {name:16} {'  '.join(cells)}")
 
 
-def operators(tokens: int, width: int) -> dict[str, TensorJob]:
+def operators(tokens: int, width: int) -> dict[str, Timed]:
     """The recurrence of one layer, on random inputs."""
     shape = (1, width // HEAD, tokens, HEAD)
     r, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
     a = (-torch.exp(torch.rand(shape) * 6 - 5)).requires_grad_()
-    u, state = torch.randn(shape[1], HEAD, requires_grad=True), torch.zeros(1, shape[1], HEAD, HEAD)
+    u = torch.randn(shape[1], HEAD, requires_grad=True)
+    state = torch.zeros(1, shape[1], HEAD, HEAD)
 
-    def work(form: Form) -> TensorJob:
+    def work(form: Form) -> Timed:
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward):
                 y, _ = form(r, k, v, a, u, state)
@@ -129,11 +130,11 @@ def random_model(width: int) -> Rwkv6:
     return model
 
 
-def models(model: Rwkv6, tokens: int) -> dict[str, TensorJob]:
+def models(model: Rwkv6, tokens: int) -> dict[str, Timed]:
     """The whole model, with every form."""
     ids = torch.arange(tokens)[None] % 250
 
-    def work(form: Form) -> TensorJob:
+    def work(form: Form) -> Timed:
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward), model.computing(form):
                 logits: Tensor = model(ids).logits
@@ -147,7 +148,7 @@ def models(model: Rwkv6, tokens: int) -> dict[str, TensorJob]:
 
 
 def package(model: Rwkv6, threads: int, tokens: int, repeat: int) -> float | None:
-    """Seconds of the rwkv package for the same model, None where it is not installed."""
+    """Seconds of the rwkv package for the same model; None if it is not installed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         torch.save(model.state_dict(), path)
@@ -171,7 +172,9 @@ def train(path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     data = b"".join(file.read_bytes() for file in sorted(root.glob("docs/**/*.md")))
     rows = torch.frombuffer(bytearray(data[: len(data) // 257 * 257]), dtype=torch.uint8).long().view(-1, 257)
-    optimizer, start, step = torch.optim.AdamW(matrices, 1e-3), time.perf_counter(), 0
+    optimizer = torch.optim.AdamW(matrices, 1e-3)
+    start = time.perf_counter()
+    step = 0
     while time.perf_counter() - start < 60:
         batch = rows[torch.arange(step * 8, step * 8 + 8) % len(rows)]
         loss = cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())

@@ -1,8 +1,8 @@
-"""Memory, merging, interruption and ranks: what streaming promises, measured.
+"""Memory, merging, interruption and ranks, measured.
 
-    python benchmarks/streaming.py --room /tmp/room [--size 1b] [--repeat 3]
+    python benchmarks/streaming.py --dir /tmp/benchmark [--size 1b] [--repeat 3]
 
-The room holds the models (3 GB for 1b) and is kept between runs; outputs are removed.
+The directory holds the models (3 GB for 1b) and is kept between runs; outputs are removed.
 """
 
 import argparse
@@ -35,16 +35,17 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
-from svdconvert.inputs.adapter_delta import open_change
+from svdconvert.inputs.open_adapter import open_adapter_delta
+from svdconvert.inputs.sources import Sources
 from svdconvert.linalg.delta import as_lora, merged_
 from svdconvert.manifest.schema import read_manifest
-path = Path(sys.argv[1])
-change, seconds = open_change(path, residual=sys.argv[2]), 0.0
-for matrix in read_manifest(Path(sys.argv[2])).matrices.values():
+adapter, decomposed = sys.argv[1:]
+delta, seconds = open_adapter_delta(adapter, Sources(residual=decomposed)), 0.0
+for matrix in read_manifest(Path(decomposed)).matrices.values():
     weight = torch.zeros(matrix.shape, dtype=torch.bfloat16)
-    end, start = change.end(matrix.module), change.start(matrix.module)
+    trained, initial = delta.trained(matrix.module), delta.initial(matrix.module)
     started = time.perf_counter()
-    merged_(weight, as_lora(*end, *start), weight.dtype)
+    merged_(weight, as_lora(*trained, *initial), weight.dtype)
     seconds += time.perf_counter() - started
 print(json.dumps(seconds))
 """
@@ -58,18 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--room", type=Path, required=True)
+    parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--size", default="1b", choices=["tiny", "300m", "1b"])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", choices=parts, nargs="*", default=list(parts))
     arguments = parser.parse_args()
     for part in arguments.only:
-        parts[part](arguments.room, arguments.size, arguments.repeat)
+        parts[part](arguments.dir, arguments.size, arguments.repeat)
 
 
-def split(room: Path, size: str) -> tuple[Path, Path]:
+def split(directory: Path, size: str) -> tuple[Path, Path]:
     """The model and its decomposed directory, made once."""
-    model, out = ensure_model(room / size, size), room / f"{size}-pissa"
+    model = ensure_model(directory / size, size)
+    out = directory / f"{size}-pissa"
     if not out.exists():
         run([*SVDCONVERT, "decompose", model, "-o", out, "--rank", RANK])
     return model, out
@@ -102,26 +104,27 @@ def fresh(out: Path, command: Callable[[], Measured]) -> Callable[[], Measured]:
     return once
 
 
-def memory(room: Path, size: str, repeat: int) -> None:
-    """Peak anonymous memory of every verb, on a small model and on the large one of the same width."""
-    table = Table("verb", "300m", size, "growth", title="Peak anonymous memory, MB")
+def memory(directory: Path, size: str, repeat: int) -> None:
+    """Peak anonymous memory of each command, on a small model and on a larger one of the same width."""
+    table = Table("command", "300m", size, "growth", title="Peak anonymous memory, MB")
     bare = run([sys.executable, "-c", "import svdconvert.commands.decompose, svdconvert.cli.app"]).memory
     table.add_row("bare import", f"{bare / 1e6:.0f}", f"{bare / 1e6:.0f}", "")
-    out = room / "out"
-    for verb in ("decompose", "merge", "to-lora", "verify"):
+    out = directory / "out"
+    for command in ("decompose", "merge", "to-lora", "verify"):
         found = []
         for name in ("300m", size):
-            model, decomposed = split(room, name)
+            model, decomposed = split(directory, name)
             source = {
                 "decompose": [model, "--rank", RANK],
                 "merge": [trained(decomposed), "--residual", decomposed],
                 "to-lora": [trained(decomposed), "--residual", decomposed],
                 "verify": [decomposed],
-            }[verb]
-            target = [] if verb == "verify" else ["-o", out]
-            runs = {verb: fresh(out, lambda c=[*SVDCONVERT, verb, *source, *target]: run(c))}
-            found.append(peak(in_turn(runs, repeat)[verb]))
-        table.add_row(verb, *(f"{each / 1e6:.0f}" for each in found), f"{found[1] / found[0] - 1:+.1%}")
+            }[command]
+            target = [] if command == "verify" else ["-o", out]
+            words = [*SVDCONVERT, command, *source, *target]
+            runs = {command: fresh(out, lambda words=words: run(words))}
+            found.append(peak(in_turn(runs, repeat)[command]))
+        table.add_row(command, *(f"{each / 1e6:.0f}" for each in found), f"{found[1] / found[0] - 1:+.1%}")
     shutil.rmtree(out, ignore_errors=True)
     console.print(table)
     largest = 2048 * 5632 * 4
@@ -130,11 +133,12 @@ def memory(room: Path, size: str, repeat: int) -> None:
     )
 
 
-def merge(room: Path, size: str, repeat: int) -> None:
-    """svdconvert merge beside PEFT's merge_and_unload + save_pretrained, and beside cp of the same bytes."""
-    model, decomposed = split(room, size)
+def merge(directory: Path, size: str, repeat: int) -> None:
+    """svdconvert merge, PEFT's merge_and_unload with save_pretrained, and cp of the same bytes."""
+    model, decomposed = split(directory, size)
     adapter = trained(decomposed)
-    out, copy = room / "merged", room / "copy"
+    out = directory / "merged"
+    copy = directory / "copy"
     ours = [*SVDCONVERT, "merge", adapter, "--residual", decomposed, "-o", out]
     runs = {
         "svdconvert merge": fresh(out, lambda: run(ours)),
@@ -147,47 +151,48 @@ def merge(room: Path, size: str, repeat: int) -> None:
         against = f"{ratio(measured, found['PEFT']):.2f}"
         table.add_row(name, f"{median(measured):.2f}", f"{peak(measured) / 1e6:.0f}", against)
     console.print(table)
-    arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, adapter, decomposed]).said)
+    arithmetic = json.loads(run([sys.executable, "-c", ARITHMETIC, adapter, decomposed]).output)
     imports = "import svdconvert.cli.app, svdconvert.commands.merge"
     start = run([sys.executable, "-c", imports]).seconds
-    floor = median(found["cp of the base"]) + arithmetic
-    share = (median(found["svdconvert merge"]) - start) / floor
+    least = median(found["cp of the base"]) + arithmetic
+    share = (median(found["svdconvert merge"]) - start) / least
     console.print(
-        f"Account: cp {floor - arithmetic:.2f} s + arithmetic {arithmetic:.2f} s = {floor:.2f} s; "
-        f"merge without its start of {start:.2f} s takes {share:.2f} of that."
+        f"cp {least - arithmetic:.2f} s + arithmetic {arithmetic:.2f} s = {least:.2f} s; merge takes "
+        f"{share:.2f} times as long, without the {start:.2f} s in which the program starts."
     )
     for path in (out, copy):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def kill(room: Path, size: str, repeat: int) -> None:
-    """What one kill in the middle costs."""
-    model, _ = split(room, size)
-    out = room / "killed"
+def kill(directory: Path, size: str, repeat: int) -> None:
+    """The time that one kill in the middle costs."""
+    model, _ = split(directory, size)
+    out = directory / "killed"
     command = [*SVDCONVERT, "decompose", model, "-o", out, "--rank", RANK]
-    whole, pieces = [], []
+    undisturbed: list[float] = []
+    killed: list[float] = []
     for _ in range(repeat):
         shutil.rmtree(out, ignore_errors=True)
-        whole.append(run(command).seconds)
+        undisturbed.append(run(command).seconds)
         shutil.rmtree(out, ignore_errors=True)
         started = time.perf_counter()
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-        time.sleep(whole[-1] / 2)
+        time.sleep(undisturbed[-1] / 2)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         before = time.perf_counter() - started
-        pieces.append(before + run(command).seconds)
+        killed.append(before + run(command).seconds)
     shutil.rmtree(out, ignore_errors=True)
-    lost = sorted(b - a for a, b in zip(whole, pieces, strict=True))[repeat // 2]
+    lost = sorted(b - a for a, b in zip(undisturbed, killed, strict=True))[repeat // 2]
     console.print(
-        f"Undisturbed {sorted(whole)[repeat // 2]:.1f} s; one kill in the middle costs {lost:.1f} s."
+        f"Undisturbed {sorted(undisturbed)[repeat // 2]:.1f} s; one kill in the middle costs {lost:.1f} s."
     )
 
 
-def ranks(room: Path, size: str, repeat: int) -> None:
-    """One rank against two, one thread each."""
-    model, _ = split(room, size)
-    out = room / "ranks"
+def ranks(directory: Path, size: str, repeat: int) -> None:
+    """One rank and two ranks, with one thread each."""
+    model, _ = split(directory, size)
+    out = directory / "ranks"
     tail = ["-m", "svdconvert", "decompose", model, "-o", out, "--rank", RANK, "--threads", 1]
     runs = {
         f"{count} ranks": fresh(out, lambda count=count: run([*TORCHRUN, count, *tail], threads=1))

@@ -88,14 +88,14 @@ def _child(arguments: argparse.Namespace, method: str, who: str) -> Measured:
 
 
 def _said(measured: Measured) -> dict[str, float]:
-    return json.loads(measured.said.splitlines()[-1])
+    return json.loads(measured.output.splitlines()[-1])
 
 
 def memory(arguments: argparse.Namespace) -> None:
     """Tables of what is kept for the backward pass."""
     values = {"model": arguments.model, "rank": arguments.rank, "precision": arguments.precision}
     command = [sys.executable, HERE / "training" / "activations.py", json.dumps(values)]
-    console.print(run(command, threads=arguments.threads).said)
+    console.print(run(command, threads=arguments.threads).output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Writing a file through the page cache and past it: seconds, and seconds of the system's own time.
+"""Writing a file through the page cache and without keeping it there: seconds, and seconds of system time.
 
-    python benchmarks/writing.py [--room DIR] [--megabytes 600] [--pause 10]
+    python benchmarks/writing.py [--dir DIR] [--megabytes 600] [--pause 10]
 
-The pause is for a virtual machine that gives its free pages back to the host: the next ones are new to it.
+The pause gives a virtual machine time to return its free pages to the host: later pages are then new to it.
 """
 
 import argparse
@@ -10,47 +10,43 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from mmap import mmap
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from svdconvert.output.uncached import Uncached
+from svdconvert.output.uncached import UncachedWriter
 
-PIECE, PAGE = 4 << 20, 4096
+CHUNK = 4 << 20
+"""Bytes of one call."""
 
 Write = Callable[[int, memoryview, int], int]
 
 
 def main() -> None:
-    """Each way twice, in turn. Only memory that lies on pages is written directly."""
+    """Measure each way twice, in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--room", type=Path, default=Path("/tmp"))
+    parser.add_argument("--dir", type=Path, default=Path("/tmp"))
     parser.add_argument("--megabytes", type=int, default=600)
     parser.add_argument("--pause", type=float, default=10.0)
     arguments = parser.parse_args()
-    table = Table("way", "written", "and synced", "system's time", title=f"{arguments.megabytes} MB")
-    memory = memoryview(mmap(-1, PIECE + PAGE))
-    memory[:] = os.urandom(len(memory))
-    ways: dict[str, tuple[Write, memoryview]] = {
-        "through the cache": (os.pwrite, memory[:PIECE]),
-        "past it, dropping": (Uncached().write, memory[64:][:PIECE]),
-        "past it, directly": (Uncached().write, memory[:PIECE]),
-    }
-    for way, (write, piece) in [*ways.items()] * 2:
+    table = Table("way", "written", "and synced", "system time", title=f"{arguments.megabytes} MB")
+    chunk = memoryview(os.urandom(CHUNK))
+    ways: dict[str, Write] = {"page cache": os.pwrite, "UncachedWriter": UncachedWriter().write}
+    for way, write in [*ways.items()] * 2:
         time.sleep(arguments.pause)
-        seconds = measured(arguments.room / "written.bin", arguments.megabytes, write, piece)
+        seconds = measured(arguments.dir / "written.bin", arguments.megabytes, write, chunk)
         table.add_row(way, *(f"{value:.2f} s" for value in seconds))
     Console().print(table)
 
 
-def measured(path: Path, megabytes: int, write: Write, piece: memoryview) -> tuple[float, float, float]:
-    """Seconds to write and to sync as well, and of system time."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_stime, time.perf_counter()
+def measured(path: Path, megabytes: int, write: Write, chunk: memoryview) -> tuple[float, float, float]:
+    """Seconds to write, seconds to write and sync, and seconds of system time."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    started = time.perf_counter()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    for place in range((megabytes << 20) // PIECE):
-        assert write(descriptor, piece, place * PIECE) == PIECE
+    for place in range((megabytes << 20) // CHUNK):
+        assert write(descriptor, chunk, place * CHUNK) == CHUNK
     written = time.perf_counter() - started
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,10 +1,11 @@
 """The program: process settings first, then the command line."""
 
-from svdconvert.cli.process import configure_libraries, configure_malloc_for_streaming
+from svdconvert.cli.process import configure_libraries, configure_malloc_for_streaming, configure_streams
 
 
 def main() -> None:
     """The entry point, also of `python -m svdconvert`."""
+    configure_streams()
     configure_libraries()
     configure_malloc_for_streaming()
     from svdconvert.cli.app import app

@@ -1,4 +1,4 @@
-"""Everything that is the user's to mend, as one tree.
+"""The errors that a user can correct, as one tree.
 
 SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── CheckpointError        a file is missing, damaged or not a checkpoint, or the Hub does not answer
@@ -7,13 +7,13 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
 ├── UnknownNameError       no method or layout of that name
 ├── PluginError            a method or layout of another package cannot be loaded
-├── OutputError            the output directory is taken, read-only or full
+├── OutputError            the output directory exists already, or cannot be written
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
-├── HubError               the Hub refuses what is sent to it, or is out of reach
+├── HubError               the Hub refuses an upload, or is out of reach during one
 ├── DataError              training data that cannot be used
 └── MissingPackageError    an optional package is not installed
 
-Faults of the program itself are assertions, and never caught.
+Faults of the program itself are assertions, which are never caught.
 """
 
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ class PluginError(SvdConvertError):
 
 
 class OutputError(SvdConvertError):
-    """The output directory is taken, read-only or full."""
+    """The output directory exists already, or cannot be written."""
 
 
 class ArtifactError(SvdConvertError):
@@ -61,7 +61,7 @@ class ArtifactError(SvdConvertError):
 
 
 class HubError(SvdConvertError):
-    """The Hub refuses what is sent to it, or is out of reach."""
+    """The Hub refuses an upload, or is out of reach during one."""
 
 
 class DataError(SvdConvertError):
@@ -73,7 +73,7 @@ class MissingPackageError(SvdConvertError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`known: a, b, c; did you mean b?` for the end of a sentence about an unknown `word`."""
+    """The end of a sentence about an unknown `word`: `known: a, b, c; did you mean b?`."""
     names = sorted(known)
     nearest = get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""

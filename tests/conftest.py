@@ -1,6 +1,6 @@
-"""What many tests need: tiny checkpoints, made once a session, and one thread for repeatable bytes."""
+"""Shared fixtures: tiny checkpoints, made once per session, and one thread for repeatable bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,27 @@ from tests.visitor import Visitor
 Build = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the loopback Hub, which start the program, and what is beyond the sample."""
+    for item in items:
+        if {"hub", "alice"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.processes)
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if parameters and not is_in_the_sample(parameters):
+            item.add_marker(pytest.mark.slow)
+
+
+def is_in_the_sample(parameters: Mapping[str, Any]) -> bool:
+    """True for what `make quick` runs of the tests over methods, families and dtypes.
+
+    That is every method on llama and pissa on every family, in bfloat16. `make test` runs all combinations.
+    """
+    family, dtype = parameters.get("family", "llama"), parameters.get("dtype", torch.bfloat16)
+    if parameters.get("way", "pissa") != "pissa" and family != "llama":
+        return False
+    return dtype == torch.bfloat16 or "way" not in parameters
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -24,7 +45,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`tiny.build` without the directory, made once for the same arguments. Not to be written to."""
+    """`tiny.build` without the directory, built once for the same arguments. Tests must not write to it."""
     made: dict[str, Path] = {}
 
     def make(model_type: str, **options: Any) -> Path:
@@ -38,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """`decompose` without the output directory, at rank 4; made once. Not to be written to."""
+    """`decompose` without the output directory, at rank 4; built once. Tests must not write to it."""
     made: dict[str, Path] = {}
 
     def make(model: Path, **options: Any) -> Path:
@@ -60,5 +81,5 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def alice(hub: Hub, tmp_path: Path) -> Visitor:
-    """Logged in by HF_TOKEN."""
+    """A user of the loopback Hub who is logged in by HF_TOKEN."""
     return Visitor(hub, tmp_path / "alice")

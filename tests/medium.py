@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def build(directory: Path, *, layers: int, hidden: int = 128, wide: int = 352, vocabulary: int = 512) -> Path:
-    """A checkpoint of `layers` layers in bf16, one shard for every two of them."""
+    """Write a checkpoint of `layers` layers in bfloat16, with one shard for every two layers."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(layers)
     shards: list[dict[str, Tensor]] = [{}]
@@ -43,10 +43,8 @@ def _shapes(hidden: int, wide: int) -> dict[str, tuple[int, int]]:
 def _matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     rank = min(rows, columns, 64)
     sigma = torch.arange(1, rank + 1).float().pow(-0.5)
-    left, right = (
-        torch.randn(rows, rank, generator=generator),
-        torch.randn(rank, columns, generator=generator),
-    )
+    left = torch.randn(rows, rank, generator=generator)
+    right = torch.randn(rank, columns, generator=generator)
     noise = torch.randn(rows, columns, generator=generator)
     return ((left * sigma) @ right / rows**0.5 + 0.05 * noise).to(torch.bfloat16)
 

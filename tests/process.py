@@ -1,4 +1,4 @@
-"""The program as a process of its own: to be killed, measured, or started several times over."""
+"""The program as a separate process: to be killed, measured, or started several times."""
 
 import hashlib
 import os
@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 PROGRAM = [sys.executable, "-m", "svdconvert"]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(*arguments: object, program: list[str] | None = None) -> "subprocess.Popen[str]":
-    """Start a command with one thread, as launchers do."""
+    """Start a command with one thread of torch's. Programs of the tests are found from any directory."""
     words = [*(program or PROGRAM), *(str(argument) for argument in arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         words,
         env=environment,
@@ -22,20 +24,20 @@ def start(*arguments: object, program: list[str] | None = None) -> "subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests themselves run in the background, SIGINT is ignored, and children inherit that.
+        # If the tests themselves run in the background, SIGINT is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    """Wait for success; what it said on standard error."""
+    """Wait until a command has succeeded; what it wrote to standard error."""
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     return said
 
 
 def finished_items(out: Path) -> int:
-    """How many items the run for `out` has finished so far, by its journals."""
+    """How many items (tensors or modules) the run for `out` has finished so far, by its journals."""
     journals = out.with_name(out.name + ".partial").glob("journal*.jsonl")
     return sum(max(0, _lines(path) - 1) for path in journals)
 
@@ -48,7 +50,7 @@ def _lines(path: Path) -> int:
 
 
 def wait_until_finished(process: "subprocess.Popen[str]", out: Path, items: int) -> None:
-    """Return when the run has finished `items` items, or ended."""
+    """Return when the run has finished `items` items, or has ended."""
     while process.poll() is None and finished_items(out) < items and not out.exists():
         time.sleep(0.001)
 

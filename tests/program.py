@@ -9,10 +9,12 @@ from svdconvert.cli.app import app
 
 
 class Ended:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
+        self.status = status
+        self.out = out
+        self.err = err
 
     def __repr__(self) -> str:
         return f"status {self.status}\n{self.out}\n{self.err}"
@@ -27,14 +29,14 @@ def svdconvert(*arguments: object) -> Ended:
 
 
 def succeeded(*arguments: object) -> Ended:
-    """Run one command that must do what it says."""
+    """Run one command that must succeed."""
     ended = svdconvert(*arguments)
     assert ended.status == 0, ended
     return ended
 
 
 def refused(*arguments: object, words: Iterable[object]) -> str:
-    """Run one command that must end with status 1 and a sentence that holds `words`; return it."""
+    """Run one command that must exit with status 1 and one sentence with all `words`; return the sentence."""
     ended = svdconvert(*arguments)
     assert ended.status == 1, ended
     assert ended.out == ""
@@ -42,7 +44,7 @@ def refused(*arguments: object, words: Iterable[object]) -> str:
     assert len(lines) == 1, ended
     assert lines[0].startswith("svdconvert: ")
     missing = [str(word) for word in words if str(word) not in lines[0]]
-    assert missing == [], f"{lines[0]} does not say {missing}"
+    assert missing == [], f"{missing} not in: {lines[0]}"
     return lines[0]
 
 

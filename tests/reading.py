@@ -1,4 +1,4 @@
-"""Tiny checkpoints that can read: a tokenizer of words beside the weights, and sums to train on."""
+"""Tiny checkpoints with a tokenizer of words, and sums to train on."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-# Whatever else is in a text, the prompt's template above all, is <unk>.
+# Every other word, such as those of the prompt's template, becomes <unk>.
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "+", "=", *map(str, range(10)), "is", "what", "?"]
 
 
@@ -22,7 +22,7 @@ def readable(checkpoint: Path, directory: Path) -> Path:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """One token a word, <s> in front; ends in </s>."""
+    """Write a tokenizer with one token per word. It puts <s> in front; </s> ends a sequence."""
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
@@ -32,7 +32,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_sums(path: Path, rows: int = 12) -> Path:
-    """Questions and answers as .jsonl."""
+    """Write questions about sums and their answers as .jsonl."""
     pairs = [(number % 5, number % 3) for number in range(rows)]
     sums = [{"question": f"what is {a} + {b} ?", "answer": f"{a} + {b} = {a + b}"} for a, b in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in sums))

@@ -1,7 +1,7 @@
 """A trained RWKV-6 of 3M parameters with published logits, from the tests of rwkv.cpp (MIT licence).
 
 tests/tiny-rwkv-6v0-3m-Q5_1.bin and tests/expected-logits-6v0-3m.bin of github.com/RWKV/rwkv.cpp: a model on
-bytes (L12, C128, 16 heads of size 8, vocabulary 256), and its logits in float32 behind the three bytes
+bytes (L12, C128, 16 heads of size 8, vocabulary 256), and its logits in float32 after the three bytes
 `"in`. Too large for this repository; put both into .cache/rwkv6-3m, or name their directory in
 SVDCONVERT_RWKV6_3M.
 """
@@ -22,7 +22,7 @@ LOGITS = DIRECTORY / "expected-logits-6v0-3m.bin"
 PROMPT = b'"in'
 
 _FLOAT, _HALF, _Q5_1 = 0, 1, 8
-_TURNED = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
+_TRANSPOSED = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
 
 
 def expected_logits() -> Tensor:
@@ -34,7 +34,8 @@ def trained_model() -> "OrderedDict[str, Tensor]":
     """The model's tensors as a .pth has them, in float32."""
     data = MODEL.read_bytes()
     assert unpack_from("<2i", data) == (0x67676D66, 101)
-    at, tensors = 24, OrderedDict()
+    at = 24
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
     while at < len(data):
         dims, length, kind = unpack_from("<3i", data, at)
         shape = unpack_from(f"<{dims}i", data, at + 12)[::-1]
@@ -46,7 +47,7 @@ def trained_model() -> "OrderedDict[str, Tensor]":
 
 
 def _values(data: bytes, at: int, kind: int, count: int) -> tuple["np.ndarray", int]:
-    """`count` numbers that begin at `at`, and where they end."""
+    """`count` numbers from the offset `at` on, and the offset of their end."""
     if kind in (_FLOAT, _HALF):
         dtype = np.dtype("<f4" if kind == _FLOAT else "<f2")
         end = at + count * dtype.itemsize
@@ -65,7 +66,7 @@ def _values(data: bytes, at: int, kind: int, count: int) -> tuple["np.ndarray", 
 def _as_published(name: str, tensor: Tensor) -> Tensor:
     """The shape and orientation of a .pth, from those of rwkv.cpp."""
     part = name.rsplit(".", 1)[-1]
-    if part in _TURNED:
+    if part in _TRANSPOSED:
         return tensor.mT.contiguous()
     if part.startswith("time_maa_") or part == "time_decay":
         return tensor.reshape(1, 1, -1)

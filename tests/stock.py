@@ -1,4 +1,4 @@
-"""What stock transformers and PEFT say of a directory, and what training elsewhere makes of an adapter."""
+"""How stock transformers and PEFT load a directory, and an adapter as training elsewhere leaves it."""
 
 import shutil
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ TOKENS = torch.arange(3, 3 + 24).reshape(2, 12) % (VOCABULARY - 4)
 
 
 def plain(directory: Path) -> PreTrainedModel:
-    """The model as transformers loads it, unasked."""
+    """The model as transformers loads it without options."""
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -34,7 +34,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the safetensors files of a directory, by the library."""
+    """All tensors of the safetensors files of a directory, read with the safetensors library."""
     return {
         name: tensor
         for file in sorted(directory.glob("*.safetensors"))
@@ -43,7 +43,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def same_bytes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Same names, dtypes, shapes and bits: a zero's sign counts."""
+    """True if names, dtypes, shapes and bits are the same: the sign of a zero counts."""
     return found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in wanted)
 
 
@@ -58,13 +58,13 @@ def start_of(decomposed: Path) -> Path:
 
 
 def trained_from(decomposed: Path, out: Path, amount: float = 0.05) -> Path:
-    """An adapter as training from the start of `decomposed` leaves it: every trained piece has moved."""
-    moved = METHODS.get(read_manifest(decomposed).method).trains
+    """An adapter as if trained from the initial one of `decomposed`: every trained factor has changed."""
+    trained = METHODS.get(read_manifest(decomposed).method).trains
     shutil.copytree(start_of(decomposed), out)
     noise = torch.Generator().manual_seed(7)
-    pieces = load_file(out / WEIGHTS)
-    for name, piece in pieces.items():
-        if name.split(".")[-2] in moved:
-            piece += amount * torch.randn(piece.shape, generator=noise)
-    save_file(pieces, out / WEIGHTS, metadata={"format": "pt"})
+    factors = load_file(out / WEIGHTS)
+    for name, factor in factors.items():
+        if name.split(".")[-2] in trained:
+            factor += amount * torch.randn(factor.shape, generator=noise)
+    save_file(factors, out / WEIGHTS, metadata={"format": "pt"})
     return out

@@ -39,13 +39,13 @@ def pissa(base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(pissa: Path, tmp_path: Path) -> Path:
-    """What PEFT would have written after training against `pissa`."""
+    """What PEFT would have written after training on `pissa`."""
     return trained_from(pissa, tmp_path / "adapter")
 
 
 @pytest.fixture
 def trained(pissa: Path, adapter: Path, tmp_path: Path) -> Path:
-    """A TRAINED directory without the training."""
+    """A TRAINED directory that no training wrote."""
     shutil.copytree(pissa / "pissa_init", adapter / "pissa_init")
     manifest = json.loads((pissa / MANIFEST).read_text())
     residual = manifest["base"] | {"location": str(pissa)}
@@ -59,18 +59,24 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_a_trained_directory_without_its_start_is_refused(verb: str, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_a_trained_directory_without_its_initial_adapter_is_refused(
+    command: str, trained: Path, tmp_path: Path
+) -> None:
     shutil.rmtree(trained / "pissa_init")
-    refused(verb, trained, "-o", tmp_path / "out", words=[trained / "pissa_init", "is missing", "--init"])
-    succeeded(verb, trained, "-o", tmp_path / "out", "--init", tmp_path / "pissa" / "pissa_init")
+    refused(command, trained, "-o", tmp_path / "out", words=[trained / "pissa_init", "is missing", "--init"])
+    succeeded(command, trained, "-o", tmp_path / "out", "--init", tmp_path / "pissa" / "pissa_init")
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_a_start_of_another_shape_is_refused(verb: str, trained: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_an_initial_adapter_of_another_shape_is_refused(
+    command: str, trained: Path, base: Path, tmp_path: Path
+) -> None:
     succeeded("decompose", base, "-o", tmp_path / "other", "--rank", 4, "--targets", "mlp")
-    words = [tmp_path / "other" / "pissa_init", "is not the start of", "--init"]
-    refused(verb, trained, "-o", tmp_path / "out", "--init", tmp_path / "other" / "pissa_init", words=words)
+    words = [tmp_path / "other" / "pissa_init", "is not the initial adapter of", "--init"]
+    refused(
+        command, trained, "-o", tmp_path / "out", "--init", tmp_path / "other" / "pissa_init", words=words
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -99,13 +105,13 @@ def test_a_base_with_other_values_is_refused(tensor: str, trained: Path, base: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_changed_where_it_was_is_refused(trained: Path, base: Path, tmp_path: Path) -> None:
+def test_a_base_that_changed_in_place_is_refused(trained: Path, base: Path, tmp_path: Path) -> None:
     edit(base / "config.json", rms_norm_eps=0.5)
     words = [base, "another config.json"]
     refused("merge", trained, "-o", tmp_path / "out", "--from", "base", words=words)
 
 
-def test_a_base_that_is_gone_is_asked_for(trained: Path, base: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_asked_for(trained: Path, base: Path, tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
     refused(
         "merge", trained, "-o", tmp_path / "out", "--from", "base", words=[base, "is not found", "--base"]
@@ -123,11 +129,11 @@ def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Buil
     refused("merge", adapter, "-o", tmp_path / "out", "--base", other, words=words)
 
 
-def test_an_adapter_that_changed_its_base_wants_its_start(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_changed_its_base_needs_its_initial_adapter(adapter: Path, tmp_path: Path) -> None:
     edit(adapter / "adapter_config.json", init_lora_weights="pissa_niter_4")
-    for verb in ("merge", "to-lora"):
+    for command in ("merge", "to-lora"):
         words = [adapter, "started as pissa_niter_4", "not known", "--residual", "--init"]
-        refused(verb, adapter, "-o", tmp_path / "out", words=words)
+        refused(command, adapter, "-o", tmp_path / "out", words=words)
 
 
 CONFIGS: dict[str, tuple[str, list[str]]] = {
@@ -139,11 +145,13 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", CONFIGS)
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_a_corrupted_adapter_config_is_refused(verb: str, fault: str, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_a_corrupted_adapter_config_is_refused(
+    command: str, fault: str, trained: Path, tmp_path: Path
+) -> None:
     text, words = CONFIGS[fault]
     (trained / "adapter_config.json").write_text(text)
-    refused(verb, trained, "-o", tmp_path / "out", words=[trained / "adapter_config.json", *words])
+    refused(command, trained, "-o", tmp_path / "out", words=[trained / "adapter_config.json", *words])
 
 
 def test_a_truncated_adapter_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -161,15 +169,20 @@ MANIFESTS: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", MANIFESTS)
-def test_a_corrupted_manifest_is_refused_by_every_verb(fault: str, pissa: Path, tmp_path: Path) -> None:
+def test_a_corrupted_manifest_is_refused_by_every_command(fault: str, pissa: Path, tmp_path: Path) -> None:
     text, words = MANIFESTS[fault]
     (pissa / MANIFEST).write_text(text)
-    for verb in (["verify"], ["inspect"], ["merge", "-o", tmp_path / "o"], ["to-lora", "-o", tmp_path / "o"]):
-        refused(*verb, pissa, words=[pissa / MANIFEST, *words])
+    for command in (
+        ["verify"],
+        ["inspect"],
+        ["merge", "-o", tmp_path / "o"],
+        ["to-lora", "-o", tmp_path / "o"],
+    ):
+        refused(*command, pissa, words=[pissa / MANIFEST, *words])
 
 
 def mutations(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A manifest with each of its values in turn replaced or taken away."""
+    """Copies of a manifest in each of which one value is replaced or missing."""
     for key in value:
         yield {name: inner for name, inner in value.items() if name != key}
         for other in (None, 7, "x", [], {}, ["x"], {"x": 1}):
@@ -182,14 +195,15 @@ def mutations(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield value | {key: inner | {name: other}}
 
 
-def test_no_manifest_ends_a_command_with_a_traceback(pissa: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_damaged_manifest_never_causes_a_traceback(pissa: Path, tmp_path: Path) -> None:
     whole = json.loads((pissa / MANIFEST).read_text())
     seen = 0
     for number, content_ in enumerate(mutations(whole)):
         (pissa / MANIFEST).write_text(json.dumps(content_))
         out = tmp_path / f"out{number}"
-        for verb in (["verify"], ["inspect"], ["merge", "-o", out]):
-            ended = svdconvert(*verb, pissa)
+        for command in (["verify"], ["inspect"], ["merge", "-o", out]):
+            ended = svdconvert(*command, pissa)
             assert ended.status in (0, 1), ended
             seen += ended.status
     assert seen > 100
@@ -222,8 +236,11 @@ def test_data_that_cannot_be_used_is_refused_and_nothing_is_left(
     assert content(tmp_path) == before
 
 
-def test_train_says_what_it_lacks(pissa: Path, adapter: Path, checkpoint: Build, tmp_path: Path) -> None:
-    rows, out = write_sums(tmp_path / "sums.jsonl"), tmp_path / "out"
+def test_train_says_what_is_missing_or_wrong(
+    pissa: Path, adapter: Path, checkpoint: Build, tmp_path: Path
+) -> None:
+    rows = write_sums(tmp_path / "sums.jsonl")
+    out = tmp_path / "out"
     refused("train", pissa, "-o", out, words=["nothing to train on", "data"])
     refused(
         "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
@@ -250,10 +267,11 @@ def test_train_says_what_it_lacks(pissa: Path, adapter: Path, checkpoint: Build,
     assert not out.exists()
 
 
-def test_a_disk_that_fills_up_leaves_what_the_same_command_finishes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_after_a_failed_write_the_same_command_finishes_the_output(base: Path, tmp_path: Path) -> None:
     command = ["decompose", base, "--rank", 1, "--max-shard-size", "4KB", "--threads", 1, "-o"]
     succeeded(*command, tmp_path / "anew")
-    # The weights fit below the limit, what is written beside them does not.
+    # The weights are smaller than the limit, the manifest is not.
     limit = max(file.stat().st_size for file in (tmp_path / "anew").rglob("*.safetensors"))
     assert (tmp_path / "anew" / MANIFEST).stat().st_size > limit
     limited = (
@@ -273,8 +291,11 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_finishes(base: Path, 
     assert content(tmp_path / "out") == content(tmp_path / "anew")
 
 
-def test_no_space_left_is_a_sentence(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = UncachedWriter.write, [20]
+def test_a_full_disk_is_reported_in_one_sentence(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = UncachedWriter.write
+    left = [20]
 
     def write(self: UncachedWriter, descriptor: int, data: bytes, offset: int) -> int:
         left[0] -= 1
@@ -297,7 +318,7 @@ def test_no_space_left_is_a_sentence(base: Path, tmp_path: Path, monkeypatch: py
     succeeded("decompose", base, "-o", tmp_path / "out", "--rank", 4)
 
 
-def test_another_command_does_not_go_on_from_what_is_left(base: Path, tmp_path: Path) -> None:
+def test_another_command_does_not_continue_an_unfinished_output(base: Path, tmp_path: Path) -> None:
     from svdconvert import Run, SplitOptions, decompose
 
     def stop(progress: object) -> None:
@@ -312,6 +333,8 @@ def test_another_command_does_not_go_on_from_what_is_left(base: Path, tmp_path: 
     succeeded("decompose", base, "-o", tmp_path / "out", "--rank", 5, "--overwrite")
 
 
-def test_sharded_bases_are_as_good(checkpoint: Build, trained: Path, base: Path, tmp_path: Path) -> None:
+def test_a_sharded_copy_of_the_base_is_the_same_base(
+    checkpoint: Build, trained: Path, base: Path, tmp_path: Path
+) -> None:
     sharded = checkpoint("llama", shard=SHARDED)
     succeeded("merge", trained, "-o", tmp_path / "out", "--base", sharded)

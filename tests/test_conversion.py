@@ -1,4 +1,4 @@
-"""base + LORA == MERGED, by stock transformers and PEFT, whatever the scales before and after training."""
+"""base + LORA == MERGED by stock transformers and PEFT, at any scales before and after training."""
 
 import json
 import shutil
@@ -36,12 +36,12 @@ SCALES: dict[str, dict[str, Any]] = {
 every_scale = pytest.mark.parametrize("scales", SCALES)
 
 
-def product(pieces: dict[str, Any], module: str, scale: float) -> Matrix:
+def product(factors: dict[str, Any], module: str, scale: float) -> Matrix:
     """scale * B core A in float64, by numpy."""
     found = {
-        piece: pieces[f"base_model.model.{module}.lora_{piece}.weight"].astype(np.float64)
-        for piece in "ABSR"
-        if f"base_model.model.{module}.lora_{piece}.weight" in pieces
+        letter: factors[f"base_model.model.{module}.lora_{letter}.weight"].astype(np.float64)
+        for letter in "ABSR"
+        if f"base_model.model.{module}.lora_{letter}.weight" in factors
     }
     core = np.diag(found["S"]) if "S" in found else found.get("R", np.eye(len(found["A"])))
     result: Matrix = scale * found["B"] @ core @ found["A"]
@@ -57,7 +57,7 @@ def test_base_and_lora_is_the_merged_model_at_any_scales(
     out = decomposed(base, **chosen(way), **SCALES[scales])
     trained = trained_from(out, tmp_path / "trained")
     config = json.loads((trained / "adapter_config.json").read_text())
-    # As after training with another alpha than the start had: 1.5 times as much everywhere.
+    # As after training with another alpha than the initial adapter had: 1.5 times as much everywhere.
     patterns = {key: 1.5 * alpha for key, alpha in config["alpha_pattern"].items()}
     config |= {"lora_alpha": 1.5 * config["lora_alpha"], "alpha_pattern": patterns}
     (trained / "adapter_config.json").write_text(json.dumps(config))
@@ -77,15 +77,15 @@ def test_base_and_lora_is_the_merged_model_at_any_scales(
 
 @every_scale
 @pytest.mark.parametrize("way", [way for way, method in WAYS.items() if method.peft_type == "LORA"])
-def test_stock_peft_loads_the_start_and_the_trained_adapter_where_the_table_says_so(
+def test_stock_peft_loads_initial_and_trained_adapters_of_the_type_lora(
     way: str, scales: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     base = checkpoint("llama", dtype=torch.float32)
     out = decomposed(base, **chosen(way), **SCALES[scales])
     weights = out if way in REBASED else base
     wanted = logits(plain(base))
-    start = logits(adapted(weights, out, subfolder=start_of(out).name))
-    assert (start - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    initial = logits(adapted(weights, out, subfolder=start_of(out).name))
+    assert (initial - wanted).abs().max() < 1e-5 * wanted.abs().max()
     trained = trained_from(out, tmp_path / "trained")
     merge(trained, tmp_path / "merged", residual=str(out))
     merged = logits(plain(tmp_path / "merged"))
@@ -93,7 +93,9 @@ def test_stock_peft_loads_the_start_and_the_trained_adapter_where_the_table_says
 
 
 @pytest.mark.parametrize("way", [way for way, method in WAYS.items() if method.peft_type != "LORA"])
-def test_stock_peft_refuses_what_it_would_get_wrong(way: str, checkpoint: Build, decomposed: Build) -> None:
+def test_stock_peft_refuses_what_it_would_load_wrongly(
+    way: str, checkpoint: Build, decomposed: Build
+) -> None:
     out = decomposed(checkpoint("llama", dtype=torch.float32), **chosen(way))
     with pytest.raises((KeyError, ValueError), match=WAYS[way].peft_type):
         adapted(checkpoint("llama", dtype=torch.float32), out, subfolder=start_of(out).name)
@@ -103,20 +105,20 @@ def test_stock_peft_refuses_what_it_would_get_wrong(way: str, checkpoint: Build,
 def test_rank_and_scale_are_as_the_patterns_say(way: str, checkpoint: Build, decomposed: Build) -> None:
     out = decomposed(checkpoint("llama", dtype=torch.float32), **chosen(way), **SCALES["rslora and patterns"])
     matrices = read_manifest(out).matrices
-    pieces = load_file(start_of(out) / WEIGHTS)
+    factors = load_file(start_of(out) / WEIGHTS)
     for name, matrix in matrices.items():
         low = ".layers.1.mlp." in name
         assert matrix.rank == (7 if "q_proj" in name else 2 if low else 4)
         alpha = 3.0 if "self_attn" in name else 9.0 if ".layers.0.mlp.up" in name else matrix.rank
         assert matrix.scale == pytest.approx(alpha / sqrt(matrix.rank))
-        assert len(pieces[f"base_model.model.{matrix.module}.lora_A.weight"]) == matrix.rank
+        assert len(factors[f"base_model.model.{matrix.module}.lora_A.weight"]) == matrix.rank
     assert verify(out).passed
-    trained = sum(piece.size for name, piece in pieces.items() if name.split(".")[-2] in WAYS[way].trains)
+    trained = sum(factor.size for name, factor in factors.items() if name.split(".")[-2] in WAYS[way].trains)
     assert inspect(out).details["trained_parameters"] == trained
 
 
 @pytest.mark.parametrize("way", ["lora-xs", "lora-fa", "lora-fa random", "lora"])
-def test_where_a_does_not_move_or_the_start_is_zero_the_lora_keeps_its_rank(
+def test_if_a_is_frozen_or_the_initial_adapter_is_zero_the_lora_keeps_the_rank(
     way: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     out = decomposed(checkpoint("llama", dtype=torch.float32), **chosen(way))
@@ -125,8 +127,8 @@ def test_where_a_does_not_move_or_the_start_is_zero_the_lora_keeps_its_rank(
 
 
 ODD: dict[str, tuple[list[str], list[str]]] = {
-    "an unknown start": (["--method", "lora-fa", "--init", "svdd"], ["no init 'svdd'", "did you mean svd?"]),
-    "a start of a method that has one": (["--init", "svd"], ["no init 'svd'", "has one only"]),
+    "an unknown init": (["--method", "lora-fa", "--init", "svdd"], ["no init 'svdd'", "did you mean svd?"]),
+    "an init of a method that has only one": (["--init", "svd"], ["no init 'svd'", "has one only"]),
     "a pattern without a number": (["--rank-pattern", "attn"], ["rank_pattern", "TARGET=NUMBER"]),
     "a pattern with a word": (["--rank-pattern", "attn=x"], ["rank_pattern", "'x'", "valid integer"]),
     "a pattern for nothing": (

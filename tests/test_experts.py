@@ -43,11 +43,8 @@ def test_a_trained_expert_is_merged_into_what_transformers_loads(
     out = decomposed(base)
     trained = trained_from(out, tmp_path / "trained")
     merge(trained, tmp_path / "merged", residual=str(out))
-    before, after, found = (
-        open_adapter(out / "pissa_init"),
-        open_adapter(trained),
-        tensors(tmp_path / "merged"),
-    )
+    before, after = open_adapter(out / "pissa_init"), open_adapter(trained)
+    found = tensors(tmp_path / "merged")
     for name, matrix in read_manifest(out).matrices.items():
         change = after.factors(matrix.module).dense(1.0) - before.factors(matrix.module).dense(1.0)
         assert torch.allclose(found[name], tensors(base)[name] + change, atol=1e-6)
@@ -64,7 +61,7 @@ def test_stock_peft_refuses_factors_of_single_experts_instead_of_dropping_them(
 
 
 @every_mixture
-def test_to_lora_and_train_say_why_they_cannot(
+def test_to_lora_and_train_refuse_single_experts_and_say_why(
     family: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     out = decomposed(checkpoint(family))
@@ -76,7 +73,9 @@ def test_to_lora_and_train_say_why_they_cannot(
 
 
 @every_mixture
-def test_the_attention_of_a_mixture_goes_all_the_way(family: str, checkpoint: Build, tmp_path: Path) -> None:
+def test_the_attention_of_a_mixture_is_decomposed_converted_and_merged(
+    family: str, checkpoint: Build, tmp_path: Path
+) -> None:
     base = checkpoint(family, dtype=torch.float32)
     decompose(base, tmp_path / "split", SplitOptions(rank=4, targets=("attn",)))
     trained = trained_from(tmp_path / "split", tmp_path / "trained")

@@ -1,4 +1,4 @@
-"""What is read is never written over, not even with --overwrite."""
+"""An input is never overwritten, not even with --overwrite."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,8 @@ Build = Callable[..., Path]
 
 
 @pytest.fixture
-def room(checkpoint: Build, tmp_path: Path) -> Path:
-    """base, its decomposed directory, and that merged: a checkpoint that svdconvert wrote."""
+def work(checkpoint: Build, tmp_path: Path) -> Path:
+    """Holds `base`, `split` (what decompose made of it) and `merged`, which svdconvert wrote as well."""
     readable(checkpoint("llama"), tmp_path / "base")
     decompose(tmp_path / "base", tmp_path / "split", SplitOptions(rank=4))
     succeeded("merge", tmp_path / "split", "-o", tmp_path / "merged")
@@ -23,7 +23,7 @@ def room(checkpoint: Build, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("verb", "source", "out"),
+    ("command", "source", "out"),
     [
         ("decompose", "merged", "merged"),
         ("decompose", "base", "base/inside"),
@@ -34,43 +34,45 @@ def room(checkpoint: Build, tmp_path: Path) -> Path:
         ("train", "split", "split"),
     ],
 )
-def test_an_output_that_overlaps_an_input_is_refused(verb: str, source: str, out: str, room: Path) -> None:
+def test_an_output_that_overlaps_an_input_is_refused(command: str, source: str, out: str, work: Path) -> None:
     options = {
         "decompose": ["--rank", 4],
-        "train": ["--data", write_sums(room / "sums.jsonl"), "--steps", 1, "--max-length", 64],
-    }.get(verb, [])
-    before = content(room)
-    refused(verb, room / source, "-o", room / out, "--overwrite", *options, words=[room / out, "overlaps"])
-    assert content(room) == before
+        "train": ["--data", write_sums(work / "sums.jsonl"), "--steps", 1, "--max-length", 64],
+    }.get(command, [])
+    before = content(work)
+    refused(command, work / source, "-o", work / out, "--overwrite", *options, words=[work / out, "overlaps"])
+    assert content(work) == before
 
 
-def test_merging_over_the_base_is_refused(room: Path) -> None:
-    decompose(room / "merged", room / "again", SplitOptions(rank=4))
-    before = content(room)
+def test_merging_over_the_base_is_refused(work: Path) -> None:
+    decompose(work / "merged", work / "again", SplitOptions(rank=4))
+    before = content(work)
     refused(
-        "merge", room / "again", "-o", room / "merged", "--overwrite", words=[room / "merged", "overlaps"]
+        "merge", work / "again", "-o", work / "merged", "--overwrite", words=[work / "merged", "overlaps"]
     )
-    assert content(room) == before
+    assert content(work) == before
 
 
-@pytest.mark.parametrize("verb", ["merge", "to-lora"])
-def test_the_residual_of_a_trained_adapter_is_not_replaced(verb: str, room: Path) -> None:
-    sums = write_sums(room / "sums.jsonl")
+@pytest.mark.parametrize("command", ["merge", "to-lora"])
+def test_the_residual_of_a_trained_adapter_is_not_replaced(command: str, work: Path) -> None:
+    sums = write_sums(work / "sums.jsonl")
     succeeded(
-        "train", room / "split", "-o", room / "trained", "--data", sums, "--steps", 1, "--max-length", 64
+        "train", work / "split", "-o", work / "trained", "--data", sums, "--steps", 1, "--max-length", 64
     )
-    before = content(room)
-    refused(verb, room / "trained", "-o", room / "split", "--overwrite", words=[room / "split", "overlaps"])
-    assert content(room) == before
+    before = content(work)
+    refused(
+        command, work / "trained", "-o", work / "split", "--overwrite", words=[work / "split", "overlaps"]
+    )
+    assert content(work) == before
 
 
-def test_a_layout_that_fits_in_part_is_refused_when_insisted_on(checkpoint: Build, tmp_path: Path) -> None:
+def test_a_chosen_layout_that_fits_only_partly_is_refused(checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("mixtral")
     command = ["decompose", base, "-o", tmp_path / "out", "--rank", 4, "--layout", "llama"]
     refused(*command, words=["layout llama does not fit", "mlp.gate, mlp.up, mlp.down"])
 
 
-def test_a_model_without_a_tokenizer_is_named_before_its_data(
+def test_a_missing_tokenizer_is_reported_before_the_data_are_read(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     split = decomposed(checkpoint("llama"))

@@ -1,4 +1,4 @@
-"""What `import svdconvert` offers is written down here: a change of it is a decision."""
+"""The names and parameters that `import svdconvert` offers: programs rely on them."""
 
 import inspect
 import subprocess
@@ -48,10 +48,10 @@ PARAMETERS = {
 def test_the_exported_names_are_these() -> None:
     assert svdconvert.__all__ == NAMES
     for name in NAMES:
-        home = getattr(svdconvert, name)
-        assert home.__name__ == ALIASES.get(name, name)
-        assert home.__module__.startswith("svdconvert.")
-        assert home.__doc__
+        exported = getattr(svdconvert, name)
+        assert exported.__name__ == ALIASES.get(name, name)
+        assert exported.__module__.startswith("svdconvert.")
+        assert exported.__doc__
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -66,7 +66,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         svdconvert.decompse  # noqa: B018
 
 
-def test_importing_the_package_is_instant() -> None:
+@pytest.mark.processes
+def test_importing_the_package_imports_neither_torch_nor_pydantic() -> None:
     program = "import sys, svdconvert; sys.exit(str({'torch', 'pydantic', 'typer'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr == "set()\n"

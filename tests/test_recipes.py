@@ -48,6 +48,7 @@ def _rows(plan: TrainOptions, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @every_recipe
 def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path: Path) -> None:
     wanted = options(TrainOptions, read_recipe(recipe), {})
@@ -66,8 +67,9 @@ def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path
     assert used.method == options(SplitOptions, read_recipe(recipe), {}).method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa-smollm2-gsm8k", "lora-smollm2-gsm8k"])
-def test_a_recipe_serves_every_verb(name: str, checkpoint: Build, tmp_path: Path) -> None:
+def test_a_recipe_serves_every_command(name: str, checkpoint: Build, tmp_path: Path) -> None:
     recipe, start, trained = ROOT / f"{name}.yaml", tmp_path / "start", tmp_path / "trained"
     model = _model(recipe, checkpoint, tmp_path / "model")
     rows = write_sums(tmp_path / "sums.jsonl", rows=80)

@@ -101,7 +101,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ["model is empty", "expected"],
     ),
     "truncated shard": (cut, [FIRST, "is truncated", AGAIN]),
-    "header that lies about its length": (lie, [FIRST, "its header claims 10000000 bytes", AGAIN]),
+    "header with a wrong length": (lie, [FIRST, "its header claims 10000000 bytes", AGAIN]),
     "header that is not JSON": (garble, [FIRST, "header is not a JSON object", AGAIN]),
     "index that names an absent shard": (
         place(TARGET, "model-00099.safetensors"),
@@ -164,7 +164,7 @@ OPTIONS: dict[str, tuple[list[object], list[str]]] = {
         ["--targets", "*embed*"],
         ["model.embed_tokens.weight", "never decomposed"],
     ),
-    "size that is none": (["--max-shard-size", "5 bananas"], ["'5 bananas' is not a size", "5GB"]),
+    "size that is none": (["--max-shard-size", "5 bananas"], ["max_shard_size is '5 bananas'", "5GB"]),
     "device that is not there": (["--device", "cuda:9"], ["cuda:9"]),
     "device that is unknown": (["--device", "abacus"], ["abacus"]),
     "tolerance of zero": (["--tol", 0], ["decompose: tol", "greater than 0"]),

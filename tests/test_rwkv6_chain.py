@@ -67,6 +67,7 @@ def chain(model: Path, method: str, place: Path) -> None:
     succeeded("to-lora", place / "trained", "-o", place / "lora", "--residual", place / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layout"),
     [
@@ -175,7 +176,7 @@ def test_a_residual_base_is_not_converted_without_its_adapter(
 ) -> None:
     succeeded("decompose", models["blinkdl"], "-o", tmp_path / "out", "--rank", RANK)
     command = ("convert", tmp_path / "out", "-o", tmp_path / "hf", "--layout", "hf")
-    refused(*command, words=["a decomposed directory", "convert wants a plain checkpoint"])
+    refused(*command, words=["a decomposed directory", "convert needs a plain checkpoint"])
 
 
 def test_vectors_and_small_factors_are_no_targets(models: dict[str, Path], tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def test_vectors_and_small_factors_are_no_targets(models: dict[str, Path], tmp_p
     refused(*command, "--targets", "*.time_maa_w1", words=["time_maa_w1", "never decomposed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "method"), [(layout, "pissa") for layout in LAYOUTS] + [("blinkdl", "sorsa")]
 )
@@ -207,6 +209,7 @@ def test_training_lowers_the_loss_and_merges(
         assert np.abs(merged.read(name).double().numpy() - value).max() <= 1e-5
 
 
+@pytest.mark.slow
 @needs_rwkv
 def test_the_rwkv_package_runs_what_was_merged(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
     succeeded(
@@ -254,6 +257,7 @@ def test_peft_loads_the_lora_on_the_hubs_layout(method: str, models: dict[str, P
     assert (before - wanted).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_time_and_norms_are_trained_too_and_carried_to_the_checkpoint(
     layout: str, models: dict[str, Path], text: Path, tmp_path: Path
@@ -289,6 +293,7 @@ def test_time_and_norms_are_trained_too_and_carried_to_the_checkpoint(
     assert all(torch.allclose(after[name], wanted[name], atol=1e-5) for name in after)
 
 
+@pytest.mark.slow
 @needs_rwkv
 def test_a_first_state_is_added_tuned_and_run_by_the_package(
     models: dict[str, Path], text: Path, tmp_path: Path

@@ -17,7 +17,7 @@ from tests.stock import same_bits
 
 RANK = 16
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "smollm2.py"
-Half = tuple[Path, Manifest]
+Decomposed = tuple[Path, Manifest]
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -29,27 +29,28 @@ def model() -> Path:
     try:
         return recipe["ensure_smollm2"](recipe["cache_dir"]() / "smollm2-135m")
     except (SystemExit, OSError) as error:
-        pytest.skip(f"SmolLM2 cannot be had here: {error}")
+        pytest.skip(f"SmolLM2 is not available here: {error}")
 
 
 @pytest.fixture(scope="module")
-def decomposed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Half:
+def decomposed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Decomposed:
     out = tmp_path_factory.mktemp("smollm2") / "out"
     return out, decompose(model, out, SplitOptions(rank=RANK, max_shard_size="60MB"))
 
 
-def came_back(model: Path, merged: Path, manifest: Manifest) -> float:
+def share_restored(model: Path, merged: Path, manifest: Manifest) -> float:
     """Share of the target entries whose bits are those of the model."""
     before, after = open_checkpoint(model), open_checkpoint(merged)
     same = total = 0
     for name in manifest.matrices:
-        pair = before.read(name).view(torch.int16), after.read(name).view(torch.int16)
-        same, total = same + int((pair[0] == pair[1]).sum()), total + pair[0].numel()
+        wanted = before.read(name).view(torch.int16)
+        same += int((after.read(name).view(torch.int16) == wanted).sum())
+        total += wanted.numel()
     return same / total
 
 
-def test_merging_from_the_base_gives_every_tensor_byte_for_byte(
-    model: Path, decomposed: Half, tmp_path: Path
+def test_merging_into_the_base_restores_every_tensor_byte_for_byte(
+    model: Path, decomposed: Decomposed, tmp_path: Path
 ) -> None:
     merge(decomposed[0], tmp_path / "merged", MergeOptions(max_shard_size="60MB"))
     before, after = open_checkpoint(model), open_checkpoint(tmp_path / "merged")
@@ -57,26 +58,28 @@ def test_merging_from_the_base_gives_every_tensor_byte_for_byte(
     assert all(same_bits(before.read(name), after.read(name)) for name in before.infos)
 
 
-def test_of_a_bfloat16_residual_most_entries_come_back(model: Path, decomposed: Half, tmp_path: Path) -> None:
+def test_most_entries_are_restored_from_a_bfloat16_residual(
+    model: Path, decomposed: Decomposed, tmp_path: Path
+) -> None:
     out, manifest = decomposed
     assert len(manifest.matrices) == 210
     merge(out, tmp_path / "merged", MergeOptions(side="residual"))
-    assert came_back(model, tmp_path / "merged", manifest) >= 0.86
+    assert share_restored(model, tmp_path / "merged", manifest) >= 0.86
     assert max(matrix.error for matrix in manifest.matrices.values()) < 2.0**-8
 
 
-def test_of_a_float32_residual_all_entries_come_back(model: Path, tmp_path: Path) -> None:
+def test_all_entries_are_restored_from_a_float32_residual(model: Path, tmp_path: Path) -> None:
     options = SplitOptions(rank=RANK, residual_dtype="float32", targets=("model.layers.[0-3].*",))
     manifest = decompose(model, tmp_path / "out", options)
     merge(tmp_path / "out", tmp_path / "merged", MergeOptions(side="residual"))
     assert len(manifest.matrices) == 28
-    assert came_back(model, tmp_path / "merged", manifest) == 1.0
+    assert share_restored(model, tmp_path / "merged", manifest) == 1.0
 
 
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"])
 @pytest.mark.parametrize("layer", [0, 15, 29])
-def test_a_decomposition_is_as_good_as_its_tolerance(
-    layer: int, part: str, model: Path, decomposed: Half
+def test_the_residual_is_within_the_tolerance_of_the_optimum(
+    layer: int, part: str, model: Path, decomposed: Decomposed
 ) -> None:
     out, manifest = decomposed
     name = f"model.layers.{layer}.{part}.weight"
@@ -90,7 +93,9 @@ def test_a_decomposition_is_as_good_as_its_tolerance(
 
 
 @pytest.mark.parametrize(("svd", "digits"), [("exact", 1e-5), ("exact64", 2e-7)])
-def test_exact_is_lapack_in_either_precision(svd: str, digits: float, model: Path, tmp_path: Path) -> None:
+def test_the_exact_engine_has_the_accuracy_of_lapack_in_either_precision(
+    svd: str, digits: float, model: Path, tmp_path: Path
+) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     options = SplitOptions(rank=RANK, svd=svd, targets=(name,), residual_dtype="float32")
     known = decompose(model, tmp_path / "out", options).matrices[name]
@@ -102,7 +107,7 @@ def test_exact_is_lapack_in_either_precision(svd: str, digits: float, model: Pat
     assert abs(torch.linalg.vector_norm(residual(tmp_path / "out", name)) / optimum - 1) < 1e-6
 
 
-def test_the_plan_counts_float64_twice(model: Path) -> None:
+def test_the_plan_counts_the_larger_memory_of_float64(model: Path) -> None:
     memory = {
         svd: plan_decompose(model, SplitOptions(rank=RANK, svd=svd)).memory for svd in ("exact", "exact64")
     }
@@ -113,19 +118,21 @@ def residual(out: Path, name: str) -> Tensor:
     return open_checkpoint(out).read(name).double()
 
 
-def test_the_estimate_of_every_matrix_is_within_the_tolerance(decomposed: Half) -> None:
+def test_the_estimate_of_every_matrix_is_within_the_tolerance(decomposed: Decomposed) -> None:
     matrices = decomposed[1].matrices.values()
     assert {matrix.engine for matrix in matrices} == {"fast"}
     assert all(matrix.excess is not None and 0 <= matrix.excess < 1e-3 for matrix in matrices)
 
 
-def test_shards_are_no_larger_than_asked(decomposed: Half) -> None:
+def test_shards_are_no_larger_than_asked(decomposed: Decomposed) -> None:
     shards = sorted(decomposed[0].glob("model-*.safetensors"))
     assert len(shards) == 5
     assert all(shard.stat().st_size < 60e6 + 50_000 for shard in shards)
 
 
-def test_residual_and_start_say_what_the_base_says(model: Path, decomposed: Half) -> None:
+def test_residual_and_initial_adapter_give_the_logits_of_the_base(
+    model: Path, decomposed: Decomposed
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,11 +145,12 @@ def test_residual_and_start_say_what_the_base_says(model: Path, decomposed: Half
     )
     with torch.no_grad():
         wanted, alone = base(**tokens).logits, rest(**tokens).logits
-        start = PeftModel.from_pretrained(rest, decomposed[0], subfolder="pissa_init").eval()
-        found = start(**tokens).logits
-    assert off(found, wanted) < 0.01 < 0.5 < off(alone, wanted)
+        initial = PeftModel.from_pretrained(rest, decomposed[0], subfolder="pissa_init").eval()
+        found = initial(**tokens).logits
+    assert mean_distance(found, wanted) < 0.01
+    assert mean_distance(alone, wanted) > 0.5
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    """Mean distance, in standard deviations of what is wanted."""
+def mean_distance(found: Tensor, wanted: Tensor) -> float:
+    """Mean absolute difference, in standard deviations of `wanted`."""
     return float((found - wanted).abs().mean() / wanted.std())

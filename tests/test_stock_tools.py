@@ -1,4 +1,4 @@
-"""Stock transformers and PEFT read what is written, and mean the same by it."""
+"""Stock transformers and PEFT load what is written, and compute the same with it."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
 
 
 def holds(model: torch.nn.Module, directory: Path, family: str) -> bool:
-    """Whether a model's parameters are the tensors of a directory, in their own dtype."""
+    """True if a model's parameters are the tensors of a directory, in the stored dtype."""
     layout = find_layout(None, family, "")[1]
     loaded = dict(model.named_modules())
     stored = tensors(directory)
@@ -48,9 +48,8 @@ def test_a_bare_from_pretrained_gives_what_the_files_hold(
     family: str, residual_dtype: str, checkpoint: Build, decomposed: Build
 ) -> None:
     out = decomposed(checkpoint(family), residual_dtype=residual_dtype)
-    if (
-        residual_dtype != "float16"
-    ):  # beside untouched bfloat16, transformers loads all in the one or the other
+    # transformers loads all tensors in one dtype: float16 next to untouched bfloat16 cannot stay as stored.
+    if residual_dtype != "float16":
         assert holds(plain(out), out, family)
     named = json.loads((out / "config.json").read_text())
     assert named["dtype"] == {"auto": "bfloat16", "float32": "float32", "float16": "bfloat16"}[residual_dtype]
@@ -58,7 +57,7 @@ def test_a_bare_from_pretrained_gives_what_the_files_hold(
 
 @every_family
 @pytest.mark.parametrize("targets", ["all-linear", "attn", "*.layer*.1.*"])
-def test_the_residual_and_its_start_give_the_logits_of_the_base(
+def test_the_residual_and_its_initial_adapter_give_the_logits_of_the_base(
     family: str, targets: str, checkpoint: Build, decomposed: Build
 ) -> None:
     base = checkpoint(family, dtype=torch.float32)
@@ -69,13 +68,13 @@ def test_the_residual_and_its_start_give_the_logits_of_the_base(
 
 
 @every_family
-def test_a_bfloat16_residual_and_its_start_are_near_the_base(
+def test_a_bfloat16_residual_and_its_initial_adapter_are_near_the_base(
     family: str, checkpoint: Build, decomposed: Build
 ) -> None:
     base = checkpoint(family)
     out = decomposed(base)
-    off = logits(adapted(out, out, subfolder="pissa_init")) - logits(plain(base))
-    assert off.abs().mean() < 0.05 * logits(plain(base)).std()
+    difference = logits(adapted(out, out, subfolder="pissa_init")) - logits(plain(base))
+    assert difference.abs().mean() < 0.05 * logits(plain(base)).std()
 
 
 def trained(model: PeftModel, out: Path) -> Path:
@@ -92,7 +91,7 @@ def trained(model: PeftModel, out: Path) -> Path:
 
 @every_family
 @pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_what_peft_trained_from_the_start_is_converted_and_merged(
+def test_what_peft_trained_from_the_initial_adapter_is_converted_and_merged(
     family: str, method: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     base = checkpoint(family, dtype=torch.float32)
@@ -170,15 +169,17 @@ def test_a_lora_may_be_stored_in_half_precision(
     assert all(torch.equal(half[name], wide[name].to(getattr(torch, dtype))) for name in wide)
 
 
-def test_multimodal_gemma_is_adapted_where_it_runs(checkpoint: Build, decomposed: Build) -> None:
+def test_multimodal_gemma_is_adapted_under_its_names_at_run_time(
+    checkpoint: Build, decomposed: Build
+) -> None:
     base = checkpoint("gemma3", dtype=torch.float32)
     out = decomposed(base)
     model = Gemma3ForConditionalGeneration.from_pretrained(out)
-    start = PeftModel.from_pretrained(model, out, subfolder="pissa_init")
-    layers = [path for path, layer in start.named_modules() if hasattr(layer, "lora_A")]
+    initial = PeftModel.from_pretrained(model, out, subfolder="pissa_init")
+    layers = [path for path, layer in initial.named_modules() if hasattr(layer, "lora_A")]
     assert len(layers) == 14
     assert all("model.language_model.layers" in path for path in layers)
-    assert close(logits(start), logits(Gemma3ForConditionalGeneration.from_pretrained(base)))
+    assert close(logits(initial), logits(Gemma3ForConditionalGeneration.from_pretrained(base)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -214,7 +215,7 @@ def test_bin_sources_become_the_same_safetensors(
 
 
 @pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_matrices_that_share_their_memory_in_a_bin_file_are_split_apart(
+def test_matrices_that_share_memory_in_a_bin_file_become_separate_tensors(
     method: str, checkpoint: Build, tmp_path: Path
 ) -> None:
     shared = shutil.copytree(checkpoint("llama", dtype=torch.float32, pickled=True), tmp_path / "shared")
@@ -241,7 +242,7 @@ def test_shards_of_any_size_load(limit: str, checkpoint: Build, tmp_path: Path) 
     assert torch.equal(logits(plain(tmp_path / "merged")), logits(plain(base)))
 
 
-def test_elements_are_laid_out_widest_first_then_as_in_the_source(
+def test_tensors_are_stored_by_element_size_and_then_as_in_the_source(
     checkpoint: Build, decomposed: Build
 ) -> None:
     base = checkpoint("llama")

@@ -1,4 +1,4 @@
-"""The program and the real huggingface_hub, each in a process of its own, against a Hub on loopback."""
+"""The program and the real huggingface_hub, in separate processes, against a Hub on loopback."""
 
 import json
 import os
@@ -17,7 +17,7 @@ TOKEN = "hf_alice"
 
 @dataclass
 class Visitor:
-    """Someone who works in a directory with a cache and a login of his own, and knows one Hub."""
+    """A user with a working directory, a cache, a login and the address of one Hub."""
 
     hub: Hub
     home: Path
@@ -36,7 +36,7 @@ class Visitor:
                 **inherited,
                 "HF_ENDPOINT": self.hub.url,
                 "HF_HOME": str(self.home / "hf"),
-                # huggingface_hub uploads through Xet where it can, which the loopback Hub does not speak.
+                # huggingface_hub uploads through Xet if it can, which the loopback Hub does not offer.
                 "HF_HUB_DISABLE_XET": "1",
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),

@@ -1,4 +1,4 @@
-"""Every method and every way it can start, and the families that they are tested on."""
+"""Every method with every variant of its initial adapter, and the families that they are tested on."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ def _ways() -> dict[str, Method]:
 WAYS = _ways()
 """The methods with an adapter, by "method" or "method init"."""
 REBASED = [way for way, method in WAYS.items() if method.residual]
-# Every method on families whose paths differ from the names on disk and do not.
-# The others differ in names and in what is left alone, which two methods find.
+# Every method is tested on a family whose module paths equal the names on disk, and on one whose paths
+# differ. The other families differ in names and in which tensors are not adapted: two methods are enough.
 _FEW = ("llama", "gemma3")
 _BROAD = ("pissa", "lora")
 
 
 def chosen(way: str) -> dict[str, Any]:
-    """The options that choose it."""
+    """The options that select a way."""
     method, _, init = way.partition(" ")
     return {"method": method} | ({"init": init} if init else {})
 

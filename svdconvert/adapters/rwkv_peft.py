@@ -9,8 +9,9 @@ Source: github.com/JL-er/RWKV-PEFT, rwkvt/peft and merge/ of June 2025.
 import re
 from pathlib import Path
 
+from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.extra_parameters import declaration
-from svdconvert.adapters.peft_files import Adapter, AdapterConfig, target_modules
+from svdconvert.adapters.peft_files import Adapter, check_factors, target_modules
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.errors import ArtifactError
 
@@ -45,10 +46,7 @@ def open_adapter_file(path: Path, alpha: float | None) -> Adapter:
             modules.setdefault(match["module"], {})[match["piece"]] = name
         else:
             extras[name] = name
-    if not modules:
-        raise ArtifactError(f"{path} holds no lora_A and lora_B; give an adapter, or convert a whole model")
-    if halves := [module for module, pieces in modules.items() if len(pieces) < 2]:
-        raise ArtifactError(f"{path} has only one of lora_A and lora_B for {halves[0]}; restore the file")
+    check_factors(path, source, modules)
     ranks = {module: source.infos[pieces["lora_A"]].shape[0] for module, pieces in modules.items()}
     rank = max(ranks.values())
     if alpha is not None and len({*ranks.values()}) > 1:

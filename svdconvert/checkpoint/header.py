@@ -1,8 +1,8 @@
-"""The safetensors header: eight bytes of length, JSON, then the tensors' bytes.
+"""The header of a safetensors file: eight bytes with its length, then JSON, before the tensors' bytes.
 
-Read by hand because a plan needs shapes and offsets without loading anything, and written by hand
-because the writer lays a file out before its first byte is known. Format: the README of
-github.com/huggingface/safetensors.
+The safetensors library is not used because a plan needs offsets without opening the file for loading, and
+because the writer lays a file out before the values of its tensors are known. Format:
+https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -15,19 +15,22 @@ from svdconvert.errors import CheckpointError
 
 _LENGTH = 8
 _ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
-_LONGEST = 100_000_000  # the limit of the safetensors library, against headers made to exhaust memory
+_LONGEST = 100_000_000  # bytes; the safetensors library's limit, against headers made to exhaust memory
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A tensor and where its bytes lie in the file."""
+    """A tensor and the offset of its first byte in the file."""
 
     info: TensorInfo
     begin: int
 
 
 def header_length(first: bytes, file: str, size: int) -> int:
-    """Bytes of JSON that follow the first eight. Raises CheckpointError where they cannot be there."""
+    """Length of the JSON, in bytes, from the `first` eight bytes of a file of `size` bytes.
+
+    Raises CheckpointError if the file is too short for it.
+    """
     if len(first) < _LENGTH:
         raise CheckpointError(
             f"{file} is truncated: {size} bytes are too few for a safetensors header; fetch it again"
@@ -35,17 +38,17 @@ def header_length(first: bytes, file: str, size: int) -> int:
     length = int.from_bytes(first[:_LENGTH], "little")
     if length > _LONGEST or _LENGTH + length > size:
         raise CheckpointError(
-            f"{file} is not a whole safetensors file: its header claims {length} bytes, the file has {size}; "
-            "fetch it again"
+            f"{file} is not a complete safetensors file: its header claims {length} bytes and the file "
+            f"has {size}; fetch it again"
         )
     return length
 
 
 def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
-    """The tensors of a header, by offset. `size` is the whole file's, in bytes.
+    """The tensors of a header, ordered by offset. `size` is that of the file, in bytes.
 
-    Raises CheckpointError where the header is not JSON, describes a tensor wrongly, or where the
-    tensors do not fill the file exactly.
+    Raises CheckpointError if the header is not JSON, if it has inconsistent offsets, or if the tensors do not
+    fill the file exactly.
     """
     try:
         table = json.loads(text)
@@ -61,7 +64,7 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
     for extent in extents:
         if extent.begin != end:
             raise CheckpointError(
-                f"{file}: the header lies about the place of {extent.info.name}; fetch it again"
+                f"{file}: the header has inconsistent offsets for {extent.info.name}; fetch it again"
             )
         end += extent.info.nbytes
     if end != size:
@@ -73,26 +76,27 @@ def parse_header(text: bytes, file: str, size: int) -> list[Extent]:
 def _extent(name: str, row: Any, start: int, file: str) -> Extent:
     try:
         dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        whole = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
+        valid = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: the header's entry for {name} is malformed; fetch the file again"
+            f"{file}: the header's entry for {name} is malformed; fetch it again"
         ) from error
     if not isinstance(dtype, str) or dtype not in ELEMENTS:
         raise CheckpointError(
-            f"{file}: {name} has the element type {dtype!r}, which safetensors does not define"
+            f"{file}: {name} has the element type {dtype!r}, which safetensors does not define; "
+            "fetch it again"
         )
     info = TensorInfo(name, shape, dtype)
-    if not whole or info.nbytes != end - begin:
-        raise CheckpointError(f"{file}: the header lies about the size of {name}; fetch the file again")
+    if not valid or info.nbytes != end - begin:
+        raise CheckpointError(f"{file}: the header has inconsistent offsets for {name}; fetch it again")
     return Extent(info, start + begin)
 
 
 def build_header(infos: Iterable[TensorInfo]) -> tuple[bytes, Mapping[str, int]]:
-    """The first bytes of a file that holds `infos` in this order, and each tensor's offset in it.
+    """The first bytes of a file that holds `infos` in this order, and the offset of each tensor in the file.
 
-    The metadata is exactly {"format": "pt"}: with more keys the library's own files differ from
-    run to run, and without it transformers refuses the file.
+    The metadata is exactly {"format": "pt"}: transformers refuses a file without it, and the safetensors
+    library writes several keys in an order that differs from run to run.
     """
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}

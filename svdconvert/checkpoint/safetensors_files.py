@@ -1,4 +1,4 @@
-"""Open a checkpoint directory: headers first, then one tensor at a time."""
+"""Open a checkpoint: its headers are read at once, its tensors one at a time."""
 
 import json
 import os
@@ -19,9 +19,8 @@ SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 
-
 ENDINGS = (".pth", ".st")
-"""Of files that are a checkpoint by themselves."""
+"""Suffixes of files that are a checkpoint by themselves."""
 
 
 def open_checkpoint(directory: Path) -> TensorSource:
@@ -55,7 +54,7 @@ def open_checkpoint(directory: Path) -> TensorSource:
 
 
 def open_file(path: Path) -> TensorSource:
-    """The tensors of one file: PyTorch's where it ends in .pth or .bin, else safetensors."""
+    """The tensors of one file: PyTorch's format if it ends in .pth or .bin, else safetensors."""
     if path.suffix not in (".pth", ".bin"):
         return SafetensorsSource([path])
     from svdconvert.checkpoint.torch_files import PickledSource
@@ -64,7 +63,7 @@ def open_file(path: Path) -> TensorSource:
 
 
 def _lone_file(directory: Path) -> Path:
-    """The one file of a directory that is a checkpoint by itself. Raises CheckpointError."""
+    """The checkpoint file of a directory without an index. Raises CheckpointError unless there is one."""
     content = sorted(directory.iterdir())
     found = [path for path in content if path.suffix in ENDINGS and path.is_file()]
     if len(found) > 1:
@@ -79,7 +78,10 @@ def _lone_file(directory: Path) -> Path:
 
 
 def read_index(path: Path) -> Mapping[str, str]:
-    """The index's tensor -> shard map, checked: every shard is the plain name of a file beside it."""
+    """The tensor -> shard mapping of an index.
+
+    Raises CheckpointError if it is malformed or names a shard in another directory than its own.
+    """
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
@@ -90,30 +92,31 @@ def read_index(path: Path) -> Mapping[str, str]:
     for name, file in entries.items():
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise CheckpointError(
-                f"{path} places {name} in {file!r}, outside the checkpoint's directory; not read"
+                f"{path} places {name} in {file!r}, outside the checkpoint's directory; "
+                "fetch the checkpoint from a source that you trust"
             )
     return entries
 
 
 def _local_index(path: Path) -> Mapping[str, str]:
-    """The same of a checkpoint whose shards must lie beside the index."""
+    """`read_index`, for a checkpoint on disk. Raises CheckpointError if a shard is missing."""
     entries = read_index(path)
     if absent := [file for file in shard_names(entries) if not (path.parent / file).is_file()]:
         raise CheckpointError(
-            f"{path} names {', '.join(absent[:3])}, which is not there; fetch the missing shard"
+            f"{path} names {', '.join(absent[:3])}, which does not exist; fetch the missing shard"
         )
     return entries
 
 
 def shard_names(weight_map: Mapping[str, str]) -> list[str]:
-    """The files of an index in their order."""
+    """The files of an index, sorted by name."""
     return sorted(set(weight_map.values()))
 
 
-def places(
+def locate_tensors(
     headers: Iterable[tuple[Path, list[Extent]]], weight_map: Mapping[str, str] | None
 ) -> dict[str, tuple[Path, Extent]]:
-    """Tensor -> its file and extent. A tensor in several files is taken from the one that the index names."""
+    """Tensor -> its file and extent. The index decides if several files hold a tensor of one name."""
     found: dict[str, tuple[Path, Extent]] = {}
     for file, extents in headers:
         for extent in extents:
@@ -124,24 +127,26 @@ def places(
 
 
 def refuse_misplaced(weight_map: Mapping[str, str], known: Collection[str], index: Path) -> None:
-    """Raise CheckpointError where a shard lacks a tensor that the index places in it."""
+    """Raise CheckpointError if a shard lacks a tensor that the index places in it."""
     for name, file in weight_map.items():
         if name not in known:
-            raise CheckpointError(f"{index} places {name} in {file}, which does not hold it")
+            raise CheckpointError(
+                f"{index} places {name} in {file}, which does not hold it; fetch them again"
+            )
 
 
 class SafetensorsSource:
     """A TensorSource over safetensors files.
 
-    Bytes are read with pread, not mapped: a file that shrinks under the run is then a sentence, not
-    a SIGBUS.
+    Files are read with pread and not mapped, so that a file that is truncated during a run ends in an error
+    message and not in a SIGBUS.
     """
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
         self._open: dict[Path, int] = {}
         self._opening = Lock()
         self._files = files
-        self._extents = places(((file, read_header(file)) for file in files), weight_map)
+        self._extents = locate_tensors(((file, read_header(file)) for file in files), weight_map)
         self.infos: Mapping[str, TensorInfo] = {
             name: extent.info for name, (_, extent) in self._extents.items()
         }
@@ -155,25 +160,26 @@ class SafetensorsSource:
         return source
 
     def read(self, name: str) -> "Tensor":
-        """The whole tensor in its stored dtype, freshly allocated."""
+        """The tensor in its stored dtype, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`, in `room` or each valid until the next."""
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`; see TensorSource."""
         path, extent = self._extents[name]
         total = extent.info.nbytes
-        passing = memoryview(bytearray(min(size, total)) if room is None else b"")
+        reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
         for start in range(0, total, size):
             stop = min(start + size, total)
-            piece = passing[: stop - start] if room is None else room[start:stop]
-            self._fill(path, piece, extent.begin + start, name)
-            yield piece
+            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
+            self._fill(path, chunk, extent.begin + start, name)
+            yield chunk
 
     def file_versions(self) -> Mapping[str, list[int]]:
-        """Size and time of change of every file."""
+        """Size and time of the last change of every file."""
         return versions_of_files(self._files)
 
     def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
+        """Fill `buffer` with the bytes of a file from `offset` on."""
         try:
             descriptor = self._descriptor(path)
             while len(buffer):
@@ -182,18 +188,21 @@ class SafetensorsSource:
                     raise CheckpointError(
                         f"{path} was truncated while {name} was read; restore the file and run again"
                     )
-                buffer, offset = buffer[count:], offset + count
+                buffer = buffer[count:]
+                offset += count
         except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
+            raise CheckpointError(
+                f"{path}: {name} cannot be read: {error.strerror}; restore the file"
+            ) from error
 
     def _descriptor(self, path: Path) -> int:
-        with self._opening:  # two threads may want the first tensor of a file
+        with self._opening:  # two threads may read the first tensor of a file at the same time
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             return self._open[path]
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
+        """Close the files. A later read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -202,11 +211,11 @@ class SafetensorsSource:
 
 
 def read_header(file: Path) -> list[Extent]:
-    """The tensors of one safetensors file. Raises CheckpointError where the file is damaged."""
+    """The tensors of one safetensors file, ordered by offset. Raises CheckpointError if it is damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = header_length(stream.read(8), str(file), size)
             return parse_header(stream.read(length), str(file), size)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; restore the file") from error

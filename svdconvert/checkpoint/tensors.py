@@ -1,6 +1,5 @@
-"""What a checkpoint is to the rest of the program: named tensors, known before any is read."""
+"""A checkpoint as named tensors, whose shapes and element types are known before any is read."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# safetensors' code of an element type -> (bits of an element, torch's name of it).
+# safetensors' code of an element type -> (bits per element, torch's name).
 ELEMENTS: Mapping[str, tuple[int, str]] = {
     "F64": (64, "float64"),
     "I64": (64, "int64"),
@@ -40,12 +39,11 @@ ELEMENTS: Mapping[str, tuple[int, str]] = {
 }
 _CODES = {torch_name: code for code, (_, torch_name) in ELEMENTS.items() if torch_name}
 
-# What can be decomposed: the formats whose values are the weights themselves.
+# Element types that can be decomposed: their values are the weights themselves.
 REAL = ("F64", "F32", "BF16", "F16")
 
-
-Passing = Callable[[Iterable[memoryview]], Iterable[memoryview]]
-"""Looks at the pieces of a tensor as they pass."""
+OnChunk = Callable[[memoryview], None]
+"""Called with every chunk of a tensor's bytes, in order; `Checksum.update` is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,39 +56,39 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored data."""
+        """Size of the stored data in bytes."""
         return (prod(self.shape) * ELEMENTS[self.dtype][0] + 7) // 8
 
 
 class TensorSource(Protocol):
-    """Named tensors, described by headers and read one at a time."""
+    """Named tensors that are described by headers and read one at a time."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor in the order of the files; nothing is loaded."""
+        """Every tensor, in the order of the files; no data is loaded."""
         ...
 
     def read(self, name: str) -> "Tensor":
-        """The tensor in memory of its own."""
+        """The tensor, in newly allocated memory."""
         ...
 
-    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`.
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in order, in chunks of at most `size` bytes.
 
-        They are put into `room`, which has the tensor's size, one after the other; without one, each is
-        valid until the next is asked for.
+        With a `buffer` of the tensor's size, the chunks are views of it and fill it. Without one, a chunk
+        is valid only until the next one is requested.
         """
         ...
 
     def file_versions(self) -> Mapping[str, list[int]]:
-        """What changes when a file of the source is changed."""
+        """File name -> numbers that differ after the file has been changed."""
         ...
 
 
 def versions_of_files(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Size in bytes and time of the last change in nanoseconds, by file name; links are followed.
+    """File name -> [size in bytes, time of the last change in nanoseconds]; links are followed.
 
-    Raises CheckpointError where a file is gone.
+    Raises CheckpointError if a file no longer exists.
     """
     try:
         return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -101,74 +99,84 @@ def versions_of_files(files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def torch_dtype(code: str) -> "torch.dtype":
-    """torch's dtype of safetensors' code. Raises CheckpointError where torch has none."""
+    """torch's dtype for safetensors' code. Raises CheckpointError if this torch has none."""
     import torch
 
     dtype = getattr(torch, ELEMENTS[code][1], None) if code in ELEMENTS else None
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"element type {code} has no counterpart in torch {torch.__version__}")
+        raise CheckpointError(
+            f"element type {code} has no counterpart in torch {torch.__version__}; install a newer torch"
+        )
     return dtype
 
 
 def dtype_code(dtype: "torch.dtype") -> str:
-    """safetensors' code of torch's dtype."""
+    """safetensors' code for torch's dtype. Raises CheckpointError if it has none."""
     name = str(dtype).removeprefix("torch.")
     if name not in _CODES:
-        raise CheckpointError(f"torch dtype {name} cannot be stored in safetensors")
+        raise CheckpointError(f"torch dtype {name} cannot be stored in safetensors; convert the tensor first")
     return _CODES[name]
 
 
 def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The tensor's own memory as bytes; copies only what is not contiguous."""
+    """The tensor's memory as bytes; only a tensor that is not contiguous is copied."""
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def pieces(data: memoryview, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-    """`data` cut into views of at most `size` bytes, of its own memory or copied into `room`."""
+def in_chunks(data: memoryview, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    """Views of `data` of at most `size` bytes each, or views of `buffer` after copying them into it."""
     for start in range(0, len(data), size):
-        piece = data[start : start + size]
-        if room is not None:
-            room[start : start + size] = piece
-            piece = room[start : start + size]
-        yield piece
+        chunk = data[start : start + size]
+        if buffer is not None:
+            buffer[start : start + size] = chunk
+            chunk = buffer[start : start + size]
+        yield chunk
 
 
 def read_whole(
     source: TensorSource,
     name: str,
-    room: "Tensor | None" = None,
-    over: Passing = iter,
+    buffer: "Tensor | None" = None,
+    on_chunk: OnChunk | None = None,
     size: int | None = None,
 ) -> "Tensor":
-    """The tensor in its stored dtype, in pieces of `size` that pass `over`.
+    """The tensor in its stored dtype, read in chunks of at most `size` bytes.
 
-    In the memory of `room`, bytes enough for it, or in memory of its own.
+    `buffer` is a tensor of bytes whose memory the result uses; without it new memory is allocated. `on_chunk`
+    is called with every chunk.
     """
     import torch
 
     info = source.infos[name]
-    raw = torch.empty(info.nbytes, dtype=torch.uint8) if room is None else room[: info.nbytes]
-    deque(over(source.chunks(name, size or max(1, info.nbytes), raw.numpy().data)), maxlen=0)
+    raw = torch.empty(info.nbytes, dtype=torch.uint8) if buffer is None else buffer[: info.nbytes]
+    for chunk in source.chunks(name, size or max(1, info.nbytes), raw.numpy().data):
+        if on_chunk is not None:
+            on_chunk(chunk)
     return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
 
 def blocks_of_rows(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:
-    """A matrix as stored, `rows` rows at a time; each is valid until the next is asked for."""
+    """A matrix in its stored dtype, `rows` rows at a time.
+
+    All blocks use the same memory: a block is valid only until the next one is requested.
+    """
     import torch
 
     info = source.infos[name]
-    room = torch.empty(rows * (info.nbytes // info.shape[0]), dtype=torch.uint8)
-    view, filled = room.numpy().data, 0
-    for piece in source.chunks(name, len(view)):
-        while len(piece):
-            count = min(len(piece), len(view) - filled)
-            view[filled : filled + count] = piece[:count]
-            piece, filled = piece[count:], filled + count
+    buffer = torch.empty(rows * (info.nbytes // info.shape[0]), dtype=torch.uint8)
+    view = buffer.numpy().data
+    filled = 0
+    for chunk in source.chunks(name, len(view)):
+        while len(chunk):
+            count = min(len(chunk), len(view) - filled)
+            view[filled : filled + count] = chunk[:count]
+            chunk = chunk[count:]
+            filled += count
             if filled == len(view):
-                yield room.view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+                yield buffer.view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])
                 filled = 0
     if filled:
-        yield room[:filled].view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+        yield buffer[:filled].view(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])

@@ -10,10 +10,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from svdconvert.cli import summaries
+from svdconvert.cli import progress, summaries
+from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.cli.terminal import as_json, notify
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, PushOptions, SplitOptions
 from svdconvert.config.progress import Track
@@ -120,7 +122,7 @@ def decompose(
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
-    with summaries.report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out):
         from svdconvert.commands.decompose import decompose as command
         from svdconvert.commands.decompose import plan_decompose
 
@@ -132,7 +134,7 @@ def decompose(
             summaries.show_estimate(source, plan_decompose(source, chosen))
             return
         with published(out, push, pushing, stream=stream) as output:
-            with summaries.progress("decompose") as track:
+            with progress.tensors("decompose") as track:
                 run = _run(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
@@ -164,7 +166,7 @@ def train(
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
-    with summaries.report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
 
         configure_malloc_for_training()
@@ -175,7 +177,7 @@ def train(
         chosen = options(TrainOptions, shared, typed)
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with published(out, push, pushing) as output:
-            with summaries.training() as watch:
+            with progress.steps() as watch:
                 manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
             summaries.show_trained(output.place, manifest)
 
@@ -201,7 +203,7 @@ def merge(
     debug: DebugOpt = False,
 ) -> None:
     """Fold an adapter back into a plain checkpoint."""
-    with summaries.report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
@@ -214,7 +216,7 @@ def merge(
             summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
-            with summaries.progress("merge") as track:
+            with progress.tensors("merge") as track:
                 run = _run(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(
@@ -240,13 +242,13 @@ def to_lora(
     debug: DebugOpt = False,
 ) -> None:
     """Write what training changed as a standard LoRA for the untouched base."""
-    with summaries.report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out):
         from svdconvert.commands.to_lora import to_lora as command
 
         shared = read_recipe(recipe)
         chosen = options(LoraOptions, shared, typed)
         with published(out, push, pushing) as output:
-            with summaries.progress("to-lora", of_bytes=False) as track:
+            with progress.tensors("to-lora", of_bytes=False) as track:
                 run = _run(shared, track, overwrite, None, None)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
@@ -269,14 +271,14 @@ def convert(
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
-    with summaries.report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out):
         from svdconvert.commands.convert import convert as command
 
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
         source = _needed(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
-            with summaries.progress("convert") as track:
+            with progress.tensors("convert") as track:
                 run = _run(shared, track, overwrite, None, None)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
@@ -298,7 +300,7 @@ def push(
     debug: DebugOpt = False,
 ) -> None:
     """Publish DIR with a card; what the Hub has already is not sent again."""
-    with summaries.report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, out=None):
         from svdconvert.commands.push import push as command
 
         done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
@@ -308,10 +310,10 @@ def push(
 @app.command(epilog="Example: svdconvert verify pissa --base org/name")
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
-    with summaries.report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, out=None):
         from svdconvert.commands.verify import verify as command
 
-        with summaries.progress("verify", of_bytes=False) as track:
+        with progress.tensors("verify", of_bytes=False) as track:
             report = command(directory, Run(track=track), base=base)
         summaries.show_report(report)
         if not report.passed:
@@ -325,22 +327,27 @@ def inspect(
     debug: DebugOpt = False,
 ) -> None:
     """Say what a directory is, which base it belongs to, and which command comes next."""
-    with summaries.report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, out=None):
         from dataclasses import asdict
 
         from svdconvert.commands.inspect import inspect as command
 
         found = command(model)
-        summaries.as_json(asdict(found)) if json else summaries.show_inspection(found)
+        as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 
 @app.command(name="list", epilog="Example: svdconvert list methods")
-def list_(what: Annotated[Listing, typer.Argument(help="What to list.")], json: JsonOpt = False) -> None:
+def list_(
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
     """List the methods or the layouts."""
-    from svdconvert.commands.list_plugins import layouts, methods
+    with report_errors(debug=debug):
+        from svdconvert.commands.list_plugins import layouts, methods
 
-    rows = methods() if what is Listing.methods else layouts()
-    summaries.as_json(rows) if json else summaries.catalogue(rows)
+        rows = methods() if what is Listing.methods else layouts()
+        as_json(rows) if json else summaries.catalogue(rows)
 
 
 @app.callback(invoke_without_command=True)
@@ -353,7 +360,8 @@ def start(
     if version:
         from importlib.metadata import version as installed
 
-        summaries.stdout.print(f"svdconvert {installed('svdconvert')}")
+        with report_errors(debug=False):
+            summaries.show_line(f"svdconvert {installed('svdconvert')}")
         raise typer.Exit
 
 
@@ -374,5 +382,5 @@ def _run(
         device=device or shared.get("device") or known.device,
         ranks=find_ranks(),
         track=track or known.track,
-        notify=summaries.notify,
+        notify=notify,
     )

@@ -10,6 +10,7 @@ import typer
 
 from svdconvert.cli import summaries
 from svdconvert.cli.options import Typed
+from svdconvert.cli.terminal import notify
 from svdconvert.config.options import PushOptions
 from svdconvert.config.ranks import find_ranks
 
@@ -86,4 +87,4 @@ def _streaming(destination: "Destination") -> "StreamingUpload":
     from svdconvert.publish.streaming_upload import StreamingUpload
 
     find_ranks().alone("--stream --push")
-    return StreamingUpload(destination, summaries.notify)
+    return StreamingUpload(destination, notify)

@@ -1,35 +1,16 @@
-"""The only place that talks: progress, summaries and errors."""
+"""What a command prints when it is done: a short table and what to type next."""
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
-from rich.table import Column, Table
+from rich.table import Table
+from rich.text import Text
 
-from svdconvert.cli.signals import TerminatedError, raise_on_signals
-from svdconvert.config.progress import Progress, Track, ignore_progress
+from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.errors import SvdConvertError
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading
 
@@ -41,94 +22,39 @@ if TYPE_CHECKING:
     from svdconvert.pipeline.estimate import Estimate
     from svdconvert.pipeline.merge_plan import MergePlan
     from svdconvert.publish.upload import Published
-    from svdconvert.training.logs.metrics import Log
-
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _MANY = 12  # entries of a mapping that a screen shows
 
 
-@contextmanager
-def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
-    """Turn errors into one sentence and an exit status: 1 refused or failed, 130 Ctrl-C, 143 SIGTERM."""
-    with raise_on_signals():
-        try:
-            yield
-        except SvdConvertError as error:
-            if debug:
-                raise
-            _stop(str(error), 1)
-        except KeyboardInterrupt:
-            _stop(f"interrupted{_kept(out)}", 130)
-        except TerminatedError:
-            _stop(f"terminated{_kept(out)}", 143)
-
-
-def _kept(out: object) -> str:
-    here = out is not None and Path(f"{out}.partial").exists()
-    return f"; the same command goes on from {out}.partial" if here else ""
-
-
-def _stop(sentence: str, status: int) -> NoReturn:
-    stderr.print(escape(f"svdconvert: {sentence}"))
-    raise typer.Exit(status)
-
-
-def notify(sentence: str) -> None:
-    """One sentence on standard error, from the leading rank."""
-    if not _follows():
-        stderr.print(escape(f"svdconvert: {sentence}"))
-
-
-def _follows() -> bool:
-    """True in a rank that leaves talking to the leading one; errors it tells itself."""
-    return os.environ.get("RANK", "0") != "0"
-
-
-@contextmanager
-def progress(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
-    """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
-    if _follows() or not stderr.is_terminal:
-        yield ignore_progress
-        return
-    amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    with _bar(amount) as bar:
-        task = bar.add_task(what, total=None, at="")
-
-        def track(step: Progress) -> None:
-            bar.update(task, completed=step.done, total=step.total, at=f"{step.name} {step.file}")
-
-        yield track
-
-
-def _bar(amount: ProgressColumn) -> Bar:
-    """How much is done, the time that is left, and where it is: which gives way on a narrow terminal."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        amount,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[at]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-    ]
-    return Bar(*columns, console=stderr, transient=True, expand=True)
-
-
 def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
     """A short table that says what was done and where it is, and what to type next."""
-    if _follows():
+    if not leads():
         return
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
-    )
-    table.add_column()
+    table = Table(title=Text(plain(title), style="bold"), show_header=False, box=None, pad_edge=False)
+    table.title_justify = "left"
+    table.add_column(style="dim")
     table.add_column(overflow="fold")  # a link that is cut short leads nowhere
     for name, value in rows.items():
         if value is not None:
-            table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
-    stdout.print(table)
+            table.add_row(Text(plain(name)), Text(plain(value)))
+    show(table)
     for number, command in enumerate(commands):
-        stdout.print(f"[dim]{'next' if number == 0 else '  or'}[/dim]  {escape(command)}")
+        show(
+            Text("next" if number == 0 else "  or", style="dim").append(
+                f"  {plain(command)}", style="not dim"
+            )
+        )
+
+
+def show_line(text: str) -> None:
+    """One line of text on standard output."""
+    show(Text(plain(text)))
+
+
+def show(content: Table | Text) -> None:
+    """Print on standard output. Raises OutputError if that is closed or full."""
+    with standard_output():
+        stdout.print(content)
 
 
 def _then(*commands: str) -> list[str]:
@@ -139,26 +65,20 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table with a heading."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    stdout.print(table)
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    show(table)
 
 
 def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
-    """What there is, each with its name and summary on one line and the rest below it."""
+    """Methods or layouts: name and summary on one line each, the rest below it."""
     width = max(len(str(next(iter(row.values())))) for row in rows) + 2
     for row in rows:
         (_, name), (_, what), *others = row.items()
-        stdout.print(f"[bold]{escape(str(name)):{width}}[/bold]{escape(str(what))}")
+        show(Text(f"{plain(name):{width}}", style="bold").append(plain(what), style="not bold"))
         for label, value in others:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            room = max(20, stdout.width - width)
-            for line in wrap(f"{label}: {shown}", room, subsequent_indent="  "):
-                stdout.print(f"{'':{width}}[dim]{escape(line)}[/dim]")
-
-
-def as_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+            for line in wrap(f"{label}: {shown}", max(20, stdout.width - width), subsequent_indent="  "):
+                show(Text(f"{'':{width}}").append(plain(line), style="dim"))
 
 
 def show_estimate(source: object, plan: "Estimate") -> None:
@@ -313,7 +233,7 @@ def _recovery(recovered: "RecoveredFactors | None") -> str | None:
 def show_report(report: "Report") -> None:
     """What verify found."""
     for fault in report.faults[:20]:
-        stderr.print(escape(f"svdconvert: {fault}"))
+        say(fault)
     rows: dict[str, object] = {"stored tensors": f"{report.tensors} compared with their checksums"}
     if report.matrices:
         rows["base"] = report.base
@@ -344,31 +264,6 @@ def _readable(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def training() -> Iterator[Callable[["Log", int], None]]:
-    """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
-    if _follows() or not stderr.is_terminal:
-        yield lambda log, steps: None
-        return
-    from svdconvert.training.optim.loop import EvalLog, StepLog
-
-    with _bar(MofNCompleteColumn()) as bar:
-        task = bar.add_task("train", total=None, at="")
-        started, held_out = monotonic(), ""
-
-        def watch(log: "Log", steps: int) -> None:
-            nonlocal held_out
-            if isinstance(log, EvalLog):
-                held_out = f"held-out {log.eval_loss:.4f}"
-                bar.update(task, completed=log.step, total=steps, at=held_out)
-            elif isinstance(log, StepLog):
-                speed = log.tokens / max(monotonic() - started, 1e-9)
-                at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
-                bar.update(task, completed=log.step, total=steps, at=at)
-
-        yield watch
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:

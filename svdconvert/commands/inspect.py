@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdconvert.adapters.peft_files import AdapterConfig, is_adapter, open_adapter
+from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.config.recipe import COMMAND_OF_KIND, non_default_options

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
-from svdconvert.inputs.open_adapter import open_adapter_delta, refuse_unknown_init
-from svdconvert.inputs.recover_init import recover_init
+from svdconvert.inputs.open_adapter import open_adapter_delta
+from svdconvert.inputs.recover_init import settle_init
 from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.staging import check_free
@@ -35,7 +35,6 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
     options = options or LoraOptions()
     run.ranks.alone("to-lora")
     check_free(Path(out), overwrite=run.overwrite)
-    delta = open_adapter_delta(adapter, Sources(base=base, residual=residual, init=init), options.alpha)
-    refuse_unknown_init(delta, init)
-    delta = recover_init(delta, base)
+    sources = Sources(base=base, residual=residual, init=init)
+    delta = settle_init(open_adapter_delta(adapter, sources, options.alpha), sources)
     return run_job(LoraJob(plan_lora(delta, options)), Path(out), run)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS
 from svdconvert.adapters.extra_parameters import beside_adapters, declaration
-from svdconvert.adapters.peft_files import CONFIG, WEIGHTS, WITH_PARAMETERS
+from svdconvert.adapters.peft_files import WEIGHTS
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
@@ -135,10 +136,10 @@ def _checkpoints(staged: StagedOutput, plan: TrainOptions, run: Run) -> Checkpoi
         every=plan.save_every,
         keep=plan.save_limit,
         leads=run.ranks.leads,
-        # An unfinished output with something noted in it is kept.
-        saved=lambda step: staged.finish("checkpoint", {"step": step}),
+        saved=lambda step: staged.keep(),
     )
     if found.step:
+        staged.keep()
         run.notify(f"going on from {staged.path}: {found.step} steps are done")
     return found
 

@@ -1,4 +1,4 @@
-"""How a verb runs, as opposed to what it makes."""
+"""How a command runs, as opposed to what it writes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ def ignore_message(sentence: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The circumstances of one command."""
+    """The execution settings of one command. Only `threads` and `device` may change bytes of the result."""
 
     overwrite: bool = False
     """Replace an output directory that svdconvert wrote."""
     threads: int | None = None
-    """Threads of the arithmetic; bytes are repeatable at a fixed count. None: as torch chooses."""
+    """Threads of the arithmetic; the same number gives the same bytes. None: as many as torch chooses."""
     device: str = "auto"
-    """Where the arithmetic runs: cpu, cuda, cuda:N, or auto."""
+    """Device of the arithmetic: cpu, cuda, cuda:N, or auto."""
     stream: bool = False
-    """Leave the weights of a model of the Hub where they are, and read them from there."""
+    """Read the weights of a model of the Hub by range requests instead of downloading them."""
     shard_sink: ShardSink | None = None
-    """Where finished shards go at once; the output directory does not appear then."""
+    """Uploads finished shards at once; the output directory does not appear then."""
     trust_remote_code: bool = False
-    """Let transformers run code that a model brings."""
+    """Let transformers run code from the model's repository."""
     ranks: Ranks = Ranks()
     """The processes that share the work; see `find_ranks`."""
     track: Track = ignore_progress
-    """Told of every finished tensor."""
+    """Called for every finished tensor."""
     notify: Callable[[str], None] = ignore_message
-    """Told in a sentence what a user should know at once."""
+    """Called with a sentence that the user should read at once."""

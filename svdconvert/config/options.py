@@ -1,6 +1,6 @@
-"""Every option that shapes a result, once: the command line, recipes and Python calls are made from it.
+"""The options that shape a result. The command line, recipes and Python calls use these classes.
 
-The text under a field is its help. This file imports no torch, so that `--help` is instant.
+The text under a field is its help. This module imports no torch, so that `--help` is fast.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,22 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
+from svdconvert.config.sizes import SizeText
+
 Float = Literal["float32", "bfloat16", "float16"]
 AutoFloat = Literal["auto", "float32", "bfloat16", "float16"]
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-def _commas(value: Any) -> Any:
+def _split_at_commas(value: Any) -> Any:
+    """ "attn,mlp" as a tuple of names."""
     parts = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
     if not parts or "" in parts:
         raise ValueError("a target is empty; give all-linear, roles or globs")
     return parts
 
 
-def _pairs(value: Any) -> Any:
+def _parse_pairs(value: Any) -> Any:
     """ "attn=16,mlp.down=64" as a mapping."""
     if not isinstance(value, str):
         return value
@@ -32,7 +35,7 @@ def _pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_commas)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 Rank = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -42,39 +45,39 @@ class SplitOptions:
     """The options of `decompose`."""
 
     method: str = "pissa"
-    """A method; see `svdconvert list methods`."""
+    """The method; see `svdconvert list methods`."""
     init: str | None = None
-    """How the method starts, where it knows several ways (lora-fa: svd or random)."""
+    """The initialisation, for methods with several (lora-fa: svd or random)."""
     rank: Rank = 64
-    """Rank of every adapter matrix."""
+    """Rank of the adapter of every matrix."""
     alpha: AboveZero | None = None
-    """The adapter is scaled by alpha / rank; alpha is the rank itself unless given."""
-    rank_pattern: Annotated[Mapping[str, Rank] | None, BeforeValidator(_pairs)] = None
-    """Other ranks for roles or globs, as attn=16,mlp.down=64; the last that fits holds."""
-    alpha_pattern: Annotated[Mapping[str, AboveZero] | None, BeforeValidator(_pairs)] = None
-    """Other alphas for roles or globs, likewise."""
+    """The adapter is scaled by alpha / rank; without it, alpha is the rank."""
+    rank_pattern: Annotated[Mapping[str, Rank] | None, BeforeValidator(_parse_pairs)] = None
+    """Other ranks for roles or globs, such as attn=16,mlp.down=64; the last one that matches applies."""
+    alpha_pattern: Annotated[Mapping[str, AboveZero] | None, BeforeValidator(_parse_pairs)] = None
+    """Other alphas for roles or globs, in the same form."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapter in training, for adapter_config.json."""
+    """Dropout on the adapter's input in training, for adapter_config.json."""
     targets: Names = ("all-linear",)
-    """What is decomposed: all-linear, roles (attn, mlp, attn.q), globs on tensor names; by commas."""
+    """What is decomposed: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
     svd: Literal["fast", "exact", "exact64"] = "fast"
-    """fast is randomised with a measured error, exact is LAPACK's full SVD in float32, exact64 in float64."""
+    """fast is randomised with a measured error; exact is LAPACK's full SVD in float32, exact64 in float64."""
     tol: AboveZero = 1e-3
-    """How far the residual's norm may lie above the optimum, relatively, before LAPACK takes over."""
+    """Largest relative excess of the residual's norm over the optimum; above it, LAPACK replaces fast."""
     dtype: Float = "float32"
-    """In which the factors are stored."""
+    """Element type of the stored factors."""
     residual_dtype: AutoFloat = "auto"
-    """In which the residual is stored; auto is the source's own, and float32 for milora's minor slice."""
-    max_shard_size: str = "5GB"
-    """Size of an output shard, as 5GB, 200MB or 4GiB."""
+    """Element type of the stored residual; auto is that of the source, and float32 for milora."""
+    max_shard_size: SizeText = "5GB"
+    """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     copy_base: bool = False
-    """Write the base too where the method leaves it as it is."""
+    """Write the base too, for methods that do not change it."""
     layout: str | None = None
-    """A layout, where config.json's model_type does not say; see `svdconvert list layouts`."""
+    """The layout, if config.json's model_type does not tell it; see `svdconvert list layouts`."""
     seed: int = 0
-    """Of the random numbers."""
+    """Seed of the random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -82,17 +85,17 @@ class MergeOptions:
     """The options of `merge`."""
 
     side: Literal["auto", "base", "residual"] = "auto"
-    """From which weights; auto is the base where it is given or found, else the residual."""
+    """The weights to merge into; auto is the base if it is given or found, else the residual."""
     dtype: AutoFloat = "auto"
-    """Of the merged matrices; auto is the base's own."""
+    """Element type of the merged matrices; auto is that of the base."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """stochastic keeps on average what is smaller than the last place of a half-precision number."""
+    """stochastic keeps, on average, changes that are smaller than the spacing of half-precision numbers."""
     seed: int = 0
-    """Of stochastic rounding."""
-    max_shard_size: str = "5GB"
-    """Size of an output shard, as 5GB, 200MB or 4GiB."""
+    """Seed of stochastic rounding."""
+    max_shard_size: SizeText = "5GB"
+    """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     alpha: AboveZero | None = None
-    """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
+    """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -102,11 +105,11 @@ class ConvertOptions:
     layout: str
     """The layout to write: blinkdl, hf, fla or web-rwkv for an RWKV-6; see `svdconvert list layouts`."""
     dtype: AutoFloat = "auto"
-    """Of all tensors; auto leaves each as it is, and the conversion without loss."""
+    """Element type of all tensors; auto keeps that of each, so that nothing is lost."""
     state: bool = False
-    """Give every layer of an RWKV a first state, at zero, to be tuned; blinkdl and web-rwkv have a place."""
-    max_shard_size: str = "5GB"
-    """Size of an output shard, as 5GB, 200MB or 4GiB; a .pth or .st is one file in any case."""
+    """Add a state of zeros to every layer of an RWKV, for state tuning (blinkdl and web-rwkv only)."""
+    max_shard_size: SizeText = "5GB"
+    """Largest size of an output shard, such as 5GB, 200MB or 4GiB; a .pth or .st is never split."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -114,21 +117,20 @@ class LoraOptions:
     """The options of `to-lora`."""
 
     format: Literal["peft", "rwkv-peft"] = "peft"
-    """Whose format: PEFT's, or the .pth that RWKV-PEFT trains and merges, at lora_alpha = rank."""
+    """PEFT's format, or the .pth that RWKV-PEFT trains and merges, with lora_alpha = rank."""
     dtype: Float = "float32"
-    """In which the factors are stored."""
+    """Element type of the stored factors."""
     rank: Annotated[int, Field(ge=1)] | None = None
-    """Truncate every matrix to this rank, with the least error; without it the LoRA is exact."""
+    """Truncate every matrix to this rank, with the smallest possible error; without it the LoRA is exact."""
     tol: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Truncate every matrix to the least rank that leaves out at most this share of its change's norm."""
+    """Truncate every matrix to the smallest rank whose error is at most this share of its change's norm."""
     rank_budget: Annotated[int, Field(ge=1)] | None = None
-    """Truncate to ranks that add up to this, shared out so that the least is left out over all matrices."""
-
+    """Truncate to ranks whose sum is this, distributed so that the total error is smallest."""
     alpha: AboveZero | None = None
-    """The lora_alpha of an adapter file that does not say it, as RWKV-PEFT's."""
+    """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
+    def _refuse_rivals(self) -> Self:
         given = [name for name in ("rank", "tol", "rank_budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give one")
@@ -140,10 +142,10 @@ class PushOptions:
     """How a directory is published."""
 
     private: bool = False
-    """Create the repository as a private one; one that exists stays as it is."""
+    """Create the repository as private; an existing one is not changed."""
     revision: str | None = None
-    """Push to this branch, which is created where it is not there; main unless given."""
+    """Push to this branch, which is created if it does not exist; without it, to main."""
     message: str | None = None
-    """The commit's message."""
+    """Message of the commit."""
     pull_request: bool = False
-    """Open a pull request with it."""
+    """Open a pull request instead of committing to the branch."""

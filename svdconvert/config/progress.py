@@ -1,4 +1,4 @@
-"""How far a long run is: told by the library, drawn by the console."""
+"""The progress of a long run: reported by the library, drawn by the command line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One finished tensor. Sizes in bytes of output."""
+    """One finished tensor; `done` and `total` are bytes of the output."""
 
     name: str
     file: str
@@ -18,4 +18,4 @@ Track = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """The tracker that draws nothing."""
+    """The default of `Run.track`: discard the report."""

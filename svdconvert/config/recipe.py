@@ -1,11 +1,11 @@
-"""Recipes: the options of a whole run in one YAML file, and how they meet the command line.
+"""Recipes: the options of all steps in one YAML file, and how they combine with the command line.
 
     model: org/name
     seed: 1
     decompose: {method: pissa, rank: 16}
     train: {data: train.jsonl, steps: 100}
 
-What is typed on the command line wins. An unknown key is an error that lists the known ones.
+The command line wins over the recipe. An unknown key is an error that lists the known ones.
 """
 
 from collections.abc import Mapping
@@ -36,31 +36,31 @@ COMMAND_OF_KIND: Mapping[str, str] = {
     "lora": "to_lora",
     "converted": "convert",
 }
-"""Kind of a directory -> the section of what made it."""
+"""Kind of a directory -> the section of the command that wrote it."""
 SHARED = ("model", "seed", "threads", "device")
-_SPELLINGS = {"from": "side"}  # what Python does not allow as a name
-# Options of which only one can be given: what is typed takes the place of what the recipe has.
+_SPELLINGS = {"from": "side"}  # a reserved word in Python
+# Options of which only one can be given: if one is typed, those of the recipe are ignored.
 _EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read: shared keys, and a mapping per verb."""
+    """A recipe: keys that all commands share, and the options of each command."""
 
     shared: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
 
     def get(self, key: str) -> Any:
-        """A shared key, None where the recipe does not have it."""
+        """The value of a shared key; None if the recipe does not have it."""
         return self.shared.get(key)
 
 
 def read_recipe(path: Path | None) -> Recipe:
-    """Read and check a recipe's keys. Raises RecipeError for what is not known."""
+    """Read a recipe and check its keys. Raises RecipeError for an unknown key or a file that is not YAML."""
     if path is None:
         return Recipe()
-    import yaml  # which nobody waits for who has no recipe
+    import yaml  # only if there is a recipe: the import takes time
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -69,23 +69,25 @@ def read_recipe(path: Path | None) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a mapping of keys; it wants {', '.join([*SHARED, *SECTIONS])}")
+        raise RecipeError(f"{path} is not a mapping of keys; write some of {', '.join([*SHARED, *SECTIONS])}")
     content = _plain(content)
     _refuse_unknown(content, [*SHARED, *SECTIONS], str(path))
     sections = {}
     for name, kind in SECTIONS.items():
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
-            raise RecipeError(f"{path}: {name} is not a mapping of options")
+            raise RecipeError(
+                f"{path}: {name} is not a mapping of options; write OPTION: VALUE lines below it"
+            )
         sections[name] = _plain(section)
         _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
     return Recipe(content, sections, path)
 
 
 def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
-    """The options of one verb: what was typed, else the recipe, else the defaults.
+    """The options of one command: what was typed, else the recipe's, else the defaults.
 
-    Raises RecipeError for a value out of range or of the wrong type.
+    Raises RecipeError for a value that is out of range or of the wrong type.
     """
     section = next(name for name, known in SECTIONS.items() if known is kind)
     known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
@@ -99,22 +101,22 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        verb = section.replace("_", "-")
-        place = verb if recipe.path is None or key in given else f"{recipe.path}: {section}"
+        command = section.replace("_", "-")
+        source = command if recipe.path is None or key in given else f"{recipe.path}: {section}"
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
         wrong = f"{key} is {first['input']!r}: {message}" if key else message
-        raise RecipeError(f"{place}: {wrong}") from error
+        raise RecipeError(f"{source}: {wrong}") from error
 
 
 def non_default_options(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options among `values` that are not as they are by default."""
+    """The options among `values` that differ from their defaults."""
     usual = {entry.name: entry.default for entry in fields(SECTIONS[section])}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     return {name: value for name, value in values.items() if plain.get(name) != value}
 
 
 def to_cli_args(section: str, values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line for what is not as it is by default."""
+    """The arguments of a command line for the options that differ from their defaults."""
     known = {entry.name for entry in fields(SECTIONS[section])}
     spellings = {name: spelling for spelling, name in _SPELLINGS.items()}
     words: list[str] = []
@@ -138,6 +140,6 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {_SPELLINGS.get(key, key): value for key, value in names.items()}
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
     if unknown := sorted(set(values) - set(known)):
-        raise RecipeError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+        raise RecipeError(f"{source} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

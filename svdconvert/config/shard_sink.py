@@ -1,4 +1,4 @@
-"""Finished files that go elsewhere at once, so that they need not all lie on this disk."""
+"""The interface for uploading finished files at once, so that they need not all fit on this disk."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any, Protocol
 
 
 class ShardSink(Protocol):
-    """Where the files of one output go."""
+    """Takes the files of one output."""
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Prepare the place for the run of this identity: the same for the same run, begun before or not."""
+        """Prepare for the run with this identity, which its continuation has too."""
         ...
 
     def send(self, path: Path, file: str) -> Mapping[str, Any]:
-        """Send a finished file; what to recognise it by. When this returns, the file may be deleted."""
+        """Upload a finished file, which may then be deleted; a record by which `holds` recognises it."""
         ...
 
     def holds(self, file: str, record: Mapping[str, Any]) -> bool:
-        """True where a file that was sent before is still there."""
+        """True if the sink still has a file that an earlier run sent."""
         ...
 
     def finish(self, directory: Path) -> None:
-        """Send all that is still here and make everything visible at once."""
+        """Upload all files that are left in `directory` and make everything visible at once."""
         ...

@@ -1,26 +1,34 @@
-"""Sizes as people write them: 5GB, 200MB."""
+"""Sizes in bytes as people write them: 5GB (10^9 bytes each), 200MB, 4GiB (2^30)."""
 
 import re
+from typing import Annotated
 
-from svdconvert.errors import RecipeError
+from pydantic import AfterValidator, ByteSize, TypeAdapter, ValidationError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# pydantic's ByteSize ignores what follows the first unit: it takes 5,5GB for 5 bytes.
+_NUMBER_AND_UNIT = re.compile(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" (10^9), "200MB", "4GiB" (2^30). Raises RecipeError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise RecipeError(f"{text!r} is not a size; write it as 5GB, 200MB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    """Bytes of a size such as "5GB", "200MB" or "4GiB". Raises ValueError for anything else."""
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text) if _NUMBER_AND_UNIT.fullmatch(text) else 0
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise ValueError("it should be a size above zero, such as 5GB, 200MB or 4GiB")
+    return int(size)
+
+
+def _checked(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+SizeText = Annotated[str, AfterValidator(_checked)]
+"""The type of an option that is a size; its value stays the text that was typed, as manifests record it."""
 
 
 def size_text(count: int) -> str:
-    """1234567 -> "1.23 MB"."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
+    """1234567 -> "1.2 MB"."""
+    return ByteSize(count).human_readable(decimal=True, separator=" ")

@@ -1,4 +1,4 @@
-"""The door in: a model reference becomes a local directory."""
+"""Download a model of the Hub into the cache, as far as it is needed."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
@@ -18,54 +18,54 @@ from svdconvert.checkpoint.safetensors_files import (
     shard_names,
 )
 from svdconvert.errors import CheckpointError, ModelNotFoundError
-from svdconvert.hub.auth import explained, patiently, transport_errors, use_token
+from svdconvert.hub.auth import hub_api
+from svdconvert.hub.errors import hub_errors_as, is_unanswered, with_retries
 from svdconvert.hub.reference import ModelRef
 
 Part = Literal["all", "adapter", "sidecars"]
-"""What is fetched: everything a loader needs, that without the model's own weights, or no weights."""
+"""What is downloaded: everything a loader needs, the same without the model's own weights, or no weights."""
 
-# What loaders read beside the weights, at the root and in the folders of templates and initial adapters.
+# What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders.
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
 _FOLDERS = ("*_init", "additional_chat_templates")
-_LEAST = ("config.json", "adapter_config.json")  # without which a snapshot in the cache is none
+_REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A model on this machine, and where it came from."""
+    """A model on this machine, and its origin."""
 
     path: Path
     location: str
     """The absolute path, or org/name."""
     revision: str | None = None
-    """The commit, for a model of the Hub."""
+    """The commit, for a model of the Hub, else None."""
 
     @property
     def hub_id(self) -> str | None:
-        """org/name for a model of the Hub."""
+        """org/name for a model of the Hub, else None."""
         return self.location if self.revision else None
 
     @property
     def name(self) -> str:
-        """What fetches the same again."""
+        """The argument of `fetch` that returns the same snapshot."""
         return f"{self.location}@{self.revision}" if self.revision else str(self.path)
 
 
 def fetch(model: str, part: Part = "all") -> Snapshot:
-    """The directory of `model`, downloaded into the Hub's cache where it is not local.
+    """The directory of `model`; a model of the Hub is downloaded into huggingface_hub's cache.
 
-    Only what is needed is fetched, at one commit, and weights are compared with their SHA-256 when they
-    arrive. Raises ModelNotFoundError if neither this machine nor the Hub has it, CheckpointError if the Hub
-    cannot be reached, refuses access or sends damaged files.
+    All files are of one commit, and the SHA-256 of downloaded weights is compared with the Hub's.
+    Raises ModelNotFoundError if neither this machine nor the Hub has it, CheckpointError if the Hub is out of
+    reach, refuses access or sends damaged files.
     """
     reference = ModelRef.parse(model)
     if reference.path is not None:
         return Snapshot(reference.path, str(reference.path.absolute()))
     assert reference.repository is not None
-    use_token()
-    with explained(reference.repository, reference.revision, kind=CheckpointError):
+    with hub_errors_as(CheckpointError, reference.repository, reference.revision):
         path = _download(reference, part)
     if reference.file is None:
         return Snapshot(path, reference.repository, path.name)
@@ -73,24 +73,27 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
 
 
 def _download(reference: ModelRef, part: Part) -> Path:
-    """The snapshot in the cache with all that `part` asks for."""
-    from huggingface_hub import snapshot_download
-
-    repository, revision = str(reference.repository), reference.revision
+    """The directory of the snapshot in the cache, which then holds all that `part` asks for."""
+    repository = str(reference.repository)
+    revision = reference.revision
     known = _known_files(repository, revision)
-    if known is None:  # out of reach: the cache may have it, and what it lacks is missed when it is read
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_LEAST]))
+    if known is None:  # the cache may hold it; a missing file is reported when it is read
+        return Path(hub_api().snapshot_download(repository, revision=revision, allow_patterns=[*_REQUIRED]))
     commit, files = known
     wanted = [name for name in files if _is_sidecar(name)]
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
     if absent := [name for name in wanted if name not in files]:
         raise ModelNotFoundError(f"{repository} has no {absent[0]}; check the name of the file")
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
-    # By the revision's own name, so that the cache knows it too when the Hub is out of reach.
-    exactly = [escape(name) for name in wanted]
-    path = Path(patiently(lambda: snapshot_download(repository, revision=revision, allow_patterns=exactly)))
+    # Not by the commit: the cache stores which commit a named revision is, for later use without the Hub.
+    patterns = [escape(name) for name in wanted]
+    path = Path(
+        with_retries(
+            lambda: hub_api().snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        )
+    )
     if path.name != commit:
-        return _download(reference, part)  # somebody has pushed meanwhile
+        return _download(reference, part)  # the revision changed after _known_files
     for name in wanted:
         if (sha256 := files[name]) and name not in before and _sha256(path / name) != sha256:
             _fetch_again(repository, commit, path / name, name, sha256)
@@ -98,14 +101,11 @@ def _download(reference: ModelRef, part: Part) -> Path:
 
 
 def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, str | None]] | None:
-    """(commit, file -> SHA-256 where it is a large one), or None where the Hub is out of reach."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
+    """(commit, file -> SHA-256 if it is stored in LFS, else None); None if the Hub does not answer."""
     try:
-        info = patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
-    except (OfflineModeIsEnabled, HfHubHTTPError, transport_errors()[0]) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+        info = with_retries(lambda: hub_api().model_info(repository, revision=revision, files_metadata=True))
+    except Exception as error:
+        if not is_unanswered(error):
             raise
         return None
     assert info.sha is not None
@@ -115,12 +115,12 @@ def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, 
 
 def _is_sidecar(name: str) -> bool:
     folder, _, file = name.rpartition("/")
-    place = not folder or any(fnmatchcase(folder, pattern) for pattern in _FOLDERS)
-    return place and any(fnmatchcase(file, pattern) for pattern in _SIDECARS)
+    known = not folder or any(fnmatchcase(folder, pattern) for pattern in _FOLDERS)
+    return known and any(fnmatchcase(file, pattern) for pattern in _SIDECARS)
 
 
 def _weights(repository: str, commit: str, files: Collection[str], part: Part) -> Iterator[str]:
-    """The weights that are read: the adapters', and of the model's own one kind only."""
+    """The files with weights that `part` includes: adapters, and one storage format of the model's own."""
     if part == "sidecars":
         return
     for name in files:
@@ -132,23 +132,22 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
 
 
 def _own_weights(repository: str, commit: str, files: Collection[str]) -> list[str]:
+    """The files of the model itself, in the order of preference of `open_checkpoint`."""
     for index, single in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED_SINGLE)):
         if index in files:
             return [name for name in _shards(repository, commit, index) if name in files]
         if single in files:
             return [single]
-    lone = [name for name in files if name.endswith(ENDINGS) and "/" not in name]
-    if len(lone) > 1:
+    found = [name for name in files if name.endswith(ENDINGS) and "/" not in name]
+    if len(found) > 1:
         raise CheckpointError(
-            f"{repository} holds {len(lone)} checkpoints; name one of them, as {repository}/{lone[0]}"
+            f"{repository} holds {len(found)} checkpoints; name one of them, as {repository}/{found[0]}"
         )
-    return lone
+    return found
 
 
 def _shards(repository: str, commit: str, index: str) -> list[str]:
-    from huggingface_hub import hf_hub_download
-
-    return shard_names(read_index(Path(hf_hub_download(repository, index, revision=commit))))
+    return shard_names(read_index(Path(hub_api().hf_hub_download(repository, index, revision=commit))))
 
 
 def _cached(repository: str, commit: str, name: str) -> bool:
@@ -158,19 +157,17 @@ def _cached(repository: str, commit: str, name: str) -> bool:
 
 
 def _fetch_again(repository: str, commit: str, path: Path, name: str, sha256: str) -> None:
-    """Fetch a file anew that arrived damaged. Raises CheckpointError where it does so twice."""
-    from huggingface_hub import hf_hub_download
-
+    """Download a damaged file again. Raises CheckpointError if it is damaged a second time."""
     for attempt in (1, 2):
         path.resolve().unlink()
-        path.unlink(missing_ok=True)  # the link to it
+        path.unlink(missing_ok=True)  # the symbolic link to it
         if attempt == 1:
-            hf_hub_download(repository, name, revision=commit)
+            hub_api().hf_hub_download(repository, name, revision=commit)
             if _sha256(path) == sha256:
                 return
     raise CheckpointError(
-        f"{name} of {repository} arrived damaged twice: its SHA-256 is not {sha256}, which the Hub lists; "
-        "run the same command again, on another network if you can"
+        f"{name} of {repository} was damaged in two downloads: its SHA-256 is not the Hub's, {sha256}; "
+        "run the same command again, on another network if possible"
     )
 
 
@@ -183,9 +180,9 @@ def _sha256(path: Path) -> str:
 
 
 def weight_files(snapshot: Snapshot) -> tuple[list[str], Mapping[str, str] | None]:
-    """(safetensors files, tensor -> file where there is an index) of a model whose weights are not here.
+    """(safetensors files, tensor -> file or None without an index) of a model whose weights stay on the Hub.
 
-    Raises CheckpointError where its index is damaged.
+    Raises CheckpointError if its index is damaged.
     """
     if not (snapshot.path / INDEX).exists():
         return [SINGLE], None

@@ -1,4 +1,4 @@
-"""What a user writes for a model: a path, org/name[@revision], or one file of a repository."""
+"""What a user types for a model: a path, org/name[@revision], or one file of a repository."""
 
 import re
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class ModelRef:
     repository: str | None = None
     revision: str | None = None
     file: str | None = None
-    """The one file of the repository that is the model; None for the repository as a whole."""
+    """The file of the repository that is the model; None if the model is the repository."""
 
     @staticmethod
     def parse(text: str) -> "ModelRef":
@@ -29,5 +29,5 @@ class ModelRef:
         if match := _REPOSITORY.fullmatch(text):
             return ModelRef(None, match["name"], match["revision"] or None, match["file"])
         raise ModelNotFoundError(
-            f"{text} does not exist, and is no org/name[@revision] of the Hub; check the path"
+            f"{text} does not exist and is not an org/name[@revision] of the Hub; check the path"
         )

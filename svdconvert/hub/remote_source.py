@@ -1,4 +1,8 @@
-"""A checkpoint that stays on the Hub: headers and tensors by HTTP range, nothing on disk."""
+"""Read a checkpoint on the Hub by HTTP range requests, without writing it to disk.
+
+huggingface_hub's parse_safetensors_file_metadata is not used: it returns neither the length of the header
+nor the size of the file, so that offsets in the file stay unknown and a truncated file is not noticed.
+"""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,79 +13,89 @@ from time import sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.safetensors_files import INDEX, places, refuse_misplaced
-from svdconvert.checkpoint.tensors import TensorInfo, pieces, read_whole
+from svdconvert.checkpoint.safetensors_files import INDEX, locate_tensors, refuse_misplaced
+from svdconvert.checkpoint.tensors import TensorInfo, in_chunks, read_whole
 from svdconvert.errors import CheckpointError
-from svdconvert.hub.auth import endpoint, explained, is_passing
+from svdconvert.hub.auth import endpoint, find_token
 from svdconvert.hub.download import Snapshot, weight_files
+from svdconvert.hub.errors import hub_errors_as, is_connection_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_AHEAD = 1 << 20  # bytes of a header's first request, and of small tensors that are read together
-_RUNS_KEPT = 4  # one thread reads matrices ahead of another one that copies
-_PIECE = 1 << 18
-_AT_ONCE = 8  # headers that are asked for together
-_RETRIES = 6  # in a row, without a byte in between
+_SMALL = 1 << 20  # bytes of the first request for a header, and of small tensors that are read together
+_RUNS_KEPT = 4  # one thread reads matrices, another one copies other tensors
+_CHUNK = 1 << 18
+_PARALLEL = 8  # headers that are requested at the same time
+_RETRIES = 6  # in succession, without receiving a byte
 _LONGEST_WAIT = 8.0  # seconds
-_SILENCE = 30.0  # seconds, after which a connection counts as broken
+_TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
 
 
 class Unstreamable(CheckpointError):
-    """A repository whose weights cannot be read in ranges."""
+    """A repository without safetensors, whose weights can only be downloaded."""
 
 
 class RemoteFile:
-    """One file of a repository at a commit, read in ranges. Safe to be read by several threads."""
+    """One file of a repository at a commit, read by range requests; several threads may use it."""
 
-    def __init__(self, repository: str, commit: str, name: str) -> None:
+    def __init__(self, repository: str, commit: str, name: str, token: str | None = None) -> None:
         from huggingface_hub import hf_hub_url
 
-        self.name, self._repository = f"{repository}/{name}", repository
+        self.name = f"{repository}/{name}"
+        self._repository = repository
+        self._token = token
         self._url = hf_hub_url(repository, name, revision=commit)
         self.size: int | None = None
-        """In bytes; known after the first read."""
+        """Size in bytes; None before the first read."""
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to `end`, or to the file's own end."""
-        return b"".join(self.pieces(begin, end))
+        """The bytes from `begin` to `end`, or to the end of the file if that is earlier."""
+        return b"".join(self.chunks(begin, end))
 
-    def pieces(self, begin: int, end: int) -> Iterator[bytes]:
-        """The same as they arrive; a connection that breaks is made anew from where it broke.
+    def chunks(self, begin: int, end: int) -> Iterator[bytes]:
+        """The same bytes as they arrive. If the connection breaks, the rest is requested again.
 
-        Raises CheckpointError where it breaks again and again, or the Hub refuses.
+        Raises CheckpointError if it breaks again and again, or if the Hub refuses the request.
         """
         failures = 0
         while begin < (end if self.size is None else min(end, self.size)):
             try:
-                with explained(self._repository, kind=CheckpointError):
-                    for piece in self._ask(begin, end):
-                        begin, failures = begin + len(piece), 0
-                        yield piece
+                with hub_errors_as(CheckpointError, self._repository):
+                    for chunk in self._ask(begin, end):
+                        begin += len(chunk)
+                        failures = 0
+                        yield chunk
             except CheckpointError as error:
-                if not is_passing(error.__cause__):
+                if not is_connection_error(error.__cause__):
                     raise
                 failures += 1
                 if failures > _RETRIES:
                     raise CheckpointError(
                         f"{self.name} cannot be read: the connection to {endpoint()} breaks again and again "
-                        f"at byte {begin}; run the same command again to go on"
+                        f"at byte {begin}; run the same command again to continue"
                     ) from error
                 sleep(min(_LONGEST_WAIT, 0.25 * 2**failures))
 
     def _ask(self, begin: int, end: int) -> Iterator[bytes]:
-        """One request. What is busy (429, 5xx) is asked again, and waited for as it says."""
+        """One request; if the Hub is busy (429, 5xx), it is repeated after the time that the Hub asks for."""
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        # What breaks on the way is dealt with by the caller, who knows what has arrived.
-        options: dict[str, Any] = {"headers": headers, "timeout": _SILENCE, "retry_on_exceptions": ()}
+        headers = {
+            **build_hf_headers(token=self._token),
+            "Range": f"bytes={begin}-{end - 1}",
+            "Accept-Encoding": "identity",
+        }
+        # A broken connection is handled by the caller, which knows what has arrived.
+        options: dict[str, Any] = {"headers": headers, "timeout": _TIMEOUT, "retry_on_exceptions": ()}
         with http_stream_backoff("GET", self._url, **options) as response:
             hf_raise_for_status(response)
             if response.status_code != 206:
-                raise CheckpointError(f"{endpoint()} does not send {self.name} in ranges; leave out --stream")
+                raise CheckpointError(
+                    f"{endpoint()} does not answer range requests for {self.name}; leave out --stream"
+                )
             self.size = int(response.headers["Content-Range"].rpartition("/")[2])
-            yield from response.iter_raw(_PIECE)
+            yield from response.iter_raw(_CHUNK)
 
 
 class RemoteSource:
@@ -90,60 +104,64 @@ class RemoteSource:
     def __init__(self, snapshot: Snapshot) -> None:
         """Read the headers of a model whose sidecars are in `snapshot`.
 
-        Raises CheckpointError where it has no safetensors, or one is damaged.
+        Raises Unstreamable if it has no safetensors, CheckpointError if one is damaged.
         """
         assert snapshot.revision is not None
         names, weight_map = weight_files(snapshot)
-        self._files = {Path(name): RemoteFile(snapshot.location, snapshot.revision, name) for name in names}
-        with _in_safetensors(snapshot), ThreadPoolExecutor(_AT_ONCE, "headers") as pool:
+        token = find_token()
+        self._files = {
+            Path(name): RemoteFile(snapshot.location, snapshot.revision, name, token) for name in names
+        }
+        with _in_safetensors(snapshot), ThreadPoolExecutor(_PARALLEL, "headers") as pool:
             headers = zip(self._files, pool.map(_header, self._files.values()), strict=True)
-            self._extents = places(headers, weight_map)
+            self._extents = locate_tensors(headers, weight_map)
         self.infos: Mapping[str, TensorInfo] = {
             name: extent.info for name, (_, extent) in self._extents.items()
         }
         if weight_map is not None:
             refuse_misplaced(weight_map, self.infos, snapshot.path / INDEX)
         self._runs = _small_runs(self._extents)
-        self._near: dict[_Run, bytes] = {}
+        self._cached: dict[_Run, bytes] = {}
         self._lock = Lock()
 
     def read(self, name: str) -> "Tensor":
-        """The whole tensor in its stored dtype, freshly allocated."""
+        """The tensor in its stored dtype, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size`, from one request; in `room` where that is given."""
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`, from one request; see TensorSource."""
         end = 0
-        for arrived in self._pieces(name):
-            place = None if room is None else room[end : end + len(arrived)]
-            yield from pieces(memoryview(arrived), size, place)
-            end += len(arrived)
+        for received in self._received(name):
+            part = None if buffer is None else buffer[end : end + len(received)]
+            yield from in_chunks(memoryview(received), size, part)
+            end += len(received)
 
     def file_versions(self) -> Mapping[str, list[int]]:
-        """Size of every file: a commit does not change."""
+        """Size of every file; a commit never changes."""
         return {str(path): [file.size or 0] for path, file in self._files.items()}
 
-    def _pieces(self, name: str) -> Iterator[bytes]:
+    def _received(self, name: str) -> Iterator[bytes]:
         path, extent = self._extents[name]
-        begin, end = extent.begin, extent.begin + extent.info.nbytes
+        begin = extent.begin
+        end = begin + extent.info.nbytes
         if name in self._runs:
             run = self._runs[name]
             yield self._run(run)[begin - run.begin : end - run.begin]
         else:
-            yield from self._files[path].pieces(begin, end)
+            yield from self._files[path].chunks(begin, end)
 
     def _run(self, run: "_Run") -> bytes:
-        """The bytes of a run, from memory where it was read with a neighbour."""
+        """The bytes of a run, from memory if it was read recently."""
         with self._lock:
-            if run not in self._near:
-                if len(self._near) == _RUNS_KEPT:
-                    del self._near[next(iter(self._near))]
-                self._near[run] = self._files[run.path].read(run.begin, run.end)
-            return self._near[run]
+            if run not in self._cached:
+                if len(self._cached) == _RUNS_KEPT:
+                    del self._cached[next(iter(self._cached))]
+                self._cached[run] = self._files[run.path].read(run.begin, run.end)
+            return self._cached[run]
 
 
 class _Run(NamedTuple):
-    """Small tensors side by side, which are read together."""
+    """Adjacent small tensors of a file, which are read by one request."""
 
     path: Path
     begin: int
@@ -151,16 +169,17 @@ class _Run(NamedTuple):
 
 
 def _small_runs(extents: Mapping[str, tuple[Path, Extent]]) -> dict[str, _Run]:
-    """Tensor -> its run, for all that are small: a request takes as long as many of them."""
+    """Small tensor -> its run; a request takes longer than the transfer of such a tensor."""
     runs: dict[str, _Run] = {}
     members: list[str] = []
     last = _Run(Path(), 0, 0)
     for name, (path, extent) in extents.items():
         end = extent.begin + extent.info.nbytes
-        if extent.info.nbytes >= _AHEAD:
+        if extent.info.nbytes >= _SMALL:
             continue
-        if (path, extent.begin) != (last.path, last.end) or end - last.begin > _AHEAD:
-            members, last = [], _Run(path, extent.begin, extent.begin)
+        if (path, extent.begin) != (last.path, last.end) or end - last.begin > _SMALL:
+            members = []
+            last = _Run(path, extent.begin, extent.begin)
         members.append(name)
         last = last._replace(end=end)
         runs.update(dict.fromkeys(members, last))
@@ -169,7 +188,7 @@ def _small_runs(extents: Mapping[str, tuple[Path, Extent]]) -> dict[str, _Run]:
 
 @contextmanager
 def _in_safetensors(snapshot: Snapshot) -> Iterator[None]:
-    """Say of a repository without safetensors that it is one."""
+    """Raise Unstreamable if a file is missing because the repository has no safetensors."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
@@ -178,13 +197,13 @@ def _in_safetensors(snapshot: Snapshot) -> Iterator[None]:
         if not isinstance(error.__cause__, EntryNotFoundError):
             raise
         raise Unstreamable(
-            f"{snapshot.location} has no safetensors, and nothing else can be read without downloading it; "
+            f"{snapshot.location} has no safetensors, the only format that can be streamed; "
             "leave out --stream, or give a directory"
         ) from error
 
 
 def _header(file: RemoteFile) -> list[Extent]:
-    first = file.read(0, _AHEAD)
+    first = file.read(0, _SMALL)
     assert file.size is not None
     length = header_length(first[:8], file.name, file.size)
     text = first[8 : 8 + length]

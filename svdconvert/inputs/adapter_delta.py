@@ -32,6 +32,8 @@ class AdapterDelta:
     """The residual base that the user or the adapter names. Its weights may not be downloaded yet."""
     is_lost: bool = False
     """True if the adapter did not start at zero and its initial state is not stored."""
+    is_assumed_zero: bool = False
+    """True if it is taken to have started at zero although no file says so: the weights are to be asked."""
     recovered: RecoveredInit | None = None
     """The initial state, computed again from the weights."""
 
@@ -68,7 +70,7 @@ class AdapterDelta:
 
     def parameter(self, name: str) -> Tensor:
         """The trained value of a parameter that was trained in full."""
-        return self.adapter.source.read(self.adapter.extras[name])
+        return self.adapter.parameter(name)
 
     def input_paths(self) -> list[Path]:
         """All input directories, including the residual that the adapter depends on."""

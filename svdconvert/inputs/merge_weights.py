@@ -6,6 +6,7 @@ from typing import Literal
 
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recover_init import lost_init, recover_init
 from svdconvert.inputs.sources import Sources
@@ -52,6 +53,7 @@ def choose_weights(
             delta.manifest.base if delta.manifest else None, sources.base, stream=sources.stream
         )
         if base is not None:
+            refuse_hidden_init(delta, base)
             return MergeWeights("base", base, recover_init(delta, sources.base, base))
         if side == "base" or not delta.has_residual:
             raise _no_base(delta)

@@ -1,5 +1,6 @@
 """Adapters: what the user typed becomes one AdapterDelta, whoever wrote the adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.adapters.peft_files import Adapter, is_adapter, open_adapter
@@ -38,6 +39,8 @@ def open_adapter_delta(
     init = Path(sources.init) if sources.init not in (None, NO_INIT) else None
     opened = _from_manifest if has_manifest(place.path) else _from_peft
     delta = opened(place, residual, init)
+    if sources.init == NO_INIT:
+        delta = replace(delta, is_assumed_zero=False)
     if delta.initial_adapter is not None:
         _refuse_misfit(delta.adapter, delta.initial_adapter)
     return delta
@@ -46,22 +49,6 @@ def open_adapter_delta(
 def is_subtracted(initialised: str | bool) -> bool:
     """True if PEFT subtracts an initial adapter of this `init_lora_weights` from the base."""
     return str(initialised).lower().startswith(_SUBTRACTED)
-
-
-def refuse_unknown_init(delta: AdapterDelta, init: str | None) -> None:
-    """Refuse an adapter that may belong to a residual, as far as is known: its LoRA would be wrong.
-
-    A lost initial adapter is recovered instead, and an RWKV-PEFT file was asked about when it was opened.
-    """
-    if delta.is_lost or delta.directory.is_file() or init == NO_INIT:
-        return
-    named = delta.adapter.config.base
-    on_a_local_base = named is not None and Path(named).is_dir()
-    if delta.manifest is None and delta.initial_adapter is None and not on_a_local_base:
-        raise ArtifactError(
-            f"{delta.directory} does not say where it started; name what decompose wrote with --residual, "
-            f"its initial adapter with --init, or --init {NO_INIT} for one that started at zero"
-        )
 
 
 def _from_rwkv_file(path: Path, init: str | None, alpha: float | None) -> AdapterDelta:
@@ -117,20 +104,48 @@ def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) ->
             "and no adapter_config.json; give what decompose, train or PEFT wrote"
         )
     adapter = open_adapter(directory)
+    if residual is None and init is None and (owner := _owner(directory)) is not None:
+        # An untrained initial adapter, named by its own directory.
+        return AdapterDelta(directory, adapter, adapter, read_manifest(owner), None)
     residual = residual or _named_residual(adapter)
     if residual is not None:
         return _on_residual(directory, adapter, residual, init, None)
+    init = init or _init_below(directory)
+    if init is None and (named := _local_base(adapter)) and (init := _init_below(named)):
+        residual = fetch(str(named), "adapter")  # a residual that PEFT wrote, with its initial adapter
     if init is not None:
-        return AdapterDelta(directory, adapter, open_adapter(init), None)
-    return AdapterDelta(directory, adapter, None, None, is_lost=is_subtracted(adapter.config.initialised))
+        return AdapterDelta(directory, adapter, open_adapter(init), None, residual)
+    subtracted = is_subtracted(adapter.config.initialised) or adapter.config.base_is_residual is True
+    unknown = not subtracted and adapter.config.base_is_residual is None
+    return AdapterDelta(directory, adapter, None, None, is_lost=subtracted, is_assumed_zero=unknown)
+
+
+def _owner(directory: Path) -> Path | None:
+    """The directory of svdconvert whose initial adapter `directory` is."""
+    parent = directory.absolute().parent
+    if has_manifest(parent) and read_manifest(parent).init_directory == directory.name:
+        return parent
+    return None
+
+
+def _init_below(directory: Path) -> Path | None:
+    """The one initial adapter below a directory, by the names that svdconvert and PEFT users give it."""
+    found = [path for path in sorted(directory.glob("*_init")) if is_adapter(path)]
+    return found[0] if len(found) == 1 else None
 
 
 def _named_residual(adapter: Adapter) -> Snapshot | None:
     """The decomposed directory that an adapter's configuration names as its base, if there is one."""
-    base = adapter.config.base
-    if base and has_manifest(Path(base)) and read_manifest(Path(base)).kind == "decomposed":
-        return fetch(base, "adapter")
+    base = _local_base(adapter)
+    if base is not None and has_manifest(base) and read_manifest(base).kind == "decomposed":
+        return fetch(str(base), "adapter")
     return None
+
+
+def _local_base(adapter: Adapter) -> Path | None:
+    """The directory that an adapter's configuration names as its base, if it is one."""
+    base = Path(adapter.config.base) if adapter.config.base else None
+    return base if base is not None and base.is_dir() else None
 
 
 def _on_residual(

@@ -7,8 +7,28 @@ from pathlib import Path
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recovered_init import REPEATABLE, RecoveredInit
+from svdconvert.inputs.sources import Sources
+
+
+def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
+    """The delta with a known initial adapter: stored, recovered, or zero as the weights confirm.
+
+    Raises ArtifactError if it is not known and the base, which would tell, is not found.
+    """
+    if not delta.is_assumed_zero:
+        return recover_init(delta, sources.base)
+    base = _find_base(delta, sources.base)
+    if base is None:
+        raise ArtifactError(
+            f"{delta.directory} does not say where it started; name its base with --base to find out, what "
+            "decompose wrote with --residual, its initial adapter with --init, or say --init none if it "
+            "started at zero"
+        )
+    refuse_hidden_init(delta, base)
+    return delta
 
 
 def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None = None) -> AdapterDelta:

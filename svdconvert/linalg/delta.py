@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Realised:
     size: float
     """||intended||."""
     cosine: float
-    """Between the intended and the realised update."""
+    """Between the intended and the realised update; NaN if a value of either is NaN or infinite."""
     kept: float
     """Projection of the realised update on the intended one, as a share of it: 1 if rounding is unbiased."""
 
@@ -117,6 +117,8 @@ class _Sums:
             return None
         along = self.uu + self.ue
         realised = self.uu + 2.0 * self.ue + self.ee
+        if not isfinite(realised):
+            return Realised(sqrt(self.uu), nan, nan)
         cosine = along / sqrt(self.uu * realised) if realised > 0.0 else 0.0
         return Realised(sqrt(self.uu), cosine, along / self.uu)
 

@@ -1,8 +1,8 @@
-"""What a run has finished, so that the same command can go on after a kill.
+"""The journal of a staging directory: what is finished, so that the same command can continue after a kill.
 
-A JSON-lines file for each rank: first the run's identity (verb, options, source, version), then one
-line for each finished item, written after the item's bytes. The open file is locked: two runs cannot
-share it.
+Each rank writes a JSON-lines file: first the run's identity (command, options, source, version), then one
+line for each finished item, written after the item's bytes. The open file is locked, so that two runs
+cannot write one directory.
 """
 
 import fcntl
@@ -18,24 +18,27 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """The finished items of one run and what was noted about each."""
+    """The finished items of one run, with a record of each."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, anew: bool = False) -> None:
-        """Open or begin the journal at `path`; `anew` forgets what it holds.
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, discard: bool = False) -> None:
+        """Open or create the journal at `path`; `discard` removes what it holds.
 
-        Raises OutputError where another process has it, or where it belongs to another run (naming
-        what differs).
+        Raises OutputError if another process has it open, or if it belongs to a run with another identity
+        (the message names what differs).
         """
+        self.resumed = False
+        """True if an earlier run with the same identity wrote this journal."""
         self.finished: dict[str, Record] = {}
         self._stream = path.open("ab+")
         try:
             _lock(self._stream, path.parent)
-            lines, end = ([], 0) if anew else _whole_lines(self._stream)
+            lines, end = ([], 0) if discard else _complete_lines(self._stream)
             if lines:
-                _same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
+                _require_same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
             self.finished = {line["item"]: line["record"] for line in lines[1:]}
             self._stream.truncate(end)
             self._identity = identity
+            self.resumed = bool(lines)
             if not lines:
                 self._append(identity)
         except BaseException:
@@ -43,18 +46,19 @@ class Journal:
             raise
 
     def finish(self, item: str, record: Record) -> None:
-        """Note that the bytes of `item` are written."""
+        """Record that all bytes of `item` are written."""
         self._append({"item": item, "record": record})
         self.finished[item] = record
 
-    def forget(self) -> None:
-        """Begin again: nothing is finished."""
+    def clear(self) -> None:
+        """Remove all finished items, as if this run were the first."""
         self._stream.truncate(0)
         self.finished.clear()
+        self.resumed = False
         self._append(self._identity)
 
     def close(self) -> None:
-        """Put the journal on disk and let go of it."""
+        """Sync the journal to disk, close it and release the lock."""
         if not self._stream.closed:
             os.fsync(self._stream.fileno())
             self._stream.close()
@@ -70,11 +74,11 @@ def journals(directory: Path) -> list[Path]:
 
 
 def read_journal(path: Path) -> tuple[Mapping[str, Any], dict[str, Record]]:
-    """(identity, finished items) of a journal; both empty where there is none."""
+    """(identity, item -> record) of a journal; both are empty if there is none."""
     if not path.exists():
         return {}, {}
     with path.open("rb") as stream:
-        lines, _ = _whole_lines(stream)
+        lines, _ = _complete_lines(stream)
     return (lines[0] if lines else {}), {line["item"]: line["record"] for line in lines[1:]}
 
 
@@ -82,11 +86,13 @@ def _lock(stream: IO[bytes], directory: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise OutputError(f"another run is writing {directory}; wait for it or choose another -o") from error
+        raise OutputError(
+            f"another run is writing {directory}; wait until it ends, or choose another -o"
+        ) from error
 
 
-def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
-    """The parsed lines up to the first that a kill cut short, and the offset where they end."""
+def _complete_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
+    """The parsed lines before the first incomplete one, and the offset at which they end."""
     stream.seek(0)
     lines: list[Any] = []
     end = 0
@@ -99,29 +105,31 @@ def _whole_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
     return lines, end
 
 
-def _same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
-    was, is_ = _flat(before), _flat(now)
+def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
+    """Raise OutputError if the identity in the journal is not the present run's."""
+    was = _flat(before)
+    is_ = _flat(now)
     if differing := sorted(key for key in {*was, *is_} if was.get(key) != is_.get(key)):
-        # An option that changed explains whatever else did.
+        # If an option has changed, the other differences may follow from it.
         options = [key for key in differing if key.startswith(("options.", "split."))]
         files = [key for key in differing if ".files." in key or ".start." in key]
         if files and not options:
             name = files[0].split(".", 2)[-1]
             raise OutputError(
-                f"{name} has changed since {directory} was begun; restore it, or start anew with --overwrite"
+                f"{name} has changed since {directory} was begun; restore it, or start again with --overwrite"
             )
         changes = ", ".join(
             f"{key} was {_brief(was.get(key))} and is {_brief(is_.get(key))}"
             for key in (options or differing)[:3]
         )
         raise OutputError(
-            f"{directory} was left by another run: {changes}; repeat that run's command to go on, "
-            "or give --overwrite to start anew"
+            f"{directory} was left by another run: {changes}; repeat that run's command to continue it, "
+            "or give --overwrite to start again"
         )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"options": {"rank": 1}} -> {"options.rank": 1}, so that a difference has a name."""
+    """{"options": {"rank": 1}} -> {"options.rank": 1}, so that a difference can be named."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Which tensor goes into which file: a pure plan, made before the first byte is written."""
+"""Which tensor goes into which file. The plan is made before the first byte is written."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,31 +8,34 @@ from typing import Literal
 from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo
 
 FileRole = Literal["model", "adapter", "initial_adapter"]
+"""What the tensors of a file are: the model's weights, or an adapter's after or before training."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One file of tensors: its path below the output directory and its tensors, in file order."""
+    """One file of tensors."""
 
     path: str
+    """Relative to the output directory."""
     infos: tuple[TensorInfo, ...]
+    """Its tensors, in the order in which the file holds them."""
     role: FileRole = "model"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data."""
+        """Size of the tensors' data in bytes, without the header."""
         return sum(info.nbytes for info in self.infos)
 
 
 def plan_file(path: str, infos: Iterable[TensorInfo], role: FileRole = "model") -> PlannedFile:
-    """One file: the widest element types first, so that every tensor is aligned; otherwise as given."""
+    """One file: the widest element types first, so that all tensors are aligned, else in the given order."""
     return PlannedFile(path, tuple(sorted(infos, key=lambda info: -ELEMENTS[info.dtype][0])), role)
 
 
 def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = None) -> list[PlannedFile]:
-    """The files of a plain checkpoint: the one called `single`, else shards of at most `limit` bytes.
+    """The files of a checkpoint: one called `single` if that is given, else shards of at most `limit` bytes.
 
-    A .pth keeps the order given, which is part of it.
+    A .pth keeps the given order, because a state dict is ordered.
     """
     if single is None:
         return plan_shards(infos, limit)
@@ -40,18 +43,18 @@ def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = Non
 
 
 def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:
-    """Fill shards of at most `limit` bytes in the order given; a larger tensor has one of its own.
+    """Fill shards of at most `limit` bytes in the given order; a larger tensor is alone in a shard.
 
-    One shard is called model.safetensors, several model-00001-of-0000N.safetensors.
+    A single shard is called model.safetensors, several model-00001-of-0000N.safetensors.
     """
     groups: list[list[TensorInfo]] = [[]]
-    room = limit
+    left = limit
     for info in infos:
-        if groups[-1] and info.nbytes > room:
+        if groups[-1] and info.nbytes > left:
             groups.append([])
-            room = limit
+            left = limit
         groups[-1].append(info)
-        room -= info.nbytes
+        left -= info.nbytes
     if len(groups) == 1:
         return [plan_file("model.safetensors", groups[0])]
     count = len(groups)
@@ -59,7 +62,7 @@ def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:
 
 
 def index_text(files: Sequence[PlannedFile]) -> str:
-    """The text of model.safetensors.index.json for several shards."""
+    """The content of model.safetensors.index.json."""
     weight_map = {info.name: file.path for file in files for info in file.infos}
     total = sum(file.nbytes for file in files)
     return (

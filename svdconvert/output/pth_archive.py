@@ -1,9 +1,8 @@
-"""PyTorch's .pth file, laid out before its tensors are known: torch writes all but their bytes.
+"""PyTorch's .pth file, laid out before the values of its tensors are known.
 
-The format is a zip file without compression: a pickle of names, shapes and numbers of storages, and one
-entry for the bytes of each storage. torch lays it out and leaves the bytes away (`skip_data`); the writer
-puts each tensor's bytes into its place; sealing fills in the checksums, which come last in a zip file's
-nature.
+The format is a zip file without compression: a pickle of names, shapes and storage numbers, and one entry
+for the bytes of each storage. torch writes everything but the bytes (`skip_data`), the staged output writes
+the bytes of each tensor at their offset, and `seal` fills in the CRC-32 of every entry.
 """
 
 from collections import OrderedDict
@@ -15,14 +14,14 @@ from zipfile import BadZipFile, ZipFile
 from svdconvert.checkpoint.tensors import TensorInfo, torch_dtype
 
 ENDING = ".pth"
-_LOCAL = "<4s5H3L2H"  # a zip entry's header, before its name and extra field
-_CENTRAL = "<4s6H3L5H2L"  # its entry in the directory at the end, before name, extra field and comment
-_ENTRY = b"PK\x01\x02"  # begins an entry of that directory
-_DESCRIPTOR = b"PK\x07\x08"  # begins what follows an entry's bytes: checksum and sizes
+_LOCAL = "<4s5H3L2H"  # header of a zip entry, before its name and extra field
+_CENTRAL = "<4s6H3L5H2L"  # its entry in the zip directory, before name, extra field and comment
+_ENTRY = b"PK\x01\x02"  # signature of an entry of the zip directory
+_DESCRIPTOR = b"PK\x07\x08"  # signature of the data descriptor (checksum and sizes) after an entry's bytes
 
 
 def lay_out(path: Path, infos: Sequence[TensorInfo]) -> None:
-    """Write a .pth file of these tensors, in this order, with holes for their bytes."""
+    """Write a .pth file of these tensors in this order, without their bytes."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import skip_data
@@ -36,7 +35,7 @@ def lay_out(path: Path, infos: Sequence[TensorInfo]) -> None:
 
 
 def is_laid_out(path: Path, infos: Sequence[TensorInfo]) -> bool:
-    """True where `lay_out` made the file for these tensors."""
+    """True if `lay_out` wrote the file for these tensors."""
     try:
         offsets(path, infos)
     except (OSError, KeyError, BadZipFile):
@@ -45,24 +44,24 @@ def is_laid_out(path: Path, infos: Sequence[TensorInfo]) -> bool:
 
 
 def offsets(path: Path, infos: Sequence[TensorInfo]) -> dict[str, int]:
-    """Where the bytes of each tensor begin in a file that `lay_out` made.
+    """Tensor -> offset of its first byte in a file that `lay_out` wrote.
 
-    Raises BadZipFile or KeyError where it is not one for these tensors.
+    Raises BadZipFile or KeyError if the file was not laid out for these tensors.
     """
-    places = {}
+    found = {}
     with ZipFile(path) as archive, path.open("rb") as stream:
         for number, info in enumerate(infos):
             entry = archive.getinfo(f"{path.stem}/data/{number}")
             if entry.file_size != info.nbytes:
-                raise BadZipFile(f"{info.name}: {entry.file_size} bytes are kept for it")
+                raise BadZipFile(f"{info.name}: the entry has {entry.file_size} bytes, not {info.nbytes}")
             stream.seek(entry.header_offset)
             *_, name, extra = unpack_from(_LOCAL, stream.read(calcsize(_LOCAL)))
-            places[info.name] = entry.header_offset + calcsize(_LOCAL) + name + extra
-    return places
+            found[info.name] = entry.header_offset + calcsize(_LOCAL) + name + extra
+    return found
 
 
 def seal(path: Path, sums: Mapping[str, int], infos: Sequence[TensorInfo]) -> None:
-    """Write the CRC-32 of every tensor where a zip file has it: behind the bytes and in the directory."""
+    """Write the CRC-32 of every tensor after its bytes and in the zip directory."""
     begins = offsets(path, infos)
     with ZipFile(path) as archive, path.open("r+b") as stream:
         start = archive.start_dir
@@ -74,14 +73,15 @@ def seal(path: Path, sums: Mapping[str, int], infos: Sequence[TensorInfo]) -> No
                 stream.write(sums[info.name].to_bytes(4, "little"))
         stream.seek(start)
         entries = {f"{path.stem}/data/{number}": sums[info.name] for number, info in enumerate(infos)}
-        directory = _summed(stream.read(), entries)
+        directory = _with_checksums(stream.read(), entries)
         stream.seek(start)
         stream.write(directory)
 
 
-def _summed(directory: bytes, sums: Mapping[str, int]) -> bytes:
-    """The directory of a zip file with the checksums of the entries in `sums`."""
-    changed, at = bytearray(directory), 0
+def _with_checksums(directory: bytes, sums: Mapping[str, int]) -> bytes:
+    """A zip directory with the CRC-32 of the entries in `sums`."""
+    changed = bytearray(directory)
+    at = 0
     while changed[at : at + 4] == _ENTRY:
         name, extra, comment = unpack_from("<3H", changed, at + 28)
         first = at + calcsize(_CENTRAL)

@@ -1,4 +1,4 @@
-"""The files that travel with the weights: configuration, tokenizer, templates, licence."""
+"""The files that belong to a checkpoint besides its weights: configuration, tokenizer, templates, licence."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".st", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
 _FOLDERS = ("additional_chat_templates",)
-# Widest first; at equal width bf16 wins, because float16 cannot hold its range.
+# Widest first. bfloat16 precedes float16, which cannot hold its range.
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dictionary. Raises CheckpointError where it is missing or not a JSON object."""
+    """config.json as a dictionary. Raises CheckpointError if it is missing or not a JSON object."""
     path = directory / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a checkpoint is a directory with weights and {CONFIG}")
@@ -29,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object. Raises CheckpointError where it does not."""
+    """The object in a JSON file. Raises CheckpointError if it holds anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
@@ -45,26 +45,26 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
-def finish_model(
-    source: Path, target: Path, shards: Sequence[PlannedFile], *, leave: Sequence[str] = ()
+def complete_checkpoint(
+    source: Path, target: Path, shards: Sequence[PlannedFile], *, exclude: Sequence[str] = ()
 ) -> None:
-    """Put beside the written `shards` what makes them a checkpoint: sidecars, index, config's dtype.
+    """Add to the `shards` in `target` what makes them a checkpoint: sidecars, index and config.json's dtype.
 
-    Sidecars whose names match one of `leave` stay behind.
+    Sidecars whose names match a pattern in `exclude` are not copied.
     """
-    copy_sidecars(source, target, leave=leave)
+    copy_sidecars(source, target, exclude=exclude)
     set_config_dtype(target, (info.dtype for shard in shards for info in shard.infos))
     if len(shards) > 1:
         (target / INDEX).write_text(index_text(shards), encoding="utf-8")
 
 
-def copy_sidecars(source: Path, target: Path, *, leave: Sequence[str] = ()) -> None:
-    """Copy everything beside the weights that a loader may want. Links are followed.
+def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> None:
+    """Copy the files that a loader may need in addition to the weights; links are followed.
 
-    Where the model is a single file, only a vocabulary beside it is taken to be its own.
+    If the model is a single file, only an RWKV vocabulary in the same directory is copied.
     """
     for path in sorted(source.iterdir() if source.is_dir() else vocabularies(source.parent)):
-        if any(fnmatchcase(path.name, pattern) for pattern in leave):
+        if any(fnmatchcase(path.name, pattern) for pattern in exclude):
             continue
         if path.is_file() and path.name not in _OURS:
             if is_sidecar(path, path.parent):
@@ -74,7 +74,7 @@ def copy_sidecars(source: Path, target: Path, *, leave: Sequence[str] = ()) -> N
 
 
 def is_sidecar(path: Path, directory: Path) -> bool:
-    """True for a visible file of a model's `directory` that holds no weights."""
+    """True for a file of a model's `directory` that is not hidden and holds no weights."""
     folder = path.relative_to(directory).parent
     here = folder == Path() or folder.parts[0] in _FOLDERS
     return here and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
@@ -88,9 +88,9 @@ def vocabularies(directory: Path) -> list[Path]:
 def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
     """Make config.json name the widest float element type of `dtypes` (safetensors codes).
 
-    transformers loads by that name: float32 residuals under "bfloat16" would be rounded on load.
-    The file is left alone where it says so already, or where there is nothing to say; a model that lies in a
-    single file has none.
+    transformers loads in that dtype, so float32 residuals would be rounded if it said "bfloat16". The file is
+    not rewritten if it names that type already, or if no tensor is of a float type. A model that is a single
+    file has no config.json.
     """
     stored = set(dtypes)
     widest = next((code for code in _FLOATS if code in stored), None)
@@ -104,7 +104,7 @@ def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
 
 
 def _rename_dtype(config: dict[str, Any], name: str) -> bool:
-    """Set the dtype in `config` and in nested model configs; True where that changed anything."""
+    """Set the dtype in `config` and in nested model configurations; True if that changed anything."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     changed = [key for key in keys if config[key] != name]
     config.update(dict.fromkeys(changed, name))

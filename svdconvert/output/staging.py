@@ -1,7 +1,8 @@
-"""A directory that appears whole or not at all.
+"""A directory that appears complete or not at all.
 
-The files are laid out in `<out>.partial` from the plan, each tensor is written at its offset, in
-any order, and what is finished is kept in a journal. Only a complete directory gets its name.
+The files are laid out in the staging directory `<out>.partial` according to the plan, each tensor is written
+at its offset, in any order, and a journal records what is finished. The directory is renamed to `<out>` when
+it is complete.
 """
 
 import os
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.header import build_header
-from svdconvert.checkpoint.tensors import Passing, TensorInfo, dtype_code, pieces, tensor_bytes
+from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
@@ -28,16 +29,17 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "svdconvert.json"
 JOURNAL = "journal.jsonl"
-_PIECE = 4 << 20  # bytes that are looked at and written at a time; a disk likes more than a cache holds
-_RESERVE = 16_000_000  # for sidecars and the manifest, when the free space is checked
+_CHUNK = 4 << 20  # bytes that are written at a time
+_RESERVE = 16_000_000  # bytes of free space for sidecars and the manifest
 
 
 class StagedOutput:
-    """The output directory while it is being made; a context manager.
+    """The output directory while it is written; a context manager.
 
-    Leaving the context without an error gives the directory its name. An error leaves the staging
-    directory for the same command to go on from, or nothing where no tensor was finished. With several
-    ranks each writes its own tensors into the same files; the leading one lays out and finishes.
+    Leaving the context without an error renames the staging directory to the output directory. After an
+    error the staging directory is kept if an item was finished or `keep` was called, so that the same command
+    can continue; else it is removed. Several ranks write their own tensors into the same files; the leading
+    rank lays the files out and renames the directory.
     """
 
     def __init__(
@@ -47,28 +49,34 @@ class StagedOutput:
         identity: Mapping[str, Any],
         run: Run,
     ) -> None:
-        """Plan `files` below `out`. Nothing is touched until the context is entered.
+        """Plan to write `files` into `out`. Nothing is changed until the context is entered.
 
-        With a shipment in `run` finished shards are sent off and deleted, and in the end so is all the rest.
+        `identity` is what a later run must have in common with this one to continue it. With a shard sink
+        in `run`, finished shards are uploaded and deleted, in the end all other files too, and `out` does not
+        appear.
         """
-        self.out, self.ranks = out, run.ranks
+        self.out = out
+        self.ranks = run.ranks
         self.path = partial(out)
         self.finished: dict[str, Record] = {}
-        """What was noted about each finished item, by earlier runs too; by other ranks after `gather`."""
-        self._files, self._identity, self._overwrite = files, identity, run.overwrite
-        self._places: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
+        """Item -> its record, including those of earlier runs and, after `gather`, of other ranks."""
+        self._files = files
+        self._identity = identity
+        self._overwrite = run.overwrite
+        self._positions: dict[tuple[str, str], tuple[int, TensorInfo]] = {}
         self._open: dict[str, int] = {}
         self._sums: dict[str, dict[str, int]] = {}
         self._journal: Journal | None = None
         self._writer = UncachedWriter()
-        self._departed = ShardUploads(self.path, files, identity, run.shard_sink) if run.shard_sink else None
+        self._uploads = ShardUploads(self.path, files, identity, run.shard_sink) if run.shard_sink else None
+        self._keep = False
 
     def __enter__(self) -> "StagedOutput":
         if self.ranks.leads:
             check_free(self.out, overwrite=self._overwrite)
             self._require_space()
         existed = self.path.exists()
-        with explained(self.path):
+        with os_errors_as_output_error(self.path):
             try:
                 if self.ranks.leads:
                     self._lead()
@@ -76,38 +84,37 @@ class StagedOutput:
                 if not self.ranks.leads:
                     self._join()
             except BaseException:
-                # Without a journal it was never ours: another run may have it.
+                # Without a journal the directory may be in use by another run.
                 self._abandon(keep=existed or self._journal is None or not self.ranks.leads)
                 raise
         return self
 
     def _lead(self) -> None:
-        """Take the staging directory and what an earlier run finished, and lay out the files."""
+        """Create the staging directory, or continue in that of an earlier run, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.path / JOURNAL, self._identity, anew=self._overwrite)
-        gone = self._departed.known(self._journal.finished) if self._departed else set()
-        # A file that was removed or cut took its finished tensors with it.
-        whole = all(file.path in gone or _laid_out(self.path / file.path, file) for file in self._files)
-        if not whole:
-            self._journal.forget()
-            gone = set()
-        if self._overwrite or not whole or not (self._journal.finished or len(journals(self.path)) > 1):
+        self._journal = Journal(self.path / JOURNAL, self._identity, discard=self._overwrite)
+        uploaded = self._uploads.find_uploaded(self._journal.finished) if self._uploads else set()
+        # If a file was removed or truncated, the tensors in it are not finished any more.
+        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in self._files):
+            self._journal.clear()
+            uploaded = set()
+        if not self._journal.resumed:
             _clear(self.path, except_for=JOURNAL)
-        if self._departed:
-            self._departed.open(anew=not gone)
+        if self._uploads:
+            self._uploads.open(discard=not uploaded)
         for path in journals(self.path)[1:]:
             for item, record in read_journal(path)[1].items():
                 self._journal.finish(item, record)
             path.unlink()
         self.finished |= self._journal.finished
         for file in self._files:
-            if file.path not in gone:
+            if file.path not in uploaded:
                 self._lay_out(file, create=True)
 
     def _join(self) -> None:
-        """Open what the leading rank laid out."""
+        """Open the files that the leading rank laid out."""
         self.finished |= read_journal(self.path / JOURNAL)[1]
-        self._journal = Journal(self.path / f"journal-{self.ranks.index}.jsonl", self._identity, anew=True)
+        self._journal = Journal(self.path / f"journal-{self.ranks.index}.jsonl", self._identity, discard=True)
         for file in self._files:
             self._lay_out(file, create=False)
 
@@ -115,15 +122,15 @@ class StagedOutput:
         present = (
             sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0
         )
-        staying = [file.nbytes for file in self._files if not self.departs(file.path)]
-        leaving = [file.nbytes for file in self._files if self.departs(file.path)]
-        needed = sum(staying) + max(leaving, default=0) + _RESERVE  # of those one at a time is here
+        kept = [file.nbytes for file in self._files if not self.is_uploaded_early(file.path)]
+        uploaded = [file.nbytes for file in self._files if self.is_uploaded_early(file.path)]
+        needed = sum(kept) + max(uploaded, default=0) + _RESERVE  # one uploaded file at a time is on disk
         disk = shutil.disk_usage(_existing(self.path))
         free = disk.free + present
-        if needed > free and disk.total:  # /proc and its like have no size; they say themselves what is wrong
+        if needed > free and disk.total:  # /proc has no size; writing there gives a better error message
             raise OutputError(
                 f"{self.out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-                "make room or choose another -o"
+                "free space or choose another -o"
             )
 
     def _lay_out(self, file: PlannedFile, *, create: bool) -> None:
@@ -142,63 +149,77 @@ class StagedOutput:
                 os.ftruncate(descriptor, len(header) + file.nbytes)
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
-            self._places[file.path, info.name] = (offsets[info.name], info)
+            self._positions[file.path, info.name] = (offsets[info.name], info)
 
-    def write(self, file: str, name: str, tensor: "Tensor", over: Passing = iter) -> None:
-        """Put a tensor at its place, `over` which its pieces pass. Its shape and dtype are those planned."""
-        _, info = self._places[file, name]
+    def write(self, file: str, name: str, tensor: "Tensor", on_chunk: OnChunk | None = None) -> None:
+        """Write a tensor at its offset. Its shape and dtype must be the planned ones.
+
+        `on_chunk` is called with every chunk before that is written. Raises OutputError if the disk is full.
+        """
+        _, info = self._positions[file, name]
         found = (tuple(tensor.shape), dtype_code(tensor.dtype))
         assert found == (info.shape, info.dtype), f"{name}: planned {info}, got {found}"
-        self.write_bytes(file, name, over(pieces(tensor_bytes(tensor), _PIECE)))
+        self.write_bytes(file, name, in_chunks(tensor_bytes(tensor), _CHUNK), on_chunk)
 
-    def write_bytes(self, file: str, name: str, chunks: Iterable[memoryview]) -> None:
-        """Put a tensor's bytes at its place, piece by piece."""
-        offset, info = self._places[file, name]
+    def write_bytes(
+        self, file: str, name: str, chunks: Iterable[memoryview], on_chunk: OnChunk | None = None
+    ) -> None:
+        """Write a tensor, given as chunks of its bytes, at its offset."""
+        offset, info = self._positions[file, name]
         end = offset + info.nbytes
-        summed, crc = file.endswith(pth_archive.ENDING), 0
+        has_crc = file.endswith(pth_archive.ENDING)
+        crc = 0
         for chunk in chunks:
-            crc = zlib.crc32(chunk, crc) if summed else 0
-            with explained(self.path / file):
+            if on_chunk is not None:
+                on_chunk(chunk)
+            crc = zlib.crc32(chunk, crc) if has_crc else 0
+            with os_errors_as_output_error(self.path / file):
                 offset = self._put(file, chunk, offset)
         assert offset == end, f"{name}: {offset - end:+} bytes against the plan"
-        if summed:
+        if has_crc:
             self._sums.setdefault(file, {})[name] = crc
 
     def _put(self, file: str, chunk: memoryview, offset: int) -> int:
-        """Write all of a chunk; return where it ends."""
+        """Write a chunk at `offset`; return the offset of its end."""
         while len(chunk):
             count = self._writer.write(self._open[file], chunk, offset)
-            chunk, offset = chunk[count:], offset + count
+            chunk = chunk[count:]
+            offset += count
         return offset
 
     def finish(self, item: str, record: Record) -> None:
-        """Note that everything of `item` is written."""
+        """Record in the journal that everything that belongs to `item` is written."""
         assert self._journal is not None
         if self._sums:
-            record, self._sums = {**record, "crc32": self._sums}, {}
-        with explained(self.path):
+            record = {**record, "crc32": self._sums}
+            self._sums = {}
+        with os_errors_as_output_error(self.path):
             self._journal.finish(item, record)
         self.finished[item] = record
 
-    def departs(self, file: str) -> bool:
-        """True for a file that is sent off as soon as it is finished."""
-        return self._departed is not None and self._departed.leaves(file)
+    def keep(self) -> None:
+        """Keep the staging directory even if the run is aborted before an item is finished."""
+        self._keep = True
 
-    def depart(self, file: str) -> None:
-        """Send a finished file off, unless that is done."""
-        if self._departed is None or file not in self._open:
+    def is_uploaded_early(self, file: str) -> bool:
+        """True for a file that is uploaded as soon as it is finished."""
+        return self._uploads is not None and self._uploads.is_uploaded_early(file)
+
+    def upload(self, file: str) -> None:
+        """Upload a finished file and delete it here, unless an earlier run did."""
+        if self._uploads is None or file not in self._open:
             return
-        with explained(self.path / file):
-            self._departed.send(file)
+        with os_errors_as_output_error(self.path / file):
+            self._uploads.upload(file)
             os.close(self._open.pop(file))
 
     def sync(self, file: str) -> None:
-        """Put what is written of a file on the disk itself."""
-        with explained(self.path / file):
+        """Wait until everything written to a file is on the disk."""
+        with os_errors_as_output_error(self.path / file):
             os.fsync(self._open[file])
 
     def gather(self) -> None:
-        """Wait for all ranks and take in what they finished."""
+        """Wait for all ranks and add what they finished to `finished`."""
         self.ranks.wait()
         for path in journals(self.path) if self.ranks.count > 1 else []:
             self.finished |= read_journal(path)[1]
@@ -206,9 +227,9 @@ class StagedOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with explained(self.path):
+        with os_errors_as_output_error(self.path):
             if error is not None:
-                self._abandon(keep=bool(self.finished) or self.ranks.count > 1)
+                self._abandon(keep=self._keep or bool(self.finished) or self.ranks.count > 1)
                 if isinstance(error, OSError):
                     raise error
                 return
@@ -219,14 +240,15 @@ class StagedOutput:
             self.ranks.wait()
 
     def _complete(self) -> None:
+        """Sync all files and rename the staging directory, or upload what is left in it."""
         for file in self._files:
             if file.path not in self._open:
-                continue  # it has left
+                continue  # it is uploaded
             if file.path.endswith(pth_archive.ENDING):
                 pth_archive.seal(self.path / file.path, self._crcs(file.path), file.infos)
             self.sync(file.path)
-        if self._departed:
-            self._departed.finish()
+        if self._uploads:
+            self._uploads.finish()
             self._close()
             shutil.rmtree(self.path)
             return
@@ -241,12 +263,12 @@ class StagedOutput:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _crcs(self, file: str) -> dict[str, int]:
-        """The CRC-32 of every tensor of a file, as noted when it was written."""
+        """Tensor -> CRC-32 of a .pth file, as recorded when each was written."""
         noted = [record.get("crc32", {}).get(file, {}) for record in self.finished.values()]
         return {name: crc for sums in noted for name, crc in sums.items()}
 
     def _abandon(self, *, keep: bool) -> None:
-        """Close everything; keep the staging directory only where there is something to go on from."""
+        """Close all files after an error, and remove the staging directory unless it is to be kept."""
         self._close()
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -256,32 +278,35 @@ class StagedOutput:
             os.close(self._open.popitem()[1])
         if self._journal is not None:
             self._journal.close()
-        if self._departed is not None:
-            self._departed.close()
+        if self._uploads is not None:
+            self._uploads.close()
 
 
 def partial(out: Path) -> Path:
-    """The staging directory of `out`. Raises OutputError where that has no name of its own."""
+    """The staging directory of `out`. Raises OutputError if `out` is / or ends in `..`."""
     if out.name in ("", ".."):
-        raise OutputError(f"{out} is not a directory that can be made; give -o a name of its own")
+        raise OutputError(f"{out} is not a directory that can be created; choose another -o")
     return out.with_name(out.name + ".partial")
 
 
 def recorded(out: Path, key: str) -> Any:
-    """What an unfinished run for `out` noted of itself under `key`; None where there is none."""
+    """The entry `key` in the identity of an unfinished run for `out`; None if there is no such run."""
     return read_journal(partial(out) / JOURNAL)[0].get(key)
 
 
 def check_apart(out: Path, *inputs: Path | None) -> None:
-    """Raise OutputError where `out` is, holds or lies in a directory that is read."""
+    """Raise OutputError if `out` is one of the `inputs`, contains one or is inside one."""
     target = out.resolve()
-    for place in (path.resolve() for path in inputs if path is not None):
-        if target == place or target in place.parents or place in target.parents:
-            raise OutputError(f"{out} overlaps {place}, which is read; choose an -o of its own")
+    for source in (path.resolve() for path in inputs if path is not None):
+        if target == source or target in source.parents or source in target.parents:
+            raise OutputError(f"{out} overlaps {source}, which is an input; choose another -o")
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError unless `out` is absent, an empty directory, or ours to overwrite."""
+    """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
+
+    With `overwrite`, a directory that svdconvert wrote may be replaced, and no other.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -291,12 +316,14 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{out} exists and is not empty; choose another -o, or --overwrite to replace it")
     if not (out / MANIFEST_NAME).is_file():
-        raise OutputError(f"{out} was not written by svdconvert and is not overwritten; choose another -o")
+        raise OutputError(
+            f"{out} was not written by svdconvert, which overwrites nothing else; choose another -o"
+        )
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the system's complaint into a sentence about the output."""
+def os_errors_as_output_error(path: Path) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names `path`, or the file that the OSError names."""
     try:
         yield
     except SvdConvertError:
@@ -304,12 +331,12 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"{error.filename or path} cannot be written: {reason}; mend that and run the same command again"
+            f"{error.filename or path} cannot be written: {reason}; correct that and repeat the command"
         ) from error
 
 
 def _laid_out(path: Path, file: PlannedFile) -> bool:
-    """True where the file stands with the size of the plan."""
+    """True if the file exists with the planned size."""
     if path.suffix == pth_archive.ENDING:
         return pth_archive.is_laid_out(path, file.infos)
     header, _ = build_header(file.infos)
@@ -317,6 +344,7 @@ def _laid_out(path: Path, file: PlannedFile) -> bool:
 
 
 def _clear(directory: Path, *, except_for: str) -> None:
+    """Delete everything in a directory but one file."""
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -325,5 +353,5 @@ def _clear(directory: Path, *, except_for: str) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory above `path` that is there."""
+    """The nearest directory above `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())

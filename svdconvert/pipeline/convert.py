@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from svdconvert.checkpoint.renamed import RenamedSource, as_family, as_layout, with_zeros
 from svdconvert.checkpoint.tensors import ELEMENTS, REAL, TensorInfo, torch_dtype
+from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
 from svdconvert.config.sizes import parse_size
@@ -18,7 +17,7 @@ from svdconvert.layouts.base import Layout
 from svdconvert.layouts.detect import in_family
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
-from svdconvert.output.sidecars import finish_model, write_config
+from svdconvert.output.sidecars import complete_checkpoint, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, stream
 
@@ -91,22 +90,11 @@ def convert_work(plan: ConvertPlan, origin: str) -> TensorJob:
         order=list(copies),
         matrices=plan.dtypes,
         compute=lambda name, tensor: TensorResult(
-            {(copies[name], name): _cast(name, tensor, plan.dtypes[name])}
+            {(copies[name], name): cast_finite(name, tensor, torch_dtype(plan.dtypes[name]))}
         ),
         copies=copies,
         origin=origin,
     )
-
-
-def _cast(name: str, tensor: Tensor, code: str) -> Tensor:
-    """`tensor` in another element type. Raises TargetError where a value does not fit in."""
-    cast = tensor.to(torch_dtype(code))
-    if tensor.isfinite().all() and not cast.isfinite().all():
-        raise TargetError(
-            f"{name} holds values up to {float(tensor.abs().max()):.3g}, too large for {ELEMENTS[code][1]}; "
-            "convert to another --dtype"
-        )
-    return cast
 
 
 @dataclass(frozen=True)
@@ -140,7 +128,7 @@ class ConvertJob:
         """The model's sidecars as far as they fit the layout, and the layout's configuration."""
         if self.plan.config is not None:
             write_config(directory, self.plan.config)
-        finish_model(self.model.path, directory, self.plan.files, leave=self.plan.left_out)
+        complete_checkpoint(self.model.path, directory, self.plan.files, exclude=self.plan.left_out)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """Of the converted checkpoint; the number of threads does not shape it."""

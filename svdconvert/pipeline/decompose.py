@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.peft_files import CONFIG as ADAPTER_CONFIG
-from svdconvert.adapters.peft_files import (
-    PER_EXPERT,
-    WEIGHTS,
-    AdapterConfig,
-    adapter_infos,
-    key,
-    target_modules,
-)
+from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
+from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
+from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, target_modules
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
@@ -34,7 +28,7 @@ from svdconvert.linalg.triplets import Spectrum
 from svdconvert.manifest.schema import Manifest, Matrix, roles_of
 from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
-from svdconvert.output.sidecars import finish_model
+from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -93,6 +87,7 @@ class DecomposePlan:
             alpha=alpha,
             targets=target_modules(chosen.values(), [*chosen.values(), *others]),
             peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
+            base_is_residual=self.method.residual,
             rslora=self.options.rslora,
             rank_pattern=as_pattern(ranks, rank),
             alpha_pattern=as_pattern(alphas, alpha),
@@ -293,7 +288,7 @@ class DecomposeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
-            finish_model(self.model.path, directory, self.plan.shards)
+            complete_checkpoint(self.model.path, directory, self.plan.shards)
         (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:

@@ -8,6 +8,7 @@ from math import hypot
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.adapter_config import PER_EXPERT
 from svdconvert.adapters.extra_parameters import extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
@@ -72,7 +73,15 @@ class LoraPlan:
 
 
 def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
-    """Find the ranks by a first pass over the small factors, and plan the file."""
+    """Find the ranks by a first pass over the small factors, and plan the file.
+
+    Raises ArtifactError for an adapter of single experts.
+    """
+    if delta.adapter.config.peft_type == PER_EXPERT:
+        raise ArtifactError(
+            f"{delta.directory} adapts experts one by one, which no LoRA for stock PEFT can express, because "
+            "transformers fuses experts at run time; use merge, or decompose with --targets attn"
+        )
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(delta, options)
     if truncation is None:
@@ -153,4 +162,10 @@ def exact_factors(delta: AdapterDelta, module: str) -> tuple[Tensor, Tensor]:
     """(B, A) of a module's delta, without truncation."""
     factors, scale = delta.trained(module)
     initial, initial_scale = delta.initial(module)
-    return as_lora(factors, scale, initial, initial_scale)
+    left, right = as_lora(factors, scale, initial, initial_scale)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise ArtifactError(
+            f"{delta.directory}: the scaled factors of {module} are NaN or Inf; check lora_alpha ({scale:g} "
+            "is the scale)"
+        )
+    return left, right

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import hypot
+from math import hypot, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import tensor_bytes, torch_dtype
+from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, TargetError
 from svdconvert.linalg.delta import Product, as_lora, merged_
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
@@ -20,7 +21,7 @@ from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import KeptUpdate, MergeResult, RecoveredFactors, Update
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
-from svdconvert.output.sidecars import finish_model, read_config, write_config
+from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
@@ -81,7 +82,7 @@ class MergeJob:
 
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars, and what config.json says of a head that was trained."""
-        finish_model(self.plan.weights.model.path, directory, self.plan.shards)
+        complete_checkpoint(self.plan.weights.model.path, directory, self.plan.shards)
         manifest = self.plan.weights.delta.manifest
         if manifest is not None and manifest.head:
             write_config(directory, read_config(directory) | dict(manifest.head))
@@ -147,7 +148,8 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorR
     dtype = torch_dtype(plan.dtypes[name])
     delta = plan.weights.delta
     if name in plan.extras:
-        return TensorResult({(file, name): delta.parameter(plan.extras[name]).to(dtype)})
+        tensor = delta.parameter(plan.extras[name])
+        return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
     module = plan.modules[name]
     factors, scale = delta.trained(module)
     on_base = plan.weights.side == "base"
@@ -162,6 +164,12 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorR
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator() if stochastic else None
     merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), generator)
+    if (realised is None or not isfinite(realised.cosine)) and not merged.isfinite().all():
+        raise TargetError(
+            f"merging {name} gives values that are NaN or Inf: {plan.weights.model.path} holds such values, "
+            f"or the result is too large for {str(dtype).removeprefix('torch.')}; check the model, or choose "
+            "another --dtype"
+        )
     return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and is_known else {})
 
 

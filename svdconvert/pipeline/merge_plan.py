@@ -12,6 +12,7 @@ from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
+from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_model
@@ -55,6 +56,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
             f"({len(lost)} such modules); give the model that it was made for"
         )
     modules = {by_module[module]: module for module in delta.modules}
+    refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
     for tensor, module in modules.items():
         _refuse_shape(delta, module, source.infos[tensor])
     added = _added(delta, source, layout)

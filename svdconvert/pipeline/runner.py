@@ -156,7 +156,7 @@ def _reading(
 
     def read(name: str, room: Tensor) -> tuple[Tensor, str]:
         passing = Checksum()
-        tensor = read_whole(source, name, room, passing.over, CHUNK)
+        tensor = read_whole(source, name, room, passing.update, CHUNK)
         return tensor, _expected(work, name, passing.text())
 
     with ThreadPoolExecutor(1, "read") as pool:
@@ -223,8 +223,8 @@ def _writing(
     with ThreadPoolExecutor(1, "write") as pool, ThreadPoolExecutor(1, "sync") as syncing:
         open_items = Counter(work.copies.get(name, "") for name in names)
         for file in {*work.copies.values()} - open_items.keys():
-            if staged.departs(file):  # an earlier run finished it, but could not send it any more
-                staged.depart(file)
+            if staged.is_uploaded_early(file):  # an earlier run finished it, but could not send it any more
+                staged.upload(file)
         behind = BackgroundWriter(work, source, staged, pool, syncing, open_items, rooms)
         yield behind
         behind.finish()
@@ -275,7 +275,7 @@ class BackgroundWriter:
         files: dict[str, dict[str, str]] = {}
         for (file, key), piece in outcome.tensors.items():
             passing = Checksum()
-            self._staged.write(file, key, piece, passing.over)
+            self._staged.write(file, key, piece, passing.update)
             files.setdefault(file, {})[key] = passing.text()
             self._sync_behind(file, piece.nbytes)
         self._rooms.give_back(name)
@@ -283,12 +283,13 @@ class BackgroundWriter:
 
     def _copy(self, name: str) -> None:
         passing = Checksum()
-        chunks = passing.over(self._source.chunks(name, CHUNK))
+        chunks = self._source.chunks(name, CHUNK)
         file = self._work.copies.get(name)
         if file is None:
-            deque(chunks, maxlen=0)
+            for chunk in chunks:
+                passing.update(chunk)
         else:
-            self._staged.write_bytes(file, name, chunks)
+            self._staged.write_bytes(file, name, chunks, passing.update)
             self._sync_behind(file, self._source.infos[name].nbytes)
         mark = _expected(self._work, name, passing.text())
         self._finish(name, {"source": mark, "files": {file: {name: mark}} if file else {}})
@@ -296,7 +297,7 @@ class BackgroundWriter:
     def _sync_behind(self, file: str, nbytes: int) -> None:
         """Keep the disk busy all the time, so that the end does not wait for it."""
         self._unsynced[file] += nbytes
-        if self._unsynced[file] > _UNSYNCED and not self._staged.departs(file):
+        if self._unsynced[file] > _UNSYNCED and not self._staged.is_uploaded_early(file):
             self._unsynced[file] = 0
             self._syncs.append(self._syncing.submit(self._staged.sync, file))
 
@@ -304,8 +305,8 @@ class BackgroundWriter:
         self._staged.finish(name, record)
         file = self._work.copies.get(name, "")
         self._open_items[file] -= 1
-        if file and not self._open_items[file] and self._staged.departs(file):
-            self._staged.depart(file)  # in this thread, so that nothing of the next file is written meanwhile
+        if file and not self._open_items[file] and self._staged.is_uploaded_early(file):
+            self._staged.upload(file)  # in this thread, so that nothing of the next file is written meanwhile
         elif file and not self._open_items[file]:
             self._syncs.append(self._syncing.submit(self._staged.sync, file))
 

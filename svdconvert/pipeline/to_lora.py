@@ -10,9 +10,10 @@ from typing import Any
 from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
+from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import beside_adapters
-from svdconvert.adapters.peft_files import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.checkpoint.tensors import tensor_bytes
+from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
@@ -61,7 +62,7 @@ class LoraJob:
             run.track(Progress(module, self.plan.file.path, done, len(modules)))
         for parameter, name in self.plan.keys.extras.items():
             if name not in staged.finished:
-                tensor = self.plan.delta.parameter(parameter).to(self.plan.dtype)
+                tensor = cast_finite(parameter, self.plan.delta.parameter(parameter), self.plan.dtype)
                 staged.write(self.plan.file.path, name, tensor)
                 checksums = {name: checksum(tensor_bytes(tensor))}
                 staged.finish(name, {"files": {self.plan.file.path: checksums}})
@@ -101,9 +102,10 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
     if plan.truncation is not None:
         left, right = truncate(left, right, plan.truncation.ranks[module])
     missing = plan.rank - left.shape[1]
+    padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
     tensors = {
-        plan.keys.pieces[module, "lora_A"]: pad(right, (0, 0, 0, missing)).to(plan.dtype),
-        plan.keys.pieces[module, "lora_B"]: pad(left, (0, missing)).to(plan.dtype),
+        plan.keys.pieces[module, factor]: cast_finite(f"{module}.{factor}", tensor, plan.dtype)
+        for factor, tensor in padded.items()
     }
     for name, tensor in tensors.items():
         staged.write(plan.file.path, name, tensor)

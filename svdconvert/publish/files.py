@@ -9,7 +9,7 @@ from typing import Any
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
-from svdconvert.output.shard_uploads import SENT
+from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import is_sidecar, read_json_object
 from svdconvert.output.staging import MANIFEST_NAME
 
@@ -94,7 +94,7 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
             files.setdefault(place.as_posix(), path)
         elif place.as_posix() not in files:
             left.append(place.as_posix())
-    for path in (*journals(directory), directory / SENT):  # of a directory that is still being made
+    for path in (*journals(directory), directory / UPLOADS):  # of a directory that is still being made
         files.pop(path.name, None)
     return UploadFiles(files, left)
 

@@ -15,7 +15,8 @@ import xxhash
 
 from svdconvert.config.execution import ignore_message
 from svdconvert.errors import HubError
-from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.hub.auth import hub_api
+from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.publish.upload import Destination, Published, deliver, open_repository
 
@@ -35,23 +36,20 @@ class StreamingUpload:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Make the repository and the work branch. Raises HubError where that may not be."""
-        from huggingface_hub import HfApi
-
         name, text = self._destination.repository, json.dumps(identity, sort_keys=True)
         self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
-        use_token()
-        with explained(name, self._branch, kind=HubError):
+        with hub_errors_as(HubError, name, self._branch):
             open_repository(self._destination)
-            patiently(lambda: HfApi().create_branch(name, branch=self._branch, exist_ok=True))
+            with_retries(lambda: hub_api().create_branch(name, branch=self._branch, exist_ok=True))
 
     def send(self, path: Path, file: str) -> Mapping[str, Any]:
         """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them."""
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd
 
         name, nbytes = self._destination.repository, path.stat().st_size
-        with explained(name, self._branch, kind=HubError):
-            patiently(
-                lambda: HfApi().create_commit(
+        with hub_errors_as(HubError, name, self._branch):
+            with_retries(
+                lambda: hub_api().create_commit(
                     name,
                     operations=[CommitOperationAdd(file, path)],
                     commit_message=f"Keep {file} until all is finished",
@@ -73,25 +71,22 @@ class StreamingUpload:
 
     def finish(self, directory: Path) -> None:
         """One commit with everything, and no work branch any more."""
-        from huggingface_hub import HfApi
-
         destination = self._destination
-        with explained(destination.repository, destination.options.revision, kind=HubError):
+        with hub_errors_as(HubError, destination.repository, destination.options.revision):
             copies = dict.fromkeys(self._sent, self._branch)
             done = deliver(directory, read_manifest(directory), destination, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
             try:
-                HfApi().delete_branch(destination.repository, branch=self._branch)
+                hub_api().delete_branch(destination.repository, branch=self._branch)
             except Exception:  # what was asked for is done
                 self._say(f"the work branch {self._branch} of {destination.repository} is left; delete it")
 
     def _stored(self, file: str) -> Mapping[str, Any] | None:
         """Size and SHA-256 of a file on the work branch."""
-        from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         name = self._destination.repository
-        with explained(name, self._branch, kind=HubError):
-            found = patiently(lambda: HfApi().get_paths_info(name, [file], revision=self._branch))
+        with hub_errors_as(HubError, name, self._branch):
+            found = with_retries(lambda: hub_api().get_paths_info(name, [file], revision=self._branch))
         large = [entry.lfs for entry in found if isinstance(entry, RepoFile) and entry.lfs]
         return {"size": large[0].size, "sha256": large[0].sha256} if large else None

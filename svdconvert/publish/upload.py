@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
-from svdconvert.hub.auth import explained, patiently, use_token
+from svdconvert.hub.auth import hub_api
+from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_json_object
 from svdconvert.output.staging import MANIFEST_NAME
@@ -83,12 +84,10 @@ def check_destination(destination: Destination) -> None:
     Raises HubError where nobody is logged in, the token may only read, or the repository holds what
     svdconvert did not write.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    use_token()
-    with explained(destination.repository, kind=HubError):
-        role = patiently(HfApi().whoami).get("auth", {}).get("accessToken", {}).get("role")
+    with hub_errors_as(HubError, destination.repository):
+        role = with_retries(hub_api().whoami).get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise HubError("the token may only read; log in with one that may write")
         try:
@@ -103,21 +102,18 @@ def upload(directory: Path, destination: Destination) -> Published:
     Raises HubError with one sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
-    use_token()
-    with explained(destination.repository, destination.options.revision, kind=HubError):
+    with hub_errors_as(HubError, destination.repository, destination.options.revision):
         open_repository(destination)
         return deliver(directory, manifest, destination, copies={})
 
 
 def open_repository(destination: Destination) -> None:
     """Make the repository and the branch, where they are not there."""
-    from huggingface_hub import HfApi
-
     name, branch = destination.repository, destination.branch
     private = destination.options.private or None
-    patiently(lambda: HfApi().create_repo(name, private=private, exist_ok=True))
+    with_retries(lambda: hub_api().create_repo(name, private=private, exist_ok=True))
     if branch != _MAIN and not destination.options.pull_request:
-        patiently(lambda: HfApi().create_branch(name, branch=branch, exist_ok=True))
+        with_retries(lambda: hub_api().create_branch(name, branch=branch, exist_ok=True))
 
 
 def deliver(
@@ -147,14 +143,12 @@ def _commit(
     upload_files: UploadFiles, copies: Mapping[str, str], state: BranchState, destination: Destination
 ) -> "CommitInfo":
     """One commit upon the one that was looked at: what has come in between is never overwritten."""
-    from huggingface_hub import HfApi
-
     options, name = destination.options, destination.repository
     wanted = {*upload_files.files, *copies}
 
     def attempt() -> "CommitInfo":
         # Anew each time: an attempt whose answer was lost may have been carried out.
-        return HfApi().create_commit(
+        return hub_api().create_commit(
             name,
             operations=_operations(upload_files, copies, look(destination).ours - wanted),
             commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
@@ -163,7 +157,7 @@ def _commit(
             create_pr=options.pull_request,
         )
 
-    return attempt() if options.pull_request else patiently(attempt)
+    return attempt() if options.pull_request else with_retries(attempt)
 
 
 def _operations(
@@ -178,10 +172,8 @@ def _operations(
 
 def look(destination: Destination) -> BranchState:
     """The branch as it stands. Raises HubError where a push would mix with another's weights."""
-    from huggingface_hub import HfApi
-
     name, branch = destination.repository, destination.branch
-    info = patiently(lambda: HfApi().model_info(name, revision=branch))
+    info = with_retries(lambda: hub_api().model_info(name, revision=branch))
     assert info.sha is not None
     files = frozenset(file.rfilename for file in info.siblings or [])
     ours = frozenset[str]()
@@ -239,6 +231,4 @@ def _licence(repos: SourceRepos) -> Mapping[str, Any]:
 
 
 def _download(repository: str, file: str, commit: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(patiently(lambda: hf_hub_download(repository, file, revision=commit)))
+    return Path(with_retries(lambda: hub_api().hf_hub_download(repository, file, revision=commit)))

@@ -7,15 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.extra_parameters import extra_key
-from svdconvert.adapters.peft_files import (
-    PER_EXPERT,
-    WEIGHTS,
-    AdapterConfig,
-    adapter_infos,
-    key,
-    open_adapter,
-)
+from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, open_adapter
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions

@@ -1,4 +1,4 @@
-"""PEFT's adapter directory, with stock PEFT as the oracle in both directions."""
+"""PEFT's adapter directory, with stock PEFT as the oracle for reading and writing."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from peft.tuners.lora import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from svdconvert.adapters.peft_files import AdapterConfig, open_adapter, target_modules
+from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.peft_files import open_adapter, target_modules
 from svdconvert.errors import ArtifactError, CheckpointError
 from tests.stock import WEIGHTS, plain
 
@@ -33,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def peft_model(base: Path, **settings: Any) -> PeftModel:
-    """A tiny model with an adapter that stock PEFT started with random values."""
+    """A tiny model with an adapter that stock PEFT filled with random values."""
     values = {
         "r": 4,
         "lora_alpha": 4,
@@ -60,7 +61,7 @@ def edit(directory: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_scales_and_pieces_are_those_of_stock_peft(name: str, checkpoint: Build, tmp_path: Path) -> None:
+def test_scales_and_factors_are_those_of_stock_peft(name: str, checkpoint: Build, tmp_path: Path) -> None:
     model = peft_model(checkpoint("llama", dtype=torch.float32), **SETTINGS[name])
     model.save_pretrained(tmp_path)
     adapter = open_adapter(tmp_path)
@@ -84,7 +85,7 @@ def test_scales_and_pieces_are_those_of_stock_peft(name: str, checkpoint: Build,
     "key", ["q_proj", "proj", "_proj", "attn.q_proj", r".*\.q_proj", "a.0.attn", "q_proj|k_proj"]
 )
 @pytest.mark.parametrize("module", ["a.0.attn.q_proj", "a.0.attn.k_proj", "q_proj", "a.0.attn"])
-def test_a_pattern_fits_a_module_where_peft_says_so(key: str, module: str) -> None:
+def test_a_pattern_matches_the_modules_that_it_matches_in_peft(key: str, module: str) -> None:
     ranks = {key: 2}
     wanted = ranks.get(get_pattern_key(ranks.keys(), module), 4)
     config = AdapterConfig(rank=4, alpha=8, targets=[], rank_pattern=ranks)
@@ -100,16 +101,10 @@ def test_stock_peft_reads_the_configuration_that_is_written(alpha: float, tmp_pa
     (tmp_path / "adapter_config.json").write_text(config.text())
     known = LoraConfig.from_pretrained(tmp_path)
     assert (known.r, known.lora_alpha, known.target_modules) == (4, alpha, {"q_proj", "v_proj"})
-    assert (known.rank_pattern, known.alpha_pattern, known.use_rslora) == (
-        {"q_proj": 2},
-        {"q_proj": 3.0},
-        True,
-    )
-    assert (known.base_model_name_or_path, known.init_lora_weights, known.inference_mode) == (
-        "org/name",
-        True,
-        True,
-    )
+    assert known.rank_pattern == {"q_proj": 2}
+    assert known.alpha_pattern == {"q_proj": 3.0}
+    assert known.use_rslora is known.init_lora_weights is known.inference_mode is True
+    assert known.base_model_name_or_path == "org/name"
     assert (known.lora_dropout, known.bias, known.task_type) == (0.1, "none", "CAUSAL_LM")
     lines = config.text().splitlines()
     assert lines == json.dumps(json.loads(config.text()), indent=2, sort_keys=True).splitlines()
@@ -151,7 +146,9 @@ def test_nothing_of_an_adapter_is_ever_dropped(
         open_adapter(tmp_path)
 
 
-def test_magnitudes_are_not_dropped_where_the_configuration_hides_them(saved: Callable[..., Path]) -> None:
+def test_magnitudes_that_the_configuration_does_not_mention_are_not_dropped(
+    saved: Callable[..., Path],
+) -> None:
     directory = edit(saved(use_dora=True), use_dora=False)
     with pytest.raises(ArtifactError, match="lora_magnitude_vector, which is neither a low-rank factor"):
         open_adapter(directory)
@@ -171,18 +168,18 @@ def test_a_missing_file_is_refused_by_name(saved: Callable[..., Path], name: str
 
 
 @pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": None}, {"r": []}])
-def test_a_configuration_that_makes_no_sense_is_refused(
+def test_a_configuration_with_invalid_values_is_refused(
     saved: Callable[..., Path], values: dict[str, Any]
 ) -> None:
     with pytest.raises(ArtifactError, match="not the configuration of a LoRA adapter"):
         open_adapter(edit(saved(), **values))
 
 
-def test_half_an_adapter_is_refused(saved: Callable[..., Path]) -> None:
+def test_an_adapter_with_missing_factors_is_refused(saved: Callable[..., Path]) -> None:
     directory = saved()
-    pieces = load_file(directory / WEIGHTS)
+    factors = load_file(directory / WEIGHTS)
     lost = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    save_file({name: piece for name, piece in pieces.items() if name != lost}, directory / WEIGHTS)
+    save_file({name: factor for name, factor in factors.items() if name != lost}, directory / WEIGHTS)
     with pytest.raises(ArtifactError, match="no lora_B for model.layers.1.self_attn.q_proj"):
         open_adapter(directory)
     save_file({}, directory / WEIGHTS)
@@ -212,14 +209,14 @@ LINEARS = [
         ([*LINEARS[:3], "layers.1.mlp.up_proj"], ["layers.0.attn.k_proj", "layers.0.attn.q_proj", "up_proj"]),
     ],
 )
-def test_targets_are_short_where_they_select_exactly_what_is_chosen(
+def test_targets_are_module_suffixes_if_these_select_exactly_the_chosen_modules(
     chosen: list[str], targets: list[str]
 ) -> None:
     assert target_modules(chosen, LINEARS) == targets
 
 
 @pytest.mark.parametrize("regex", [r".*layers\.1\..*(q|up)_proj", "all-linear"])
-def test_targets_that_are_no_list_become_the_modules_of_the_file(
+def test_targets_that_are_not_a_list_become_the_modules_of_the_file(
     regex: str, checkpoint: Build, saved: Callable[..., Path]
 ) -> None:
     adapter = open_adapter(edit(saved(), target_modules=regex))

@@ -1,4 +1,4 @@
-"""RWKV-PEFT's adapter files: read by merge and to-lora, and written; against its formulas in numpy."""
+"""RWKV-PEFT's adapter files, read by merge and to-lora and written, compared with its formulas in numpy."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -14,22 +14,23 @@ from tests.program import refused, succeeded
 from tests.rwkv6 import random_model, save
 from tests.test_rwkv6_layouts import read
 
-RANK, ALPHA = 4, 10.0
+RANK = 4
+ALPHA = 10.0
 MODULES = [
     f"blocks.{layer}.{module}"
     for layer in range(2)
     for module in ("att.key", "att.gate", "ffn.key", "ffn.value")
 ]
-MOVED = "blocks.1.att.time_decay"
+TRAINED_IN_FULL = "blocks.1.att.time_decay"
 
 
 class Files:
-    """What RWKV-PEFT leaves behind: the base, the start of PiSSA, and the trained adapter."""
+    """What RWKV-PEFT writes: the base, the initial adapter of PiSSA, and the trained adapter."""
 
-    def __init__(self, place: Path, prefix: str) -> None:
+    def __init__(self, directory: Path, prefix: str) -> None:
         noise = torch.Generator().manual_seed(5)
         tensors = random_model()
-        self.base = save(tensors, place / "base.pth", torch.float32)
+        self.base = save(tensors, directory / "base.pth", torch.float32)
         start: OrderedDict[str, Tensor] = OrderedDict()
         end: OrderedDict[str, Tensor] = OrderedDict()
         self.pissa = {name: tensor.double().numpy() for name, tensor in tensors.items()}
@@ -38,18 +39,18 @@ class Files:
             weight = tensors[f"{module}.weight"]
             first = [0.1 * torch.randn(RANK, weight.shape[1], generator=noise)]
             first.append(0.1 * torch.randn(weight.shape[0], RANK, generator=noise))
-            last = [piece + 0.05 * torch.randn(piece.shape, generator=noise) for piece in first]
+            last = [factor + 0.05 * torch.randn(factor.shape, generator=noise) for factor in first]
             for letter, then, now in zip("AB", first, last, strict=True):
                 start[f"model.{module}.init_lora_{letter}"] = then
                 end[f"{prefix}{module}.lora_{letter}"] = now
-            (a0, b0), (a, b) = ([piece.double().numpy() for piece in pair] for pair in (first, last))
+            (a0, b0), (a, b) = ([factor.double().numpy() for factor in pair] for pair in (first, last))
             name = f"{module}.weight"
             self.pissa[name] = self.pissa[name] - b0 @ a0 + b @ a
             self.lora[name] = self.lora[name] + b @ a * ALPHA / RANK
-        end[prefix + MOVED] = tensors[MOVED] + 1
+        end[prefix + TRAINED_IN_FULL] = tensors[TRAINED_IN_FULL] + 1
         for values in (self.pissa, self.lora):
-            values[MOVED] = values[MOVED] + 1
-        self.start, self.end = place / "init_pissa.pth", place / "rwkv-0.pth"
+            values[TRAINED_IN_FULL] = values[TRAINED_IN_FULL] + 1
+        self.start, self.end = directory / "init_pissa.pth", directory / "rwkv-0.pth"
         torch.save(start, self.start)
         torch.save(end, self.end)
 
@@ -68,7 +69,7 @@ def check(path: Path, wanted: dict[str, "np.ndarray"]) -> None:
         )
 
 
-def test_pissa_is_merged_with_its_start(files: Files, tmp_path: Path) -> None:
+def test_pissa_is_merged_with_its_initial_adapter(files: Files, tmp_path: Path) -> None:
     succeeded("merge", files.end, "-o", tmp_path / "out", "--base", files.base, "--init", files.start)
     check(tmp_path / "out", files.pissa)
 
@@ -79,9 +80,9 @@ def test_a_lora_is_merged_with_its_alpha(files: Files, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["peft", "rwkv-peft"])
-def test_to_lora_and_merge_are_the_same_change(kind: str, files: Files, tmp_path: Path) -> None:
+def test_to_lora_and_merge_make_the_same_change(kind: str, files: Files, tmp_path: Path) -> None:
     said = succeeded("to-lora", files.end, "-o", tmp_path / "lora", "--init", files.start, "--format", kind)
-    # The file names no base, and transformers has no model of its names to be adapted.
+    # The file names no base, and transformers has no model with these module names.
     for out in (said.out, succeeded("inspect", tmp_path / "lora").out):
         assert "-o MERGED --base BASE" in out and "PeftModel" not in out
     succeeded("verify", tmp_path / "lora")
@@ -89,12 +90,12 @@ def test_to_lora_and_merge_are_the_same_change(kind: str, files: Files, tmp_path
     check(tmp_path / "out", files.pissa)
 
 
-def test_what_is_written_is_merged_by_their_formula(files: Files, tmp_path: Path) -> None:
+def test_what_is_written_is_merged_by_the_formula_of_rwkv_peft(files: Files, tmp_path: Path) -> None:
     command = ("to-lora", files.end, "-o", tmp_path / "l", "--init", files.start)
     said = succeeded(*command, "--format", "rwkv-peft")
     assert f"lora_alpha {2 * RANK}" in said.out
     written, base = read(tmp_path / "l" / "rwkv_lora.pth"), read(files.base)
-    assert {name for name in written if "lora_" not in name} == {MOVED}
+    assert {name for name in written if "lora_" not in name} == {TRAINED_IN_FULL}
     for module in MODULES:
         a, b = (written[f"{module}.lora_{letter}"].double().numpy() for letter in "AB")
         assert a.shape[0] == 2 * RANK
@@ -102,8 +103,9 @@ def test_what_is_written_is_merged_by_their_formula(files: Files, tmp_path: Path
         assert np.abs(merged - files.pissa[f"{module}.weight"]).max() < 1e-6
 
 
+@pytest.mark.slow
 @needs_rwkv
-def test_it_reaches_a_base_in_another_layout(files: Files, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_a_base_of_another_layout(files: Files, tmp_path: Path) -> None:
     tensors = read(files.end)
     torch.save(OrderedDict((n, t) for n, t in tensors.items() if "lora_" in n), tmp_path / "matrices.pth")
     succeeded("convert", files.base, "-o", tmp_path / "fla", "--layout", "fla")
@@ -117,7 +119,7 @@ def test_it_reaches_a_base_in_another_layout(files: Files, tmp_path: Path) -> No
     assert (logits - rwkv_logits(files.base, tmp_path, TOKENS)[0]).abs().max() > 1e-3
 
 
-def test_a_trained_adapter_of_ours_is_written_for_it_from_every_layout(tmp_path: Path) -> None:
+def test_an_adapter_of_the_hf_layout_is_written_in_the_format_of_rwkv_peft(tmp_path: Path) -> None:
     model = save(random_model(), tmp_path / "m.pth", torch.float32)
     succeeded("convert", model, "-o", tmp_path / "hf", "--layout", "hf")
     succeeded("decompose", tmp_path / "hf", "-o", tmp_path / "out", "--rank", RANK, "--targets", "att.key")
@@ -127,18 +129,18 @@ def test_a_trained_adapter_of_ours_is_written_for_it_from_every_layout(tmp_path:
     ]
 
 
-def test_inspect_says_what_it_is_and_what_it_lacks(files: Files) -> None:
+def test_inspect_says_what_the_file_is_and_what_it_does_not_say(files: Files) -> None:
     said = succeeded("inspect", files.end).out
     assert "RWKV-PEFT's format" in said and "--alpha LORA_ALPHA" in said
     assert "rwkv6-blinkdl" in succeeded("inspect", files.base).out
 
 
-def test_what_is_missing_is_asked_for(files: Files, tmp_path: Path) -> None:
+def test_missing_options_are_asked_for(files: Files, tmp_path: Path) -> None:
     out, base = ["-o", tmp_path / "out"], ["--base", files.base]
     refused(
-        "merge", files.end, *out, *base, words=["rwkv-0.pth", "does not say its scale", "--alpha", "--init"]
+        "merge", files.end, *out, *base, words=["rwkv-0.pth", "does not store its scale", "--alpha", "--init"]
     )
-    refused("to-lora", files.end, *out, words=["does not say its scale"])
+    refused("to-lora", files.end, *out, words=["does not store its scale"])
     refused("merge", files.end, *out, "--alpha", 3, words=["base", "--base"])
     words = ["leave --alpha out"]
     refused("merge", files.end, *out, *base, "--alpha", 3, "--init", files.start, words=words)
@@ -154,9 +156,11 @@ def test_what_is_missing_is_asked_for(files: Files, tmp_path: Path) -> None:
     )
 
 
-def test_llamas_are_not_written_for_it(checkpoint: object, tmp_path: Path) -> None:
+def test_an_adapter_of_another_family_is_not_written_in_this_format(
+    checkpoint: object, tmp_path: Path
+) -> None:
     llama = checkpoint("llama")  # type: ignore[operator]
     succeeded("decompose", llama, "-o", tmp_path / "out", "--rank", 4)
     command = ("to-lora", tmp_path / "out", "-o", tmp_path / "lora", "--format", "rwkv-peft")
     refused(*command, words=["model.layers.0", "RWKV-6 alone"])
-    refused("merge", tmp_path / "out", "-o", tmp_path / "m", "--alpha", 3, words=["says its own alpha"])
+    refused("merge", tmp_path / "out", "-o", tmp_path / "m", "--alpha", 3, words=["stores its own alpha"])

@@ -1,4 +1,4 @@
-"""Headers, with the safetensors library as the oracle in both directions."""
+"""Headers, compared with the safetensors library in both directions."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def parse(raw: bytes) -> dict[str, TensorInfo]:
 
 
 def packed(header: Any, data: int = 32) -> bytes:
-    """A file with this header and `data` bytes behind it."""
+    """A file with this header and `data` bytes after it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(data)
 
@@ -95,12 +95,12 @@ BAD = {
     "an unknown element type": changed(dtype="F33"),
     "an element type that is a list": changed(dtype=["F32"]),
     "a shape that is larger than its bytes": changed(shape=[2, 4]),
-    "offsets that are turned round": changed(data_offsets=[24, 0]),
+    "an end before its begin": changed(data_offsets=[24, 0]),
     "offsets that overlap": packed({**GOOD, "b": {**GOOD["b"], "data_offsets": [16, 24]}}),
     "a gap": packed({**GOOD, "b": {**GOOD["b"], "data_offsets": [26, 34]}}, data=34),
-    "two tensors at one place": packed({**GOOD, "c": GOOD["a"]}),
+    "two tensors at the same offset": packed({**GOOD, "c": GOOD["a"]}),
     "bytes past the end": packed(GOOD, data=31),
-    "bytes that nothing claims": packed(GOOD, data=33),
+    "bytes that belong to no tensor": packed(GOOD, data=33),
     "an empty file": b"",
     "four bytes": b"\0\0\0\0",
     "a length past the end": (10**6).to_bytes(8, "little") + b"{}",
@@ -109,7 +109,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_header_that_lies_is_refused_as_the_library_refuses_it(what: str) -> None:
+def test_an_inconsistent_header_is_refused_as_the_library_refuses_it(what: str) -> None:
     with pytest.raises(CheckpointError, match="f"):
         parse(BAD[what])
     with pytest.raises(SafetensorError):
@@ -117,7 +117,7 @@ def test_a_header_that_lies_is_refused_as_the_library_refuses_it(what: str) -> N
 
 
 def agrees_with_the_library(raw: bytes) -> None:
-    """Accepted by us: accepted by the library, with the same shapes. Refused: in a sentence."""
+    """A header that is not refused with a CheckpointError has the same shapes for the library."""
     try:
         found = parse(raw)
     except CheckpointError:
@@ -141,13 +141,13 @@ ENTRIES = st.fixed_dictionaries(
 
 @given(entry=ENTRIES, rest=st.booleans())
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_no_entry_is_believed_that_the_library_refuses(entry: dict[str, Any], rest: bool) -> None:
+def test_no_entry_is_accepted_that_the_library_refuses(entry: dict[str, Any], rest: bool) -> None:
     agrees_with_the_library(packed({**GOOD, "a": {**GOOD["a"], **entry}} if rest else {"a": entry}))
 
 
 @given(change=st.tuples(st.integers(0, 120), st.integers(0, 255)))
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_a_changed_byte_is_never_more_than_a_sentence(change: tuple[int, int]) -> None:
+def test_a_changed_byte_raises_nothing_but_a_checkpoint_error(change: tuple[int, int]) -> None:
     raw = bytearray(save(TENSORS))
     raw[change[0]] = change[1]
     agrees_with_the_library(bytes(raw))
@@ -155,5 +155,5 @@ def test_a_changed_byte_is_never_more_than_a_sentence(change: tuple[int, int]) -
 
 @pytest.mark.parametrize("cut", [lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: raw + b"\0"])
 def test_a_file_of_another_size_is_refused(cut: Callable[[bytes], bytes]) -> None:
-    with pytest.raises(CheckpointError, match="truncated|whole|longer"):
+    with pytest.raises(CheckpointError, match="truncated|complete|longer"):
         parse(cut(save(TENSORS)))

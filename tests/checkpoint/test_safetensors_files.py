@@ -1,4 +1,4 @@
-"""Directories of safetensors: the library writes, we read, and what is damaged is refused in a sentence."""
+"""Directories of safetensors files that the library wrote are read, and damaged ones refused."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdconvert.checkpoint.safetensors_files import INDEX, SafetensorsSource, open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import CheckpointError, ModelNotFoundError
 from tests.tiny import SHARDED
 
 TENSORS = {
@@ -103,7 +103,7 @@ def test_an_index_cannot_point_outside_its_directory(shards: Path, place: str) -
 
 def test_an_index_that_names_an_absent_shard_is_refused(shards: Path) -> None:
     (shards / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names model-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(CheckpointError, match="names model-00002-of-00002.safetensors, which does not exist"):
         open_checkpoint(shards)
 
 
@@ -140,26 +140,33 @@ def test_a_shard_that_shrinks_under_the_run_is_a_sentence(shards: Path, how: str
         source.read("b") if how == "read" else list(source.chunks("b", 16))
 
 
-def test_a_shard_that_goes_away_under_the_run_is_a_sentence(shards: Path) -> None:
+def test_a_shard_that_is_deleted_during_the_run_is_a_sentence(shards: Path) -> None:
     source = open_checkpoint(shards)
     (shards / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="b cannot be read"):
         source.read("b")
 
 
-def test_what_is_no_model_directory_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_text("x")
     for name, complaint in (
-        ("absent", "does not exist"),
         ("empty", "is empty"),
         ("file", "is a file"),
         ("other", "holds no model weights"),
     ):
         with pytest.raises(CheckpointError, match=complaint):
             open_checkpoint(tmp_path / name)
+
+
+def test_a_path_that_does_not_exist_is_distinguished_from_a_directory_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="absent does not exist"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(tmp_path)
+    assert type(refused.value) is CheckpointError
 
 
 def test_reading_keeps_no_file_open_after_it_is_closed(tmp_path: Path) -> None:
@@ -182,12 +189,12 @@ def test_blocks_of_rows_are_the_matrix(rows: int, name: str, tmp_path: Path) -> 
     assert all(len(block) <= rows for block in blocks)
 
 
-def test_blocks_of_rows_do_not_mind_how_the_bytes_arrive(tmp_path: Path) -> None:
-    class Dribble(SafetensorsSource):
-        def chunks(self, name: str, size: int, room: memoryview | None = None) -> Iterator[memoryview]:
-            return super().chunks(name, min(size, 3), room)
+def test_blocks_of_rows_do_not_depend_on_the_size_of_the_chunks(tmp_path: Path) -> None:
+    class SmallChunks(SafetensorsSource):
+        def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+            return super().chunks(name, min(size, 3), buffer)
 
     save_file(TENSORS, tmp_path / "model.safetensors")
-    source = Dribble([tmp_path / "model.safetensors"])
+    source = SmallChunks([tmp_path / "model.safetensors"])
     blocks = [block.clone() for block in blocks_of_rows(source, "half", 2)]
     assert torch.equal(torch.cat(blocks), TENSORS["half"])

@@ -1,4 +1,4 @@
-"""The command line: help, versions, listings, plans, and what wins where an option is given twice."""
+"""The command line: help, version, listings, plans, and which value wins if an option is given twice."""
 
 import json
 import re
@@ -8,27 +8,41 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
+from typer.main import get_group
 
+from svdconvert.cli.app import app
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
 from tests.conftest import Build
 from tests.program import content, succeeded, svdconvert
 
-VERBS = ["decompose", "train", "merge", "to-lora", "verify", "inspect", "list"]
+COMMANDS = sorted(get_group(app).commands)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_a_verb_loads_no_torch(verb: str) -> None:
+def test_the_commands_are_those_that_the_documents_name() -> None:
+    known = {"decompose", "train", "merge", "to-lora", "convert", "push", "verify", "inspect", "list"}
+    assert known <= {*COMMANDS}
+
+
+@pytest.mark.processes
+def test_help_loads_no_torch_and_every_command_has_an_example() -> None:
+    """All commands in one process, and what each of them has imported by then."""
     program = (
-        "import sys; from typer.testing import CliRunner; from svdconvert.cli.app import app;"
-        f"done = CliRunner().invoke(app, ['{verb}', '--help']); assert 'Example:' in done.output;"
-        "sys.exit(str({'torch', 'transformers', 'datasets', 'huggingface_hub'} & {*sys.modules}))"
+        "import json, sys; from typer.testing import CliRunner; from svdconvert.cli.app import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    shown = CliRunner().invoke(app, [command, '--help']).output\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & {*sys.modules}\n"
+        "    print(json.dumps([command, 'Example:' in shown, sorted(heavy)]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr == "set()\n"
+    words = [sys.executable, "-c", program, *COMMANDS]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        [command, True, []] for command in COMMANDS
+    ]
 
 
+@pytest.mark.processes
 def test_the_module_is_the_program() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "svdconvert", "--version"], capture_output=True, text=True, check=False
@@ -36,10 +50,10 @@ def test_the_module_is_the_program() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"svdconvert {version('svdconvert')}\n", "")
 
 
-def test_without_a_verb_it_explains_itself() -> None:
+def test_without_a_command_it_shows_all_of_them() -> None:
     ended = svdconvert()
     assert ended.status == 2
-    assert all(verb in ended.out + ended.err for verb in VERBS)
+    assert all(command in ended.out + ended.err for command in COMMANDS)
 
 
 def test_list_as_json_has_a_row_for_each() -> None:
@@ -58,23 +72,25 @@ def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPat
     assert max(map(len, lines)) <= 80
 
 
-def test_a_plan_writes_nothing_and_is_right(checkpoint: Build, tmp_path: Path) -> None:
-    model, out = checkpoint("llama"), tmp_path / "out"
+def test_a_plan_writes_nothing_and_names_the_right_sizes(checkpoint: Build, tmp_path: Path) -> None:
+    model = checkpoint("llama")
+    out = tmp_path / "out"
     command = ("decompose", model, "-o", out, "--rank", 4)
     shown = succeeded(*command, "--plan").out
     assert list(tmp_path.iterdir()) == []
     assert re.search(r"attn\.k +16 x 32 +4 +2 +384", shown)
     succeeded(*command)
-    files = [file for file in out.rglob("*.safetensors")]
-    # What is not planned is headers: a few kilobytes, so the sizes are compared by their payload.
+    files = list(out.rglob("*.safetensors"))
+    # The plan does not count the headers, so the sizes are compared without them.
     payload = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
-    assert f"{payload / 1000:.2f} kB in {len(files)} files" in shown
+    assert f"{payload / 1000:.1f} KB in {len(files)} files" in shown
 
 
-def test_what_is_typed_wins_over_the_recipe_and_that_over_the_defaults(
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
     checkpoint: Build, tmp_path: Path
 ) -> None:
-    model, recipe = checkpoint("llama"), tmp_path / "recipe.yaml"
+    model = checkpoint("llama")
+    recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {model}\nseed: 5\nthreads: 1\n"
         "decompose: {rank: 3, targets: [attn.q, mlp.down], max-shard-size: 20KB}\n"
@@ -93,7 +109,7 @@ def test_what_is_typed_wins_over_the_recipe_and_that_over_the_defaults(
     assert (merged["side"], merged["dtype"]) == ("residual", "bfloat16")
 
 
-def test_a_command_ends_with_what_to_type_next(checkpoint: Build, tmp_path: Path) -> None:
+def test_a_command_ends_with_the_next_command(checkpoint: Build, tmp_path: Path) -> None:
     shown = succeeded("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
     assert f"svdconvert train {tmp_path / 'out'} -o TRAINED --data FILE" in shown.out
     assert "rank 4, 14 matrices" in shown.out
@@ -120,6 +136,6 @@ def test_ctrl_c_ends_with_status_130(
     assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
 
 
-def test_the_installed_program_is_there() -> None:
+def test_the_console_script_can_be_loaded() -> None:
     (program,) = [point for point in entry_points(group="console_scripts") if point.name == "svdconvert"]
     assert callable(program.load())

@@ -1,4 +1,4 @@
-"""Process-wide settings of the program, and how it ends."""
+"""Process-wide settings of the program, and how it exits."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from svdconvert.cli import process
 
 
-def test_settings_of_the_user_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
     process.configure_libraries()
@@ -17,7 +17,7 @@ def test_settings_of_the_user_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ.pop("HF_HUB_VERBOSITY") == "error"
 
 
-def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_without_mallopt_causes_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: object) -> object:
         raise OSError("no C library")
 
@@ -25,6 +25,7 @@ def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPat
     process.configure_malloc_for_streaming()
 
 
+@pytest.mark.processes
 def test_importing_the_library_changes_no_setting_of_the_process() -> None:
     program = (
         "import gc, os; before = (gc.get_threshold(), dict(os.environ));"
@@ -35,7 +36,11 @@ def test_importing_the_library_changes_no_setting_of_the_process() -> None:
     assert done.stdout == "True\n"
 
 
-def test_a_closed_standard_output_is_no_traceback() -> None:
-    command = f"{sys.executable} -m svdconvert list methods | true"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+@pytest.mark.processes
+def test_a_reader_that_has_closed_the_pipe_causes_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        command = [sys.executable, "-m", "svdconvert", "list", "methods"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr == ""

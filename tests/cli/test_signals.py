@@ -21,11 +21,12 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)]
 )
-def test_a_signal_unwinds_the_program(number: int, kind: type[BaseException]) -> None:
+def test_a_signal_raises_an_exception(number: int, kind: type[BaseException]) -> None:
     with pytest.raises(kind), raise_on_signals():
         signal.raise_signal(number)
 
 
+@pytest.mark.processes
 def test_a_job_in_the_background_is_not_interrupted() -> None:
     program = """
 import signal

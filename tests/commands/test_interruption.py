@@ -1,26 +1,31 @@
-"""Killed at any moment, the same command goes on and ends in the same bytes."""
+"""Killed at any moment, the same command continues and ends with the same bytes."""
 
 import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from svdconvert.commands.convert import convert
 from svdconvert.commands.decompose import decompose
 from svdconvert.config.execution import Run
+from svdconvert.config.options import ConvertOptions
+from svdconvert.config.progress import Progress
 from svdconvert.output.staging import partial
 from svdconvert.pipeline.decompose import SplitOptions
-from tests import medium
+from tests import medium, rwkv6
+from tests.endless import COMMANDS, ENDLESS, write
 from tests.process import finish, finished_items, start, sums, wait_until_finished
 
-KILLS = int(os.environ.get("SVDCONVERT_KILLS", "5"))
-"""Kills for each verb; `make soak` wants more."""
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+KILLS = int(os.environ.get("SVDCONVERT_KILLS", "3"))
+"""Kills of each command; `make soak` wants more."""
 SLOW: tuple[object, ...] = ("decompose", "--svd", "exact", "--rank", 8)
-"""A command that takes its time."""
-ITEMS = {"decompose": 57, "merge": 57, "to-lora": 56}
-"""Tensors of the base, or adapted modules: 8 layers of 7 matrices, and the embedding."""
+"""A command that takes a few seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -29,56 +34,68 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decomposed(model: Path) -> Path:
-    out = model.with_name("decomposed")
-    decompose(model, out, SplitOptions(rank=8), Run(threads=1))
-    return out
+def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Command -> what it reads."""
+    directory = tmp_path_factory.mktemp("sources")
+    run = Run(device="cpu", threads=1)
+    decomposed = directory / "decomposed"
+    decompose(model, decomposed, SplitOptions(rank=8), run)
+    pth = rwkv6.save(rwkv6.random_model(), directory / "rwkv6.pth")
+    hf = directory / "hf"
+    convert(pth, hf, ConvertOptions(layout="hf"), run)
+    return {
+        "decompose": model,
+        "merge": decomposed,
+        "to-lora": decomposed,
+        "convert to hf": pth,
+        "convert to blinkdl": hf,
+    }
 
 
-def _command(verb: str, model: Path, decomposed: Path) -> list[object]:
-    if verb == "decompose":
-        return [verb, model, "--rank", 8, "--max-shard-size", "1MB"]
-    return [verb, decomposed, *(["--max-shard-size", "1MB"] if verb == "merge" else [])]
-
-
-@pytest.mark.parametrize("verb", ITEMS)
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
-    verb: str, model: Path, decomposed: Path, tmp_path: Path
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    command: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = _command(verb, model, decomposed)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finish(start(*command, "-o", whole))
-    moments = sorted(random.Random(verb).choices(range(ITEMS[verb]), k=KILLS))
-    for moment in moments:
-        process = start(*command, "-o", out)
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    tensors: list[str] = []
+    write(command, sources[command], undisturbed, _run(lambda progress: tensors.append(progress.name)))
+    assert len(tensors) > KILLS
+    # Each kill waits until at least one tensor more is finished than when the last one came.
+    for moment in sorted(random.Random(command).sample(range(1, len(tensors)), KILLS)):
+        process = start(command, sources[command], out, program=ENDLESS)
         wait_until_finished(process, out, moment)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert out.exists() or not (out / "svdconvert.json").exists()
-        if out.exists():  # it was faster than the kill, and has to be whole
-            break
-    if not out.exists():
-        done = finished_items(out)
-        said = finish(start(*command, "-o", out))
-        assert done == 0 or f"{done} of {ITEMS[verb]} tensors are done" in said or verb == "to-lora"
-    assert sums(out) == sums(whole)
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
+        assert finished_items(out) >= moment
+        assert not out.exists()
+        assert not (partial(out) / "svdconvert.json").exists()
+    before = finished_items(out)
+    during: list[int] = []
+    write(command, sources[command], out, _run(lambda progress: during.append(finished_items(out))))
+    assert min(during) >= before, "what was finished before the kill was done again"
+    assert sums(out) == sums(undisturbed)
     assert not partial(out).exists()
 
 
-def test_ctrl_c_leaves_a_state_to_go_on_from_and_says_so(model: Path, tmp_path: Path) -> None:
+def _run(track: Callable[[Progress], None]) -> Run:
+    return Run(device="cpu", threads=1, track=track)
+
+
+def test_ctrl_c_leaves_a_state_to_continue_from_and_says_so(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGINT)
     assert status == 130, said
-    assert f"the same command goes on from {out}.partial" in said
+    assert f"the same command continues from {out}.partial" in said
     assert not out.exists()
     assert "tensors are done" in finish(start(*SLOW, model, "-o", out))
 
 
-def test_a_run_that_is_told_to_end_says_where_it_can_go_on(model: Path, tmp_path: Path) -> None:
+def test_a_terminated_run_says_from_where_it_can_continue(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, said = _interrupted(model, out, signal.SIGTERM)
     assert status == 143, said
-    assert f"goes on from {out}.partial" in said
+    assert f"continues from {out}.partial" in said
 
 
 @pytest.mark.parametrize(
@@ -97,7 +114,8 @@ def test_another_option_is_refused_by_name(
 
 
 def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
-    model, out = medium.build(tmp_path / "base", layers=8, hidden=256, wide=704), tmp_path / "out"
+    model = medium.build(tmp_path / "base", layers=8, hidden=256, wide=704)
+    out = tmp_path / "out"
     _interrupted(model, out)
     os.utime(model / "model-00002-of-00005.safetensors")
     process = start(*SLOW, model, "-o", out)
@@ -133,7 +151,7 @@ def test_a_second_run_for_the_same_output_is_refused(model: Path, tmp_path: Path
 
 
 def _interrupted(model: Path, out: Path, how: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
-    """(status, complaints) of a run that was disturbed in the middle; a faster one is made again."""
+    """Exit status and standard error of a run that got a signal in the middle; a faster run is repeated."""
     for _ in range(10):
         process = start(*SLOW, model, "-o", out)
         wait_until_finished(process, out, 5)
@@ -143,4 +161,4 @@ def _interrupted(model: Path, out: Path, how: signal.Signals = signal.SIGKILL) -
             assert finished_items(out) >= 5
             return process.returncode, said
         shutil.rmtree(out)
-    raise AssertionError("no run could be disturbed in the middle")
+    raise AssertionError("every run had ended before it received the signal")

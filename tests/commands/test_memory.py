@@ -1,4 +1,4 @@
-"""Memory is a few matrices, whatever the size of the model or of its shards."""
+"""Peak memory is a few matrices, independent of the size of the model and of its shards."""
 
 import sys
 import time
@@ -19,39 +19,39 @@ IMPORT = [
     "-c",
     "import svdconvert.cli.app; from svdconvert.commands import decompose, merge, verify",
 ]
-VERBS = ("decompose", "exact", "merge", "verify", "to-lora")
+COMMANDS = ("decompose", "exact", "merge", "verify", "to-lora")
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    room = tmp_path_factory.mktemp("models")
+    directory = tmp_path_factory.mktemp("models")
     shape = {"hidden": HIDDEN, "wide": WIDE, "vocabulary": 32000}
-    small, large = (
-        medium.build(room / "small", layers=2, **shape),
-        medium.build(room / "large", layers=6, **shape),
-    )
+    small = medium.build(directory / "small", layers=2, **shape)
+    large = medium.build(directory / "large", layers=6, **shape)
     for model in (small, large):
         finish(start("decompose", model, "-o", model.with_name(f"{model.name}-split"), "--rank", 16))
     return small, large
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_memory_depends_on_the_largest_matrix_and_not_on_the_model(
-    verb: str, models: tuple[Path, Path], tmp_path: Path
+    command: str, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     bare = _peak([], program=IMPORT)
     small, large = (
-        max(_peak(_command(verb, model, tmp_path / f"{model.name}-{run}")) for run in range(2))
+        max(_peak(_command(command, model, tmp_path / f"{model.name}-{run}")) for run in range(2))
         for model in models
     )
-    bound = 11 * SQUARE if verb == "exact" else 6 * LARGEST
-    assert large - bare <= bound, f"{(large - bare) / 1e6:.0f} MB where {bound / 1e6:.0f} are promised"
-    # Three times the model, and not one matrix more in memory. What the peak is, is chance by a few per
-    # cent: whether reading, computing and writing meet, and when it is looked at.
+    bound = 11 * SQUARE if command == "exact" else 6 * LARGEST
+    assert large - bare <= bound, f"{(large - bare) / 1e6:.0f} MB instead of at most {bound / 1e6:.0f}"
+    # A model three times as large must not need the memory of one matrix more. The peaks vary by a few per
+    # cent with the timing of reading, computing and writing.
     assert large - small < LARGEST, f"{large / small:.3f} times the memory"
 
 
-def _command(verb: str, model: Path, out: Path) -> list[object]:
+def _command(command: str, model: Path, out: Path) -> list[object]:
     split = model.with_name(f"{model.name}-split")
     return {
         "decompose": ["decompose", model, "-o", out, "--rank", 16],
@@ -59,13 +59,14 @@ def _command(verb: str, model: Path, out: Path) -> list[object]:
         "merge": ["merge", split, "-o", out],
         "verify": ["verify", split],
         "to-lora": ["to-lora", split, "-o", out],
-    }[verb]
+    }[command]
 
 
 def _peak(command: list[object], program: list[str] | None = None) -> int:
-    """Largest anonymous memory of a process and its children, in bytes, looked at every few milliseconds."""
+    """Largest anonymous memory of a process and its children in bytes, read every few milliseconds."""
     process = start(*command, program=program)
-    watched, peak = psutil.Process(process.pid), 0
+    watched = psutil.Process(process.pid)
+    peak = 0
     while process.poll() is None:
         peak = max(peak, sum(_anonymous(child.pid) for child in [watched, *watched.children(recursive=True)]))
         time.sleep(0.003)

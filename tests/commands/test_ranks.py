@@ -1,4 +1,4 @@
-"""Several processes share one output, and write the bytes of one."""
+"""Several processes share the work of one output, and write the bytes that one process writes."""
 
 import os
 import signal
@@ -16,6 +16,8 @@ from tests.process import finish, start, sums, wait_until_finished
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "svdconvert"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "svdconvert"]
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +34,7 @@ def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
     assert sums(tmp_path / "merged-by-two") == sums(tmp_path / "merged")
 
 
-def test_two_matrices_side_by_side_have_the_bytes_of_one_after_the_other(model: Path, tmp_path: Path) -> None:
+def test_two_matrices_at_once_have_the_bytes_of_one_after_the_other(model: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
         out = tmp_path / f"{threads}"
         finish(start("decompose", model, "-o", out / "pissa", "--rank", 8, "--threads", threads))
@@ -41,33 +43,34 @@ def test_two_matrices_side_by_side_have_the_bytes_of_one_after_the_other(model: 
         )
     one, two = sums(tmp_path / "1"), sums(tmp_path / "2")
     assert one.keys() == two.keys()
-    manifests = {name for name in one if name.endswith("svdconvert.json")}  # these note the threads
+    manifests = {name for name in one if name.endswith("svdconvert.json")}  # which record the threads
     assert {name for name in one if one[name] != two[name]} <= manifests
 
 
-def test_a_dead_rank_ends_the_run_and_one_process_can_finish_it(model: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", ["--rank", 8, "--max-shard-size", "300KB"]
+def test_a_killed_rank_ends_the_run_and_one_process_can_finish_it(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--rank", 8, "--max-shard-size", "300KB"]
     launcher = start("decompose", model, "-o", out, *options, program=TORCHRUN)
     wait_until_finished(launcher, out, 4)
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said
+    assert f"continues from {out}.partial" in said or "another rank died" in said
     assert partial(out).exists() and not out.exists()
     assert "are done" in finish(start("decompose", model, "-o", out, *options))
     finish(start("decompose", model, "-o", tmp_path / "whole", *options))
     assert sums(out) == sums(tmp_path / "whole")
 
 
-def test_fewer_ranks_than_asked_for_are_refused(model: Path, tmp_path: Path) -> None:
+def test_fewer_ranks_than_the_launcher_was_asked_for_are_refused(model: Path, tmp_path: Path) -> None:
     process = start("decompose", model, "-o", tmp_path / "out", "--rank", 8, program=ACCELERATE)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "2 ranks were asked for and 1 runs" in said
+    assert "2 ranks were requested and 1 runs" in said
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
 
 
-def test_a_verb_that_does_not_share_its_work_says_so(model: Path, tmp_path: Path) -> None:
+def test_to_lora_refuses_more_than_one_rank(model: Path, tmp_path: Path) -> None:
     finish(start("decompose", model, "-o", tmp_path / "one", "--rank", 8))
     process = start("to-lora", tmp_path / "one", "-o", tmp_path / "lora", program=TORCHRUN)
     _, said = process.communicate(timeout=120)

@@ -104,6 +104,7 @@ every_encoder = pytest.mark.parametrize("model_type", ["bert", "roberta"])
 every_task = pytest.mark.parametrize(("task", "outputs"), [("classify", 2), ("regress", 1)])
 
 
+@pytest.mark.slow
 @every_encoder
 @every_task
 def test_merged_lora_and_trained_are_one_model(

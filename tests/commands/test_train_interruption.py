@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 
 from svdconvert import Run, TrainOptions, train
 from svdconvert.commands.decompose import decompose
+from svdconvert.commands.train import CHECKPOINTS
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output.staging import partial
 from tests.commands.test_ranks import TORCHRUN, _kill_rank
 from tests.conftest import Build
-from tests.process import finish, start, sums, wait_until_finished
+from tests.process import finish, start, sums
 from tests.program import succeeded
 from tests.reading import readable, write_sums
 from tests.stock import tensors
@@ -52,6 +55,16 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def wait_until_saved(process: "subprocess.Popen[str]", out: Path, states: int) -> None:
+    """Return when the run has saved `states` training states, or ended."""
+    while process.poll() is None and not out.exists():
+        if len([*partial(out).glob(f"{CHECKPOINTS}/step-*.pt")]) >= states:
+            return
+        time.sleep(0.001)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
     train(
         room / "start",
@@ -62,7 +75,7 @@ def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, 
     out = tmp_path / "out"
     command = ["train", room / "start", "-o", out, "--data", room / "sums.jsonl", *_words(PLAN)]
     process = start(*command)
-    wait_until_finished(process, out, 2)
+    wait_until_saved(process, out, 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert partial(out).exists() and not out.exists()
@@ -71,6 +84,8 @@ def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, 
     assert not partial(out).exists()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
     plan = TrainOptions(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)
@@ -86,11 +101,11 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_pa
         *_words({**PLAN, **changes}),
     ]
     launcher = start(*command, program=TORCHRUN)
-    wait_until_finished(launcher, out, 2)
+    wait_until_saved(launcher, out, 2)
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    assert f"goes on from {out}.partial" in said or "another rank died" in said, said
+    assert f"continues from {out}.partial" in said or "another rank died" in said, said
     assert partial(out).exists() and not out.exists()
     finish(start(*command, program=TORCHRUN))
     assert sums(out).keys() == sums(tmp_path / "one").keys()

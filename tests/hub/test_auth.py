@@ -1,6 +1,8 @@
-"""A token goes to the Hub in its header, and nowhere else."""
+"""A token is sent to the Hub in its header, and appears nowhere else."""
 
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import Build
 from tests.loopback_hub.server import Hub
@@ -16,7 +18,7 @@ def holding(directory: Path, secret: str) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in files if secret.encode() in path.read_bytes())
 
 
-def test_a_token_is_in_no_file_no_word_and_no_request_but_its_header(
+def test_a_token_is_in_no_file_no_message_and_no_request_but_its_header(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
     hub.users[SECRET] = "alice"
@@ -41,7 +43,7 @@ def test_a_token_is_in_no_file_no_word_and_no_request_but_its_header(
     assert SECRET in {seen.token for seen in hub.seen}
 
 
-def test_an_expired_token_is_named_by_its_fault_and_not_by_its_letters(
+def test_an_expired_token_is_reported_without_the_token_itself(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
     alice.token = EXPIRED
@@ -53,17 +55,77 @@ def test_an_expired_token_is_named_by_its_fault_and_not_by_its_letters(
 
 
 def test_the_environment_wins_over_a_dotenv_file_which_wins_over_the_login(hub: Hub, alice: Visitor) -> None:
-    who = "from svdconvert.hub.auth import use_token\nuse_token()\nimport huggingface_hub\n"
-    who += "result = huggingface_hub.get_token()"
+    who = "from svdconvert.hub.auth import hub_api\nresult = hub_api().token"
     alice.home.mkdir()
     (alice.home / "hf").mkdir()
     (alice.home / "hf" / "token").write_text("hf_login")
     alice.token = None
-    assert alice.runs(who) == "hf_login"
+    assert alice.runs(who) is None  # which makes huggingface_hub use the stored login
     (alice.home / ".env").write_text("OTHER=1\nHF_TOKEN='hf_dotenv'\n")
     assert alice.runs(who) == "hf_dotenv"
+    (alice.home / ".env").write_text("hf=hf_of_sorsa\n")
+    assert alice.runs(who) == "hf_of_sorsa"
     alice.token = "hf_environment"
     assert alice.runs(who) == "hf_environment"
+
+
+def test_a_library_call_with_the_token_of_a_dotenv_file_leaves_the_environment_as_it_was(
+    hub: Hub, alice: Visitor, checkpoint: Build
+) -> None:
+    hub.create("alice/base", checkpoint("llama"), private=True)
+    alice.token = None
+    alice.home.mkdir()
+    (alice.home / ".env").write_text("hf=hf_alice\n")
+    program = """
+import os
+import svdconvert
+before = dict(os.environ)
+from svdconvert.hub.download import fetch
+from svdconvert.inputs.model import open_model
+fetch("alice/base", "sidecars")
+open_model("alice/base", stream=True).source.read("model.norm.weight")
+result = [before == dict(os.environ), "HF_TOKEN" in os.environ]
+"""
+    assert alice.runs(program) == [True, False]
+    asked = hub.asked("GET", "/api/models|/resolve/")
+    assert {seen.token for seen in asked} == {"hf_alice"}
+    assert [seen for seen in hub.asked("GET", "/resolve/.*/model.safetensors") if seen.status == 302] != []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 500])
+def test_a_hub_that_repeats_the_token_does_not_bring_it_into_a_message(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path, status: int
+) -> None:
+    hub.users[SECRET] = "alice"
+    alice.token = SECRET
+    made = tmp_path / "out"
+    alice.succeeds("decompose", checkpoint("llama"), "-o", made, "--rank", 2)
+    hub.create("alice/base", made)
+    program = """
+import traceback
+from svdconvert.errors import SvdConvertError
+from svdconvert.hub import errors
+from svdconvert.hub.download import fetch
+from svdconvert.publish.upload import Destination, upload
+errors._PAUSES = ()
+result = []
+for action in (
+    lambda: fetch("alice/base"),
+    lambda: upload({made!r}, Destination(repository="alice/base")),
+):
+    try:
+        action()
+    except SvdConvertError as error:
+        result.append([str(error), "".join(traceback.format_exception(error))])
+""".replace("{made!r}", f"__import__('pathlib').Path({str(made)!r})")
+    hub.fault("GET", "/resolve/.*/model.safetensors", status=status, echo=True, times=99)
+    hub.fault("HEAD", "/resolve/", status=status, echo=True, times=99)
+    hub.fault("POST", "/api/repos/create", status=status, echo=True, times=99)
+    said = alice.runs(program)
+    assert isinstance(said, list) and len(said) == 2
+    assert SECRET not in str(said)
+    if status in (401, 403):
+        assert "***" in said[1][0] and "***" in said[1][1]
 
 
 def test_a_dotenv_file_that_cannot_be_read_is_a_sentence(hub: Hub, alice: Visitor) -> None:
@@ -78,7 +140,7 @@ def test_without_a_hub_nothing_is_pushed_and_the_sentence_says_why(
 ) -> None:
     command = ["decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4, "--push", "alice/out"]
     alice.environment = {"HF_HUB_OFFLINE": "1"}
-    alice.is_refused(*command, because=["HF_HUB_OFFLINE forbids to ask the Hub; unset it"])
+    alice.is_refused(*command, because=["HF_HUB_OFFLINE forbids requests to the Hub; unset it"])
     alice.environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     alice.is_refused(*command, because=["http://127.0.0.1:9 is out of reach", "run the same command again"])
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A model of the Hub comes into the cache: at one commit, what is needed, and undamaged."""
+"""A model of the Hub is downloaded into the cache: at one commit, what is needed, and undamaged."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ FETCH = (
 
 @pytest.fixture
 def published(hub: Hub, checkpoint: Build, tmp_path: Path) -> Hub:
-    """org/tiny: shards, and much that nobody needs."""
+    """org/tiny: shards, and many files that are not needed."""
     directory = tmp_path / "published"
     shutil.copytree(checkpoint("llama", shard=tiny.SHARDED), directory)
     for name in (
@@ -29,7 +29,7 @@ def published(hub: Hub, checkpoint: Build, tmp_path: Path) -> Hub:
         "a/b.json",
     ):
         (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(b"nobody needs this")
+        (directory / name).write_bytes(b"unneeded")
     (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (directory / "pissa_init").mkdir()
     (directory / "pissa_init" / "adapter_model.safetensors").write_bytes(b"an adapter")
@@ -92,7 +92,7 @@ def test_one_file_of_a_repository_is_fetched_alone(hub: Hub, alice: Visitor, tmp
     assert alice.cached() == ["small.pth"]
 
 
-def test_a_push_of_somebody_while_it_is_fetched_does_not_mix_two_commits(
+def test_a_push_during_the_download_does_not_mix_two_commits(
     published: Hub, alice: Visitor, tmp_path: Path
 ) -> None:
     (tmp_path / "more").mkdir()
@@ -123,7 +123,7 @@ def test_a_download_that_is_damaged_again_and_again_is_refused_and_not_kept(
     shard = published.repositories["org/tiny"].file("main", name).sha256
     published.fault("GET", f"/file/{shard}", flip=True, times=2)
     said = str(alice.runs(REFUSED.format(cases=[("org/tiny", None)])))
-    assert f"{name} of org/tiny arrived damaged twice" in said and shard in said and "again" in said
+    assert f"{name} of org/tiny was damaged in two downloads" in said and shard in said and "again" in said
     assert name not in alice.cached()
     path, _ = alice.runs(FETCH.format("org/tiny"))
     assert (Path(path) / name).read_bytes() == published.repositories["org/tiny"].read(name)
@@ -154,8 +154,40 @@ for model, token in {cases!r}:
         result.append(str(error))
 """
 
+KINDS = """
+from svdconvert.errors import SvdConvertError
+from svdconvert.hub.download import fetch
+result = []
+for model in {models!r}:
+    try:
+        fetch(model)
+        result.append("")
+    except SvdConvertError as error:
+        result.append(type(error).__name__)
+"""
 
-def test_what_cannot_be_had_is_a_sentence_with_the_next_step(
+
+def test_absence_is_distinguished_from_refusal_damage_and_a_hub_out_of_reach(
+    published: Hub, alice: Visitor, tmp_path: Path
+) -> None:
+    published.create("bob/private", private=True)
+    published.create("bob/gated", tmp_path / "published", gated=True)
+    absent = ["org/none", "org/tiny@v9", "org/tiny/none.pth", "bob/private", "org/a--b", "/nowhere/model"]
+    assert alice.runs(KINDS.format(models=absent)) == ["ModelNotFoundError"] * len(absent)
+    assert alice.runs(KINDS.format(models=["bob/gated"])) == ["CheckpointError"]
+    published.fault("GET", "/api/models/org/none", status=400)
+    shard = published.repositories["org/tiny"].file("main", "model-00001-of-00005.safetensors").sha256
+    published.fault("GET", f"/file/{shard}", flip=True, times=2)
+    assert alice.runs(KINDS.format(models=["org/none", "org/tiny"])) == ["CheckpointError"] * 2
+    alice.environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert alice.runs(KINDS.format(models=["org/none"])) == ["CheckpointError"]
+    alice.environment = {"HF_HUB_OFFLINE": "1"}
+    assert alice.runs(KINDS.format(models=["org/none"])) == ["CheckpointError"]
+    alice.environment, alice.token = {}, "hf_expired"
+    assert alice.runs(KINDS.format(models=["org/tiny"])) == ["CheckpointError"]
+
+
+def test_what_cannot_be_downloaded_is_a_sentence_with_the_next_step(
     published: Hub, alice: Visitor, tmp_path: Path
 ) -> None:
     published.repositories["org/tiny"].refs["other"] = published.repositories["org/tiny"].head().oid
@@ -163,14 +195,14 @@ def test_what_cannot_be_had_is_a_sentence_with_the_next_step(
     published.create("bob/gated", tmp_path / "published", gated=True)
     cases = {
         ("org/none", "hf_alice"): ["org/none", "private", "check the name", "hf auth login", "HF_TOKEN"],
-        ("bob/private", "hf_alice"): ["bob/private", "private", "someone who may see it"],
+        ("bob/private", "hf_alice"): ["bob/private", "private", "with access to it"],
         ("bob/private", None): ["bob/private", "private", "hf auth login"],
-        ("bob/gated", "hf_alice"): ["bob/gated is gated", f"ask for access at {published.url}/bob/gated"],
+        ("bob/gated", "hf_alice"): ["bob/gated is gated", f"request access at {published.url}/bob/gated"],
         ("bob/gated", None): ["bob/gated is gated", "hf auth login"],
         ("org/tiny@v9", "hf_alice"): ["org/tiny has no revision v9", "it has main, other"],
         ("org/tiny", "hf_expired"): ["the token was refused", "expired", f"{published.url}/settings/tokens"],
         ("org/tiny/extra", "hf_alice"): ["org/tiny/extra does not exist", "org/name[@revision]"],
-        ("org/a--b", "hf_alice"): ["org/a--b is no name of a repository"],
+        ("org/a--b", "hf_alice"): ["org/a--b is not a valid name of a repository"],
     }
     said = alice.runs(REFUSED.format(cases=[*cases]))
     for (case, words), sentence in zip(cases.items(), said, strict=True):
@@ -183,16 +215,16 @@ def test_a_hub_that_is_out_of_reach_is_a_sentence(alice: Visitor) -> None:
     here = "org/tiny is neither a local directory nor in the local cache, and "
     alice.environment = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert alice.runs(REFUSED.format(cases=[("org/tiny", None)])) == [
-        f"{here}http://127.0.0.1:9 is out of reach (ConnectError); mend the path, or connect and run the "
-        "same command again"
+        f"{here}http://127.0.0.1:9 is out of reach (ConnectError); correct the path, or connect and run "
+        "the same command again"
     ]
     alice.environment = {"HF_HUB_OFFLINE": "1"}
     assert alice.runs(REFUSED.format(cases=[("org/tiny", None)])) == [
-        f"{here}HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+        f"{here}HF_HUB_OFFLINE forbids requests to the Hub; unset it"
     ]
 
 
-def test_a_private_model_is_fetched_by_its_owner_however_he_is_known(
+def test_a_private_model_is_fetched_with_a_token_from_any_source(
     published: Hub, alice: Visitor, tmp_path: Path
 ) -> None:
     published.create("alice/private", tmp_path / "published", private=True)

@@ -1,4 +1,4 @@
-"""The weights of a model can stay on the Hub: what is read in ranges is what a download would have."""
+"""Weights that are read from the Hub by range requests are those that a download would have."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_a_streamed_model_is_decomposed_into_the_same_bytes_and_leaves_no_shard(
     assert (manifest["base"]["location"], manifest["base"]["revision"]) == ("org/tiny", head)
 
 
-def test_broken_connections_are_mended_where_they_broke(hub: Hub, alice: Visitor, large: Path) -> None:
+def test_a_broken_connection_is_continued_where_it_broke(hub: Hub, alice: Visitor, large: Path) -> None:
     whole = alice.runs(READ.format("org/large"))
     hub.seen.clear()
     hub.fault("GET", "/file/", cut=300_000, after=1, times=3)
@@ -107,7 +107,7 @@ def test_a_connection_that_breaks_again_and_again_is_a_sentence(
     assert "again and again" in said and "run the same command again" in said
 
 
-def test_a_look_fetches_no_weights_and_what_is_fetched_already_needs_no_hub(
+def test_inspecting_fetches_no_weights_and_what_is_cached_needs_no_hub(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
     hub.create("org/tiny", checkpoint("llama", shard=tiny.SHARDED))

@@ -1,4 +1,4 @@
-"""One connection to the loopback Hub: which method answers, what goes wrong by order, what is noted."""
+"""One connection to the loopback Hub: which method answers, which faults are injected, what is recorded."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def route(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests of a kind."""
+    """A fault that is injected into the next requests of a kind."""
 
     method: str
     path: str
@@ -33,21 +33,19 @@ class Fault:
     status: int = 503
     times: int = 1
     after: int = 0
-    """How many pass unharmed before."""
+    """How many requests are answered normally before."""
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
-    """Answer well, but close the connection after this many bytes."""
+    """Answer, but close the connection after this many bytes."""
     flip: bool = False
-    """Answer well, but with a byte changed."""
+    """Answer, but with one byte changed."""
+    echo: bool = False
+    """Refuse with the Authorization header in the message."""
     then: Callable[[], object] | None = None
-    """Called first: what happens at this moment elsewhere."""
+    """Called first: what happens elsewhere at this moment."""
 
     def fits(self, method: str, path: str) -> bool:
         return self.method == method and re.search(self.path, path) is not None
-
-    @property
-    def harmless(self) -> bool:
-        return self.cut is None and not self.flip and self.status == 200
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Connection(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         try:
             if self.fault is not None and self.fault.cut is None and not self.fault.flip:
-                self._refuse_by_order(self.fault)
+                self._inject(self.fault)
             self.body = b"" if method == "PUT" else self.rfile.read(self.received)
             for kind, pattern, name in ROUTES:
                 if kind == method and (match := pattern.fullmatch(path)):
@@ -121,11 +119,12 @@ class Connection(BaseHTTPRequestHandler):
         seen = Seen(self.command, path, token, self.status, self.received, self.sent, host)
         self.hub.seen.append(seen)
 
-    def _refuse_by_order(self, fault: Fault) -> None:
+    def _inject(self, fault: Fault) -> None:
         if fault.status == 200:
             return
         self.rfile.read(self.received)
-        raise Refused(fault.status)
+        said = self.headers.get("Authorization") or "" if fault.echo else ""
+        raise Refused(fault.status, "", said and f"cannot serve {said}")
 
     def _refuse(self, refusal: Refused) -> None:
         headers = {"X-Error-Code": refusal.code} if refusal.code else {}
@@ -162,10 +161,10 @@ class Connection(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self._pour(sha256, begin, end - begin)
+            self._write_bytes(sha256, begin, end - begin)
 
-    def _pour(self, sha256: str, begin: int, left: int) -> None:
-        """Write `left` bytes from `begin`, as far as the fault lets them."""
+    def _write_bytes(self, sha256: str, begin: int, left: int) -> None:
+        """Write `left` bytes from `begin`, as far as the fault allows."""
         fault = self.fault
         if fault is not None and fault.cut is not None and fault.cut < left:
             left, self.close_connection = fault.cut, True

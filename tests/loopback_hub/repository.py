@@ -15,7 +15,7 @@ _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n
 
 
 class StaleParent(Exception):
-    """Someone else has committed meanwhile."""
+    """The branch has another head than the commit's parent."""
 
 
 class Absent(Exception):
@@ -50,7 +50,7 @@ class Store:
         return self.path(sha256).exists()
 
     def put(self, stream: BinaryIO, size: int, sha256: str | None = None) -> str | None:
-        """Keep `size` bytes; their SHA-256, or None where they are cut short or not those announced."""
+        """Keep `size` bytes; their SHA-256, or None if there are fewer or it is not `sha256`."""
         sum_, left = hashlib.sha256(), size
         arriving = self.directory / f"arriving-{id(stream)}"
         with arriving.open("wb") as out:
@@ -65,14 +65,14 @@ class Store:
         return sum_.hexdigest()
 
     def join(self, parts: Iterable[Path], sha256: str) -> bool:
-        """Make one file of `parts`; False where it is not the one announced."""
-        whole = self.directory / f"joining-{sha256}"
-        with whole.open("wb") as out:
+        """Join `parts` into one file; False if its SHA-256 is another one."""
+        joined = self.directory / f"joining-{sha256}"
+        with joined.open("wb") as out:
             for part in parts:
                 with part.open("rb") as stream:
                     shutil.copyfileobj(stream, out)
-        with whole.open("rb") as stream:
-            return self.put(stream, whole.stat().st_size, sha256) is not None
+        with joined.open("rb") as stream:
+            return self.put(stream, joined.stat().st_size, sha256) is not None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Repository:
         self._add(MAIN, None, "initial commit", {})
 
     def head(self, revision: str = MAIN) -> Commit:
-        """The commit of a branch, a pull request, or the (whole or short) name of a commit."""
+        """The commit of a branch, a pull request, or the (full or short) name of a commit."""
         short = next((oid for oid in self.commits if len(revision) > 6 and oid.startswith(revision)), None)
         oid = self.refs.get(revision, short)
         if oid is None:
@@ -139,7 +139,7 @@ class Repository:
         return self._add(MAIN, self.head().oid, title, files)
 
     def commit(self, revision: str, lines: list[dict[str, Any]], *, pull: bool) -> tuple[Commit, int | None]:
-        """Apply a commit's lines; the new commit and, where one was opened, the pull request's number."""
+        """Apply a commit's lines; the new commit and the pull request's number, or None."""
         header = lines[0]["value"]
         head = self.head(revision)
         if header.get("parentCommit") not in (None, head.oid):

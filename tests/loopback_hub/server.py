@@ -1,7 +1,7 @@
 """A Hub on loopback: the part of the real one's HTTP protocol that huggingface_hub speaks for models.
 
 Faults can be ordered for requests to come, and every request is noted. Large files lie, as on the real
-Hub, on another host than the API (localhost instead of 127.0.0.1), behind links that carry no token.
+Hub, on another host than the API (localhost instead of 127.0.0.1), at links that carry no token.
 Run as a program (`python -m tests.loopback_hub.server PORT DIRECTORY`) it serves until it is stopped;
 its users are alice (token hf_alice) and bob (hf_bob).
 """
@@ -86,7 +86,7 @@ class Handler(Connection):
     """Answers in the words of the Hub."""
 
     def _user(self) -> str | None:
-        """Who asks; None where nobody says so. A token that is not known has expired."""
+        """The user of the request's token, or None without one. An unknown token counts as expired."""
         token = self._token()
         if token is not None and token not in self.hub.users:
             raise Refused(401, "", "Invalid credentials in Authorization header")
@@ -250,7 +250,7 @@ class Handler(Connection):
         if number is not None:
             answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
         if self.fault is not None and self.fault.cut is not None:
-            self.close_connection = True  # it is done, and nobody hears of it
+            self.close_connection = True  # the commit is made, but the answer is lost
             return
         self._json(answer)
 

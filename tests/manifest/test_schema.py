@@ -1,4 +1,4 @@
-"""svdconvert.json: what it says comes back, and what it cannot mean is refused."""
+"""svdconvert.json: what is written is read back, and invalid content is refused."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_a_manifest_without_base_or_matrices_is_read(tmp_path: Path) -> None:
     assert read_manifest((bare.write(tmp_path), tmp_path)[1]) == bare
 
 
-def test_the_checksums_of_the_model_leave_the_adapter_out() -> None:
+def test_the_checksums_of_the_model_do_not_include_the_adapter() -> None:
     assert MANIFEST.checksums == {"w": "2"}
 
 
@@ -127,7 +127,7 @@ def test_a_manifest_that_json_cannot_hold_is_not_written(tmp_path: Path, value: 
         ({"base": 3}, "is damaged"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(
+def test_a_manifest_with_invalid_values_is_refused(
     tmp_path: Path, change: dict[str, Any], complaint: str
 ) -> None:
     MANIFEST.write(tmp_path)
@@ -148,13 +148,15 @@ def test_a_manifest_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "svdconvert.json").write_text("{")
     with pytest.raises(CheckpointError, match="not readable JSON"):
         read_manifest(tmp_path)
 
 
-def test_a_directory_without_one_is_refused_and_an_unfinished_one_is_called_so(tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_refused_and_an_unfinished_one_is_named_as_such(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ArtifactError, match="was not written by svdconvert: it holds no svdconvert.json"):
         read_manifest(tmp_path)
     (tmp_path / "out.partial").mkdir()
@@ -162,7 +164,7 @@ def test_a_directory_without_one_is_refused_and_an_unfinished_one_is_called_so(t
         read_manifest(tmp_path / "out.partial")
 
 
-def test_decompose_records_a_true_checksum_of_everything_it_wrote_and_read(
+def test_decompose_records_the_checksum_of_every_tensor_that_it_wrote_and_read(
     checkpoint: Callable[..., Path], decomposed: Callable[..., Path]
 ) -> None:
     base = checkpoint("llama")

@@ -39,6 +39,7 @@ def ids(*rows: list[int]) -> Tensor:
     return torch.tensor(rows)
 
 
+@pytest.mark.slow
 @needs_rwkv
 @pytest.mark.parametrize(("head", "state"), [(8, False), (32, True), (64, False)])
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The journal: what a killed run leaves is gone on from, and only by the same command."""
+"""The journal: a killed run is continued, and only by the same command."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from svdconvert.errors import OutputError
 from svdconvert.output.journal import Journal
 
-IDENTITY = {"verb": "decompose", "rank": 4, "targets": ("attn",)}
+IDENTITY = {"command": "decompose", "rank": 4, "targets": ("attn",)}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_line_that_a_kill_cut_short_is_forgotten_and_overwritten(path: Path, c
 
 
 @pytest.mark.parametrize("length", [0, 1, 10])
-def test_a_journal_without_a_whole_first_line_is_begun_anew(path: Path, length: int) -> None:
+def test_a_journal_without_a_complete_first_line_is_started_again(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     assert finished(path) == {}
     assert json.loads(path.read_text()) == {**IDENTITY, "targets": ["attn"]}
@@ -57,8 +57,8 @@ def test_another_run_is_refused_naming_what_differs(path: Path) -> None:
     assert finished(path).keys() == {"a", "b"}
 
 
-def test_starting_anew_forgets(path: Path) -> None:
-    journal = Journal(path, {**IDENTITY, "rank": 8}, anew=True)
+def test_discarding_removes_what_was_finished(path: Path) -> None:
+    journal = Journal(path, {**IDENTITY, "rank": 8}, discard=True)
     assert journal.finished == {}
     journal.close()
     assert path.read_text().count("\n") == 1
@@ -66,9 +66,9 @@ def test_starting_anew_forgets(path: Path) -> None:
 
 def test_two_runs_cannot_share_a_journal(path: Path) -> None:
     first = Journal(path, IDENTITY)
-    for anew in (False, True):
+    for discard in (False, True):
         with pytest.raises(OutputError, match="another run is writing"):
-            Journal(path, IDENTITY, anew=anew)
+            Journal(path, IDENTITY, discard=discard)
     first.finish("c", {"source": "3"})
     first.close()
     assert finished(path).keys() == {"a", "b", "c"}

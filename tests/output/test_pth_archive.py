@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_seals_what_the_first_one_wrote(tmp_path: Path) -> No
     check(tmp_path / "out" / "model.pth")
 
 
-def test_a_file_that_was_cut_meanwhile_is_begun_anew(tmp_path: Path) -> None:
+def test_a_file_that_was_truncated_is_laid_out_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out") as output:
         fill(output, ["a"])
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ import pytest
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError
 from svdconvert.output.plan import plan_shards
-from svdconvert.output.sidecars import copy_sidecars, finish_model, read_config, set_config_dtype
+from svdconvert.output.sidecars import complete_checkpoint, copy_sidecars, read_config, set_config_dtype
 
 TRAVEL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -99,7 +99,7 @@ def test_several_shards_have_an_index_and_one_has_none(tmp_path: Path, limit: in
     (tmp_path / "in" / "model.safetensors.index.json").write_text("stale")
     (tmp_path / "out").mkdir()
     shards = plan_shards([TensorInfo("a", (2,), "F32"), TensorInfo("b", (2,), "F32")], limit)
-    finish_model(tmp_path / "in", tmp_path / "out", shards)
+    complete_checkpoint(tmp_path / "in", tmp_path / "out", shards)
     written = tmp_path / "out" / "model.safetensors.index.json"
     assert written.exists() == index
     if index:

@@ -1,4 +1,4 @@
-"""The output directory appears whole or not at all."""
+"""The output directory appears complete or not at all."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ def test_the_library_reads_what_is_written_in_any_order(out: Path) -> None:
         assert list(file.offset_keys()) == ["wide", "half"]
 
 
-def test_bytes_are_written_piece_by_piece(out: Path) -> None:
+def test_bytes_are_written_chunk_by_chunk(out: Path) -> None:
     raw = memoryview(bytes(TENSORS["wide"].flatten().view(torch.uint8).tolist()))
     with staged(out, plan("wide")) as output:
         output.write_bytes("model.safetensors", "wide", [raw[:1], raw[1:40], raw[40:]])
@@ -97,7 +97,7 @@ def interrupted(out: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_an_error_later_leaves_the_partial_directory_to_go_on_from(out: Path) -> None:
+def test_an_error_later_leaves_the_partial_directory_to_continue_from(out: Path) -> None:
     interrupted(out)
     assert listing(out.parent) == ["out.partial"]
     with staged(out) as output:
@@ -107,6 +107,7 @@ def test_an_error_later_leaves_the_partial_directory_to_go_on_from(out: Path) ->
     assert same(load_file(out / "model.safetensors"))
 
 
+@pytest.mark.processes
 def test_a_kill_leaves_only_the_partial_directory(out: Path) -> None:
     program = f"""
 import os, signal
@@ -127,7 +128,7 @@ with staged(Path({str(out)!r})) as output:
     assert torch.equal(found["wide"], TENSORS["wide"])
 
 
-def test_other_options_are_refused_and_what_is_there_stays(out: Path) -> None:
+def test_other_options_are_refused_and_what_is_finished_stays(out: Path) -> None:
     interrupted(out)
     with pytest.raises(OutputError, match="rank was 4 and is 8"):
         staged(out, rank=8).__enter__()
@@ -136,7 +137,7 @@ def test_other_options_are_refused_and_what_is_there_stays(out: Path) -> None:
         write_all(output)
 
 
-def test_overwrite_starts_anew(out: Path) -> None:
+def test_overwrite_starts_again(out: Path) -> None:
     interrupted(out)
     with staged(out, plan("wide"), rank=8, overwrite=True) as output:
         assert not output.finished
@@ -182,7 +183,7 @@ def test_an_empty_directory_is_used(out: Path) -> None:
     assert listing(out.parent) == ["out"]
 
 
-def test_two_runs_at_once_are_refused_and_the_first_goes_on(out: Path) -> None:
+def test_a_second_run_at_the_same_time_is_refused_and_the_first_continues(out: Path) -> None:
     with staged(out) as first:
         write_all(first, names=["half"])
         for overwrite in (False, True):
@@ -193,13 +194,13 @@ def test_two_runs_at_once_are_refused_and_the_first_goes_on(out: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/proc/out", "/dev/null/out"])
-def test_a_place_that_cannot_be_written_is_a_sentence(path: str) -> None:
+def test_a_path_that_cannot_be_written_is_a_sentence(path: str) -> None:
     with pytest.raises(OutputError, match=path):
         staged(Path(path)).__enter__()
 
 
 def full(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
-    """Make the disk full after so many writes; the result makes room again."""
+    """Make the disk full after so many writes; calling the result frees space again."""
     real, count = UncachedWriter.write, 0
 
     def write(self: UncachedWriter, descriptor: int, data: memoryview, offset: int) -> int:
@@ -214,24 +215,24 @@ def full(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("after", range(4))
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(
+def test_a_full_disk_is_a_sentence_and_the_same_command_continues(
     out: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    make_room = full(monkeypatch, after)
+    free_space = full(monkeypatch, after)
     with (
         pytest.raises(OutputError, match="out.partial.* cannot be written: No space left"),
         staged(out) as output,
     ):
         write_all(output, names=["half", "wide", "turned", "scalar", "empty"])
     assert listing(out.parent) == (["out.partial"] if after > 1 else [])
-    make_room()
+    free_space()
     with staged(out) as output:
         assert len(output.finished) == max(0, after - 1)
         write_all(output, names=[name for name in TENSORS if name not in output.finished])
     assert same(load_file(out / "model.safetensors"))
 
 
-def test_a_short_write_is_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = UncachedWriter.write
     monkeypatch.setattr(
         UncachedWriter, "write", lambda self, file, data, at: real(self, file, memoryview(data)[:200], at)
@@ -242,6 +243,7 @@ def test_a_short_write_is_gone_on_with(out: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(load_file(out / "f")["big"], big)
 
 
+@pytest.mark.processes
 def test_a_limit_of_the_system_is_a_sentence_and_leaves_nothing(out: Path) -> None:
     program = f"""
 import resource
@@ -260,7 +262,7 @@ except OutputError as error:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system without a size is Linux's")
-def test_a_place_that_takes_no_files_is_not_called_full() -> None:
+def test_a_directory_that_takes_no_files_is_not_reported_as_full() -> None:
     with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         staged(Path("/proc/nowhere/out")).__enter__()
 
@@ -272,6 +274,21 @@ def test_too_little_space_is_known_before_the_first_byte(out: Path) -> None:
     assert not out.parent.exists()
 
 
-def test_a_tensor_that_is_not_as_planned_is_a_fault_of_ours(out: Path) -> None:
+def test_a_tensor_that_is_not_as_planned_fails_an_assertion(out: Path) -> None:
     with staged(out) as output, pytest.raises(AssertionError, match="planned"):
         output.write("model.safetensors", "wide", torch.zeros(4, 5))
+
+
+def test_a_run_that_is_aborted_early_keeps_its_directory_only_if_it_asked_for_that(out: Path) -> None:
+    for kept in (False, True):
+        with pytest.raises(ZeroDivisionError), staged(out) as output:
+            (output.path / "state").write_text("step 3")
+            if kept:
+                output.keep()
+            raise ZeroDivisionError
+        assert listing(out.parent) == (["out.partial"] if kept else [])
+    with staged(out) as output:
+        assert not output.finished
+        assert (output.path / "state").read_text() == "step 3"
+        write_all(output)
+    assert same(load_file(out / "model.safetensors"))

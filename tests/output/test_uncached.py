@@ -1,4 +1,4 @@
-"""Writing past the page cache, and without that where the system cannot do it."""
+"""Writing past the page cache, and through it if the system has no other way."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def write(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_what_is_written_lies_at_its_place(tmp_path: Path) -> None:
+def test_bytes_are_written_at_their_offset(tmp_path: Path) -> None:
     assert write(tmp_path / "file") == b"\0\0\0therehere"
 
 
@@ -54,7 +54,7 @@ def test_other_systems_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert write(tmp_path / "file") == b"\0\0\0therehere"
 
 
-def test_the_kernel_is_told_to_drop_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_asked_to_drop_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
 
     def pwritev(descriptor: int, chunks: list[bytes], offset: int, flag: int) -> int:

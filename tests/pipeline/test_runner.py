@@ -1,4 +1,4 @@
-"""Rooms for matrices are used again, but not before what lies in them is written."""
+"""The buffers of the runner are reused, but not before their content is written."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,9 @@ from tests.process import sums
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_slow_disk_changes_no_bit(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_does_not_change_the_bytes(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = medium.build(tmp_path / "base", layers=2)
     decompose(model, tmp_path / "quick", SplitOptions(rank=8), Run(threads=threads))
     real = StagedOutput.write
@@ -31,7 +33,7 @@ def test_a_slow_disk_changes_no_bit(threads: int, tmp_path: Path, monkeypatch: p
     assert sums(tmp_path / "slow") == sums(tmp_path / "quick")
 
 
-def test_workers_share_the_threads_and_give_them_back() -> None:
+def test_a_worker_pool_divides_the_threads_and_restores_their_number() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -46,9 +48,7 @@ def test_workers_share_the_threads_and_give_them_back() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_large_file_goes_to_the_disk_while_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_file_is_synced_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = medium.build(tmp_path / "base", layers=2)
     synced: list[str] = []
     real = StagedOutput.sync
@@ -59,4 +59,4 @@ def test_a_large_file_goes_to_the_disk_while_it_is_written(
         synced.clear()
         decompose(model, tmp_path / str(unsynced), SplitOptions(rank=8), Run(threads=1))
         counts.append(synced.count("model.safetensors"))
-    assert counts[1] > counts[0] + 4, "the disk was left alone until the file was complete"
+    assert counts[1] > counts[0] + 4, "the file was only synced when it was complete"

@@ -1,4 +1,4 @@
-"""The card of every kind: its front matter, what it warns of, and code that loads what it says."""
+"""The card of every kind: its front matter, its warnings, and its code, which is executed."""
 
 import re
 from collections.abc import Iterator
@@ -34,35 +34,35 @@ RUN = Run(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def shop(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One directory of every kind, made from one base."""
-    room = tmp_path_factory.mktemp("shop")
-    base = readable(checkpoint("llama", dtype=torch.float32), room / "base")
+    directory = tmp_path_factory.mktemp("made")
+    base = readable(checkpoint("llama", dtype=torch.float32), directory / "base")
     (base / "README.md").write_text(
         "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n"
     )
     (base / "LICENSE").write_text("Do as you like.")
-    decompose(base, room / "pissa", SplitOptions(rank=4), RUN)
-    decompose(base, room / "start", SplitOptions(rank=4, method="lora"), RUN)
-    decompose(base, room / "sorsa", SplitOptions(rank=4, method="sorsa"), RUN)
-    plan = TrainOptions(data=str(write_sums(room / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
-    train(room / "pissa", room / "trained", plan, RUN)
-    to_lora(room / "trained", room / "lora", LoraOptions(rank=3))
-    merge(room / "trained", room / "merged", run=RUN)
-    train(base, room / "full", plan, RUN, split=SplitOptions(method="full"))
-    return room
+    decompose(base, directory / "pissa", SplitOptions(rank=4), RUN)
+    decompose(base, directory / "start", SplitOptions(rank=4, method="lora"), RUN)
+    decompose(base, directory / "sorsa", SplitOptions(rank=4, method="sorsa"), RUN)
+    plan = TrainOptions(data=str(write_sums(directory / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
+    train(directory / "pissa", directory / "trained", plan, RUN)
+    to_lora(directory / "trained", directory / "lora", LoraOptions(rank=3))
+    merge(directory / "trained", directory / "merged", run=RUN)
+    train(base, directory / "full", plan, RUN, split=SplitOptions(method="full"))
+    return directory
 
 
 @pytest.fixture(scope="module")
-def alice(shop: Path) -> Iterator[Visitor]:
-    """Who has published every directory as alice/<its name>."""
-    with Hub(shop / "store") as hub:
-        hub.create("org/base", shop / "base")
+def alice(made: Path) -> Iterator[Visitor]:
+    """A user who has published every directory as alice/<its name>."""
+    with Hub(made / "store") as hub:
+        hub.create("org/base", made / "base")
         base, residual = {"base": "org/base"}, {"residual": "alice/pissa"}
         places = {name: base for name in ("pissa", "start", "sorsa", "lora", "merged", "full")}
         places["trained"] = base | residual
-        visitor = Visitor(hub, shop / "alice")
-        pushes = [(str(shop / name), f"alice/{name}", {}, given) for name, given in places.items()]
+        visitor = Visitor(hub, made / "alice")
+        pushes = [(str(made / name), f"alice/{name}", {}, given) for name, given in places.items()]
         said = visitor.runs(PUSH.format(pushes=pushes))
         assert [type(one) for one in said] == [list] * len(places), said
         yield visitor
@@ -83,8 +83,8 @@ def code(card: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL))
 
 
-def test_the_code_of_every_card_loads_what_it_promises(
-    alice: Visitor, published: dict[str, str], shop: Path
+def test_the_code_of_every_card_loads_the_right_model(
+    alice: Visitor, published: dict[str, str], made: Path
 ) -> None:
     programs = {name: code(card) for name, card in published.items() if name != "sorsa"}
     assert all(programs.values())
@@ -96,14 +96,14 @@ def test_the_code_of_every_card_loads_what_it_promises(
         "    with torch.no_grad():\n"
         "        result[name] = names['model'].eval()(input_ids=tokens).logits.float().tolist()\n"
     )
-    base, trained = logits(plain(shop / "base")), logits(adapted(shop / "pissa", shop / "trained"))
+    base, trained = logits(plain(made / "base")), logits(adapted(made / "pissa", made / "trained"))
     wanted = {
         "pissa": base,
         "start": base,
         "trained": trained,
         "merged": trained,
-        "lora": logits(adapted(shop / "base", shop / "lora")),
-        "full": logits(plain(shop / "full")),
+        "lora": logits(adapted(made / "base", made / "lora")),
+        "full": logits(plain(made / "full")),
     }
     assert loaded.keys() == wanted.keys()
     for name, found in loaded.items():
@@ -139,7 +139,7 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
     }
 
 
-def test_a_card_says_what_its_repository_is_not(published: dict[str, str]) -> None:
+def test_a_card_warns_of_wrong_uses(published: dict[str, str]) -> None:
     assert "**Not a model to be used by itself.** 14 matrices" in published["pissa"]
     assert "**It is wrong on the base itself**" in published["trained"]
     assert "stock PEFT does not know this kind of adapter" in published["sorsa"]
@@ -149,7 +149,7 @@ def test_a_card_says_what_its_repository_is_not(published: dict[str, str]) -> No
     assert "untrained, it changes nothing" in published["start"]
 
 
-def test_a_card_has_numbers_and_the_command(published: dict[str, str], shop: Path) -> None:
+def test_a_card_has_numbers_and_the_command(published: dict[str, str], made: Path) -> None:
     assert "| matrices | 14 |" in published["pissa"] and "| rank | 4 |" in published["pissa"]
     assert re.search(r"\| share of the base in the adapter \| \d+\.\d% \|", published["pissa"])
     assert re.search(r"\| loss \| \d\.\d+ to \d\.\d+ \|", published["trained"])
@@ -170,7 +170,7 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], shop: Pat
     }
     assert re.match(r"svdconvert train alice/pissa@[0-9a-f]{40} --data sums.jsonl ", commands["trained"][0])
     assert commands["full"][0].startswith(f"svdconvert train {at[0]} --method full --data sums.jsonl ")
-    assert str(shop) not in "".join(published.values())
+    assert str(made) not in "".join(published.values())
 
 
 def test_a_card_that_was_edited_is_told_from_one_that_was_not(published: dict[str, str]) -> None:
@@ -180,7 +180,9 @@ def test_a_card_that_was_edited_is_told_from_one_that_was_not(published: dict[st
         assert not is_untouched(card + "More.\n")
 
 
-def test_an_rwkv_is_loaded_by_its_own_program_or_with_its_own_code(hub: Hub, tmp_path: Path) -> None:
+def test_the_card_of_an_rwkv_loads_it_with_the_rwkv_package_or_with_remote_code(
+    hub: Hub, tmp_path: Path
+) -> None:
     weights = save(random_model(), tmp_path / "small.pth")
     convert(weights, tmp_path / "hf", ConvertOptions(layout="hf"))
     convert(tmp_path / "hf", tmp_path / "pth", ConvertOptions(layout="blinkdl"))

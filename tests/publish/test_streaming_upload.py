@@ -1,4 +1,4 @@
-"""From the Hub to the Hub: no shard stays on the disk, main changes once, and a kill loses nothing."""
+"""From the Hub to the Hub: no shard stays on the disk, main changes once, and a killed run can continue."""
 
 import os
 import signal
@@ -38,13 +38,14 @@ def used(directory: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*") if not path.is_symlink())
 
 
-def test_a_killed_run_goes_on_and_the_disk_never_holds_two_shards(
+def test_a_killed_run_continues_and_the_disk_never_holds_two_shards(
     hub: Hub, alice: Visitor, model: Path, local: Path
 ) -> None:
     hub.create("org/base", model)
-    repository, room = hub.create("alice/out"), alice.home
+    repository = hub.create("alice/out")
+    directory = alice.home
     peaks: list[int] = []
-    hub.fault("PUT", "/upload/", status=200, times=1000, then=lambda: peaks.append(used(room)))
+    hub.fault("PUT", "/upload/", status=200, times=1000, then=lambda: peaks.append(used(directory)))
     process = alice.start(*command("alice/out"))
     kill = hub.fault(
         *("POST", "/commit/svdconvert-"),
@@ -57,7 +58,9 @@ def test_a_killed_run_goes_on_and_the_disk_never_holds_two_shards(
     assert repository.history() == ["initial commit"]
     work = next(ref for ref in repository.refs if ref != "main")
     assert len(repository.names(work)) == 2
-    left = sorted(path.name for path in (room / "out.partial").glob("model-*") if path.stat().st_blocks > 16)
+    left = sorted(
+        path.name for path in (directory / "out.partial").glob("model-*") if path.stat().st_blocks > 16
+    )
     assert len(left) == 1
 
     uploads = len(hub.asked("PUT", "/upload/"))
@@ -74,11 +77,11 @@ def test_a_killed_run_goes_on_and_the_disk_never_holds_two_shards(
 
     adapter = (local / "pissa_init" / "adapter_model.safetensors").stat().st_size
     assert max(peaks) < 1.5 * SHARD + adapter + 500_000
-    assert {path.name for path in room.iterdir()} == {"hf"}
+    assert {path.name for path in directory.iterdir()} == {"hf"}
     assert [name for name in alice.cached() if name.endswith(".safetensors")] == []
 
 
-def test_a_last_commit_that_fails_leaves_main_and_is_all_that_is_repeated(
+def test_if_the_last_commit_fails_main_is_unchanged_and_only_the_commit_is_repeated(
     hub: Hub, alice: Visitor, model: Path, tmp_path: Path
 ) -> None:
     hub.create("org/base", model)

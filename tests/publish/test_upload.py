@@ -1,4 +1,4 @@
-"""A finished directory becomes one commit of a repository, whatever goes wrong on the way."""
+"""A finished directory becomes one commit of a repository, also after errors of the network or the Hub."""
 
 import json
 import shutil
@@ -29,14 +29,14 @@ for directory, name, options, places in {pushes!r}:
 
 
 def pushed(who: Visitor, directory: Path, name: str, *others: Any, **options: Any) -> Any:
-    """[url, commit, whether anything changed, what stayed] of a push, or the sentence that refuses it."""
+    """[url, commit, whether anything changed, files not sent] of a push, or the sentence of its refusal."""
     places = others[0] if others else {}
     return who.runs(PUSH.format(pushes=[(str(directory), name, options, places)]))[0]
 
 
 @pytest.fixture
 def made(checkpoint: Build, decomposed: Build, tmp_path: Path) -> Path:
-    """A DECOMPOSED directory in shards, with what does not belong into it."""
+    """A DECOMPOSED directory in shards, with files that are not part of it."""
     small = decomposed(checkpoint("llama", shard=tiny.SHARDED), max_shard_size="30KB")
     directory = tmp_path / "made"
     shutil.copytree(small, directory)
@@ -47,7 +47,7 @@ def made(checkpoint: Build, decomposed: Build, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_directory_is_pushed_whole_as_one_commit_and_nothing_else_is(
+def test_all_files_of_a_directory_and_no_others_are_pushed_in_one_commit(
     hub: Hub, alice: Visitor, made: Path, tmp_path: Path
 ) -> None:
     url, commit, changed, left = pushed(alice, made, "alice/x", private=True, message="The first one")
@@ -64,7 +64,7 @@ def test_a_directory_is_pushed_whole_as_one_commit_and_nothing_else_is(
             assert repository.read(name) == (made / name).read_bytes()
 
 
-def test_what_is_published_names_the_repository_and_no_place_of_this_machine(
+def test_published_files_name_the_repository_and_no_local_path(
     hub: Hub, alice: Visitor, made: Path, tmp_path: Path
 ) -> None:
     assert (
@@ -88,7 +88,7 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "svdconvert.json").read_text())
 
 
-def test_a_local_base_gets_its_name_and_commit_where_it_is_the_same_model(
+def test_a_local_base_is_replaced_by_its_repository_and_commit_if_it_is_the_same_model(
     hub: Hub, alice: Visitor, made: Path, checkpoint: Build
 ) -> None:
     hub.create("org/tiny", checkpoint("llama", shard=tiny.SHARDED))
@@ -111,7 +111,7 @@ def test_what_the_hub_has_is_not_sent_again(hub: Hub, alice: Visitor, made: Path
     assert sum(seen.received for seen in hub.seen) < 50_000
 
 
-def test_a_new_version_takes_the_place_of_the_old_one_and_of_nothing_else(
+def test_a_new_version_replaces_the_files_of_the_old_one_and_no_others(
     hub: Hub, alice: Visitor, made: Path, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     pushed(alice, made, "alice/x")
@@ -133,7 +133,7 @@ def test_a_new_version_takes_the_place_of_the_old_one_and_of_nothing_else(
     assert repository.read("results.csv") == b"mine"
 
 
-def test_branches_and_pull_requests_leave_main_alone(hub: Hub, alice: Visitor, made: Path) -> None:
+def test_branches_and_pull_requests_do_not_change_main(hub: Hub, alice: Visitor, made: Path) -> None:
     assert pushed(alice, made, "alice/x", revision="v2")[2]
     repository = hub.repositories["alice/x"]
     assert repository.names() == []
@@ -145,7 +145,7 @@ def test_branches_and_pull_requests_leave_main_alone(hub: Hub, alice: Visitor, m
     assert SHARD in repository.names("refs/pr/1")
 
 
-def test_weights_of_others_are_never_mixed_with_ours(
+def test_a_repository_with_other_weights_is_refused(
     hub: Hub, alice: Visitor, made: Path, checkpoint: Build
 ) -> None:
     hub.create("alice/taken", checkpoint("llama"))
@@ -158,8 +158,8 @@ def test_weights_of_others_are_never_mixed_with_ours(
     assert "/bob/open/discussions/1" in pushed(alice, made, "bob/open", pull_request=True)[0]
 
 
-def test_a_push_that_breaks_goes_on_where_it_broke(hub: Hub, alice: Visitor, made: Path) -> None:
-    hub.fault("PUT", "/upload/", cut=1000)  # mended without a word
+def test_an_interrupted_push_continues_where_it_stopped(hub: Hub, alice: Visitor, made: Path) -> None:
+    hub.fault("PUT", "/upload/", cut=1000)  # retried without a message
     hub.fault("PUT", "/upload/", status=403, after=1)
     said = pushed(alice, made, "alice/x")
     assert "may not" in said
@@ -172,14 +172,14 @@ def test_a_push_that_breaks_goes_on_where_it_broke(hub: Hub, alice: Visitor, mad
     assert arrived.isdisjoint(seen.path for seen in hub.asked("PUT", "/upload/"))
 
 
-def test_large_files_go_in_parts(hub: Hub, alice: Visitor, made: Path) -> None:
+def test_large_files_are_uploaded_in_parts(hub: Hub, alice: Visitor, made: Path) -> None:
     hub.part_size = 10_000
     pushed(alice, made, "alice/x")
     assert len(hub.asked("PUT", "/part/")) > 3
     assert hub.repositories["alice/x"].read(SHARD) == (made / SHARD).read_bytes()
 
 
-def test_a_busy_hub_is_waited_for_and_a_lost_answer_makes_no_second_commit(
+def test_a_busy_hub_is_retried_and_a_lost_response_makes_no_second_commit(
     hub: Hub, alice: Visitor, made: Path
 ) -> None:
     hub.fault("POST", "/api/repos/create", status=503)
@@ -211,10 +211,10 @@ def test_of_two_pushes_at_once_the_second_is_refused_and_can_be_repeated(
         ("hf_expired", "alice/x", ["the token was refused", "expired"]),
         ("hf_reader", "alice/x", ["may", "log in"]),
         ("hf_alice", "bob/x", ["may not do that to bob/x", "log in"]),
-        ("hf_alice", "no name", ["no name is no name of a repository", "org/name"]),
+        ("hf_alice", "no name", ["no name is not a valid name of a repository", "org/name"]),
     ],
 )
-def test_who_may_not_push_is_told_so(
+def test_a_push_without_permission_is_refused_and_says_why(
     hub: Hub, alice: Visitor, made: Path, token: str | None, name: str, words: list[str]
 ) -> None:
     alice.token = token
@@ -223,7 +223,7 @@ def test_who_may_not_push_is_told_so(
     assert hub.repositories == {}
 
 
-def test_a_verb_asks_before_its_work_whether_it_may_push(
+def test_a_command_checks_before_its_work_whether_it_may_push(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
     command = ["decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4, "--push"]
@@ -248,10 +248,11 @@ def test_a_push_that_fails_after_the_work_loses_nothing_and_is_repeated_alone(
     assert "model.safetensors" in hub.repositories["alice/new"].names()
 
 
-def test_kept_checkpoints_of_a_training_stay_here(
+def test_training_checkpoints_are_not_pushed(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:
-    base, out = readable(checkpoint("llama"), tmp_path / "base"), tmp_path / "out"
+    base = readable(checkpoint("llama"), tmp_path / "base")
+    out = tmp_path / "out"
     data = ["--data", write_sums(tmp_path / "sums.jsonl"), "--steps", 2, "--max-length", 48]
     kept = ["--save-every", 1, "--keep-checkpoints", "--push", "alice/trained"]
     alice.succeeds("train", base, "-o", out, "--method", "lora", "--rank", 4, *data, *kept)
@@ -261,13 +262,15 @@ def test_kept_checkpoints_of_a_training_stay_here(
     assert not [name for name in sent if name.startswith("checkpoints")]
 
 
-def test_options_of_pushing_want_a_repository(tmp_path: Path) -> None:
+def test_push_options_without_a_repository_are_refused(tmp_path: Path) -> None:
     ended = svdconvert("decompose", "org/name", "-o", tmp_path / "out", "--pull-request")
     assert ended.status == 2
     assert "--pull-request is for pushing" in ended.err
 
 
-def test_what_is_not_ours_is_not_pushed(hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path) -> None:
+def test_a_directory_that_svdconvert_did_not_write_is_not_pushed(
+    hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
     assert "was not written by svdconvert" in pushed(alice, checkpoint("llama"), "alice/x")
     assert "does not exist" in pushed(alice, tmp_path / "none", "alice/x")
     assert hub.seen == [] or "alice/x" not in hub.repositories

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from svdconvert.errors import DataError
+from svdconvert.hub.auth import find_token
 from svdconvert.training.data.prompts import Row
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
@@ -86,7 +87,9 @@ def _columns_as_text(path: Path) -> dict[str, Any]:
 
 def _read_hub(data: str, split: str) -> Any:
     name, _, config = data.partition(":")
-    return _load(f"{data}, taken for a Hub data set", name, name=config or None, split=split)
+    return _load(
+        f"{data}, taken for a Hub data set", name, name=config or None, split=split, token=find_token()
+    )
 
 
 def _load(shown: str, *args: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
-from svdconvert.output.sidecars import finish_model
+from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
 from svdconvert.training.model.load import load_network
 from svdconvert.training.start import TrainingStart
@@ -69,7 +69,7 @@ class FineTunedModel:
                 stored = tensor.to("cpu", torch_dtype(info.dtype)).contiguous()
                 staged.write(file.path, info.name, stored)
                 marks.setdefault(file.path, {})[info.name] = checksum(tensor_bytes(stored))
-        finish_model(Path(self.start.weights), staged.path, self.files)
+        complete_checkpoint(Path(self.start.weights), staged.path, self.files)
         return marks
 
     def manifest(self, plan: TrainOptions, files: Mapping[str, Mapping[str, str]], threads: int) -> Manifest:

@@ -1,4 +1,4 @@
-"""Adapters whose start is not beside them: PEFT's own directories, and residuals without a start."""
+"""Adapters without their initial adapter: directories of PEFT, and residuals that were published alone."""
 
 import json
 import shutil
@@ -30,12 +30,13 @@ REBASED = [way for way, method in WAYS.items() if method.residual]
 
 
 def plain_residual(decomposed: Path, out: Path) -> Path:
-    """A residual as people publish it: without its start and without our manifest."""
+    """A residual as people publish it: without the initial adapter and without a manifest."""
     return Path(shutil.copytree(decomposed, out, ignore=shutil.ignore_patterns("*_init", "svdconvert.json")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", REBASED)
-def test_a_lost_start_is_recovered_from_base_and_residual(
+def test_a_lost_initial_adapter_is_recovered_from_base_and_residual(
     way: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     base = checkpoint("llama", dtype=torch.float32)
@@ -55,25 +56,26 @@ def test_a_lost_start_is_recovered_from_base_and_residual(
         assert (logits(plain(tmp_path / name)) - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
-def test_it_says_how_exact_it_is(checkpoint: Build, decomposed: Build, tmp_path: Path) -> None:
+def test_the_error_of_the_recovery_is_reported(checkpoint: Build, decomposed: Build, tmp_path: Path) -> None:
     base = checkpoint("llama")
     out = decomposed(base)
     trained = trained_from(out, tmp_path / "trained")
     residual = plain_residual(out, tmp_path / "residual")
     note = to_lora(trained, tmp_path / "lora", base=str(base), residual=str(residual)).result.recovered
     before, after = tensors(base), tensors(residual)
-    rest = start = whole = 0.0
+    rest = initial = whole = 0.0
     for name in (name for name in before if name.endswith("_proj.weight")):
         gap = before[name].double().numpy() - after[name].double().numpy()
         sigma = np.linalg.svd(gap, compute_uv=False)
         module = name.removesuffix(".weight")
         own = float(np.sqrt((sigma[4:] ** 2).sum() / (sigma**2).sum()))
         assert note.modules[module] == pytest.approx(own, rel=1e-2)
-        rest, start = rest + float((sigma[4:] ** 2).sum()), start + float((sigma**2).sum())
+        rest += float((sigma[4:] ** 2).sum())
+        initial += float((sigma**2).sum())
         whole += float(before[name].double().square().sum())
-    assert note.error == pytest.approx(np.sqrt(rest / start), rel=1e-2)
+    assert note.error == pytest.approx(np.sqrt(rest / initial), rel=1e-2)
     assert note.of_base == pytest.approx(np.sqrt(rest / whole), rel=1e-2)
-    assert 1e-4 < note.error < 0.02, "a bfloat16 residual is not exact, and not far off"
+    assert 1e-4 < note.error < 0.02, "a bfloat16 residual is neither exact nor far from it"
     typed = ("to-lora", trained, "-o", tmp_path / "again", "--base", base, "--residual", residual)
     assert "recovered to" in succeeded(*typed).out
 
@@ -100,7 +102,7 @@ def test_weights_that_do_not_belong_together_are_refused(
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_directory_of_ours_that_lost_its_start_goes_on_from_the_weights(
+def test_a_trained_directory_without_its_initial_adapter_is_recovered_from_the_weights(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     base = checkpoint("llama", dtype=torch.float32)
@@ -120,7 +122,7 @@ def test_a_directory_of_ours_that_lost_its_start_goes_on_from_the_weights(
     assert (logits(adapted(base, tmp_path / "lora")) - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
-def test_a_residual_that_is_too_coarse_is_not_trusted(tmp_path: Path) -> None:
+def test_a_residual_that_is_too_coarse_is_refused(tmp_path: Path) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     start = 1e-3 * torch.outer(weight[0], weight[:, 0])  # as large as the rounding of the rest
     for name, tensor in (("base", weight), ("residual", (weight - start).bfloat16())):
@@ -130,7 +132,7 @@ def test_a_residual_that_is_too_coarse_is_not_trusted(tmp_path: Path) -> None:
         RecoveredInit(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
 
 
-# --- what PEFT makes --------------------------------------------------------------------------------------
+# --- adapters that PEFT made ------------------------------------------------------------------------------
 
 STARTS: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
@@ -150,14 +152,15 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 
 
-def made_by_peft(start: str, scales: str, base: Path, room: Path) -> PeftModel:
-    """An adapter that PEFT started and trained; room gets init, residual and adapter, as PEFT saves them."""
+def made_by_peft(start: str, scales: str, base: Path, directory: Path) -> PeftModel:
+    """An adapter that PEFT initialised, then changed; init, residual and adapter are saved in `directory`."""
     values = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
-    if start == "corda":  # which knows one rank for all
+    if start == "corda":  # which has the same rank everywhere
         values |= {name: value for name, value in SCALES[scales].items() if name != "rank_pattern"}
     else:
         values |= SCALES[scales]
-    config, model = LoraConfig(**values, **STARTS[start]), plain(base)
+    config = LoraConfig(**values, **STARTS[start])
+    model = plain(base)
     torch.manual_seed(0)
     if start == "corda":
         preprocess_corda(model, config, run_model=lambda: model(input_ids=TOKENS[:1]))
@@ -168,20 +171,20 @@ def made_by_peft(start: str, scales: str, base: Path, room: Path) -> PeftModel:
 
         preprocess_loraga(model, config, step)
     adapted_model = get_peft_model(model, config)
-    adapted_model.save_pretrained(room / "init")
+    adapted_model.save_pretrained(directory / "init")
     names = {
         name: p for name, p in adapted_model.named_parameters() if "base_layer" in name and "weight" in name
     }
-    shutil.copytree(base, room / "residual")
+    shutil.copytree(base, directory / "residual")
     _store(
-        room / "residual",
+        directory / "residual",
         {name.split("model.", 1)[1].replace(".base_layer", ""): p for name, p in names.items()},
     )
     with torch.no_grad():
         for parameter in adapted_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    adapted_model.save_pretrained(room / "adapter")
+    adapted_model.save_pretrained(directory / "adapter")
     return adapted_model
 
 
@@ -193,10 +196,11 @@ def _store(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("start", STARTS)
-def test_what_peft_started_otherwise_is_converted_as_it_is(
+def test_the_initialisations_of_peft_are_converted_with_each_source_of_the_initial_adapter(
     start: str, scales: str, checkpoint: Build, tmp_path: Path
 ) -> None:
     base = checkpoint("llama", dtype=torch.float32)
@@ -219,10 +223,10 @@ def test_what_peft_started_otherwise_is_converted_as_it_is(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_start_that_was_drawn_by_chance_is_not_guessed(checkpoint: Build, tmp_path: Path) -> None:
+def test_a_random_initialisation_is_not_repeated_but_asked_for(checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("llama", dtype=torch.float32)
     made_by_peft("pissa_niter_4", "plain", base, tmp_path)
-    for verb in ("merge", "to-lora"):
+    for command in ("merge", "to-lora"):
         words = ["started as pissa_niter_4", "is not known", "--init", "both --base and --residual"]
-        refused(verb, tmp_path / "adapter", "-o", tmp_path / "out", "--base", base, words=words)
+        refused(command, tmp_path / "adapter", "-o", tmp_path / "out", "--base", base, words=words)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What a terminal shows."""
+"""Progress bars."""
 
 import re
 from io import StringIO
@@ -6,17 +6,19 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from svdconvert.cli import summaries
+from svdconvert.cli import progress
 from svdconvert.config.progress import Progress
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_a_bar_is_one_line_and_keeps_its_numbers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_is_one_line_and_keeps_its_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = StringIO()
     terminal = Console(file=shown, force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(summaries, "stderr", terminal)
+    monkeypatch.setattr(progress, "stderr", terminal)
     name, file = "model.layers.3.self_attn.q_proj.weight", "model-00001-of-00005.safetensors"
-    with summaries.progress("decompose") as track:
+    with progress.tensors("decompose") as track:
         track(Progress(name, file, 200_000_000, 600_000_000))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     assert [line for line in re.split(r"[\r\n]+", plain) if line.strip() and "decompose" not in line] == []
@@ -27,9 +29,9 @@ def test_a_bar_is_one_line_and_keeps_its_numbers(width: int, monkeypatch: pytest
     assert name[:10] in last
 
 
-def test_there_is_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_there_is_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = StringIO()
-    monkeypatch.setattr(summaries, "stderr", Console(file=shown))
-    with summaries.progress("decompose") as track:
+    monkeypatch.setattr(progress, "stderr", Console(file=shown))
+    with progress.tensors("decompose") as track:
         track(Progress("a", "b", 1, 2))
     assert shown.getvalue() == ""

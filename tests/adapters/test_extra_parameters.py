@@ -1,4 +1,4 @@
-"""What is trained whole beside the factors travels along, or is refused: norms, biases, heads."""
+"""Parameters that are trained in full next to the factors (norms, biases, heads) are kept, or refused."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_peft_trained_whole_is_merged_and_travels_with_the_lora(
+def test_what_peft_trained_in_full_is_merged_and_kept_in_the_lora(
     kind: str, checkpoint: Build, tmp_path: Path
 ) -> None:
     base = checkpoint("qwen2", dtype=torch.float32, tied=False)
@@ -58,7 +58,8 @@ def test_what_peft_trained_whole_is_merged_and_travels_with_the_lora(
     assert (logits(plain(tmp_path / "again")) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-def test_what_we_train_whole_peft_loads_and_merge_and_lora_agree_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_parameters_trained_in_full_are_the_same_for_peft_merge_and_to_lora(tmp_path: Path) -> None:
     base = readable(build("qwen2", tmp_path / "tiny", dtype=torch.float32, tied=False), tmp_path / "base")
     decompose(base, tmp_path / "start", SplitOptions(rank=4, targets=("attn.q", "mlp")))
     wanted = ("norms", "biases", "lm_head.weight")
@@ -71,8 +72,8 @@ def test_what_we_train_whole_peft_loads_and_merge_and_lora_agree_on(tmp_path: Pa
     merge(tmp_path / "trained", tmp_path / "merged")
     to_lora(tmp_path / "trained", tmp_path / "lora")
     before, after = tensors(base), tensors(tmp_path / "merged")
-    still = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
-    assert still == {"model.embed_tokens.weight"} | {
+    unchanged = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert unchanged == {"model.embed_tokens.weight"} | {
         f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "kvo"
     }
     found = logits(plain(tmp_path / "merged"))
@@ -81,7 +82,7 @@ def test_what_we_train_whole_peft_loads_and_merge_and_lora_agree_on(tmp_path: Pa
     assert (logits(adapted(base, tmp_path / "lora")) - found).abs().max() < 1e-5 * found.abs().max()
 
 
-def test_small_steps_of_a_norm_are_not_swallowed_by_bfloat16(tmp_path: Path) -> None:
+def test_small_steps_of_a_norm_are_not_lost_to_the_rounding_of_bfloat16(tmp_path: Path) -> None:
     base = readable(build("llama", tmp_path / "tiny"), tmp_path / "base")
     plan = TrainOptions(
         data=str(write_sums(tmp_path / "sums.jsonl")),
@@ -104,7 +105,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_cannot_be_trained_whole_is_refused(fault: str, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_in_full_is_refused(fault: str, tmp_path: Path) -> None:
     base = readable(build("llama", tmp_path / "tiny", tied=True), tmp_path / "base")
     wanted, words = REFUSED[fault]
     plan = TrainOptions(data=str(write_sums(tmp_path / "sums.jsonl")), train_also=wanted, **PLAN)
@@ -114,7 +115,7 @@ def test_what_cannot_be_trained_whole_is_refused(fault: str, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
-def test_what_the_base_cannot_take_is_refused(checkpoint: Build, tmp_path: Path) -> None:
+def test_parameters_that_the_base_does_not_store_are_refused(checkpoint: Build, tmp_path: Path) -> None:
     tied = checkpoint("llama", dtype=torch.float32, tied=True)
     for number, (name, words) in enumerate(
         [
@@ -130,7 +131,7 @@ def test_what_the_base_cannot_take_is_refused(checkpoint: Build, tmp_path: Path)
     assert not (tmp_path / "merged").exists()
 
 
-def test_names_go_both_ways() -> None:
+def test_names_in_the_adapter_and_in_the_base_map_to_each_other() -> None:
     adapted_modules = {"model.layers.0.self_attn.q_proj"}
     for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "lm_head.weight"):
         assert parameter_of(extra_key(name, adapted_modules)) == name

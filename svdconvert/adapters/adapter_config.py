@@ -1,0 +1,246 @@
+"""adapter_config.json, PEFT's configuration of a LoRA: every value is bounded on reading."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from svdconvert.errors import ArtifactError
+from svdconvert.methods.base import METHODS
+from svdconvert.output.sidecars import read_json_object
+
+CONFIG = "adapter_config.json"
+PER_EXPERT = "LORA_PER_EXPERT"
+"""The peft_type of adapters with factors for single experts: transformers fuses experts at run time, and
+stock PEFT, which knows only the fused tensors, refuses the type instead of dropping such factors."""
+WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
+"""The peft_type of adapters with single parameters of modules that hold adapters, such as an RWKV's time
+parameters: stock PEFT, which would lose them, refuses the type."""
+MARK = "svdconvert"
+"""Key of our entry in `auto_mapping`, which PEFT keeps and does not read for models with a task type."""
+
+# Settings that change the meaning of the factors.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+)
+_LARGEST_RANK = 1 << 20
+_LARGEST_ALPHA = 1e9
+_LONGEST_NAME = 1000  # characters of a pattern or of a base's name
+_MOST_PATTERNS = 100_000
+_SECONDS = 1.0  # that matching one pattern with one module may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What adapter_config.json says, as far as the program needs it."""
+
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    base: str | None = None
+    peft_type: str = "LORA"
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    dropout: float = 0.0
+    initialised: str | bool = True
+    task: str | None = "CAUSAL_LM"
+    """PEFT's name of what the model does; None fits any."""
+    modules_to_save: Sequence[str] = ()
+    """Modules that are trained in full, as PEFT matches them."""
+    bias: str = "none"
+    """Which biases are trained: none, all or lora_only."""
+    base_is_residual: bool | None = None
+    """True if the adapter was started from a part of the base and belongs to a residual, False if it started
+    at zero; None if svdconvert did not write the initial adapter."""
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's factors."""
+        return int(_match(self.rank_pattern, module, self.rank))
+
+    def scale(self, module: str) -> float:
+        """alpha / rank of a module, or alpha / sqrt(rank) with rslora; patterns as PEFT matches them."""
+        rank = self.rank_of(module)
+        alpha = _match(self.alpha_pattern, module, self.alpha)
+        return alpha / (sqrt(rank) if self.rslora else rank)
+
+    def text(self) -> str:
+        """The file's content, as PEFT writes it: sorted, no newline at the end."""
+        marked = self.base_is_residual is not None
+        content = {
+            "alpha_pattern": dict(self.alpha_pattern or {}),
+            **({"auto_mapping": {MARK: {"base_is_residual": self.base_is_residual}}} if marked else {}),
+            "base_model_name_or_path": self.base,
+            "bias": self.bias,
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": self.initialised,
+            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
+            "lora_bias": False,
+            "lora_dropout": self.dropout,
+            "modules_to_save": sorted(self.modules_to_save) or None,
+            "peft_type": self.peft_type,
+            "r": self.rank,
+            "rank_pattern": dict(self.rank_pattern or {}),
+            "target_modules": sorted(self.targets),
+            "task_type": self.task,
+            "use_dora": False,
+            "use_rslora": self.rslora,
+        }
+        return json.dumps(content, indent=2, sort_keys=True)
+
+
+def _match(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches a module's path, as PEFT's `get_pattern_key` finds it.
+
+    Raises ArtifactError for a pattern that takes too long to match.
+    """
+    for key, value in (patterns or {}).items():
+        try:
+            if regex.match(rf"(.*\.)?({key})$", module, timeout=_SECONDS):
+                return float(value)
+        except TimeoutError as error:
+            raise ArtifactError(
+                f"the pattern {key!r} of an adapter's configuration takes too long to match {module}; "
+                "write it without nested repetitions"
+            ) from error
+    return float(default)
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """Read and check a directory's adapter_config.json.
+
+    Raises ArtifactError for a value that PEFT would refuse, or that no plain LoRA can express.
+    """
+    path = directory / CONFIG
+    values = read_json_object(path)
+    _refuse_unsupported(path, values)
+    read = _Reader(path, values)
+    return AdapterConfig(
+        rank=read.whole("r", values.get("r")),
+        alpha=read.number("lora_alpha", values.get("lora_alpha")),
+        targets=read.targets(),
+        base=read.text("base_model_name_or_path"),
+        peft_type=str(values.get("peft_type")),
+        rslora=bool(values.get("use_rslora")),
+        rank_pattern=read.pattern("rank_pattern", read.whole),
+        alpha_pattern=read.pattern("alpha_pattern", read.number),
+        dropout=read.number("lora_dropout", values.get("lora_dropout") or 0.0),
+        initialised=read.initialised(),
+        task=read.text("task_type"),
+        modules_to_save=read.names("modules_to_save"),
+        bias=read.text("bias") or "none",
+        base_is_residual=read.mark(),
+    )
+
+
+def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
+    if values.get("use_dora"):
+        raise ArtifactError(
+            f"{path} is a DoRA adapter, whose magnitudes no plain LoRA can express; merge it with PEFT"
+        )
+    if found := [name for name in _UNSUPPORTED if values.get(name)]:
+        raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
+    if values.get("fan_in_fan_out"):
+        raise ArtifactError(f"{path} is for transposed layers (fan_in_fan_out), which no layout here has")
+    known = {PER_EXPERT, WITH_PARAMETERS, *(METHODS.get(name).peft_type for name in METHODS.names())}
+    if values.get("peft_type") not in known:
+        raise ArtifactError(
+            f"{path} is of the peft_type {_short(values.get('peft_type'))}, and svdconvert reads LORA; merge "
+            "it with the program that wrote it"
+        )
+
+
+class _Reader:
+    """Reads values of a configuration, each within bounds."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self._path = path
+        self._values = values
+
+    def whole(self, name: str, value: object) -> int:
+        """A rank: a whole number from 1."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise self._wrong(name, value, "a whole number")
+        if not 1 <= value <= _LARGEST_RANK:
+            raise self._wrong(name, value, f"a number from 1 to {_LARGEST_RANK}")
+        return int(value)
+
+    def number(self, name: str, value: object) -> float:
+        """A finite number."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, value, "a number")
+        if abs(value) > _LARGEST_ALPHA or not isfinite(value):
+            raise self._wrong(name, value, f"a number of at most {_LARGEST_ALPHA:g}")
+        return float(value)
+
+    def text(self, name: str) -> str | None:
+        """A text or null."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(name, value, "a text")
+        if value is not None and len(value) > _LONGEST_NAME:
+            raise self._wrong(name, value, f"a text of at most {_LONGEST_NAME} characters")
+        return value
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A list of texts, or null."""
+        value = self._values.get(name)
+        if value is not None and (
+            not isinstance(value, list) or not all(isinstance(one, str) for one in value)
+        ):
+            raise self._wrong(name, value, "a list of names")
+        return tuple(value or ())
+
+    def targets(self) -> list[str]:
+        """The list of targets; empty if it alone does not tell which modules are adapted."""
+        value = self._values.get("target_modules")
+        narrowed = self._values.get("layers_to_transform") is not None or self._values.get("exclude_modules")
+        return (
+            [] if value is None or isinstance(value, str) or narrowed else list(self.names("target_modules"))
+        )
+
+    def initialised(self) -> str | bool:
+        """How PEFT initialised the factors."""
+        value = self._values.get("init_lora_weights", True)
+        return value if isinstance(value, str | bool) else True
+
+    def pattern(self, name: str, read: Any) -> dict[str, Any]:
+        """A mapping from patterns of module paths to numbers that `read` accepts."""
+        value = self._values.get(name) or {}
+        if not isinstance(value, dict) or len(value) > _MOST_PATTERNS:
+            raise self._wrong(name, value, "a mapping from names to numbers")
+        for key in value:
+            if len(key) > _LONGEST_NAME:
+                raise self._wrong(name, key, f"patterns of at most {_LONGEST_NAME} characters")
+            try:
+                regex.compile(rf"(.*\.)?({key})$")
+            except (regex.error, RecursionError) as error:
+                raise self._wrong(name, key, "names or regular expressions") from error
+        return {key: read(name, number) for key, number in value.items()}
+
+    def mark(self) -> bool | None:
+        """Our entry, which says what the adapter belongs to."""
+        mapping = self._values.get("auto_mapping")
+        mark = mapping.get(MARK) if isinstance(mapping, dict) else None
+        found = mark.get("base_is_residual") if isinstance(mark, dict) else None
+        return found if isinstance(found, bool) else None
+
+    def _wrong(self, name: str, value: object, wanted: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self._path} has {name} {_short(value)}, which must be {wanted}; restore the file, or fetch "
+            "it again"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,68 @@
+"""Errors become one sentence and an exit status: 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import extract_tb
+from typing import NoReturn
+
+import typer
+
+from svdconvert.cli.signals import TerminatedError, raise_on_signals
+from svdconvert.cli.terminal import say
+from svdconvert.errors import SvdConvertError
+
+# How Typer ends a command; it prints these itself.
+_TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
+_LONGEST = 600  # characters of a library's own message that are shown
+
+
+@contextmanager
+def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
+    """Turn every exception into one sentence on standard error and an exit status.
+
+    `debug` lets exceptions through, with their traceback. `out` is the output directory, whose staging
+    directory is mentioned if an interrupted run left one.
+    """
+    with raise_on_signals():
+        try:
+            yield
+        except _TYPER:
+            raise
+        except KeyboardInterrupt:
+            _stop(f"interrupted{_left(out)}", 130)
+        except TerminatedError:
+            _stop(f"terminated{_left(out)}", 143)
+        except BrokenPipeError:
+            raise typer.Exit(0) from None  # the reader of our output has seen enough, as with `| head`
+        except Exception as error:
+            if debug:
+                raise
+            _stop(str(error) if isinstance(error, SvdConvertError) else _unexpected(error), 1)
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence for an exception that no part of the program expected."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; close other programs, or give a smaller --batch-size"
+    message = " ".join(str(error).split())[:_LONGEST]
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}; mend that and run the same command again"
+    frames = extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "svdconvert" in Path(frame.filename).parts]
+    where = f" in {Path(own[-1].filename).name}, {own[-1].name}" if own else ""
+    return (
+        f"unexpected {type(error).__name__}{where}: {message or 'no message'}; "
+        "run the command with --debug to see the traceback, and please report it"
+    )
+
+
+def _left(out: object) -> str:
+    here = out is not None and Path(f"{out}.partial").exists()
+    return f"; the same command continues from {out}.partial" if here else ""
+
+
+def _stop(sentence: str, status: int) -> NoReturn:
+    say(sentence)
+    raise typer.Exit(status)

@@ -1,0 +1,72 @@
+"""The two streams, and the one place where text from files becomes safe to print.
+
+Names of tensors, directories and models come from files that anybody may have written. `plain` makes control
+characters visible; markup is only ever interpreted in text of our own.
+"""
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from svdconvert.errors import OutputError
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(highlight=False, soft_wrap=True, stderr=True)
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format, surrogate, private use, separators
+
+
+def plain(value: object) -> str:
+    """`value` as text of one line: control and format characters as escapes, such as \\x1b and \\n."""
+    return "".join(_visible(character) for character in str(value))
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in _INVISIBLE:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def say(sentence: str) -> None:
+    """One line on standard error."""
+    stderr.print(Text(f"svdconvert: {plain(sentence)}"))
+
+
+def notify(sentence: str) -> None:
+    """The same, from the leading rank only."""
+    if leads():
+        say(sentence)
+
+
+def leads() -> bool:
+    """False in a rank that leaves reporting to the leading one; every rank reports its own errors."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on standard output. Raises OutputError if that is closed or full."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    with standard_output():
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Around writing to standard output: raise OutputError if that is closed or full."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"standard output cannot be written ({reason}); the work itself is done") from error

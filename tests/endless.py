@@ -1,0 +1,37 @@
+"""A command that never ends, so that a kill always interrupts it.
+
+`python -m tests.endless NAME SOURCE OUT` pauses after every tensor, and stops for good after the last one.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from svdconvert import ConvertOptions, MergeOptions, Run, SplitOptions, convert, decompose, merge, to_lora
+from svdconvert.config.progress import Progress
+
+ENDLESS = [sys.executable, "-m", "tests.endless"]
+COMMANDS = ("decompose", "merge", "to-lora", "convert to hf", "convert to blinkdl")
+_PAUSE = 0.02
+"""Seconds after each tensor: some ten times what the one who kills needs to notice that it is finished."""
+
+
+def write(name: str, source: Path, out: Path, run: Run) -> None:
+    """Run one of COMMANDS with small shards."""
+    if name == "decompose":
+        decompose(source, out, SplitOptions(rank=8, max_shard_size="1MB"), run)
+    elif name == "merge":
+        merge(source, out, MergeOptions(max_shard_size="1MB"), run)
+    elif name == "to-lora":
+        to_lora(source, out, run=run)
+    else:
+        options = ConvertOptions(layout=name.removeprefix("convert to "), max_shard_size="100KB")
+        convert(source, out, options, run)
+
+
+def _pause(progress: Progress) -> None:
+    time.sleep(3600 if progress.done == progress.total else _PAUSE)
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Run(device="cpu", threads=1, track=_pause))
