@@ -1,10 +1,10 @@
-"""What a step of training keeps: LoRA-FA here, beside LoRA here and PEFT's, at the same shapes.
+"""What a training step saves for the backward pass: LoRA-FA, LoRA, and PEFT's LoRA, at the same shapes.
 
     python benchmarks/activations.py [--layers 4] [--tokens 2048]
 
-Every kind runs in a process of its own: a Llama-shaped model in bfloat16, adapters of rank 16 on all linear
-layers, one forward and one backward pass. Kept is what autograd keeps beside parameters and buffers, each
-storage once; peak is the anonymous memory of the whole process.
+Every kind runs in a separate process: a Llama-shaped model in bfloat16, adapters of rank 16 on all linear
+layers, one forward and one backward pass. "kept" is what autograd saves in addition to parameters and
+buffers, each storage counted once; peak is the anonymous memory of the whole process.
 """
 
 import argparse
@@ -17,7 +17,7 @@ HIDDEN, INNER, RANK = 1024, 2816, 16
 
 
 def step(kind: str, layers: int, tokens: int) -> None:
-    """One step of one kind; prints the bytes that were kept."""
+    """Run one step of one kind and print the number of saved bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,14 +58,14 @@ def with_ours(model, method: str):  # noqa: ANN001, ANN201
 
     from svdconvert.linalg.factors import Factors
     from svdconvert.methods.base import METHODS
-    from svdconvert.training.model.inject import install
+    from svdconvert.training.model.inject import inject_adapters
 
-    pieces = {
+    adapters = {
         path: (Factors(torch.zeros(layer.out_features, RANK), torch.randn(RANK, layer.in_features)), 1.0)
         for path, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and path != "lm_head"
     }
-    install(model, pieces, METHODS.get(method).trains)
+    inject_adapters(model, adapters, METHODS.get(method).trains)
     return model
 
 

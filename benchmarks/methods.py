@@ -1,10 +1,10 @@
-"""Every method on the same rows: the loss against the steps, at its own rate and at one rate for all.
+"""Train every method on the same rows: loss against steps, at the method's learning rate and at a common one.
 
     python benchmarks/methods.py --model DIR --data FILE --out DIR [--steps 32] [--seeds 0,1,2] [--only pissa]
 
-Writes metrics.jsonl (a line a curve), loss.png (matplotlib) and README.md (a table) into OUT. The model is in
-memory once at a time; steps, batch, rank and schedule are the same for all, and so are, for one seed, the
-rows and their order.
+Writes metrics.jsonl (one line per curve), loss.png (matplotlib) and README.md (a table) into OUT. Only one
+model is in memory at a time. Steps, batch size, rank and schedule are the same for all methods, and for one
+seed so are the rows and their order.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from svdconvert.inputs.model import open_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.detect import find_layout
 from svdconvert.methods.base import METHODS
-from svdconvert.training.data.task import TrainingData, open_training_data
-from svdconvert.training.model.inject import install, trainable_count
+from svdconvert.training.data.dataset import TrainingData, open_training_data
+from svdconvert.training.model.inject import inject_adapters, trainable_count
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.resolve_defaults import resolve_defaults
@@ -37,7 +37,7 @@ from svdconvert.training.start import open_training_start
 COMMON = 2e-4
 HELD_OUT = 40
 FULL = 2e-5
-"""The rate of full fine-tuning, as PiSSA and SORSA train it."""
+"""The learning rate of full fine-tuning in the papers of PiSSA and SORSA."""
 CASES: dict[str, tuple[str, str | None]] = {
     "lora": ("lora", None),
     "lora-fa random": ("lora-fa", "random"),
@@ -83,7 +83,7 @@ class Case:
     name: str
     rate: float
     common: bool
-    """True where the rate is that of all."""
+    """True if the learning rate is the common one."""
     seed: int
     trained: int
     losses: list[float]
@@ -93,7 +93,7 @@ class Case:
 
 
 def main() -> None:
-    """Train every method twice, and write what was seen."""
+    """Train every method at both learning rates, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +112,7 @@ def main() -> None:
     with (arguments.out / "metrics.jsonl").open("w") as lines:
         for seed in map(int, arguments.seeds.split(",")):
             for name in arguments.only.split(","):
-                # Where its own rate is the common one, the second would be the same curve again.
+                # If the method's rate is the common one, the second curve would be the same.
                 for rate in dict.fromkeys((_own_rate(name), COMMON)):
                     cases.append(_train(arguments, seed, name, rate))
                     lines.write(json.dumps(asdict(cases[-1])) + "\n")
@@ -127,7 +127,7 @@ def _own_rate(name: str) -> float:
     return FULL if method == "full" else METHODS.get(method).learning_rate
 
 
-def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainOptions:
+def _options(arguments: argparse.Namespace, seed: int, rate: float) -> TrainOptions:
     return TrainOptions(
         data=arguments.data,
         split="train[:600]",
@@ -145,24 +145,24 @@ def _plan(arguments: argparse.Namespace, seed: int, rate: float) -> TrainOptions
 
 def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> Case:
     method, init = CASES[name]
-    plan = _plan(arguments, seed, rate)
+    options = _options(arguments, seed, rate)
     layout = find_layout(None, open_model(arguments.model).config.get("model_type"), arguments.model)[1]
-    task = open_training_data(Path(arguments.model), layout, plan)
+    data = open_training_data(Path(arguments.model), layout, options)
     if method == "full":
         network = _full(arguments, layout)
     else:
         network = _adapted(arguments, seed, method, init)
-        plan = resolve_defaults(plan, METHODS.get(method).variant(init), 0.0, print)
-    curve = _curve(network, task, plan)
+        options = resolve_defaults(options, METHODS.get(method).variant(init), 0.0, print)
+    curve = _curve(network, data, options)
     return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
 
 def _curve(
-    network: nn.Module, task: TrainingData, plan: TrainOptions
+    network: nn.Module, data: TrainingData, options: TrainOptions
 ) -> tuple[list[float], tuple[float, float], float]:
-    """The losses, the held-out loss before and after, and a step's processor time."""
+    """(losses, held-out loss before and after, median processor time of a step)."""
     losses, held_out, times, mark = [], [], [], time.process_time()
-    for log in fit(network, task.examples, task.objective, plan):
+    for log in fit(network, data.splits, data.objective, options):
         if isinstance(log, StepLog):
             losses.append(log.loss)
             times.append(time.process_time() - mark)
@@ -176,13 +176,13 @@ def _adapted(arguments: argparse.Namespace, seed: int, method: str, init: str | 
     split = SplitOptions(method=method, init=init, rank=arguments.rank, seed=seed)
     start = open_training_start(arguments.model, split, None, Run())
     network = load_network(start.weights, LAYOUTS.get(start.layout), None)
-    replace_weights(network, start.replaced)
-    install(network, start.pieces(), METHODS.get(method).variant(init).trains)
+    replace_weights(network, start.residuals)
+    inject_adapters(network, start.scaled_factors(), METHODS.get(method).variant(init).trains)
     return network
 
 
 def _full(arguments: argparse.Namespace, layout: Any) -> nn.Module:
-    """The matrices that the others adapt, trained themselves, in float32."""
+    """A network in which the matrices that the other methods adapt are trained, in float32."""
     network = load_network(Path(arguments.model), layout, torch.float32)
     network.requires_grad_(False)
     for slot in layout.slots(open_model(arguments.model).source.infos).values():
@@ -195,7 +195,7 @@ def _text(arguments: argparse.Namespace, cases: list[Case]) -> str:
 
 
 def _by_curve(cases: list[Case]) -> list[list[Case]]:
-    """The seeds of every method and rate, together."""
+    """The cases that differ only in their seed, as one list each."""
     order = list(CASES)
     ordered = sorted(cases, key=lambda case: (order.index(case.name), case.common, case.seed))
     return [list(seeds) for _, seeds in groupby(ordered, lambda case: (case.name, case.rate))]
@@ -219,7 +219,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(cases: list[Case], path: Path) -> None:
-    """Two panels: every method at its own rate, and at that of all; the mean over the seeds."""
+    """Draw every method at its own and at the common learning rate, as means over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,12 +1,11 @@
-"""Training steps beside PEFT in a plain loop, beside transformers' Trainer, and beside dense SORSA.
+"""Compare training steps with PEFT in a plain loop, with the Trainer of transformers, and with dense SORSA.
 
     python benchmarks/train.py --model DIR --data FILE [--steps 8] [--repeat 3] [--only step|memory]
 
-`step` runs every contender in a process of its own, in turn, on the same rows with the same adapter shapes
-and precision, and prints medians of a step's processor time, which a busy machine disturbs less than the
-clock, and the ratio pair by pair. `memory` accounts for the
-activations that are kept for the backward pass of one row of 1024 tokens, tensor by tensor, for lora and for
-lora-fa.
+`step` runs every contender in a separate process, in turn, on the same rows with the same adapter shapes
+and precision. It prints medians of the processor time of a step, which a busy machine disturbs less than
+elapsed time, and the ratios of neighbouring runs. `memory` lists the activations that are saved for the
+backward pass of one row of 1024 tokens, tensor by tensor, for lora and for lora-fa.
 """
 
 import argparse
@@ -31,12 +30,12 @@ console = Console()
 
 
 def main() -> None:
-    """Run both parts, or one."""
+    """Run both parts, or the one that is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a directory with a bf16 model and its tokenizer")
-    parser.add_argument("--data", required=True, help="rows, as train takes them")
+    parser.add_argument("--data", required=True, help="training data, as for svdconvert train")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -54,7 +53,7 @@ def main() -> None:
 
 
 def steps(arguments: argparse.Namespace) -> None:
-    """A table of step times and peak memory."""
+    """Print a table of step times and peak memory."""
     table = Table(
         "method",
         "who",
@@ -92,7 +91,7 @@ def _said(measured: Measured) -> dict[str, float]:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Tables of what is kept for the backward pass."""
+    """Print tables of what is saved for the backward pass."""
     values = {"model": arguments.model, "rank": arguments.rank, "precision": arguments.precision}
     command = [sys.executable, HERE / "training" / "activations.py", json.dumps(values)]
     console.print(run(command, threads=arguments.threads).output)

@@ -281,7 +281,7 @@ def test_a_plug_in_package_registers_as_documented(tmp_path: Path, monkeypatch: 
     (tmp_path / "my_package-1.dist-info" / "METADATA").write_text("Name: my-package\nVersion: 1\n")
     (tmp_path / "my_package-1.dist-info" / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
-    found_layouts: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", "layout")
-    found_methods: Registry[Method] = Registry("svdconvert.methods", "METHOD", "method")
+    found_layouts: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", Layout)
+    found_methods: Registry[Method] = Registry("svdconvert.methods", "METHOD", Method)
     assert "attn.qkv" in found_layouts.get("phi3").roles
     assert found_methods.get("my-method").paper == "arXiv:2404.02948"

@@ -1,4 +1,4 @@
-"""What a forward pass of 1024 tokens keeps for its backward pass, tensor by tensor.
+"""What a forward pass of 1024 tokens saves for its backward pass, tensor by tensor.
 
 Started by benchmarks/train.py:
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import _from_manifest
+from step import adapted_network
 from torch import Tensor, nn
 
-from svdconvert.training.optim.step import as_trained
+from svdconvert.training.model.modes import training_mode
 
 LENGTH = 1024
 METHODS = ("lora", "lora-fa")
@@ -25,7 +25,7 @@ console = Console(width=110)
 
 
 def main() -> None:
-    """Print two tables: what is kept by shape and kind, and the sums."""
+    """Print what is saved by module, shape and dtype, and the sums."""
     options = SimpleNamespace(**json.loads(sys.argv[1]))
     kept = {method: _kept(options, method) for method in METHODS}
     table = Table("kept by", "shape", "dtype", *(f"{method}, MB" for method in METHODS), "difference, MB")
@@ -41,8 +41,8 @@ def main() -> None:
 
 
 def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
-    """(module that keeps it, shape, dtype) -> bytes; weights are not counted, and no storage twice."""
-    model = _from_manifest(SimpleNamespace(**vars(options), method=method))
+    """(module that saves it, shape, dtype) -> bytes; without weights, each storage counted once."""
+    model = adapted_network(SimpleNamespace(**vars(options), method=method))
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: Counter[tuple[str, str, str]] = Counter()
     seen: dict[int, Tensor] = {}
@@ -54,7 +54,7 @@ def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
-            # Held on to, so that no other tensor gets its place.
+            # Keep a reference, so that no other tensor reuses its address.
             seen[storage.data_ptr()] = tensor.detach()
             shape = " x ".join(map(str, tensor.shape))
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -63,7 +63,7 @@ def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
 
     ids = torch.arange(3, 3 + LENGTH)[None]
     with (
-        as_trained(model),
+        training_mode(model),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"),
     ):
@@ -72,7 +72,7 @@ def _kept(options: Any, method: str) -> Counter[tuple[str, str, str]]:
 
 
 def _body(model: Any) -> nn.Module:
-    """Without the head, whose logits are kept for tokens in the loss alone, the same for all methods."""
+    """The model without its head, whose logits are the same for all methods."""
     body: nn.Module = model.base_model
     return body
 

@@ -1,4 +1,4 @@
-"""One contender: some training steps, and how long they took. Started by benchmarks/train.py.
+"""Run some training steps of one contender and print how long they took. Started by benchmarks/train.py.
 
 python step.py svdconvert|peft|trainer|dense OPTIONS-AS-JSON
 """
@@ -17,28 +17,29 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from svdconvert.cli.process import keep_freed_blocks, return_freed_matrices, use_huge_pages
+from svdconvert.cli.process import configure_libraries, configure_malloc_for_training
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.methods.base import METHODS
+from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.data.task import Task, open_training_data
-from svdconvert.training.model.inject import install
+from svdconvert.training.model.adapted_linear import AdaptedLinear
+from svdconvert.training.model.inject import inject_adapters
 from svdconvert.training.model.load import load_network, replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.optim.step import Trainer
 from svdconvert.training.start import open_training_start
 
 WARM = 2
-"""Steps that are not counted."""
+"""Number of first steps that are not counted."""
 
 
 def main() -> None:
     """Print {"step": median processor seconds, "loss": of the last step}."""
     who, options = sys.argv[1], SimpleNamespace(**json.loads(sys.argv[2]))
-    plan = TrainOptions(
+    train_options = TrainOptions(
         data=options.data,
         split="train[:200]",
         steps=options.steps + WARM,
@@ -49,33 +50,32 @@ def main() -> None:
         schedule="constant",
         warmup=0.0,
     )
-    task = open_training_data(Path(options.model), LAYOUTS.get("llama"), plan)
+    data = open_training_data(Path(options.model), LAYOUTS.get("llama"), train_options)
     contender: Callable[..., list[tuple[float, float]]] = globals()[who]
-    marks = contender(options, plan, task)
+    marks = contender(options, train_options, data)
     times = [b - a for (a, _), (b, _) in zip(marks[WARM - 1 :], marks[WARM:], strict=False)]
     print(json.dumps({"step": statistics.median(times), "loss": marks[-1][1]}))
 
 
-def svdconvert(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
-    """(processor time so far, loss) behind every step; the memory is asked for as the program does it."""
-    return_freed_matrices()
-    keep_freed_blocks()
-    use_huge_pages()
-    logs = fit(_from_manifest(options), task.examples, task.objective, plan)
+def svdconvert(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+    """(processor time so far, loss) after every step, with the memory settings of the program."""
+    configure_libraries()
+    configure_malloc_for_training()
+    logs = fit(adapted_network(options), data.splits, data.objective, train_options)
     return [(time.process_time(), log.loss) for log in logs if isinstance(log, StepLog)]
 
 
-def peft(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
-    """PEFT's model in the loop that its documentation shows, with the same precision and clipping."""
+def peft(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+    """PEFT's model in the training loop of its documentation, with the same precision and clipping."""
     model = _peft(options)
-    return _loop(model, plan, batches(plan, task), lambda: None)
+    return _loop(model, train_options, batches(train_options, data), lambda: None)
 
 
-def dense(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
-    """SORSA as its authors compute it: the dense product in every forward pass, the penalty by autograd."""
-    model = _from_manifest(options)
+def dense(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+    """SORSA as its authors implement it: a dense product in every forward pass, the penalty by autograd."""
+    model = adapted_network(options)
     for path, module in list(model.named_modules()):
-        if hasattr(module, "factors") and path:
+        if isinstance(module, AdaptedLinear):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _Dense(module))
     penalised = [layer for layer in model.modules() if isinstance(layer, _Dense)]
@@ -84,16 +84,16 @@ def dense(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, flo
         norms = [norm for layer in penalised for norm in layer.norms()]
         (0.2 * torch.stack(norms).mean()).backward()
 
-    return _loop(model, plan, batches(plan, task), penalty)
+    return _loop(model, train_options, batches(train_options, data), penalty)
 
 
-def trainer(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, float]]:
+def trainer(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
     """PEFT's model under transformers' Trainer."""
     from transformers import Trainer as Theirs
     from transformers import TrainerCallback, TrainingArguments
 
     marks: list[tuple[float, float]] = []
-    given = list(batches(plan, task))
+    given = list(batches(train_options, data))
 
     class Watch(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
@@ -106,8 +106,8 @@ def trainer(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, f
 
     arguments = TrainingArguments(
         "/nowhere",
-        max_steps=plan.steps,
-        learning_rate=plan.lr,
+        max_steps=train_options.steps,
+        learning_rate=train_options.lr,
         bf16=options.precision == "bf16",
         use_cpu=True,
         logging_steps=1,
@@ -120,13 +120,13 @@ def trainer(options: Any, plan: TrainOptions, task: Task) -> list[tuple[float, f
     return marks
 
 
-def batches(plan: TrainOptions, task: Task) -> Iterator[dict[str, Tensor]]:
-    """The rows that our own loop takes, padded and masked as the stock collators do."""
+def batches(train_options: TrainOptions, data: TrainingData) -> Iterator[dict[str, Tensor]]:
+    """The rows of our own loop, padded and masked as the collators of transformers do."""
     alone: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     absent: Any = None
-    ours = Trainer(absent, absent, absent, task.objective, plan, alone)
-    for step in range(1, plan.total_steps(len(task.examples.train)) + 1):
-        yield _collated(ours.rows_of(step, task.examples.train))
+    ours = Trainer(absent, absent, absent, data.objective, train_options, alone)
+    for step in range(1, train_options.total_steps(len(data.splits.train)) + 1):
+        yield _collated(ours.examples_of(step, data.splits.train))
 
 
 def _collated(rows: list[Example]) -> dict[str, Tensor]:
@@ -140,16 +140,19 @@ def _collated(rows: list[Example]) -> dict[str, Tensor]:
 
 
 def _loop(
-    model: nn.Module, plan: TrainOptions, given: Iterator[dict[str, Tensor]], before_step: Callable[[], None]
+    model: nn.Module,
+    train_options: TrainOptions,
+    given: Iterator[dict[str, Tensor]],
+    before_step: Callable[[], None],
 ) -> list[tuple[float, float]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=plan.lr or 0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=train_options.lr or 0.0, weight_decay=0.0)
     marks = []
     for batch in given:
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=train_options.precision == "bf16"):
             loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+        torch.nn.utils.clip_grad_norm_(trained, train_options.clip)
         before_step()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,13 +164,13 @@ def _dtype(options: Any) -> Any:
     return "auto" if options.precision == "bf16" else torch.float32
 
 
-def _from_manifest(options: Any) -> nn.Module:
+def adapted_network(options: Any) -> nn.Module:
     split = SplitOptions(method=options.method, rank=options.rank)
     start = open_training_start(options.model, split, None, Run())
     dtype = None if options.precision == "bf16" else torch.float32
     network = load_network(start.weights, LAYOUTS.get(start.layout), dtype)
-    replace_weights(network, start.replaced)
-    install(network, start.pieces(), METHODS.get(options.method).trains)
+    replace_weights(network, start.residuals)
+    inject_adapters(network, start.scaled_factors(), METHODS.get(options.method).trains)
     return network
 
 
@@ -185,13 +188,13 @@ def _peft(options: Any) -> nn.Module:
 
 
 class _Dense(nn.Module):
-    """y = x W^T + s x ((B S) A)^T, the product built first."""
+    """y = x W^T + s x ((B S) A)^T, with the product of the factors computed first."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.base, self.scale = layer.base, layer.scale
         for name in ("lora_A", "lora_B", "lora_S"):
-            self.register_parameter(name, nn.Parameter(layer.get(name).detach().clone()))
+            self.register_parameter(name, nn.Parameter(layer.factor(name).detach().clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * linear(x, (self.lora_B * self.lora_S) @ self.lora_A)

@@ -1,4 +1,4 @@
-"""How an adapter is trained, and what is kept of the way."""
+"""The options of `train`."""
 
 from dataclasses import asdict, replace
 from math import ceil
@@ -13,114 +13,119 @@ from svdconvert.config.options import Names
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "track_dir")
-"""The options that make no difference to what is trained: they may change when a run goes on."""
+"""The options that do not influence what is trained: they may change when a run is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class TrainOptions:
-    """The `train` section of a recipe. A value out of range raises pydantic's ValidationError."""
+    """The `train` section of a recipe. An invalid value raises pydantic's ValidationError.
+
+    The docstring of a field is also the help text of its command-line option.
+    """
 
     data: str | None = None
-    """What is trained on: a .jsonl, .json, .parquet or .csv file, or a Hub data set ORG/NAME[:CONFIG]."""
+    """Training data: a .jsonl, .json, .parquet, .csv or .tsv file, or a Hub data set ORG/NAME[:CONFIG]."""
     eval_data: str | None = None
-    """What the held-out loss is measured on, found like `data`."""
+    """Held-out data for the evaluation loss, given like `data`."""
     eval_rows: Count = 0
-    """Hold out the last N rows of `data`, where there is no `eval_data`."""
+    """Hold out the last N rows of `data`, if there is no `eval_data`."""
     split: str = "train"
-    """Split of a Hub data set. A slice such as train[:1000] cuts files too."""
+    """Split of a Hub data set. A slice such as train[:1000] applies to files too."""
     task: Literal["text", "classify", "regress"] = "text"
-    """What is learnt: the next token of texts, or a label or a number for every row, with a head on top."""
+    """What is learned: the next token of texts, or a class or a number per row, with a new head."""
     text_fields: str | None = None
-    """Fields of the text, or of the two texts by a comma, of a row with a label; GLUE's are known."""
+    """For classify and regress: field of the text, or of two texts by a comma; those of GLUE are known."""
     label_field: str = "label"
-    """Field of the label."""
+    """For classify and regress: the field of the label."""
     eval_split: str | None = None
-    """Split of `eval_data`, where it is another one than `split`."""
+    """Split of `eval_data`, if it differs from `split`."""
     prompt_field: str | None = None
-    """Name of the prompt's field, where it is not one of the known ones."""
+    """Field of the prompt, if it is not one of the known ones."""
     response_field: str | None = None
-    """Name of the response's field, where it is not one of the known ones."""
+    """Field of the response, if it is not one of the known ones."""
     template: str | None = None
-    """What is put around a prompt: a text with {prompt} in it, "chat" for the tokenizer's own, or "none"."""
+    """Prompt template: text with {prompt} in it, "chat" (the tokenizer's) or "none"; by default Alpaca's."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a row."""
+    """Maximum number of tokens in a row."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
-    """What becomes of a longer row: its end is cut off, it is left out, or the run is refused."""
+    """What to do with longer rows: cut off the end, drop the row, or refuse the data."""
     packing: bool = False
-    """Put several rows into one of up to max_length tokens; they do not see each other."""
+    """Pack several rows into sequences of up to max_length tokens; rows do not attend to each other."""
     prompt_loss: bool = False
-    """Learn the prompts too, not the responses alone."""
+    """Include the prompts in the loss, not only the responses."""
     ending: str = ""
-    """Text behind every response, before the end-of-sequence token."""
+    """Text appended to every response, before the end-of-sequence token."""
 
     lr: Rate | None = None
-    """Highest learning rate; the method's own where it is not given."""
+    """Peak learning rate; by default the one published for the method."""
     steps: Positive | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     epochs: Rate | None = None
-    """Passes over the data, in place of `steps`; one where neither is given."""
+    """Passes over the data, instead of `steps`; 1 if neither is given."""
     batch_size: Positive = 4
-    """Rows in one forward pass of one process."""
+    """Rows per forward pass and process."""
     accumulate: Positive = 1
-    """Forward passes of one process in one step."""
-    warmup: Share = 0.03
-    """Share of the steps in which the rate rises from zero."""
+    """Forward passes per optimizer step and process."""
+    warmup: Fraction = 0.03
+    """Fraction of the steps in which the learning rate rises from zero."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate goes on after the warm-up."""
+    """Learning rate after the warm-up."""
     weight_decay: Weight = 0.0
-    """AdamW's weight decay."""
+    """Weight decay of AdamW."""
     clip: Weight = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
-    dropout: Share = 0.0
-    """Dropout before the adapter; the model's own is off."""
+    """Maximum norm of the gradient; 0 disables clipping."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input; the model's own dropout is off."""
 
     train_also: Names | None = None
-    """What is trained whole beside the adapter: norms, biases, or globs on names of tensors; by commas."""
+    """Train these in full, in addition to the adapter: norms, biases, or globs on tensor names, by commas."""
     penalty: Weight | None = None
-    """Weight of the penalty that keeps SORSA's U and V orthonormal; the method's own where not given."""
+    """Weight of SORSA's penalty, which keeps U and V orthonormal; by default the method's."""
     penalty_rule: Literal["weight", "reference"] = "weight"
-    """reference divides it (4e-4 where not given) by lr and accumulate, as SORSA's script does in effect."""
+    """reference: divide penalty (then 4e-4 by default) by lr and accumulate, as SORSA's script does."""
     corrected_gradient: bool = False
-    """LoRA-FA's second version: B's gradient is the least-squares one for the whole matrix."""
+    """LoRA-FA's second version: B's gradient is the least-squares fit to that of the full matrix."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """bf16 or fp16 autocast, or none; auto takes bf16 where the device is fast at it."""
+    """bf16 or fp16 autocast, or fp32; auto chooses bf16 if the device is fast at it."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention implementation; auto: eager for up to 512 tokens in bf16 on a CPU, else the model's own."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
+    """Recompute activations in the backward pass, which saves memory."""
     device: str = "auto"
-    """auto, cpu, or a device of torch's such as cuda or cuda:1."""
+    """auto, cpu, or a device of torch such as cuda or cuda:1."""
     eval_every: Positive | None = None
-    """Steps from one held-out loss to the next; the first and the last are measured in any case."""
+    """Steps between two evaluations; the first and the last are always made."""
     patience: Positive | None = None
-    """Stop when the held-out loss was not the least for N measurements."""
+    """Stop after N evaluations without a new lowest held-out loss."""
     keep_best: bool = False
-    """Write the adapter of the least held-out loss, not that of the last step."""
+    """Write the weights with the lowest held-out loss instead of the last ones."""
     samples: Count = 0
-    """Let the model answer the first N held-out prompts at every measurement, into samples.jsonl."""
+    """Let the model answer the first N held-out prompts at every evaluation, into samples.jsonl."""
     sample_tokens: Positive = 64
-    """Most tokens of such an answer."""
+    """Maximum number of tokens in such an answer."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the rows and of dropout."""
 
     save_every: Positive = 50
-    """Steps from one checkpoint to the next, from which an interrupted run goes on."""
+    """Steps between two checkpoints, from which an interrupted run is resumed."""
     save_limit: Positive = 2
-    """How many checkpoints are kept, of the newest."""
+    """How many of the newest checkpoints are kept."""
     keep_checkpoints: bool = False
-    """Leave the checkpoints in the output's folder checkpoints."""
+    """Keep the checkpoints in the output's folder checkpoints."""
     track: str | None = None
-    """Send the metrics to tensorboard, wandb or trackio, by commas."""
+    """Also send the metrics to tensorboard, wandb or trackio; comma-separated."""
     track_dir: str = "runs"
-    """Where tensorboard and wandb keep their files; trackio has a place of its own."""
+    """Folder for the files of tensorboard and wandb; trackio has a separate one."""
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs exclude each other: give one")
         if (self.prompt_field is None) != (self.response_field is None):
@@ -129,7 +134,7 @@ class TrainOptions:
             raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
         if (self.patience or self.keep_best or self.samples) and not (self.eval_data or self.eval_rows):
             raise ValueError(
-                "patience, keep_best and samples want held-out rows: give eval_rows or eval_data"
+                "patience, keep_best and samples need held-out rows: give eval_rows or eval_data"
             )
         if self.task != "text" and (self.packing or self.samples or self.prompt_loss):
             raise ValueError(f"packing, samples and prompt_loss are for texts, not for task {self.task}")
@@ -142,20 +147,20 @@ class TrainOptions:
         """The names in `track`."""
         return tuple(name.strip() for name in (self.track or "").split(",") if name.strip())
 
-    def with_rate(self, rate: float) -> "TrainOptions":
-        """This plan with the learning rate `rate`, unless it has one of its own."""
-        return self if self.lr is not None else replace(self, lr=rate)
+    def with_default_lr(self, lr: float) -> "TrainOptions":
+        """These options with the learning rate `lr`, unless they have one."""
+        return self if self.lr is not None else replace(self, lr=lr)
 
     def shaping(self) -> dict[str, Any]:
-        """The options that shape the result, by name."""
+        """Name -> value of the options that influence the result."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_IN_THE_RESULT}
 
     def steps_per_epoch(self, rows: int, processes: int = 1) -> int:
-        """Steps in which `processes` processes see `rows` rows once; the last may be a smaller one."""
+        """Steps in which `processes` processes see each of `rows` rows once; the last may be smaller."""
         return ceil(rows / (self.batch_size * self.accumulate * processes))
 
     def total_steps(self, rows: int, processes: int = 1) -> int:
-        """Optimizer steps of the whole run on `rows` rows."""
+        """Optimizer steps of the entire run on `rows` rows."""
         if self.steps is not None:
             return self.steps
         epochs = 1.0 if self.epochs is None else self.epochs

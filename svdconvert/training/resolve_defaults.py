@@ -1,32 +1,54 @@
-"""What a method decides where the plan leaves it open, and what it cannot do."""
+"""Options that the method decides if the user has not, and options that it cannot follow."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import isclose
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
-from svdconvert.methods.base import Method
+from svdconvert.methods.base import METHODS, Method
 from svdconvert.training.optim.orthonormality import PUBLISHED
+
+_SIMILAR = 2.0  # no warning for a learning rate within this factor of the method's own
 
 
 def resolve_defaults(
-    plan: TrainOptions, method: Method, dropout: float, notify: Callable[[str], None]
+    options: TrainOptions, method: Method, dropout: float, notify: Callable[[str], None]
 ) -> TrainOptions:
-    """The plan with the method's rate and penalty, and the start's dropout, where it has none of its own.
+    """The options with the method's learning rate and penalty, and the adapter's `dropout`, filled in.
 
-    Says where a choice is likely a mistake; raises RecipeError where it cannot be followed.
+    Calls `notify` with a sentence if a choice is probably a mistake. Raises RecipeError for an option that
+    the method cannot follow.
     """
-    if plan.penalty and not method.penalty:
-        raise RecipeError("penalty is for methods that train U and V apart from S (sorsa); leave it out")
-    if plan.corrected_gradient and method.trains != {"lora_B"}:
-        raise RecipeError("corrected_gradient is for methods that train B alone (lora-fa); leave it out")
-    chosen = replace(plan.with_rate(method.learning_rate), dropout=plan.dropout or dropout)
-    if chosen.penalty is None:
-        own = PUBLISHED if plan.penalty_rule == "reference" else method.penalty
-        chosen = replace(chosen, penalty=own if method.penalty else 0.0)
-    if chosen.dropout and method.dropout_harms:
-        notify(
-            f"dropout {chosen.dropout:g} takes principal components of the model away at random, for they "
-            "are in the adapter; this method is meant to be trained without"
+    if method.split is None and (options.task != "text" or options.train_also):
+        raise RecipeError(
+            "full fine-tuning trains every weight of a causal language model; leave out task and train_also"
         )
-    return chosen
+    if options.penalty and not method.penalty:
+        raise RecipeError("penalty is for methods that train U and V separately from S (sorsa); leave it out")
+    if options.corrected_gradient and method.trains != {"lora_B"}:
+        raise RecipeError("corrected_gradient is for methods that train B only (lora-fa); leave it out")
+    resolved = replace(options.with_default_lr(method.learning_rate), dropout=options.dropout or dropout)
+    if resolved.penalty is None:
+        default = PUBLISHED if options.penalty_rule == "reference" else method.penalty
+        resolved = replace(resolved, penalty=default if method.penalty else 0.0)
+    if resolved.dropout and method.dropout_harms:
+        notify(
+            f"dropout {resolved.dropout:g} randomly removes principal components of the model, because they "
+            "are in the adapter; this method is meant to be trained without dropout"
+        )
+    return resolved
+
+
+def learning_rate_warning(method: str, lr: float) -> str | None:
+    """A sentence if `lr` is another method's rate and far from this method's, with both papers; else None."""
+    own = METHODS.get(method)
+    if 1 / _SIMILAR <= lr / own.learning_rate <= _SIMILAR:
+        return None
+    for name, other in METHODS.load_all()[0].items():
+        if isclose(lr, other.learning_rate, rel_tol=1e-3):
+            return (
+                f"lr {lr:g} is the rate of {name} ({other.paper}); the results published for {method} "
+                f"({own.paper}) are for {own.learning_rate:g}"
+            )
+    return None

@@ -98,9 +98,9 @@ def test_small_steps_of_a_norm_are_not_lost_to_the_rounding_of_bfloat16(tmp_path
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "nothing": (("nroms",), "'nroms', which no tensor fits; give norms, biases"),
+    "nothing": (("nroms",), "'nroms', which matches no tensor; give norms, biases"),
     "an adapted matrix": (("*.q_proj.weight",), "q_proj.weight, which the adapter trains already"),
-    "tied embeddings": (("model.embed_tokens.weight",), "the head's weight too"),
+    "tied embeddings": (("model.embed_tokens.weight",), "also the head's weight"),
 }
 
 

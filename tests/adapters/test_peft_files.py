@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.adapter_config import AdapterConfig, read_adapter_config
 from svdconvert.adapters.peft_files import open_adapter, target_modules
 from svdconvert.errors import ArtifactError, CheckpointError
 from tests.stock import WEIGHTS, plain
@@ -112,13 +112,13 @@ def test_stock_peft_reads_the_configuration_that_is_written(alpha: float, tmp_pa
 
 
 def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
-    directory = saved()
+    directory = saved(rank_pattern={"q_proj": 2})
     written = AdapterConfig(
         rank=4, alpha=2.5, targets=["q_proj"], base="x", rslora=True, rank_pattern={"q_proj": 2},
         alpha_pattern={"v_proj": 1.0}, dropout=0.2, initialised="pissa",
     )  # fmt: skip
     (directory / "adapter_config.json").write_text(written.text())
-    assert open_adapter(directory).config == written
+    assert read_adapter_config(directory) == written
 
 
 @pytest.mark.filterwarnings(
@@ -167,11 +167,11 @@ def test_a_missing_file_is_refused_by_name(saved: Callable[..., Path], name: str
         open_adapter(directory)
 
 
-@pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": None}, {"r": []}])
+@pytest.mark.parametrize("values", [{"r": None}, {"lora_alpha": "much"}, {"target_modules": [1]}, {"r": []}])
 def test_a_configuration_with_invalid_values_is_refused(
     saved: Callable[..., Path], values: dict[str, Any]
 ) -> None:
-    with pytest.raises(ArtifactError, match="not the configuration of a LoRA adapter"):
+    with pytest.raises(ArtifactError, match=f"adapter_config.json has {next(iter(values))} .* must be"):
         open_adapter(edit(saved(), **values))
 
 
@@ -215,9 +215,9 @@ def test_targets_are_module_suffixes_if_these_select_exactly_the_chosen_modules(
     assert target_modules(chosen, LINEARS) == targets
 
 
-@pytest.mark.parametrize("regex", [r".*layers\.1\..*(q|up)_proj", "all-linear"])
+@pytest.mark.parametrize("regex", [r".*layers\.1\..*(q|up)_proj", "all-linear", None])
 def test_targets_that_are_not_a_list_become_the_modules_of_the_file(
-    regex: str, checkpoint: Build, saved: Callable[..., Path]
+    regex: str | None, checkpoint: Build, saved: Callable[..., Path]
 ) -> None:
     adapter = open_adapter(edit(saved(), target_modules=regex))
     assert adapter.config.targets == sorted(adapter.modules)

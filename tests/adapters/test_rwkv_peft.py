@@ -152,7 +152,13 @@ def test_missing_options_are_asked_for(files: Files, tmp_path: Path) -> None:
     tensors.popitem(last=False)
     torch.save(tensors, tmp_path / "half.pth")
     refused(
-        "merge", tmp_path / "half.pth", *out, *base, "--alpha", 3, words=["only one of lora_A and lora_B"]
+        "merge",
+        tmp_path / "half.pth",
+        *out,
+        *base,
+        "--alpha",
+        3,
+        words=["has no lora_A for blocks.0.att.key"],
     )
 
 

@@ -29,7 +29,7 @@ from tests.reading import readable, write_sums
 from tests.stock import adapted, logits, plain, same_bytes, tensors
 
 WEIGHTS = "adapter_model.safetensors"
-PLAN: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "steps": 4,
     "batch_size": 4,
     "max_length": 48,
@@ -59,7 +59,7 @@ def chain(checkpoint: Build, sums: Path, tmp_path_factory: pytest.TempPathFactor
             home = tmp_path_factory.mktemp(method)
             base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
             decompose(base, home / "start", SplitOptions(method=method, rank=4, alpha=8), Run(threads=1))
-            train(home / "start", home / "trained", TrainOptions(data=str(sums), **PLAN), Run(threads=1))
+            train(home / "start", home / "trained", TrainOptions(data=str(sums), **OPTIONS), Run(threads=1))
             made[method] = base, home / "start", home / "trained"
         return made[method]
 
@@ -95,7 +95,7 @@ def test_the_trained_directory_holds_what_merge_and_to_lora_need(
 
 
 @every_method
-def test_only_the_trained_pieces_move(method: str, chain: Callable[[str], Chain]) -> None:
+def test_only_the_trained_factors_change(method: str, chain: Callable[[str], Chain]) -> None:
     _, start, trained = chain(method)
     before, after = load_file(start / init_folder(method) / WEIGHTS), load_file(trained / WEIGHTS)
     assert before.keys() == after.keys()
@@ -104,7 +104,7 @@ def test_only_the_trained_pieces_move(method: str, chain: Callable[[str], Chain]
 
 
 @every_method
-def test_the_metrics_have_a_line_a_step_and_the_loss_falls(
+def test_the_metrics_have_one_line_per_step_and_the_loss_falls(
     method: str, chain: Callable[[str], Chain]
 ) -> None:
     lines = metrics(chain(method)[2])
@@ -127,19 +127,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(
 ) -> None:
     _, start, trained = chain(method)
     torch.manual_seed(99)
-    train(start, tmp_path / "again", TrainOptions(data=str(sums), **PLAN), Run(threads=1))
+    train(start, tmp_path / "again", TrainOptions(data=str(sums), **OPTIONS), Run(threads=1))
     assert content(tmp_path / "again") == content(trained)
-    train(start, tmp_path / "other", TrainOptions(data=str(sums), **PLAN, seed=1), Run(threads=1))
+    train(start, tmp_path / "other", TrainOptions(data=str(sums), **OPTIONS, seed=1), Run(threads=1))
     assert not same_bytes(tensors(tmp_path / "other"), tensors(trained))
 
 
 @every_method
-def test_training_a_plain_model_is_training_what_decompose_writes_of_it(
+def test_training_a_plain_model_equals_training_what_decompose_writes(
     method: str, chain: Callable[[str], Chain], sums: Path, tmp_path: Path
 ) -> None:
     base, _, trained = chain(method)
     split = SplitOptions(method=method, rank=4, alpha=8)
-    train(base, tmp_path / "direct", TrainOptions(data=str(sums), **PLAN), Run(threads=1), split=split)
+    train(base, tmp_path / "direct", TrainOptions(data=str(sums), **OPTIONS), Run(threads=1), split=split)
     assert same_bytes(tensors(tmp_path / "direct"), tensors(trained))
     folder = init_folder(method)
     assert content(tmp_path / "direct" / folder) == content(trained / folder)
@@ -150,7 +150,7 @@ def test_training_a_plain_model_is_training_what_decompose_writes_of_it(
 
 
 @every_method
-def test_what_was_trained_is_what_base_and_lora_and_what_merged_compute(
+def test_the_trained_the_merged_and_the_lora_model_compute_the_same(
     method: str, chain: Callable[[str], Chain], tmp_path: Path
 ) -> None:
     base, start, trained = chain(method)
@@ -179,38 +179,43 @@ def test_merging_from_the_base_is_merging_from_a_float32_residual(
 
 def test_from_the_command_line(chain: Callable[[str], Chain], sums: Path, tmp_path: Path) -> None:
     base, start, _ = chain("pissa")
-    options = ("--data", sums, "--steps", 2, "--max-length", 48, "--threads", 1)
-    shown = succeeded("train", start, "-o", tmp_path / "one", *options).out
+    arguments = ("--data", sums, "--steps", 2, "--max-length", 48, "--threads", 1)
+    shown = succeeded("train", start, "-o", tmp_path / "one", *arguments).out
     assert re.search(r"^steps +2 *$", shown, re.MULTILINE)
     assert f"svdconvert merge {tmp_path / 'one'} -o MERGED" in shown
     assert read_manifest(tmp_path / "one").options["lr"] == METHODS.get("pissa").learning_rate
-    succeeded("train", base, "-o", tmp_path / "two", "--method", "lora", "--rank", 3, *options)
+    succeeded("train", base, "-o", tmp_path / "two", "--method", "lora", "--rank", 3, *arguments)
     assert read_manifest(tmp_path / "two").options["lr"] == METHODS.get("lora").learning_rate
     assert {matrix.rank for matrix in read_manifest(tmp_path / "two").matrices.values()} == {3}
 
 
-def test_what_is_no_start_is_refused(chain: Callable[[str], Chain], sums: Path, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_trained_is_refused(
+    chain: Callable[[str], Chain], sums: Path, tmp_path: Path
+) -> None:
     trained = chain("pissa")[2]
     words = [trained, "is a trained directory", "what decompose wrote"]
     refused("train", trained, "-o", tmp_path / "out", "--data", sums, words=words)
 
 
-def test_a_base_that_is_gone_is_asked_for(checkpoint: Build, sums: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_named_with_the_option_that_gives_it(
+    checkpoint: Build, sums: Path, tmp_path: Path
+) -> None:
     base = readable(checkpoint("llama"), tmp_path / "base")
     succeeded("decompose", base, "-o", tmp_path / "start", "--method", "lora", "--rank", 4)
     base.rename(tmp_path / "moved")
-    options = ("--data", sums, "--steps", 1, "--max-length", 48)
-    refused("train", tmp_path / "start", "-o", tmp_path / "out", *options, words=["is not found", "--base"])
-    succeeded("train", tmp_path / "start", "-o", tmp_path / "out", *options, "--base", tmp_path / "moved")
+    arguments = ("--data", sums, "--steps", 1, "--max-length", 48)
+    command = ("train", tmp_path / "start", "-o", tmp_path / "out", *arguments)
+    refused(*command, words=["is not found", "--base"])
+    succeeded(*command, "--base", tmp_path / "moved")
     succeeded("merge", tmp_path / "out", "-o", tmp_path / "merged", "--base", tmp_path / "moved")
 
 
-def test_a_watcher_that_fails_leaves_nothing_at_the_place(
+def test_an_error_before_the_first_checkpoint_leaves_nothing(
     chain: Callable[[str], Chain], sums: Path, tmp_path: Path
 ) -> None:
     def watch(log: object, steps: int) -> None:
         raise SvdConvertError("seen enough")
 
     with pytest.raises(SvdConvertError, match="seen enough"):
-        train(chain("pissa")[1], tmp_path / "out", TrainOptions(data=str(sums), **PLAN), watch=watch)
+        train(chain("pissa")[1], tmp_path / "out", TrainOptions(data=str(sums), **OPTIONS), watch=watch)
     assert list(tmp_path.iterdir()) == []

@@ -63,8 +63,8 @@ def chain(
             base = body(checkpoint(model_type, dtype=torch.float32), home / "base")
             decompose(base, home / "start", SplitOptions(rank=4), Run(threads=1))
             label = {"label_field": "score"} if task == "regress" else {}
-            plan = TrainOptions(data=str(data), task=task, **STEPS, **label, precision="fp32")
-            train(home / "start", home / "trained", plan, Run(threads=1))
+            options = TrainOptions(data=str(data), task=task, **STEPS, **label, precision="fp32")
+            train(home / "start", home / "trained", options, Run(threads=1))
             merge(home / "trained", home / "merged", run=Run(threads=1))
             to_lora(home / "trained", home / "lora")
             made[model_type, task] = home
@@ -74,7 +74,7 @@ def chain(
 
 
 def body(checkpoint: Path, directory: Path) -> Path:
-    """The body alone, without the prefix of a whole model, as MiniLM is published."""
+    """The encoder without a head and without the prefix of its names, as MiniLM is published."""
     readable(checkpoint, directory)
     prefix = {"bert": "bert.", "roberta": "roberta."}[AutoConfig.from_pretrained(directory).model_type]
     stored = load_file(directory / "model.safetensors")
@@ -126,7 +126,7 @@ def test_merged_lora_and_trained_are_one_model(
 
 
 @every_encoder
-def test_a_class_is_learnt_and_scored(model_type: str, chain: Callable[[str, str], Path]) -> None:
+def test_a_classifier_learns_and_is_scored(model_type: str, chain: Callable[[str, str], Path]) -> None:
     home = chain(model_type, "classify")
     held_out = [line for line in metrics(home / "trained") if "eval_loss" in line]
     assert [line["step"] for line in held_out] == [0, 30, 60]
@@ -138,7 +138,7 @@ def test_a_class_is_learnt_and_scored(model_type: str, chain: Callable[[str, str
 
 
 @every_encoder
-def test_a_number_is_learnt_and_scored(model_type: str, chain: Callable[[str, str], Path]) -> None:
+def test_a_regressor_learns_and_is_scored(model_type: str, chain: Callable[[str, str], Path]) -> None:
     held_out = [line for line in metrics(chain(model_type, "regress") / "trained") if "eval_loss" in line]
     assert held_out[-1].keys() == {"step", "eval_loss", "pearson", "spearman"}
     assert held_out[-1]["pearson"] > 0.9
@@ -170,7 +170,7 @@ def test_every_kind_of_file_gives_the_same_classifier(
     home = chain("bert", "classify")
     for ending in (".csv", ".tsv"):
         out = tmp_path / ending[1:]
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in STEPS.items()]
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in STEPS.items()]
         more = [
             "--task",
             "classify",
@@ -181,11 +181,11 @@ def test_every_kind_of_file_gives_the_same_classifier(
             "--threads",
             1,
         ]
-        succeeded("train", home / "start", "-o", out, *options, *more)
+        succeeded("train", home / "start", "-o", out, *arguments, *more)
         assert same_bytes(tensors(out), tensors(home / "trained"))
 
 
-def test_a_stopped_run_goes_on_with_its_head(
+def test_a_resumed_run_continues_with_its_head(
     chain: Callable[[str, str], Path], data: Path, tmp_path: Path
 ) -> None:
     home = chain("bert", "classify")
@@ -194,14 +194,14 @@ def test_a_stopped_run_goes_on_with_its_head(
         if log.step == 45:
             raise KeyboardInterrupt
 
-    plan = TrainOptions(data=str(data), task="classify", **STEPS, precision="fp32", save_every=20)
+    options = TrainOptions(data=str(data), task="classify", **STEPS, precision="fp32", save_every=20)
     with pytest.raises(KeyboardInterrupt):
-        train(home / "start", tmp_path / "out", plan, Run(threads=1), watch=watch)
-    train(home / "start", tmp_path / "out", plan, Run(threads=1))
+        train(home / "start", tmp_path / "out", options, Run(threads=1), watch=watch)
+    train(home / "start", tmp_path / "out", options, Run(threads=1))
     assert content(tmp_path / "out") == content(home / "trained")
 
 
-def test_verify_and_inspect_know_the_head(chain: Callable[[str, str], Path]) -> None:
+def test_verify_accepts_the_head_and_the_manifest_describes_it(chain: Callable[[str, str], Path]) -> None:
     home = chain("roberta", "classify")
     for name in ("trained", "merged", "lora"):
         assert "is as its manifest says" in succeeded("verify", home / name).out
@@ -239,7 +239,7 @@ def test_the_class_that_loads_a_classifier_is_named(
 
 
 @pytest.mark.parametrize(
-    ("row", "options", "complaint"),
+    ("row", "arguments", "complaint"),
     [
         ({"sentence1": "a", "sentence2": "b"}, {}, "row 2: it has no label"),
         ({"sentence1": "a", "sentence2": "b", "label": ""}, {}, "row 2: it has no label"),
@@ -254,33 +254,33 @@ def test_the_class_that_loads_a_classifier_is_named(
 )
 def test_a_row_that_cannot_be_used_is_named(
     row: dict[str, Any],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     complaint: str,
     chain: Callable[[str, str], Path],
     tmp_path: Path,
 ) -> None:
     good = {"sentence1": "a", "sentence2": "b", "label": "small"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-    plan = TrainOptions(**{"data": str(tmp_path / "rows.jsonl"), "task": "classify", **options})
+    options = TrainOptions(**{"data": str(tmp_path / "rows.jsonl"), "task": "classify", **arguments})
     with pytest.raises(DataError, match=complaint):
-        train(chain("bert", "classify") / "start", tmp_path / "out", plan)
+        train(chain("bert", "classify") / "start", tmp_path / "out", options)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_a_label_that_training_does_not_know_is_named(
+def test_a_held_out_label_without_a_class_is_named(
     chain: Callable[[str, str], Path], data: Path, tmp_path: Path
 ) -> None:
     row = {"sentence1": "a", "sentence2": "b", "label": "huge"}
     (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
-    plan = TrainOptions(data=str(data), eval_data=str(tmp_path / "eval.jsonl"), task="classify")
+    options = TrainOptions(data=str(data), eval_data=str(tmp_path / "eval.jsonl"), task="classify")
     with pytest.raises(DataError, match=r"eval.jsonl: row 1: its label 'huge' is not one of large, small"):
-        train(chain("bert", "classify") / "start", tmp_path / "out", plan)
+        train(chain("bert", "classify") / "start", tmp_path / "out", options)
 
 
-def test_without_the_library_of_the_scores_the_extra_is_named(
+def test_without_scikit_learn_the_extra_to_install_is_named(
     chain: Callable[[str, str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdconvert.training.optim.scores.find_spec", lambda name: None)
+    monkeypatch.setattr("svdconvert.training.optim.heads.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"svdconvert\[scores\]"):
         train(
             chain("bert", "classify") / "start",
@@ -289,9 +289,9 @@ def test_without_the_library_of_the_scores_the_extra_is_named(
         )
 
 
-def test_what_is_for_texts_is_refused(tmp_path: Path) -> None:
-    options = ("--task", "classify", "--data", "x", "--packing")
-    refused("train", "x", "-o", tmp_path / "out", *options, words=["packing", "are for texts"])
+def test_options_for_texts_are_refused_for_classifiers(tmp_path: Path) -> None:
+    arguments = ("--task", "classify", "--data", "x", "--packing")
+    refused("train", "x", "-o", tmp_path / "out", *arguments, words=["packing", "are for texts"])
 
 
 def test_a_foreign_head_is_refused_by_name(chain: Callable[[str, str], Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training that is killed, in one process or two, and what has to be the same when it goes on."""
+"""Training that is killed, in one process or two, and what must be the same for it to continue."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import torch
 
 from svdconvert import Run, TrainOptions, train
 from svdconvert.commands.decompose import decompose
-from svdconvert.commands.train import CHECKPOINTS
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output.staging import partial
@@ -24,7 +23,7 @@ from tests.program import succeeded
 from tests.reading import readable, write_sums
 from tests.stock import tensors
 
-PLAN: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "steps": 40,
     "batch_size": 2,
     "max_length": 48,
@@ -37,71 +36,70 @@ PLAN: dict[str, Any] = {
 }
 
 
-def _words(plan: dict[str, Any]) -> list[object]:
-    return [word for name, value in plan.items() for word in (f"--{name.replace('_', '-')}", value)]
+def _words(options: dict[str, Any]) -> list[object]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 @pytest.fixture(scope="module")
-def room(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `start`, what decompose wrote, and sums.jsonl."""
-    home = tmp_path_factory.mktemp("room")
+def prepared(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `start`, which decompose wrote, and sums.jsonl."""
+    home = tmp_path_factory.mktemp("prepared")
     base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
     decompose(base, home / "start", SplitOptions(rank=4), Run(threads=1))
     write_sums(home / "sums.jsonl", rows=24)
     return home
 
 
+def wait_for_checkpoint(process: "subprocess.Popen[str]", out: Path) -> None:
+    """Return when the run for `out` has saved a checkpoint, or has ended."""
+    folder = partial(out) / "checkpoints"
+    while process.poll() is None and not any(folder.glob("step-*.pt")) and not out.exists():
+        time.sleep(0.001)
+
+
 def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until_saved(process: "subprocess.Popen[str]", out: Path, states: int) -> None:
-    """Return when the run has saved `states` training states, or ended."""
-    while process.poll() is None and not out.exists():
-        if len([*partial(out).glob(f"{CHECKPOINTS}/step-*.pt")]) >= states:
-            return
-        time.sleep(0.001)
-
-
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_in_the_bytes_of_one_that_was_not(room: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(prepared: Path, tmp_path: Path) -> None:
     train(
-        room / "start",
-        tmp_path / "whole",
-        TrainOptions(data=str(room / "sums.jsonl"), **PLAN),
+        prepared / "start",
+        tmp_path / "undisturbed",
+        TrainOptions(data=str(prepared / "sums.jsonl"), **OPTIONS),
         Run(threads=1),
     )
     out = tmp_path / "out"
-    command = ["train", room / "start", "-o", out, "--data", room / "sums.jsonl", *_words(PLAN)]
+    command = ["train", prepared / "start", "-o", out, "--data", prepared / "sums.jsonl", *_words(OPTIONS)]
     process = start(*command)
-    wait_until_saved(process, out, 2)
+    wait_for_checkpoint(process, out)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert partial(out).exists() and not out.exists()
     assert f"going on from {out}.partial: " in succeeded(*command, "--threads", 1).err
-    assert sums(out) == sums(tmp_path / "whole")
+    assert sums(out) == sums(tmp_path / "undisturbed")
     assert not partial(out).exists()
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_with_twice_the_accumulation(prepared: Path, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "steps": 10, "save_every": 2}
-    plan = TrainOptions(data=str(room / "sums.jsonl"), **{**PLAN, **changes}, accumulate=2)
-    train(room / "start", tmp_path / "one", plan, Run(threads=1))
+    options = TrainOptions(data=str(prepared / "sums.jsonl"), **{**OPTIONS, **changes}, accumulate=2)
+    train(prepared / "start", tmp_path / "one", options, Run(threads=1))
     out = tmp_path / "two"
     command = [
         "train",
-        room / "start",
+        prepared / "start",
         "-o",
         out,
         "--data",
-        room / "sums.jsonl",
-        *_words({**PLAN, **changes}),
+        prepared / "sums.jsonl",
+        *_words({**OPTIONS, **changes}),
     ]
     launcher = start(*command, program=TORCHRUN)
-    wait_until_saved(launcher, out, 2)
+    wait_for_checkpoint(launcher, out)
     _kill_rank(launcher.pid, "1")
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
@@ -118,62 +116,64 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(room: Path, tmp_pa
 
 
 class Stop(Exception):
-    """As if the process had ended here."""
+    """Ends a run as if its process had been killed."""
 
 
-def leave(room: Path, out: Path, **changes: object) -> None:
-    """Train to step 8, behind the checkpoint of step 6."""
+def interrupt(prepared: Path, out: Path, **changes: object) -> None:
+    """Train until step 8, two steps after a checkpoint."""
 
     def watch(log: object, steps: int) -> None:
         if getattr(log, "step", 0) == 8:
             raise Stop
 
-    plan = TrainOptions(**{"data": str(room / "sums.jsonl"), **PLAN, **changes})
+    options = TrainOptions(**{"data": str(prepared / "sums.jsonl"), **OPTIONS, **changes})
     with pytest.raises(Stop):
-        train(room / "start", out, plan, Run(threads=1), watch=watch)
+        train(prepared / "start", out, options, Run(threads=1), watch=watch)
     assert partial(out).exists() and not out.exists()
 
 
-def test_what_makes_no_difference_may_change_and_checkpoints_may_stay(room: Path, tmp_path: Path) -> None:
-    leave(room, tmp_path / "out")
-    changed = {**PLAN, "save_every": 20, "save_limit": 1, "keep_checkpoints": True}
+def test_options_that_do_not_shape_the_result_may_change_and_checkpoints_may_be_kept(
+    prepared: Path, tmp_path: Path
+) -> None:
+    interrupt(prepared, tmp_path / "out")
+    changed = {**OPTIONS, "save_every": 20, "save_limit": 1, "keep_checkpoints": True}
     said: list[str] = []
-    plan = TrainOptions(data=str(room / "sums.jsonl"), **changed)
-    train(room / "start", tmp_path / "out", plan, Run(threads=1, notify=said.append))
+    options = TrainOptions(data=str(prepared / "sums.jsonl"), **changed)
+    train(prepared / "start", tmp_path / "out", options, Run(threads=1, notify=said.append))
     # Advice about the rate and the dropout may stand before it.
     assert said[-1] == f"going on from {tmp_path}/out.partial: 6 steps are done"
     train(
-        room / "start",
-        tmp_path / "whole",
-        TrainOptions(data=str(room / "sums.jsonl"), **PLAN),
+        prepared / "start",
+        tmp_path / "undisturbed",
+        TrainOptions(data=str(prepared / "sums.jsonl"), **OPTIONS),
         Run(threads=1),
     )
     found = sums(tmp_path / "out")
     assert found.pop("checkpoints/step-00000040.pt")
-    assert found == sums(tmp_path / "whole")
+    assert found == sums(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"lr": 2e-3}, "options.lr was 0.001 and is 0.002"), ({"steps": 41}, "options.steps was 40 and is 41")],
 )
-def test_another_option_is_refused_by_name(
-    room: Path, tmp_path: Path, change: dict[str, object], named: str
+def test_a_changed_option_is_refused_by_name(
+    prepared: Path, tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
-    leave(room, tmp_path / "out")
-    plan = TrainOptions(**{"data": str(room / "sums.jsonl"), **PLAN, **change})
+    interrupt(prepared, tmp_path / "out")
+    options = TrainOptions(**{"data": str(prepared / "sums.jsonl"), **OPTIONS, **change})
     with pytest.raises(OutputError, match=named) as refusal:
-        train(room / "start", tmp_path / "out", plan, Run(threads=1))
+        train(prepared / "start", tmp_path / "out", options, Run(threads=1))
     assert "--overwrite" in str(refusal.value)
     assert partial(tmp_path / "out").exists()
 
 
-def test_changed_data_are_refused_by_name(room: Path, tmp_path: Path) -> None:
+def test_changed_data_are_refused_by_name(prepared: Path, tmp_path: Path) -> None:
     rows = write_sums(tmp_path / "sums.jsonl", rows=24)
-    leave(room, tmp_path / "out", data=str(rows))
+    interrupt(prepared, tmp_path / "out", data=str(rows))
     write_sums(rows, rows=23)
-    plan = TrainOptions(data=str(rows), **PLAN)
+    options = TrainOptions(data=str(rows), **OPTIONS)
     with pytest.raises(SvdConvertError, match=r"sums\.jsonl has changed since .*out\.partial was begun"):
-        train(room / "start", tmp_path / "out", plan, Run(threads=1))
-    train(room / "start", tmp_path / "out", plan, Run(threads=1, overwrite=True))
+        train(prepared / "start", tmp_path / "out", options, Run(threads=1))
+    train(prepared / "start", tmp_path / "out", options, Run(threads=1, overwrite=True))
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == list(range(1, 41))

@@ -1,4 +1,4 @@
-"""A plan refuses what it cannot mean, and counts its steps."""
+"""A options refuses what it cannot mean, and counts its steps."""
 
 import pytest
 from pydantic import ValidationError
@@ -24,7 +24,7 @@ from svdconvert.config.train import TrainOptions
         ({"learning_rate": 1e-4}, "learning_rate"),
     ],
 )
-def test_what_is_out_of_range_or_unknown_is_named(options: dict[str, object], field: str) -> None:
+def test_an_invalid_or_unknown_option_is_named(options: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError) as raised:
         TrainOptions(**options)  # type: ignore[arg-type]
     assert [error["loc"] for error in raised.value.errors()] == [(field,)]
@@ -40,7 +40,7 @@ def test_one_field_without_the_other_is_refused() -> None:
         TrainOptions(prompt_field="a")
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_option_has_a_help_text() -> None:
     fields = TrainOptions.__pydantic_fields__  # type: ignore[attr-defined]
     assert [name for name, field in fields.items() if not field.description] == []
 
@@ -62,6 +62,13 @@ def test_the_last_step_of_an_epoch_may_be_a_smaller_one(
     assert TrainOptions(**options).total_steps(rows, processes) == steps  # type: ignore[arg-type]
 
 
-def test_the_methods_rate_fills_in_for_one_that_is_not_given() -> None:
-    assert TrainOptions().with_rate(2e-5).lr == 2e-5
-    assert TrainOptions(lr=1e-3).with_rate(2e-5).lr == 1e-3
+def test_the_default_learning_rate_does_not_replace_a_given_one() -> None:
+    assert TrainOptions().with_default_lr(2e-5).lr == 2e-5
+    assert TrainOptions(lr=1e-3).with_default_lr(2e-5).lr == 1e-3
+
+
+@pytest.mark.parametrize("options", [{"patience": 2}, {"keep_best": True}, {"samples": 1}], ids=str)
+def test_options_about_held_out_rows_need_such_rows(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="need held-out rows: give eval_rows or eval_data"):
+        TrainOptions(**options)  # type: ignore[arg-type]
+    assert TrainOptions(**options, eval_rows=1).eval_rows == 1  # type: ignore[arg-type]

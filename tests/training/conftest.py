@@ -1,7 +1,8 @@
 """A tokenizer of single characters and a model of two layers, both made on the spot."""
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from svdconvert.training.compat import reset_accelerate_state
+from tests.conftest import Build
+from tests.reading import readable, write_sums
+
 CHARACTERS = sorted(string.ascii_letters + string.digits + " \n:#,.?<>|'/=+-[]{}")
 VOCABULARY = {token: number for number, token in enumerate(["<s>", "</s>", "<end>", *CHARACTERS, ":x"])}
 # Every turn ends in a mark that is not the end-of-sequence token, as Gemma's do.
@@ -17,6 +22,20 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def base(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer; next to its directory lies sums.jsonl. Not to be written to."""
+    home = tmp_path_factory.mktemp("home")
+    write_sums(home / "sums.jsonl")
+    return readable(checkpoint("llama", dtype=torch.float32), home / "base")
+
+
+@pytest.fixture(autouse=True)
+def _reset_accelerate() -> Iterator[None]:
+    yield
+    reset_accelerate_state()
 
 
 @pytest.fixture

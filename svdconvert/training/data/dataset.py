@@ -1,111 +1,171 @@
-"""Rows as a model reads them: which are trained on, which are held out, and what is to be said of them."""
+"""Everything that a run trains on: read, encoded, split into training and held-out examples, and packed."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.example import Example
-from svdconvert.training.data.packing import pack
-from svdconvert.training.data.prompts import Row
-from svdconvert.training.data.rows import read_rows
+from svdconvert.layouts.base import Layout
+from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.example import Example, padding_id
+from svdconvert.training.data.labelled import LabelledRowEncoder
+from svdconvert.training.data.packing import pack_examples
+from svdconvert.training.data.rows import Row, read_rows
+from svdconvert.training.model.load import load_tokenizer
+from svdconvert.training.optim.heads import SequenceLabel, require_scores
+from svdconvert.training.optim.objective import NextToken, Objective
 
-Encoded = Sequence[Example | None]
-"""An entry a row; None where nothing of it can be learnt."""
-Encode = Callable[[Iterable[Row]], Encoded]
-"""Raises DataError, which names the row, where one cannot be used."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EncodedRows = Sequence[Example | None]
+"""One entry per row; None for a row without a token in the loss."""
+Encoder = Callable[[Iterable[Row]], EncodedRows]
+"""Raises DataError, which names the row, if a row cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """What a plan trains on."""
+    """The examples of a run."""
 
     train: Sequence[Example]
     held_out: Sequence[Example] = ()
-    remarks: Sequence[str] = ()
-    """A sentence about every kind of row that is not trained on as it is."""
-    marks: Mapping[str, str] = field(default_factory=dict)
-    """Checksum of all rows as read, by the name of the data."""
+    warnings: Sequence[str] = ()
+    """One sentence for each kind of row that is truncated or left out."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """Name of the data -> checksum of all its rows as read."""
 
 
-def read_dataset(plan: TrainOptions, encode: Encode) -> DataSplits:
-    """Read and encode all that the plan names. Raises DataError where something cannot be used."""
-    if plan.data is None:
+@dataclass(frozen=True)
+class TrainingData:
+    """The examples of a run with the tokenizer and the objective that belong to them."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    splits: DataSplits
+    objective: Objective
+    labels: Sequence[str] | None = None
+    """Names of the classes of a new head, empty for regression; None if the model keeps its own head."""
+
+
+def open_training_data(
+    weights: Path, layout: Layout, options: TrainOptions, *, trust_remote_code: bool = False
+) -> TrainingData:
+    """Read and encode all data that the options name, with the tokenizer of the model at `weights`.
+
+    Raises DataError if data cannot be used, CheckpointError if there is no tokenizer, MissingPackageError if
+    the scores of a classifier or regressor need a package that is not installed.
+    """
+    tokenizer = load_tokenizer(weights, layout, trust_remote_code=trust_remote_code)
+    if options.task != "text":
+        require_scores()
+        encoder = LabelledRowEncoder(tokenizer, options)
+        splits = read_dataset(options, encoder)
+        objective = SequenceLabel(padding_id(tokenizer), len(encoder.labels))
+        return TrainingData(tokenizer, splits, objective, encoder.labels)
+    splits = read_dataset(options, partial(encode_rows, tokenizer=tokenizer, options=options))
+    return TrainingData(tokenizer, splits, NextToken(padding_id(tokenizer)))
+
+
+def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
+    """Read and encode all data that the options name. Raises DataError if something cannot be used."""
+    if options.data is None:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
-    remarks: list[str] = []
-    marks: dict[str, str] = {}
-    rows = _encoded(plan.data, plan.split, plan, encode, marks)
-    remarks += _remarks(plan.data, rows, plan)
-    if plan.eval_data is not None:
-        held_out = _encoded(plan.eval_data, plan.eval_split or plan.split, plan, encode, marks)
-        remarks += _remarks(plan.eval_data, held_out, plan)
+    checksums: dict[str, str] = {}
+    rows = _read_encoded(options.data, options.split, options, encoder, checksums)
+    warnings = list(_row_warnings(options.data, rows, options))
+    if options.eval_data is not None:
+        eval_split = options.eval_split or options.split
+        held_out_rows = _read_encoded(options.eval_data, eval_split, options, encoder, checksums)
+        warnings += _row_warnings(options.eval_data, held_out_rows, options)
     else:
-        cut = len(rows) - plan.eval_rows
-        if cut <= 0:
-            raise DataError(f"{plan.data}: eval_rows holds out {plan.eval_rows} of its {len(rows)} rows")
-        rows, held_out = rows[:cut], rows[cut:]
-    train = _kept(rows, plan.data, "training", plan)
-    tested = _kept(held_out, plan.eval_data or plan.data, "held-out", plan) if held_out else []
-    return DataSplits(pack(train, plan.max_length) if plan.packing else train, tested, remarks, marks)
+        count = len(rows) - options.eval_rows
+        if count <= 0:
+            raise DataError(
+                f"{options.data}: eval_rows holds out {options.eval_rows} of its {len(rows)} rows, which "
+                "leaves none to train on; give fewer"
+            )
+        held_out_rows = rows[count:]
+        rows = rows[:count]
+    train = _usable_examples(rows, options.data, "training", options)
+    held_out: list[Example] = []
+    if held_out_rows:
+        held_out = _usable_examples(held_out_rows, options.eval_data or options.data, "held-out", options)
+    if options.packing:
+        train = pack_examples(train, options.max_length)
+    return DataSplits(train, held_out, warnings, checksums)
 
 
-def _encoded(data: str, split: str, plan: TrainOptions, encode: Encode, marks: dict[str, str]) -> Encoded:
-    found, mark = read_rows(data, split), xxh3_64()
+def _read_encoded(
+    data: str, split: str, options: TrainOptions, encoder: Encoder, checksums: dict[str, str]
+) -> EncodedRows:
+    """Read and encode one data set, and add the checksum of its rows to `checksums`."""
+    rows = read_rows(data, split)
+    checksum = xxh3_64()
 
-    def marked() -> Iterator[Row]:
-        for row in found:
-            mark.update(json.dumps(row, default=str).encode())
+    def rows_with_checksum() -> Iterator[Row]:
+        for row in rows:
+            checksum.update(json.dumps(row, default=str).encode())
             yield row
 
     try:
-        rows = encode(marked())
-        if plan.too_long == "refuse":
-            _refuse_long(rows, plan.max_length)
+        encoded = encoder(rows_with_checksum())
+        if options.too_long == "refuse":
+            _refuse_long_rows(encoded, options.max_length)
     except DataError as error:
         raise DataError(f"{data}: {error}") from error
-    marks[f"{data} ({split})" if data in marks else data] = mark.hexdigest()
-    return rows
+    checksums[f"{data} ({split})" if data in checksums else data] = checksum.hexdigest()
+    return encoded
 
 
-def _is_long(row: Example | None) -> bool:
+def _is_truncated(row: Example | None) -> bool:
     return row is not None and row.length > len(row.input_ids)
 
 
-def _refuse_long(rows: Encoded, max_length: int) -> None:
+def _refuse_long_rows(rows: EncodedRows, max_length: int) -> None:
     for number, row in enumerate(rows, start=1):
-        if row is None or _is_long(row):
-            what = f"{row.length} tokens" if row else "nothing to learn"
-            raise DataError(
-                f"row {number} has {what} within max_length {max_length}: "
-                "give a larger max_length, or too_long cut or drop"
-            )
+        if row is None:
+            reason = "has no token in the loss within"
+        elif _is_truncated(row):
+            reason = f"has {row.length} tokens, more than"
+        else:
+            continue
+        raise DataError(
+            f"row {number} {reason} max_length {max_length}: "
+            "give a larger max_length, or set too_long to cut or drop"
+        )
 
 
-def _remarks(data: str, rows: Encoded, plan: TrainOptions) -> Iterator[str]:
-    long = [number for number, row in enumerate(rows, start=1) if _is_long(row)]
-    if long:
-        first = rows[long[0] - 1]
-        what = "left out" if plan.too_long == "drop" else "cut"
+def _row_warnings(data: str, rows: EncodedRows, options: TrainOptions) -> Iterator[str]:
+    truncated = [
+        (number, row) for number, row in enumerate(rows, start=1) if row is not None and _is_truncated(row)
+    ]
+    if truncated:
+        number, row = truncated[0]
+        what = "left out" if options.too_long == "drop" else "cut"
         yield (
-            f"{data}: {len(long)} of {len(rows)} rows are longer than max_length {plan.max_length} and are "
-            f"{what}; the first is row {long[0]} with {first.length if first else 0} tokens"
+            f"{data}: {len(truncated)} of {len(rows)} rows are longer than max_length {options.max_length} "
+            f"and are {what}; the first is row {number} with {row.length} tokens"
         )
     empty = [number for number, row in enumerate(rows, start=1) if row is None]
     if empty:
         yield (
-            f"{data}: {len(empty)} of {len(rows)} rows are left out, with nothing to learn within "
-            f"max_length {plan.max_length}; the first is row {empty[0]}"
+            f"{data}: {len(empty)} of {len(rows)} rows are left out, because they have no token in the loss "
+            f"within max_length {options.max_length}; the first is row {empty[0]}"
         )
 
 
-def _kept(rows: Encoded, data: str, part: str, plan: TrainOptions) -> list[Example]:
-    kept = [row for row in rows if row is not None and not (plan.too_long == "drop" and _is_long(row))]
-    if not kept:
+def _usable_examples(rows: EncodedRows, data: str, part: str, options: TrainOptions) -> list[Example]:
+    drops_long = options.too_long == "drop"
+    usable = [row for row in rows if row is not None and not (drops_long and _is_truncated(row))]
+    if not usable:
         raise DataError(
-            f"{data}: not one of the {len(rows)} {part} rows has a response within max_length "
-            f"{plan.max_length}: give a larger one"
+            f"{data}: none of the {len(rows)} {part} rows has a response within max_length "
+            f"{options.max_length}: give a larger max_length"
         )
-    return kept
+    return usable

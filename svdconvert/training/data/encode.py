@@ -1,125 +1,103 @@
-"""Texts as tokens, with the loss on the responses alone."""
+"""Tokenize rows of text, with only the responses in the loss."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.data.prompts import Passage, Row, choose_fields, passage
+from svdconvert.training.data.prompts import TrainingText, choose_fields, render_row
+from svdconvert.training.data.rows import FieldSet, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", plan: TrainOptions
+def encode_rows(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", options: TrainOptions
 ) -> list[Example | None]:
-    """One entry a row, in order; None for a row without a token in the loss.
+    """One entry per row, in order; None for a row without a token in the loss.
 
-    The first row decides which fields are trained on. Raises DataError, which names the row, where one does
-    not have them.
+    The first row decides which fields are used. Raises DataError, which names the row, if a later row does
+    not have them, or if the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
     encoded: list[Example | None] = []
-    fields: tuple[str, ...] = ()
+    fields: FieldSet = ()
     for number, row in enumerate(rows, start=1):
         try:
-            fields = fields or choose_fields(row, plan)
-            text = passage(row, fields, plan, tokenizer)
+            fields = fields or choose_fields(row, options)
+            text = render_row(row, fields, options, tokenizer)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
-        encoded.append(_example(text, tokenizer, plan.max_length))
+        encoded.append(_encode(text, tokenizer, options.max_length))
     return encoded
 
 
-def _example(text: Passage, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example | None:
+def _encode(text: TrainingText, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example | None:
     if all(start == end for start, end in text.spans):
         return None
-    ids, learnt = _tokens(text, tokenizer)
+    ids, in_loss = _tokenize(text, tokenizer)
     eos = tokenizer.eos_token_id
-    # A chat template ends a turn with a mark of its own, which may not be the end-of-sequence token.
     last = ids[-1] if ids else None
     if last == eos:
-        learnt[-1] = True
-    elif not (text.chat and last in tokenizer.added_tokens_decoder):
+        in_loss[-1] = True
+    elif not (text.is_chat and last in tokenizer.added_tokens_decoder):
+        # A chat template that ends turns with a special token other than the end-of-sequence token is
+        # complete.
         ids.append(eos)
-        learnt.append(True)
+        in_loss.append(True)
     input_ids = torch.tensor(ids[:max_length], dtype=torch.int32)
-    labels = input_ids.masked_fill(~torch.tensor(learnt[:max_length]), IGNORED)
+    labels = input_ids.masked_fill(~torch.tensor(in_loss[:max_length]), IGNORED)
     example = Example(input_ids, labels, len(ids))
     return example if example.loss_tokens else None
 
 
-def _tokens(text: Passage, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """Tokens of prompt and response as one text, and which of them are in the loss.
+def _tokenize(text: TrainingText, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
+    """The tokens of prompt and response, tokenized as one text, and which of them are in the loss.
 
-    A token that straddles the border counts as prompt, because it begins there: it is not what a model can
-    answer to the prompt.
+    A token that straddles the boundary counts as prompt, because it begins there: at inference the prompt is
+    tokenized without the response, so the model cannot generate that token.
     """
-    # A template that writes the BOS token itself is not to get a second one from the tokenizer.
-    special = not text.chat and not (tokenizer.bos_token and text.text.startswith(str(tokenizer.bos_token)))
+    # A template that already writes the BOS token must not get a second one from the tokenizer.
+    has_bos = bool(tokenizer.bos_token) and text.text.startswith(str(tokenizer.bos_token))
+    add_special = not text.is_chat and not has_bos
     if not tokenizer.is_fast:
-        return _tokens_without_offsets(text, tokenizer, special)
-    # verbose=False: the warning about texts longer than the model is not for us, who cut them.
-    encoding = tokenizer(text.text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        return _tokenize_without_offsets(text, tokenizer, add_special)
+    # verbose=False suppresses the warning about texts longer than the model's context, which we truncate.
+    encoding = tokenizer(
+        text.text, add_special_tokens=add_special, return_offsets_mapping=True, verbose=False
+    )
     begins = [begin for begin, _ in encoding["offset_mapping"]]
-    return list(encoding["input_ids"]), [any(a <= begin < b for a, b in text.spans) for begin in begins]
+    in_loss = [any(start <= begin < end for start, end in text.spans) for begin in begins]
+    return list(encoding["input_ids"]), in_loss
 
 
-def _tokens_without_offsets(
-    text: Passage, tokenizer: "PreTrainedTokenizerBase", special: bool
+def _tokenize_without_offsets(
+    text: TrainingText, tokenizer: "PreTrainedTokenizerBase", add_special: bool
 ) -> tuple[list[int], list[bool]]:
-    """`_tokens` for tokenizers in Python: where the tokens of all and of a part of the text differ."""
+    """`_tokenize` for tokenizers written in Python, which return no offsets.
 
-    def tokens(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"])
+    The boundary is found by tokenizing the text before it and comparing with the tokens of the entire text.
+    """
 
-    def before(border: int) -> int:
-        head = tokens(text.text[:border])
-        if special and head and head[-1] == tokenizer.eos_token_id:
+    def tokenize(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=add_special, verbose=False)["input_ids"])
+
+    def first_token_after(boundary: int) -> int:
+        head = tokenize(text.text[:boundary])
+        if add_special and head and head[-1] == tokenizer.eos_token_id:
             head.pop()
         same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(head))
         return same if same == len(head) else same + 1
 
-    ids = tokens(text.text)
-    learnt = [False] * len(ids)
-    for begin, end in text.spans:
-        for index in range(before(begin), len(ids) if end == len(text.text) else before(end)):
-            learnt[index] = True
-    return ids, learnt
-
-
-def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token to pad with. Any will do, because padding is never seen."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and labels, int64 (rows, longest row), padded on the right.
-
-    There is no attention mask: what a causal model computes for a token does not depend on what follows it,
-    so padding is never seen, whatever token it is made of. Where rows are packed there are position_ids: by
-    positions that begin anew transformers keeps the parts of a row apart.
-    """
-    ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
-    labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORED)
-    batch = {"input_ids": ids.long(), "labels": labels.long()}
-    if any(len(example.starts) > 1 for example in examples):
-        batch["position_ids"] = torch.stack([_positions(example, ids.shape[1]) for example in examples])
-    return batch
-
-
-def _positions(example: Example, length: int) -> Tensor:
-    """0, 1, 2, ... from every start anew, and over the padding."""
-    starts = [*example.starts, len(example.input_ids), length]
-    parts = [torch.arange(end - start) for start, end in zip(starts, starts[1:], strict=False)]
-    return torch.cat(parts)
+    ids = tokenize(text.text)
+    in_loss = [False] * len(ids)
+    for start, end in text.spans:
+        last = len(ids) if end == len(text.text) else first_token_after(end)
+        for index in range(first_token_after(start), last):
+            in_loss[index] = True
+    return ids, in_loss

@@ -1,4 +1,4 @@
-"""Rows with a label of their own: a class or a number for a text or a pair of texts, as in GLUE."""
+"""Encode rows with a label: a class or a number for a text or a pair of texts, as in GLUE."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ import torch
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError, did_you_mean
 from svdconvert.training.data.example import Example
-from svdconvert.training.data.prompts import Row, known_fields
+from svdconvert.training.data.rows import FieldSet, Row, find_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# GLUE's, in order of preference.
-FIELD_SETS: tuple[tuple[str, ...], ...] = (
+# The field names of the GLUE tasks, in order of preference.
+FIELD_SETS: tuple[FieldSet, ...] = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question", "sentence"),
@@ -27,60 +27,61 @@ FIELD_SETS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass
-class Labelled:
-    """Encodes rows; the first file that it reads says which labels there are."""
+class LabelledRowEncoder:
+    """A callable that encodes rows; the first data set that it encodes determines the classes."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    plan: TrainOptions
+    options: TrainOptions
     labels: list[str] = field(default_factory=list)
-    """The names of the classes in order; none for numbers."""
+    """The names of the classes, in order; empty for regression."""
 
     def __call__(self, rows: Iterable[Row]) -> list[Example | None]:
-        """One entry a row. Raises DataError, which names the row, for what cannot be used."""
-        read = []
-        fields: tuple[str, ...] = ()
+        """One example per row. Raises DataError, which names the row, if a text or label cannot be used."""
+        parsed: list[tuple[list[str], str | float]] = []
+        fields: FieldSet = ()
         for number, row in enumerate(rows, start=1):
             try:
-                fields = fields or _fields(row, self.plan)
-                read.append(([_text(row, name) for name in fields], self._label(row)))
+                fields = fields or _text_fields(row, self.options)
+                parsed.append(([_text(row, name) for name in fields], self._label(row)))
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
-        if self.plan.task == "classify" and not self.labels:
-            self.labels = _in_order({str(label) for _, label in read})
-        return [self._example(texts, label, number) for number, (texts, label) in enumerate(read, start=1)]
+        if self.options.task == "classify" and not self.labels:
+            self.labels = _sorted_labels({str(label) for _, label in parsed})
+        return [self._example(texts, label, number) for number, (texts, label) in enumerate(parsed, start=1)]
 
     def _label(self, row: Row) -> str | float:
-        name = self.plan.label_field
+        name = self.options.label_field
         value = row.get(name)
         if value is None or value == "":
             raise DataError(f"it has no {name}; its fields are {did_you_mean(name, row)}")
-        if self.plan.task == "classify":
+        if self.options.task == "classify":
             return str(int(value)) if isinstance(value, bool | float) else str(value)
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise DataError(f"its {name} is {value!r} and no number") from error
+            raise DataError(f"its {name} is {value!r}, which is not a number") from error
 
     def _example(self, texts: Sequence[str], label: str | float, number: int) -> Example:
         if isinstance(label, str) and label not in self.labels:
             raise DataError(f"row {number}: its label {label!r} is not one of {', '.join(self.labels)}")
-        whole = self.tokenizer(*texts, verbose=False)["input_ids"]
-        # The longer of two texts gives way, and the special tokens stay.
-        cut = self.tokenizer(*texts, truncation="longest_first", max_length=self.plan.max_length)
+        all_ids = self.tokenizer(*texts, verbose=False)["input_ids"]
+        # Of two texts the longer one is truncated first; special tokens are kept.
+        truncated = self.tokenizer(*texts, truncation="longest_first", max_length=self.options.max_length)
         target: Any = torch.tensor(self.labels.index(label) if isinstance(label, str) else label)
-        types = cut.get("token_type_ids")
+        types = truncated.get("token_type_ids")
         return Example(
-            torch.tensor(cut["input_ids"], dtype=torch.int32),
+            torch.tensor(truncated["input_ids"], dtype=torch.int32),
             target,
-            len(whole),
-            types=None if types is None else torch.tensor(types, dtype=torch.int32),
+            len(all_ids),
+            token_types=None if types is None else torch.tensor(types, dtype=torch.int32),
         )
 
 
-def _fields(row: Row, plan: TrainOptions) -> tuple[str, ...]:
-    names = plan.text_fields
-    named = None if names is None else tuple(name.strip() for name in names.split(","))
-    return known_fields(row, named, FIELD_SETS, "text_fields")
+def _text_fields(row: Row, options: TrainOptions) -> FieldSet:
+    named = None
+    if options.text_fields is not None:
+        named = tuple(name.strip() for name in options.text_fields.split(","))
+    return find_fields(row, named, FIELD_SETS, "text_fields")
 
 
 def _text(row: Row, name: str) -> str:
@@ -90,7 +91,7 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _in_order(labels: set[str]) -> list[str]:
-    """Numbers by size, all else by the alphabet."""
-    numbers = all(label.lstrip("-").isdigit() for label in labels)
-    return sorted(labels, key=lambda label: (int(label), "") if numbers else (0, label))
+def _sorted_labels(labels: set[str]) -> list[str]:
+    """In numerical order if all labels are integers, else in alphabetical order."""
+    are_numbers = all(label.lstrip("-").isdigit() for label in labels)
+    return sorted(labels, key=lambda label: (int(label), "") if are_numbers else (0, label))

@@ -1,4 +1,4 @@
-"""Several rows in one, so that little of a batch is padding."""
+"""Pack several rows into one sequence, so that batches contain little padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -11,25 +11,26 @@ from svdconvert.errors import RecipeError
 from svdconvert.training.data.example import IGNORED, Example
 
 
-def pack(rows: Sequence[Example], max_length: int) -> list[Example]:
-    """Several rows in one wherever they fit into `max_length` tokens: the longest first, each to the fullest.
+def pack_examples(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Combine examples into sequences of at most `max_length` tokens by best-fit decreasing.
 
-    The first token of a row is not predicted from the row before it.
+    The longest examples are placed first, each into the fullest sequence that has space for it. The first
+    token of an example is not in the loss, so it is never predicted from the example before it.
     """
     packs: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, number of the pack), the fullest first
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        need = len(row.input_ids)
-        place = bisect_left(room, (need, -1))
-        left, number = room.pop(place) if place < len(room) else (max_length, len(packs))
-        if number == len(packs):
+    free: list[tuple[int, int]] = []  # (free tokens, index into packs), sorted
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        position = bisect_left(free, (size, -1))
+        remaining, index = free.pop(position) if position < len(free) else (max_length, len(packs))
+        if index == len(packs):
             packs.append([])
-        packs[number].append(row)
-        insort(room, (left - need, number))
-    return [_joined(parts) for parts in packs]
+        packs[index].append(example)
+        insort(free, (remaining - size, index))
+    return [_concatenate(parts) for parts in packs]
 
 
-def _joined(parts: Sequence[Example]) -> Example:
+def _concatenate(parts: Sequence[Example]) -> Example:
     lengths = [len(part.input_ids) for part in parts]
     starts = tuple(sum(lengths[:index]) for index in range(len(parts)))
     labels = torch.cat([part.labels for part in parts])
@@ -37,12 +38,12 @@ def _joined(parts: Sequence[Example]) -> Example:
     return Example(torch.cat([part.input_ids for part in parts]), labels, sum(lengths), starts)
 
 
-def require_packing(model: nn.Module) -> None:
-    """Raise RecipeError where the model would let packed rows see each other.
+def require_packing_support(model: nn.Module) -> None:
+    """Raise RecipeError if packed rows would attend to each other in this model.
 
-    transformers' own models and ours keep them apart by their positions; code that a model brings may not,
-    and transformers' recurrent models have no positions.
+    The models of transformers and of svdconvert separate rows by position_ids. A model with remote code may
+    not, and the recurrent models of transformers take no position_ids.
     """
-    own = type(model).__module__.startswith(("transformers.models.", "svdconvert.models."))
-    if not own or "position_ids" not in signature(model.forward).parameters:
+    is_known = type(model).__module__.startswith(("transformers.models.", "svdconvert.models."))
+    if not is_known or "position_ids" not in signature(model.forward).parameters:
         raise RecipeError(f"{type(model).__name__} cannot keep packed rows apart: train without packing")

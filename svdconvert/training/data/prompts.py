@@ -1,7 +1,8 @@
-"""From a row of data to the text that is trained on, and to where in it the loss lies.
+"""From a row of data to the text that is trained on, with the character spans that are in the loss.
 
-The prompt is what the papers put it into, the Alpaca template, so that their rates and results carry
-over (PiSSA train.py, MiLoRA train.py, SORSA dataset.py all use it, and put the response right behind it).
+The default prompt is the Alpaca template, as in the papers' own scripts, so that their learning rates and
+results carry over (PiSSA train.py, MiLoRA train.py and SORSA dataset.py all use it and put the response
+directly after it).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import DataError, did_you_mean
+from svdconvert.errors import DataError
+from svdconvert.training.data.rows import FieldSet, Row, find_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Row = Mapping[str, Any]
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -27,9 +27,9 @@ ALPACA_WITH_INPUT = (
     "\n\n### Instruction:\n{prompt}\n\n### Response:"
 )
 
-# In order of preference: LLM-Adapters' commonsense rows have instruction, input, output and answer,
-# Alpaca's have text beside their instruction. One field is a text without a prompt, or a chat.
-FIELD_SETS: tuple[tuple[str, ...], ...] = (
+# In order of preference: the commonsense rows of LLM-Adapters have instruction, input, output and answer, and
+# Alpaca's have text in addition to instruction. A single field is a text without a prompt, or a chat.
+FIELD_SETS: tuple[FieldSet, ...] = (
     ("messages",),
     ("question", "answer"),
     ("instruction", "output"),
@@ -40,94 +40,76 @@ FIELD_SETS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class TrainingText:
     """One row as text."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """(from, to) in characters: the tokens that begin there are in the loss."""
-    chat: bool = False
-    """True where a chat template wrote it, which brings its own special tokens."""
+    """(start, end) in characters: the tokens that begin in a span are in the loss."""
+    is_chat: bool = False
+    """True if a chat template rendered the text, special tokens included."""
 
 
 def format_prompt(
     prompt: str, template: str | None = None, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> str:
-    """The text that a model is given for `prompt`, as it was in training.
+    """The text to give the model for `prompt` at inference, identical to the one used in training.
 
-    `template` is as in TrainPlan; None is the Alpaca template. "chat" needs the tokenizer. Raises DataError
-    where the tokenizer has no chat template.
+    `template` is as in TrainOptions; None is the Alpaca template. "chat" needs the tokenizer. Raises
+    DataError if the tokenizer has no chat template.
     """
     if template == "chat":
-        return _rendered([{"role": "user", "content": prompt}], tokenizer, ask=True)
+        turns = [{"role": "user", "content": prompt}]
+        return _render_chat(turns, tokenizer, add_generation_prompt=True)
     if template == "none":
         return prompt
     return (template or ALPACA).replace("{prompt}", prompt)
 
 
-def choose_fields(row: Row, plan: TrainOptions) -> tuple[str, ...]:
+def choose_fields(row: Row, options: TrainOptions) -> FieldSet:
     """The fields to train on: (prompt, response), ("messages",) or ("text",).
 
-    Raises DataError where the row has neither the plan's fields nor a known set.
+    Raises DataError if the row has neither the fields that the options name nor a known set of fields.
     """
     named = None
-    if plan.prompt_field is not None and plan.response_field is not None:
-        named = (plan.prompt_field, plan.response_field)
-    return known_fields(row, named, FIELD_SETS, "prompt_field and response_field")
+    if options.prompt_field is not None and options.response_field is not None:
+        named = (options.prompt_field, options.response_field)
+    return find_fields(row, named, FIELD_SETS, "prompt_field and response_field")
 
 
-def known_fields(
-    row: Row, named: tuple[str, ...] | None, known: Sequence[tuple[str, ...]], options: str
-) -> tuple[str, ...]:
-    """The fields that were named, or the first known set that the row has.
-
-    `options` are the settings that name them. Raises DataError where the row has not got them.
-    """
-    if named is not None:
-        for field in named:
-            if field not in row:
-                raise DataError(f"there is no field {field}; {did_you_mean(field, row)}")
-        return named
-    for fields in known:
-        if all(field in row for field in fields):
-            return fields
-    sets = ", ".join("/".join(fields) for fields in known)
-    raise DataError(
-        f"none of the known field sets ({sets}) is among the fields {', '.join(row)}: "
-        f"name yours with {options}"
-    )
+def render_row(
+    row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
+) -> TrainingText:
+    """The text of a row. Raises DataError if a field is missing or not text, or a chat cannot be rendered."""
+    rendered = _render_fields(row, fields, options, tokenizer)
+    if options.prompt_loss:
+        return replace(rendered, spans=((0, len(rendered.text)),))
+    return rendered
 
 
-def passage(
-    row: Row, fields: tuple[str, ...], plan: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
-) -> Passage:
-    """The text of a row. Raises DataError where a field is absent or not text, or a chat does not render."""
-    found = _passage(row, fields, plan, tokenizer)
-    return replace(found, spans=((0, len(found.text)),)) if plan.prompt_loss else found
-
-
-def _passage(
-    row: Row, fields: tuple[str, ...], plan: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
-) -> Passage:
+def _render_fields(
+    row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
+) -> TrainingText:
     if fields == ("messages",):
-        return _chat(_messages(row), tokenizer)
+        return _chat_text(_messages(row), tokenizer)
     if len(fields) == 1:
         text = _text(row, fields[0])
-        return Passage(text, ((0, len(text)),))
+        return TrainingText(text, ((0, len(text)),))
     prompt, response = _text(row, fields[0]), _text(row, fields[1])
-    template = plan.template
+    template = options.template
     if template is None and fields == ("prompt", "completion"):
         template = "none"
     if fields == ("instruction", "output") and row.get("input"):
-        # Without a template of the user's this is Alpaca's own form for a row with an input.
-        headline = "\n\n### Input:\n" if template is None else "\n\n"
-        prompt = f"{prompt}{headline}{_text(row, 'input')}"
+        # Alpaca's own form of a row with an input, unless the user chose a template.
+        heading = "\n\n### Input:\n" if template is None else "\n\n"
+        prompt = f"{prompt}{heading}{_text(row, 'input')}"
         template = template or ALPACA_WITH_INPUT
     if template == "chat":
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return _chat(turns, tokenizer)
-    before, response = format_prompt(prompt, template), response + plan.ending
-    return Passage(before + response, ((len(before), len(before) + len(response)),))
+        return _chat_text(turns, tokenizer)
+    before = format_prompt(prompt, template)
+    text = before + response + options.ending
+    return TrainingText(text, ((len(before), len(text)),))
 
 
 def _text(row: Row, field: str) -> str:
@@ -135,7 +117,8 @@ def _text(row: Row, field: str) -> str:
     if isinstance(value, str):
         return value
     what = f"it has no {field}" if value is None else f"its {field} is not text but {type(value).__name__}"
-    raise DataError(f"{what}; its fields are {', '.join(k for k, v in row.items() if v is not None)}")
+    present = ", ".join(name for name, content in row.items() if content is not None)
+    raise DataError(f"{what}; its fields are {present}")
 
 
 def _messages(row: Row) -> list[dict[str, Any]]:
@@ -144,52 +127,57 @@ def _messages(row: Row) -> list[dict[str, Any]]:
         isinstance(turn, Mapping) and turn.get("role") for turn in turns
     ):
         raise DataError("its messages are not a list of objects with role and content")
-    # Arrow gives every message the keys of all messages; templates ask whether a key is there.
+    # Arrow gives every message the keys of all messages, but templates test whether a key is present.
     return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
 
 
-def _chat(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> Passage:
+def _chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
     """A chat up to its last assistant turn, with every assistant turn in the loss.
 
-    What follows the mark that ends the last turn is cut off, so that nothing is learnt after it.
+    Whitespace after the end marker of the last turn is removed, so that nothing after it is trained on.
     """
-    ends = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not ends or ends[-1] == 0:
-        raise DataError("its messages hold no answer of the assistant to anything")
-    text = _rendered(turns[: ends[-1] + 1], tokenizer).rstrip()
-    spans = tuple(_answers(text, turns, ends, tokenizer))
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise DataError("its messages have no answer of the assistant to another message")
+    text = _render_chat(turns[: answers[-1] + 1], tokenizer).rstrip()
+    spans = tuple(_answer_spans(text, turns, answers, tokenizer))
     if not spans or spans[-1][1] != len(text):
-        raise DataError("its last answer cannot be told from the prompt in what the chat template writes")
-    return Passage(text, spans, chat=True)
+        raise DataError("its last answer cannot be separated from the prompt in the rendered chat template")
+    return TrainingText(text, spans, is_chat=True)
 
 
-def _answers(
-    text: str, turns: list[dict[str, Any]], ends: list[int], tokenizer: "PreTrainedTokenizerBase"
+def _answer_spans(
+    text: str, turns: list[dict[str, Any]], answers: list[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[int, int]]:
-    """Where the assistant's turns lie in `text`.
+    """(start, end) in `text` of the assistant turns, whose indices are `answers`.
 
-    A turn that the template writes differently when others follow it (Qwen3 drops its thoughts) was never
-    the model's output in this form, and is left out of the loss; so is a turn that answers nothing.
+    Two kinds of turns are left out of the loss: a first turn, which answers nothing, and one that the
+    template renders differently if other turns follow (Qwen3 removes the thinking part), because the model
+    never generates it in that form.
     """
-    for index in ends:
+    for index in answers:
         if index == 0:
             continue
-        before = _rendered(turns[:index], tokenizer, ask=True)
-        through = _rendered(turns[: index + 1], tokenizer).rstrip()
+        before = _render_chat(turns[:index], tokenizer, add_generation_prompt=True)
+        through = _render_chat(turns[: index + 1], tokenizer).rstrip()
         if text.startswith(through) and through.startswith(before):
             yield len(before), len(through)
 
 
-def _rendered(
-    turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase | None", ask: bool = False
+def _render_chat(
+    turns: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    add_generation_prompt: bool = False,
 ) -> str:
-    """The chat as text; with `ask`, up to where the assistant's answer begins."""
+    """The chat as text; with `add_generation_prompt`, up to where the assistant's answer begins."""
     from jinja2 import TemplateError
 
     if tokenizer is None or not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template: give a template with {prompt} in it")
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except (TemplateError, TypeError, KeyError) as error:
         raise DataError(f"the chat template refuses its messages: {error}") from error
     assert isinstance(text, str)

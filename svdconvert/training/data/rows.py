@@ -1,29 +1,33 @@
-"""Rows of training data, from a file or the Hub, by Hugging Face's `datasets`."""
+"""Read rows of training data from a file or the Hub, with the `datasets` library, and find their fields."""
 
 import csv
 import json
+import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from svdconvert.errors import DataError
+from svdconvert.errors import DataError, did_you_mean
 from svdconvert.hub.auth import find_token
-from svdconvert.training.data.prompts import Row
+
+Row = Mapping[str, Any]
+FieldSet = tuple[str, ...]
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-"""The readers of `datasets` by the ending of a file."""
+"""File suffix -> the builder of `datasets` that reads it."""
 
-# ORG/NAME or NAME, and a configuration behind a colon.
+# ORG/NAME or NAME, and optionally a configuration after a colon.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
 def read_rows(data: str, split: str = "train") -> Iterable[Row]:
-    """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a split on the Hub.
+    """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a Hub data set.
 
-    A path wins over a Hub id of the same name. Raises DataError where it is neither, or has no rows.
+    An existing path takes precedence over a Hub id of the same name. Raises DataError if `data` is neither,
+    or has no rows.
     """
     path = Path(data)
     if path.suffix in READERS or path.exists():
@@ -37,32 +41,52 @@ def read_rows(data: str, split: str = "train") -> Iterable[Row]:
     return cast(Iterable[Row], rows)
 
 
+def find_fields(row: Row, named: FieldSet | None, known: Sequence[FieldSet], option_names: str) -> FieldSet:
+    """The fields that the user named, else the first set of known fields that the row has.
+
+    `option_names` are the options that name fields, for the error message. Raises DataError if the row lacks
+    a named field, or has no known set.
+    """
+    if named is not None:
+        for field in named:
+            if field not in row:
+                raise DataError(f"there is no field {field}; {did_you_mean(field, row)}")
+        return named
+    for fields in known:
+        if all(field in row for field in fields):
+            return fields
+    sets = ", ".join("/".join(fields) for fields in known)
+    raise DataError(
+        f"none of the known field sets ({sets}) is among the fields {', '.join(row)}: "
+        f"name yours with {option_names}"
+    )
+
+
 def _read_file(path: Path, split: str) -> Any:
     if not path.is_file():
-        raise DataError(
-            f"{path}: {'a directory, give a file in it' if path.is_dir() else 'there is no such file'}"
-        )
+        reason = "it is a directory, give a file in it" if path.is_dir() else "there is no such file"
+        raise DataError(f"{path}: {reason}")
     if path.suffix not in READERS:
-        raise DataError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(READERS)}")
+        raise DataError(f"{path}: the suffix {path.suffix!r} is not one of {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    # A file is the split that is asked for, so that a slice of it can be.
+    # The file gets the name of the requested split, so that a slice of that split can be requested too.
     files = {split.partition("[")[0]: str(path)}
     with tempfile.TemporaryDirectory() as cache:
-        # In memory, as its tokens will be: nothing of a local file is to stay in the user's cache.
-        options = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
+        # Rows are kept in memory: a local file must leave nothing in the user's cache of data sets.
+        arguments = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
         if READERS[path.suffix] == "csv":
-            options |= _columns_as_text(path)
+            arguments |= _csv_arguments(path)
         try:
-            return _load(str(path), READERS[path.suffix], **options)
+            return _load_dataset(str(path), READERS[path.suffix], **arguments)
         except DataError:
             if path.suffix == ".jsonl":
-                _check_lines(path)
+                _raise_for_invalid_line(path)
             raise
 
 
-def _check_lines(path: Path) -> None:
-    """Name the first line that is no JSON; `datasets` counts from 0, anew in every block it reads."""
+def _raise_for_invalid_line(path: Path) -> None:
+    """Raise DataError for the first invalid line; the row numbers of `datasets` restart with every block."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -71,12 +95,14 @@ def _check_lines(path: Path) -> None:
                 raise DataError(f"{path}: row {number} is not JSON: {error}") from error
 
 
-def _columns_as_text(path: Path) -> dict[str, Any]:
-    """CSV knows no types: without these options 072 would arrive as the number 72, and None as nothing."""
+def _csv_arguments(path: Path) -> dict[str, Any]:
+    """Arguments that read every column as text: type inference would turn 072 into 72 and None into null."""
     from datasets import Features, Value
 
-    # GLUE's .tsv files have lone quotation marks in their texts: no quoting there.
-    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    style: dict[str, Any] = {}
+    if path.suffix == ".tsv":
+        # The .tsv files of GLUE have unbalanced quotation marks in their texts, so quoting must be off.
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = next(csv.reader(lines, **style))
     return style | {
@@ -87,36 +113,34 @@ def _columns_as_text(path: Path) -> dict[str, Any]:
 
 def _read_hub(data: str, split: str) -> Any:
     name, _, config = data.partition(":")
-    return _load(
-        f"{data}, taken for a Hub data set", name, name=config or None, split=split, token=find_token()
-    )
+    description = f"{data}, taken for a Hub data set"
+    return _load_dataset(description, name, name=config or None, split=split, token=find_token())
 
 
-def _load(shown: str, *args: Any, **options: Any) -> Any:
-    """datasets.load_dataset, silent, with its failures as a DataError about `shown`."""
+def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
+    """datasets.load_dataset without output; its errors become a DataError that starts with `description`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
-        with _silent():
-            return load_dataset(*args, **options)
+        with _datasets_silenced():
+            return load_dataset(*args, **arguments)
     except (DatasetsError, ValueError, OSError) as error:
-        # A DatasetGenerationError says only that the reading failed; its cause says why.
+        # A DatasetGenerationError only says that reading failed; the reason is in its cause.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split())
-        # What `datasets` says of an empty list and of the like.
+        # The message of `datasets` for an empty list.
         reason = "it has no rows" if "corresponds to no data" in reason else reason
-        raise DataError(f"{shown}: {reason}") from error
+        raise DataError(f"{description}: {reason}") from error
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without bars, and without the log of what becomes our own sentence."""
-    import logging
-
+def _datasets_silenced() -> Iterator[None]:
+    """Suppress the progress bars of `datasets`, and log messages that we raise as errors."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    disabled, logger = are_progress_bars_disabled(), logging.getLogger("datasets")
+    bars_were_disabled = are_progress_bars_disabled()
+    logger = logging.getLogger("datasets")
     level = logger.level
     disable_progress_bars()
     logger.setLevel(logging.CRITICAL)
@@ -124,5 +148,5 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        if not disabled:
+        if not bars_were_disabled:
             enable_progress_bars()

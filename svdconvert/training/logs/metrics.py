@@ -1,45 +1,101 @@
-"""What a run measures, written down as it comes."""
+"""The measurements of a run as they are made: metrics.jsonl, samples.jsonl and trackers."""
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from svdconvert.training.logs.drift import DriftLog
-from svdconvert.training.logs.metrics_file import METRICS, SAMPLES, MetricsFile
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
-from svdconvert.training.optim.checkpoints import Checkpoints
 from svdconvert.training.optim.loop import EvalLog, StepLog
 
 Log = StepLog | EvalLog | DriftLog
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
-def record(
-    logs: Iterator[Log], directory: Path, checkpoints: Checkpoints, samples: Samples, trackers: Trackers
-) -> Iterator[Log]:
-    """Pass the logs on, each written first: a line a log, and the model's answers at every measurement."""
-    begin, leads = checkpoints.step, checkpoints.leads
-    with (
-        MetricsFile(directory / METRICS, begin, leads=leads) as metrics,
-        MetricsFile(directory / SAMPLES, begin, leads=leads and bool(samples.prompts)) as answers,
-        trackers,
-    ):
-        for log in logs:
-            values = _values(log)
-            metrics.write(values)
-            trackers.log(log.step, {name: value for name, value in values.items() if name != "step"})
-            if isinstance(log, EvalLog):
-                for answer in samples.answers():
-                    answers.write({"step": log.step, **answer})
-            if checkpoints.due(log.step):
-                metrics.sync()
-                answers.sync()
-            yield log
+class JsonLinesFile:
+    """A file with one JSON object per line, each with its step; a context manager."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Open `path` and keep its lines up to `resumed_step`, because later steps are repeated."""
+        self._path = path
+        lines = _complete_lines(path) if resumed_step else []
+        self._stream = path.open("w", encoding="utf-8")
+        self._stream.writelines(line for line in lines if json.loads(line)["step"] <= resumed_step)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append a line."""
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Make sure that all lines are on the disk."""
+        if self._path.is_file():
+            os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> "JsonLinesFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file, without a last line that a killed run left incomplete."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+class MetricsLog:
+    """Everything that records measurements of one run; a context manager.
+
+    Processes other than the leading one write no files.
+    """
+
+    def __init__(
+        self, directory: Path, resumed_step: int, samples: Samples, trackers: Trackers, *, leads: bool
+    ) -> None:
+        """Open the files in `directory`; with `resumed_step` > 0 their lines up to that step are kept."""
+        self._samples = samples
+        self._trackers = trackers
+        null = Path(os.devnull)
+        writes_samples = leads and bool(samples.prompts)
+        self._metrics_file = JsonLinesFile(directory / METRICS if leads else null, resumed_step)
+        self._samples_file = JsonLinesFile(directory / SAMPLES if writes_samples else null, resumed_step)
+        self._open = ExitStack()
+
+    def write(self, log: Log) -> None:
+        """Record one measurement; after an evaluation also the model's answers to the sample prompts."""
+        values = _values(log)
+        self._metrics_file.write(values)
+        self._trackers.log(log.step, {name: value for name, value in values.items() if name != "step"})
+        if isinstance(log, EvalLog):
+            for answer in self._samples.answers():
+                self._samples_file.write({"step": log.step, **answer})
+
+    def sync(self) -> None:
+        """Make sure that everything recorded so far is on the disk."""
+        self._metrics_file.sync()
+        self._samples_file.sync()
+
+    def __enter__(self) -> "MetricsLog":
+        for part in (self._metrics_file, self._samples_file, self._trackers):
+            self._open.enter_context(part)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
 
 def _values(log: Log) -> dict[str, Any]:
-    """What was measured by name, the scores among the rest."""
+    """The entries of a line: all fields that are not None, with the scores as separate entries."""
     values = {name: value for name, value in asdict(log).items() if value is not None}
     scores: dict[str, float] = values.pop("scores", {})
     return values | scores

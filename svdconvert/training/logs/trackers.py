@@ -1,4 +1,4 @@
-"""Metrics to where people watch them: tensorboard, wandb, trackio, through accelerate."""
+"""Send metrics to tensorboard, wandb or trackio, through accelerate."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def require_trackers(plan: TrainOptions) -> None:
-    """Raise MissingPackageError where a tracker of the plan is not installed."""
-    for name in plan.trackers:
+def require_trackers(options: TrainOptions) -> None:
+    """Raise MissingPackageError if a tracker that the options name is not installed."""
+    for name in options.trackers:
         spec = find_spec(name)
-        # A folder of that name is found too, with no file behind it: wandb leaves one where it ran.
+        # A mere folder of that name has a spec without an origin; wandb creates one where it has run.
         if spec is None or spec.origin is None:
             raise MissingPackageError(f'{name} is not installed: pip install "svdconvert[{name}]"')
 
@@ -23,23 +23,24 @@ def require_trackers(plan: TrainOptions) -> None:
 class Trackers:
     """The trackers of one run; a context manager."""
 
-    def __init__(self, accelerator: "Accelerator", plan: TrainOptions, name: str) -> None:
-        """Start them, with the plan's options; a run has the name of its output."""
+    def __init__(self, accelerator: "Accelerator", options: TrainOptions, run_name: str) -> None:
+        """Start the trackers with the options that shape the result as the run's configuration."""
         self._accelerator = accelerator
-        if plan.trackers:
-            options = {key: value for key, value in plan.shaping().items() if value is not None}
-            Path(plan.track_dir).mkdir(parents=True, exist_ok=True)  # or wandb would choose a place itself
-            own = {"wandb": {"name": name, "dir": plan.track_dir}, "trackio": {"name": name}}
-            accelerator.init_trackers(name, config=options, init_kwargs=own)
+        if options.trackers:
+            config = {key: value for key, value in options.shaping().items() if value is not None}
+            # If the directory did not exist, wandb would write somewhere else.
+            Path(options.track_dir).mkdir(parents=True, exist_ok=True)
+            arguments = {"wandb": {"name": run_name, "dir": options.track_dir}, "trackio": {"name": run_name}}
+            accelerator.init_trackers(run_name, config=config, init_kwargs=arguments)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Send what was measured."""
+        """Send the measurements of a step."""
         self._accelerator.log(values, step=step)
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Not Accelerator.end_training, which ends the process group too.
+        # Not Accelerator.end_training, which would end the process group too.
         for tracker in self._accelerator.trackers:
             tracker.finish()

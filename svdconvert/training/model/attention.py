@@ -1,4 +1,4 @@
-"""Which of transformers' attentions a training computes with."""
+"""Which attention implementation of transformers a training run uses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,29 +7,45 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from svdconvert.config.train import TrainOptions
+from svdconvert.errors import RecipeError
+from svdconvert.training.compat import attention_implementation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SHORT = 512  # tokens; with 1024 nothing is gained any more, and the scores are most of the memory
+_SHORT = 512  # tokens; from 1024 on eager is no faster, and its scores dominate the memory
 
 
 @contextmanager
-def attention_for(model: nn.Module, plan: TrainOptions, accelerator: "Accelerator") -> Iterator[None]:
-    """Compute short rows in bfloat16 on a CPU as matrix products, and as before afterwards.
+def chosen_attention(model: nn.Module, options: TrainOptions, accelerator: "Accelerator") -> Iterator[None]:
+    """Use the attention that the options name, and restore the model's own afterwards.
 
-    There torch's fused attention takes half as long again (docs/training.md). The plan decides and not the
-    rows at hand, so that a training that goes on computes as it began. A model that has another attention
-    than transformers' usual one keeps it.
+    "auto" replaces sdpa by eager for short rows in bfloat16 on a CPU, where torch's fused attention takes
+    half as long again (docs/training.md). The decision depends on the options and not on the rows at hand,
+    so that a resumed run computes as it began. Raises RecipeError if an attention is named for a model that
+    is not one of transformers' or does not have that attention.
     """
-    network: Any = model
-    usual = getattr(getattr(network, "config", None), "_attn_implementation", None) == "sdpa"
-    short = plan.max_length <= _SHORT and accelerator.device.type == "cpu"
-    if not (usual and short and accelerator.mixed_precision == "bf16"):
+    current = attention_implementation(model)
+    wanted: str | None = options.attention
+    if wanted == "auto":
+        is_short = options.max_length <= _SHORT and accelerator.device.type == "cpu"
+        use_eager = current == "sdpa" and is_short and accelerator.mixed_precision == "bf16"
+        wanted = "eager" if use_eager else current
+    elif current is None:
+        raise RecipeError(
+            f"{type(model).__name__} has no choice of attentions: leave attention at auto, not {wanted}"
+        )
+    if wanted == current:
         yield
         return
-    network.set_attn_implementation("eager")
+    network: Any = model
+    try:
+        network.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(
+            f"{type(model).__name__} cannot use the attention {wanted}, leave attention at auto: {error}"
+        ) from error
     try:
         yield
     finally:
-        network.set_attn_implementation("sdpa")
+        network.set_attn_implementation(current)

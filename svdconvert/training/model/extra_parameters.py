@@ -1,4 +1,4 @@
-"""What is trained whole beside the adapter: norms, biases, or whatever is named."""
+"""Parameters that are trained in full in addition to the adapter: norms, biases, or any that are named."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,69 +13,69 @@ from svdconvert.layouts.base import Layout
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
 _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln\w*)\.(weight|bias)")
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of the chosen parameters, by their path at run time."""
+ParameterShapes = Mapping[str, tuple[int, ...]]
+"""Path of a parameter at run time -> its shape on disk."""
 
 
-def choose(
-    infos: Mapping[str, TensorInfo], layout: Layout, adapted: Collection[str], wanted: Sequence[str]
-) -> Shapes:
-    """The parameters that `wanted` names: norms, biases, or globs on the names of tensors.
+def choose_parameters(
+    infos: Mapping[str, TensorInfo], layout: Layout, adapted: Collection[str], targets: Sequence[str]
+) -> ParameterShapes:
+    """The parameters that `targets` name: "norms", "biases", or globs on the names of tensors.
 
-    `adapted` are the tensors with factors. Raises RecipeError where one of them names nothing, or what
-    cannot be trained whole.
+    `adapted` are the tensors with an adapter. Raises RecipeError if a target matches nothing, or a tensor
+    that cannot be trained in full.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for target in wanted:
-        names = [name for name in infos if _names(target, name, layout)]
+    chosen: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        names = [name for name in infos if _matches(target, name, layout)]
         if not names:
             raise RecipeError(
-                f"train_also names {target!r}, which no tensor fits; give {_words(layout)}, or globs on names"
+                f"train_also names {target!r}, which matches no tensor; give {_group_names(layout)}, "
+                "or a glob on tensor names"
             )
         for name in names:
             if name in adapted:
                 raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
             if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
-                raise RecipeError(f"train_also names {name}, which is the head's weight too; leave it out")
-            found[layout.runtime_name(name)] = infos[name].shape
-    return found
+                raise RecipeError(f"train_also names {name}, which is also the head's weight; leave it out")
+            chosen[layout.runtime_name(name)] = infos[name].shape
+    return chosen
 
 
-def _words(layout: Layout) -> str:
+def _group_names(layout: Layout) -> str:
     return ", ".join(layout.family.groups if layout.family else ("norms", "biases"))
 
 
-def _names(target: str, name: str, layout: Layout) -> bool:
+def _matches(target: str, name: str, layout: Layout) -> bool:
     if layout.family and target in layout.family.groups:
-        return all(
-            re.fullmatch(layout.family.groups[target], own) for own in layout.rename_rule(name).canonical
-        )
+        pattern = layout.family.groups[target]
+        return all(re.fullmatch(pattern, own) for own in layout.rename_rule(name).canonical)
     if target == "norms":
         return _NORM.search(name) is not None
     return name.endswith(".bias") if target == "biases" else fnmatchcase(name, target)
 
 
 def unfreeze(model: nn.Module, parameters: Iterable[str], layout: Layout) -> None:
-    """Have these trained, in float32, for a small step is nothing to a bfloat16 number."""
+    """Make parameters trainable, in float32: bfloat16 would round small updates away."""
     for name in parameters:
         for own in layout.rename_rule(name).canonical:
-            parameter = _live(model, own)
+            parameter = _parameter_at(model, own)
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
 
-def extract_parameters(model: nn.Module, parameters: Shapes, layout: Layout) -> dict[str, Tensor]:
-    """What has become of them: float32 copies on the CPU, in their shapes on disk."""
-    found = {}
+def extract_parameters(model: nn.Module, parameters: ParameterShapes, layout: Layout) -> dict[str, Tensor]:
+    """The current values of parameters: float32 copies on the CPU, in their shapes on disk."""
+    values = {}
     for name, shape in parameters.items():
         rule = layout.rename_rule(name)
-        live = [_live(model, own).detach() for own in rule.canonical]
+        live = [_parameter_at(model, own).detach() for own in rule.canonical]
         value = rule.to_layout(live) if rule.to_layout else live[0]
-        found[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
-    return found
+        values[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
+    return values
 
 
-def _live(model: nn.Module, name: str) -> nn.Parameter:
-    path, _, leaf = name.rpartition(".")
+def _parameter_at(model: nn.Module, name: str) -> nn.Parameter:
+    path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    return (module.base if isinstance(module, AdaptedLinear) else module).get_parameter(leaf)
+    return (module.base if isinstance(module, AdaptedLinear) else module).get_parameter(attribute)

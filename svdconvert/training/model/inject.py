@@ -1,4 +1,4 @@
-"""Putting adapters into a model, and taking them out again."""
+"""Put adapters into a model, and read their factors back."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,77 +8,79 @@ from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import Factors, factor_shapes
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
-Pieces = Mapping[str, tuple[Factors, float]]
-"""(factors, scale) by the name of the linear layer that they belong to, which is its run-time path unless
-`install` is told another."""
+ScaledFactors = Mapping[str, tuple[Factors, float]]
+"""Name of a linear layer in the adapter -> (factors, scale)."""
 
 
-def install(
+def inject_adapters(
     model: nn.Module,
-    pieces: Pieces,
+    adapters: ScaledFactors,
     trains: frozenset[str],
     dropout: float = 0.0,
     *,
     corrected: bool = False,
     paths: Mapping[str, str] | None = None,
 ) -> None:
-    """Replace the linear layers of these names by adapted ones and freeze everything else.
+    """Replace linear layers by AdaptedLinear layers, and freeze everything else.
 
-    `trains` names the pieces to train, of "lora_A", "lora_B", "lora_S", "lora_R"; `corrected` is as in
-    AdaptedLinear; `paths` says where the layers are, by name. Raises ArtifactError with all that does not
-    fit, and leaves the model alone then.
+    `trains` names the trained factors, of "lora_A", "lora_B", "lora_S" and "lora_R"; `corrected` is as in
+    AdaptedLinear. `paths` maps the name of a layer in the adapter to its path in the model, if they differ.
+    Raises ArtifactError that lists every misfit, and then leaves the model unchanged.
     """
-    # A module shared by several paths is listed under each of them.
+    # remove_duplicate=False: a module that several paths share is listed under each of them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    at = {name: (paths or {}).get(name, name) for name in pieces}
-    if wrong := list(_complaints(modules, {at[name]: piece for name, piece in pieces.items()}, trains)):
-        raise ArtifactError("the adapter does not fit the model:\n  " + "\n  ".join(wrong))
+    path_of = {name: (paths or {}).get(name, name) for name in adapters}
+    by_path = {path_of[name]: adapter for name, adapter in adapters.items()}
+    if problems := list(_problems(modules, by_path, trains)):
+        raise ArtifactError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
     model.requires_grad_(False)
-    for name, (factors, scale) in pieces.items():
-        base = modules[at[name]]
+    for name, (factors, scale) in adapters.items():
+        base = modules[path_of[name]]
         assert isinstance(base, nn.Linear)
-        parent, _, last = at[name].rpartition(".")
+        parent, _, attribute = path_of[name].rpartition(".")
         layer = AdaptedLinear(base, factors, scale, trains, dropout, corrected=corrected)
         layer.name = name
-        setattr(modules[parent], last, layer)
+        setattr(modules[parent], attribute, layer)
 
 
-def _complaints(modules: Mapping[str, nn.Module], pieces: Pieces, trains: frozenset[str]) -> Iterable[str]:
-    if not pieces:
+def _problems(
+    modules: Mapping[str, nn.Module], adapters: ScaledFactors, trains: frozenset[str]
+) -> Iterable[str]:
+    if not adapters:
         yield "it has no layer"
-    for path, (factors, _) in pieces.items():
+    for path, (factors, _) in adapters.items():
         module = modules.get(path)
         if module is None:
             yield f"{path}: the model has no such module"
         elif not isinstance(module, nn.Linear):
             yield f"{path}: is not a linear layer but {type(module).__name__}"
-        else:
-            wrong = _misfit(module, factors, trains)
-            if wrong:
-                yield f"{path}: {wrong}"
+        elif wrong := _shape_problems(module, factors, trains):
+            yield f"{path}: {wrong}"
 
 
-def _misfit(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
-    """What keeps these factors from this layer, empty where nothing does."""
-    have = {name: tuple(piece.shape) for name, piece in factors.pieces().items()}
-    want = factor_shapes(base.out_features, base.in_features, factors.rank)
-    wrong = [
-        f"{name} is {shape} instead of {want[name]}" for name, shape in have.items() if shape != want[name]
+def _shape_problems(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
+    """Why these factors do not fit this layer; empty if they do."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in factors.pieces().items()}
+    expected = factor_shapes(base.out_features, base.in_features, factors.rank)
+    problems = [
+        f"{name} is {shape} instead of {expected[name]}"
+        for name, shape in shapes.items()
+        if shape != expected[name]
     ]
-    wrong += [f"there is no {name} to train" for name in sorted(trains - have.keys())]
-    return ", ".join(wrong)
+    problems += [f"there is no {name} to train" for name in sorted(trains - shapes.keys())]
+    return ", ".join(problems)
 
 
 def extract_factors(model: nn.Module) -> dict[str, Factors]:
-    """The factors of every adapted layer by its name, as float32 copies on the CPU."""
-    return {path: layer.factors() for path, layer in adapted_layers(model)}
+    """Name in the adapter -> float32 copy of the current factors on the CPU, for every adapted layer."""
+    return {name: layer.copy_factors() for name, layer in adapted_layers(model)}
 
 
 def trainable_count(model: nn.Module) -> int:
-    """Number of values that training changes."""
+    """The number of trainable values."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, AdaptedLinear]]:
-    """Every adapted layer with its name."""
+    """(name in the adapter, layer) for every adapted layer."""
     return ((layer.name, layer) for layer in model.modules() if isinstance(layer, AdaptedLinear))

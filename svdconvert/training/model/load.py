@@ -1,4 +1,4 @@
-"""The model that is trained: loaded by transformers or, where that has none, from `svdconvert.models`."""
+"""Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,41 +19,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def load_network(
-    place: Path, layout: Layout, dtype: torch.dtype | None, *, trust_remote_code: bool = False
+    path: Path, layout: Layout, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The causal language model of a directory or file in `dtype`, or as it is stored where that is None.
+    """The causal language model of a directory or file, in `dtype` or, if that is None, as it is stored.
 
-    Raises CheckpointError where it cannot be loaded.
+    Raises CheckpointError if it cannot be loaded.
     """
     if layout.family is not None:
-        own: nn.Module = _own(layout.family).load(_tensors(place, layout.family), dtype)
-        return own
-    from transformers import AutoModelForCausalLM
+        model = _family_module(layout.family).load(_family_tensors(path, layout.family), dtype)
+    else:
+        from transformers import AutoModelForCausalLM
 
-    model: nn.Module = _load(
-        AutoModelForCausalLM, place, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-    )
+        model = _from_pretrained(
+            AutoModelForCausalLM, path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    assert isinstance(model, nn.Module)
     return model
 
 
 def load_classifier(
-    directory: Path, dtype: torch.dtype | None, labels: Sequence[str], seed: int, **options: bool
+    directory: Path,
+    dtype: torch.dtype | None,
+    labels: Sequence[str],
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
-    """The model of a directory with a head for `labels`, or for a number where there are none.
+    """The model of a directory with a head for the classes `labels`, or for one number if there are none.
 
-    Returns it with the shapes of the parameters that are to be trained whole: the head's, and those that the
-    checkpoint does not have, drawn with `seed`. Raises CheckpointError where transformers cannot load it.
+    Also returns the shapes of the parameters that must be trained in full: those of the head, and all that
+    the checkpoint lacks, which are drawn with `seed`. Raises CheckpointError if transformers cannot load
+    the model.
     """
     from transformers import AutoModelForSequenceClassification
 
     names = dict(enumerate(labels)) or {0: "LABEL_0"}
-    with torch.random.fork_rng(devices=[]), _unreported():
+    with torch.random.fork_rng(devices=[]), _load_report_silenced():
         torch.manual_seed(seed)
-        model, loaded = _load(
+        model, loaded = _from_pretrained(
             AutoModelForSequenceClassification,
             directory,
             dtype=dtype or "auto",
@@ -61,19 +68,19 @@ def load_classifier(
             label2id={name: number for number, name in names.items()},
             problem_type="single_label_classification" if labels else "regression",
             output_loading_info=True,
-            **options,
+            trust_remote_code=trust_remote_code,
         )
     body = f"{model.base_model_prefix}."
-    whole = {
+    new_parameters = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
         if not name.startswith(body) or name in loaded["missing_keys"]
     }
-    return model, whole
+    return model, new_parameters
 
 
 def head_config(model: nn.Module) -> dict[str, Any]:
-    """What config.json says of the head of a model that `load_classifier` returned."""
+    """The entries of config.json that describe the head of a model from `load_classifier`."""
     config: Any = model.config
     return {
         "architectures": [type(model).__name__],
@@ -84,74 +91,75 @@ def head_config(model: nn.Module) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    place: Path, layout: Layout, *, trust_remote_code: bool = False
+    path: Path, layout: Layout, *, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory or file. Raises CheckpointError where there is none."""
+    """The tokenizer of a directory or file. Raises CheckpointError if there is none."""
     tokenizer: PreTrainedTokenizerBase
     if layout.family is not None:
-        tokenizer = _own(layout.family).load_tokenizer(place, _tensors(place, layout.family))
+        tensors = _family_tensors(path, layout.family)
+        tokenizer = _family_module(layout.family).load_tokenizer(path, tensors)
         return tokenizer
     from transformers import AutoTokenizer
 
-    if not any((place / name).exists() for name in _TOKENIZERS):
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise CheckpointError(
-            f"{place} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy its files into the directory"
+            f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files into the directory"
         )
-    tokenizer = _load(AutoTokenizer, place, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
-def _own(family: LayoutFamily) -> Any:
-    """The module that makes the family's network."""
-    return import_module(f"svdconvert.models.{family.name}")
-
-
-def _tensors(place: Path, family: LayoutFamily) -> TensorSource:
-    return as_family(open_checkpoint(place), family.rules, str(place))
-
-
 def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put other weights into linear layers, by their run-time paths; each takes the layer's dtype."""
+    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays."""
     for path, weight in weights.items():
         parameter = model.get_submodule(path).get_parameter("weight")
         with torch.no_grad():
             parameter.copy_(weight)
 
 
-def _load(kind: Any, directory: Path, **options: Any) -> Any:
+def _family_module(family: LayoutFamily) -> Any:
+    """The module of `svdconvert.models` that implements the family."""
+    return import_module(f"svdconvert.models.{family.name}")
+
+
+def _family_tensors(path: Path, family: LayoutFamily) -> TensorSource:
+    return as_family(open_checkpoint(path), family.rules, str(path))
+
+
+def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
     try:
-        with _quiet():
-            return kind.from_pretrained(directory, local_files_only=True, **options)
+        with _progress_bars_disabled():
+            return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        what = "the tokenizer" if "Tokenizer" in kind.__name__ else "the model"
+        what = "the tokenizer" if "Tokenizer" in auto_class.__name__ else "the model"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {what} of {directory}: {reason}") from error
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
-    """Without transformers' report of weights that are new: a new head is what was asked for."""
+def _load_report_silenced() -> Iterator[None]:
+    """Suppress the warning of transformers about newly initialised weights: the new head is intended."""
     from transformers.utils import logging
 
-    theirs: Any = logging
-    level = theirs.get_verbosity()
-    theirs.set_verbosity_error()
+    transformers_logging: Any = logging
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars; its warnings stay."""
+def _progress_bars_disabled() -> Iterator[None]:
+    """Suppress the progress bars of transformers; its warnings stay."""
     from transformers.utils import logging
 
-    theirs: Any = logging
-    enabled = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
+    transformers_logging: Any = logging
+    were_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if enabled:
-            theirs.enable_progress_bar()
+        if were_enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The machine that is trained on: device, precision and processes, as accelerate finds them."""
+"""The device, the precision and the processes of a training run, through accelerate."""
 
 from typing import TYPE_CHECKING
 
@@ -6,53 +6,56 @@ import torch
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
+from svdconvert.training.compat import cpu_multiplies_bfloat16, reset_accelerate_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-# Ways to distribute in which no process has all parameters, or the step is not ours to take.
+# Kinds of distribution in which no process has all parameters, or in which accelerate takes the step.
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
-def make_accelerator(plan: TrainOptions) -> "Accelerator":
-    """Accelerate for the plan's device and precision, whatever this process had trained before.
+def make_accelerator(options: TrainOptions) -> "Accelerator":
+    """An Accelerator for the device and precision of the options, also if this process has trained before.
 
-    Raises RecipeError where there is no such device or precision, or where accelerate is set to shard.
+    Raises RecipeError if the device or precision is not available, or if accelerate is configured to shard.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
 
-    device = _device(plan.device)
-    # Accelerate keeps one state for the process and refuses another device or precision. Forgetting it
-    # does not touch torch's process group, which a new state finds again.
-    if PartialState._shared_state:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    precision = _precision(plan.precision, device)
+    device = _find_device(options.device)
+    reset_accelerate_state()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=precision,
-        log_with=list(plan.trackers) or None,
-        project_dir=plan.track_dir,
+        mixed_precision=_mixed_precision(options.precision, device),
+        log_with=list(options.trackers) or None,
+        project_dir=options.track_dir,
     )
     if accelerator.device.type != device.type:
-        raise RecipeError(f"device {plan.device}: accelerate runs on {accelerator.device.type} here")
+        raise RecipeError(
+            f"device {options.device} cannot be used: accelerate chose {accelerator.device.type}; "
+            "give that, or auto"
+        )
     if accelerator.distributed_type.value in _SHARDING:
         raise RecipeError(
-            f"accelerate is set to {accelerator.distributed_type.value}, and train needs the whole model in "
+            f"accelerate is set to {accelerator.distributed_type.value}, but train needs the entire model in "
             "every process: use DDP, or train the initial adapter with PEFT and bring it back with to-lora "
             "ADAPTER --residual DECOMPOSED"
         )
     return accelerator
 
 
-def _device(name: str) -> torch.device:
+def _find_device(name: str) -> torch.device:
     try:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = (found or torch.device("cpu")) if name == "auto" else torch.device(name)
+        if name != "auto":
+            device = torch.device(name)
+        elif torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        else:
+            device = torch.device("cpu")
         if device.type != "cpu" and device.index is not None:
             torch.accelerator.set_device_index(device.index)
-        # Torch knows more names of devices than this machine has devices.
+        # torch.device accepts names of devices that this machine does not have; an allocation does not.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
@@ -60,19 +63,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _precision(wanted: str, device: torch.device) -> str:
-    """accelerate's name of the precision."""
-    if wanted == "fp16" and device.type == "cpu":
+def _mixed_precision(precision: str, device: torch.device) -> str:
+    """accelerate's name for a precision of the options."""
+    if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision fp16 needs a GPU, for its loss scaling; give bf16 or fp32 on a CPU")
-    if wanted == "auto":
-        return "bf16" if _is_fast_at_bf16(device) else "no"
-    return "no" if wanted == "fp32" else wanted
+    if precision == "auto":
+        return "bf16" if _is_fast_in_bfloat16(device) else "no"
+    return "no" if precision == "fp32" else precision
 
 
-def _is_fast_at_bf16(device: torch.device) -> bool:
+def _is_fast_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Where the CPU multiplies bf16 itself a step takes less than half of float32's time (135M parameters, 4 x
-    # 192 tokens, AVX512-BF16: 1.4 against 3.5 s with two threads, 2.7 against 8.5 s with one).
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and bool(has_units)
+    # On a CPU with bfloat16 instructions a step takes less than half the time of float32 (135M parameters,
+    # 4 x 192 tokens, AVX512-BF16: 1.4 instead of 3.5 s with two threads, 2.7 instead of 8.5 s with one).
+    return device.type == "cpu" and cpu_multiplies_bfloat16()

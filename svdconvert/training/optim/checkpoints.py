@@ -1,60 +1,63 @@
-"""States of a training run on disk, from which it goes on after a kill.
+"""Checkpoints on disk, from which an interrupted training run is resumed.
 
-A state is one file, written under another name first, so that it is there whole or not at all; the newest
-few are kept.
+Each checkpoint is one file. It is written under another name and then renamed, so that it is either complete
+or absent.
 """
 
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 
+FOLDER = "checkpoints"
+"""The folder of the checkpoints in the output directory."""
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
-def _silent(step: int) -> None:
-    """Tells nobody."""
+def do_nothing() -> None:
+    """The default of `Checkpoints.before_save`."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The states in one folder."""
+    """The checkpoints in one folder."""
 
     folder: Path
     every: int
-    """Steps from one state to the next."""
-    keep: int = 2
-    """How many of the newest are kept."""
+    """Steps between two checkpoints."""
+    limit: int = 2
+    """How many of the newest checkpoints are kept."""
     leads: bool = True
-    """True in the one process that writes."""
-    saved: Callable[[int], None] = field(default=_silent)
-    """Told of the step of every state that is on the disk."""
+    """True in the only process that writes."""
+    before_save: Callable[[], None] = do_nothing
+    """Called in the process that writes, before each checkpoint."""
 
     @property
     def step(self) -> int:
-        """The step of the newest state, 0 where there is none."""
+        """The step of the newest checkpoint, 0 if there is none."""
         files = self._files()
         return files[-1][0] if files else 0
 
-    def newest(self) -> dict[str, Any] | None:
-        """The newest state, None where there is none."""
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state in the newest checkpoint, None if there is none."""
         files = self._files()
         return torch.load(files[-1][1], map_location="cpu", weights_only=True) if files else None
 
-    def due(self, step: int) -> bool:
-        """True where a state is to be saved behind this step."""
+    def is_due(self, step: int) -> bool:
+        """True if a checkpoint is to be saved after this step."""
         return step % self.every == 0
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state behind `step`, and forget those that are older than the newest few."""
+        """Write the state after `step`, and delete all but the newest checkpoints."""
         if not self.leads:
             return
+        self.before_save()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08}.pt"
         unfinished = path.with_suffix(".unfinished")
@@ -63,16 +66,14 @@ class Checkpoints:
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.rename(path)
-        self.saved(step)
-        for _, old in self._files()[: -self.keep]:
+        for _, old in self._files()[: -self.limit]:
             old.unlink()
 
-    def finish(self, *, keep: bool) -> None:
-        """The run is at its end: remove all states, unless they are to be kept."""
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def delete(self) -> None:
+        """Delete the folder with all checkpoints."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[tuple[int, Path]]:
-        """(step, file), the newest last, without what the machine's end cut short."""
-        named = ((path, _NAME.fullmatch(path.name)) for path in self.folder.glob("step-*.pt"))
-        return sorted((int(found[1]), path) for path, found in named if found and is_zipfile(path))
+        """(step, file), the newest last, without files that a crash of the machine truncated."""
+        matches = ((path, _NAME.fullmatch(path.name)) for path in self.folder.glob("step-*.pt"))
+        return sorted((int(match[1]), path) for path, match in matches if match and is_zipfile(path))

@@ -1,4 +1,4 @@
-"""The training loop: it yields what it measures, and whoever asks logs, stops and saves."""
+"""The training loop, as an iterator of its measurements: the caller logs them and may stop at any time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import SvdConvertError
 from svdconvert.training.data.dataset import DataSplits
-from svdconvert.training.model.attention import attention_for
+from svdconvert.training.model.attention import chosen_attention
+from svdconvert.training.model.modes import training_mode
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import Checkpoints
 from svdconvert.training.optim.objective import Objective
 from svdconvert.training.optim.schedule import learning_rate
-from svdconvert.training.optim.step import NotFiniteError, Trainer, as_trained
+from svdconvert.training.optim.step import NotFiniteError, Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,128 +28,132 @@ class StepLog:
 
     step: int
     loss: float
-    """Mean over the step's tokens that are in the loss, before the step is taken."""
+    """Mean over the step's tokens in the loss, before the update."""
     lr: float
-    """The rate the step was taken with."""
+    """The learning rate of the update."""
     tokens: int
-    """Tokens that were in the loss so far, over all steps and processes."""
+    """Tokens in the loss so far, over all steps and processes."""
     penalty: float | None = None
-    """The penalty before the step, without its weight; None where the plan has none."""
+    """The penalty before the update, without its weight; None if the options have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalLog:
-    """The held-out loss after `step` steps: the mean over its tokens."""
+    """The held-out loss after `step` steps, a mean over tokens."""
 
     step: int
     eval_loss: float
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Measures of the held-out rows by name, where they have labels."""
+    """Name of a score -> its value on the held-out rows, if they have labels."""
 
 
 @dataclass(slots=True)
 class TrainState:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     tokens: int = 0
     best_loss: float = inf
-    """The least held-out loss so far."""
-    worse: int = 0
-    """Held-out losses since the least one."""
-    best: dict[str, Tensor] = field(default_factory=dict)
-    """The weights of the least one, where the plan wants them."""
+    """The lowest held-out loss so far."""
+    evaluations_since_best: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """The weights with the lowest held-out loss, if the options ask for them."""
 
 
-def fit(  # noqa: PLR0913 (what is trained, on what, for what, how, where, and from where it goes on)
+def fit(
     model: nn.Module,
-    examples: DataSplits,
+    splits: DataSplits,
     objective: Objective,
-    plan: TrainOptions,
+    options: TrainOptions,
     accelerator: "Accelerator | None" = None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[StepLog | EvalLog]:
-    """Train what `model` has to train with AdamW, one log at a time.
+    """Train the trainable parameters of `model` with AdamW, and yield each measurement.
 
-    A step's gradient is that of the mean over all its tokens in the loss, however they are spread over
-    batches and processes. The held-out loss comes before the first step, every plan.eval_every steps and
-    after the last. Where there are checkpoints it goes on from the newest, to the same end. The model gets
-    its own settings back when the iterator ends or is closed. Raises SvdConvertError where the loss is no
-    longer finite.
+    The gradient of a step is that of the mean over all its tokens in the loss, however they are divided
+    into batches and processes. The held-out loss is measured before the first step, every `eval_every`
+    steps and after the last step. With checkpoints, training resumes from the newest one and ends in the
+    same result. The model's settings are restored when the iterator ends or is closed. Raises
+    SvdConvertError if the loss is not finite.
     """
     from accelerate.utils import set_seed
 
-    assert examples.train, "there is nothing to train on"
-    accelerator = accelerator or make_accelerator(plan)
-    # For dropout, with different masks in every process; the rows' order has a generator of its own.
-    set_seed(plan.seed, device_specific=True)
-    total = plan.total_steps(len(examples.train), accelerator.num_processes)
+    assert splits.train, "there is nothing to train on"
+    accelerator = accelerator or make_accelerator(options)
+    # For dropout, with different masks in every process. The order of the rows has a separate generator.
+    set_seed(options.seed, device_specific=True)
+    total = options.total_steps(len(splits.train), accelerator.num_processes)
     with (
-        as_trained(model, checkpointing=plan.gradient_checkpointing),
-        attention_for(model, plan, accelerator),
+        training_mode(model, gradient_checkpointing=options.gradient_checkpointing),
+        chosen_attention(model, options, accelerator),
     ):
-        run = _Run(Trainer.ready(model, objective, plan, accelerator), examples, total)
-        state = checkpoints.newest() if checkpoints else None
+        run = _TrainingRun(Trainer.prepare(model, objective, options, accelerator), splits, total)
+        state = checkpoints.load_newest() if checkpoints else None
         if state is not None:
             run.restore(state)
         else:
-            yield from run.measured(0)
-        while run.course.step < total and not run.is_stale():
-            yield run.step()
-            yield from run.measured(run.course.step)
-            if checkpoints and checkpoints.due(run.course.step):
-                checkpoints.save(run.course.step, run.state())
-        run.finish()
+            yield from run.evaluate_if_due(0)
+        while run.progress.step < total and not run.is_out_of_patience():
+            yield run.take_step()
+            yield from run.evaluate_if_due(run.progress.step)
+            # A step's measurements are yielded before its checkpoint is saved, so the caller has logged them.
+            if checkpoints and checkpoints.is_due(run.progress.step):
+                checkpoints.save(run.progress.step, run.state())
+        run.restore_best_weights()
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A trainer on its way through the steps of a plan."""
+class _TrainingRun:
+    """A trainer and its progress through the steps."""
 
     trainer: Trainer
-    examples: DataSplits
+    splits: DataSplits
     total: int
-    course: TrainState = field(default_factory=TrainState)
+    progress: TrainState = field(default_factory=TrainState)
 
-    def step(self) -> StepLog:
-        step, plan = self.course.step + 1, self.trainer.plan
-        rate = learning_rate(plan, step, self.total)
+    def take_step(self) -> StepLog:
+        step = self.progress.step + 1
+        options = self.trainer.options
+        rate = learning_rate(options, step, self.total)
         try:
-            done = self.trainer.step(self.trainer.rows_of(step, self.examples.train), rate)
+            result = self.trainer.step(self.trainer.examples_of(step, self.splits.train), rate)
         except NotFiniteError as error:
-            advice = f"train with a lower rate than lr {plan.lr:g}"
+            advice = f"train with a learning rate lower than {options.lr:g}"
             raise SvdConvertError(f"{error} at step {step} of {self.total}: {advice}") from None
-        self.course.step, self.course.tokens = step, self.course.tokens + done.count
-        return StepLog(step, done.loss, rate, self.course.tokens, done.penalty)
+        self.progress.step = step
+        self.progress.tokens += result.tokens
+        return StepLog(step, result.loss, rate, self.progress.tokens, result.penalty)
 
-    def measured(self, step: int) -> Iterator[EvalLog]:
-        """The held-out loss, where it is due behind `step`."""
-        every = self.trainer.plan.eval_every
-        if not self.examples.held_out or not (step in (0, self.total) or (every and step % every == 0)):
+    def evaluate_if_due(self, step: int) -> Iterator[EvalLog]:
+        """The held-out loss, if it is to be measured after `step`."""
+        options = self.trainer.options
+        is_due = step in (0, self.total) or (options.eval_every and step % options.eval_every == 0)
+        if not self.splits.held_out or not is_due:
             return
-        loss, scores = self.trainer.held_out(self.examples.held_out)
-        if loss < self.course.best_loss:
-            self.course.best_loss, self.course.worse = loss, 0
-            if self.trainer.plan.keep_best:
-                self.course.best = self.trainer.weights()
+        loss, scores = self.trainer.evaluate(self.splits.held_out)
+        if loss < self.progress.best_loss:
+            self.progress.best_loss = loss
+            self.progress.evaluations_since_best = 0
+            if options.keep_best:
+                self.progress.best_weights = self.trainer.copy_weights()
         else:
-            self.course.worse += 1
+            self.progress.evaluations_since_best += 1
         yield EvalLog(step, loss, scores)
 
-    def is_stale(self) -> bool:
-        """True where the held-out loss has not fallen for as long as the plan waits for it."""
-        patience = self.trainer.plan.patience
-        return patience is not None and self.course.worse >= patience
+    def is_out_of_patience(self) -> bool:
+        """True if the held-out loss has not improved in the last `patience` evaluations."""
+        patience = self.trainer.options.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def finish(self) -> None:
-        """Go back to the best weights, where the plan wants them."""
-        self.trainer.take(self.course.best)
+    def restore_best_weights(self) -> None:
+        """Load the weights with the lowest held-out loss, if the options ask for them."""
+        self.trainer.load_weights(self.progress.best_weights)
 
     def state(self) -> dict[str, Any]:
-        course = {name: getattr(self.course, name) for name in TrainState.__slots__}
-        return {"course": course, "trainer": self.trainer.state()}
+        progress = {name: getattr(self.progress, name) for name in TrainState.__slots__}
+        return {"progress": progress, "trainer": self.trainer.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for name, value in state["course"].items():
-            setattr(self.course, name, value)
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
         self.trainer.restore(state["trainer"])

@@ -1,4 +1,4 @@
-"""What is minimised: the sum of a batch's losses, each counted by the tokens that are in it.
+"""The training loss of a batch, summed over the tokens that are in it, for causal language models.
 
 B: rows, T: tokens, V: entries of the vocabulary, N: tokens in the loss.
 """
@@ -11,83 +11,123 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from svdconvert.training.data.encode import collate
-from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.optim.crossentropy import summed_cross_entropy
+from svdconvert.training.data.example import IGNORED, Example, collate
 
 Batch = dict[str, Tensor]
 Predictions = list[tuple[float, float]]
-"""(true label, the model's) of every row that has one."""
+"""(label, prediction) of every row."""
+
+_CHUNK_ON_CPU = 16
+"""Tokens per chunk: 16 rows of 49,152 float32 logits are 3 MB, which stays in the processor's cache."""
+_CHUNK_ON_GPU = 4096
+"""Tokens per chunk on devices on which the launch of each kernel is the larger cost."""
 
 
 class Objective(Protocol):
-    """How rows become a batch, and a batch a loss."""
+    """How examples become a batch, and a batch becomes a loss."""
 
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """The rows as tensors, on the CPU."""
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """The examples as tensors on the CPU."""
 
     def masked(self, batch: Batch) -> Batch:
-        """The batch with nothing in the loss."""
+        """The same batch with nothing in the loss."""
 
     def loss_sum(
-        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Predictions | None = None
+        self, model: nn.Module, plain: nn.Module, batch: Batch, predictions: Predictions | None = None
     ) -> Tensor:
-        """The loss in float32, summed over all that is in it; `model` is `plain` as accelerate wraps it.
+        """The float32 loss, summed over everything in the loss; `model` is `plain` as accelerate wraps it.
 
-        What the scores are made of is added to `found`.
+        The model's predictions are appended to `predictions` if the objective has scores.
         """
 
-    def scores(self, found: Predictions) -> dict[str, float]:
-        """Measures of all that was found, by name."""
+    def scores(self, predictions: Predictions) -> dict[str, float]:
+        """Name of a score -> its value over all predictions."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """The next token of a text, as causal language models predict it."""
+    """Next-token prediction, as causal language models are trained."""
 
     pad_id: int
 
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """input_ids, labels and, where a row is several texts, position_ids: int64, (B, T)."""
-        return collate(rows, self.pad_id)
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """input_ids, labels and, if examples are packed, position_ids: int64, (B, T)."""
+        return collate(examples, self.pad_id)
 
     def masked(self, batch: Batch) -> Batch:
-        """The batch with nothing in the loss."""
+        """The same batch with nothing in the loss."""
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
     def loss_sum(
-        self, model: nn.Module, plain: nn.Module, batch: Batch, found: Predictions | None = None
+        self, model: nn.Module, plain: nn.Module, batch: Batch, predictions: Predictions | None = None
     ) -> Tensor:
-        """Cross entropy, summed over the batch's tokens in the loss."""
-        # Position t predicts token t + 1, so the last predicts nothing.
-        wanted_BT = batch["labels"].roll(-1, dims=1)
-        wanted_BT[:, -1] = IGNORED
-        chosen_BT = wanted_BT != IGNORED
+        """Cross entropy, summed over the tokens in the loss."""
+        # Position t predicts token t + 1, so the last position predicts nothing.
+        targets_BT = batch["labels"].roll(-1, dims=1)
+        targets_BT[:, -1] = IGNORED
+        in_loss_BT = targets_BT != IGNORED
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        with _only_at(chosen_BT, plain) as cut:
+        with _head_restricted_to(in_loss_BT, plain) as is_restricted:
             logits = model(**inputs).logits
-        logits_NV = logits.flatten(0, 1) if cut else logits[chosen_BT]
-        return summed_cross_entropy(logits_NV, wanted_BT[chosen_BT])
+        logits_NV = logits.flatten(0, 1) if is_restricted else logits[in_loss_BT]
+        return summed_cross_entropy(logits_NV, targets_BT[in_loss_BT])
 
-    def scores(self, found: Predictions) -> dict[str, float]:
-        """None beside the loss."""
+    def scores(self, predictions: Predictions) -> dict[str, float]:
+        """Empty: the loss is the only measure."""
         return {}
 
 
 @contextmanager
-def _only_at(chosen_BT: Tensor, model: nn.Module) -> Iterator[bool]:
-    """Let the model's head see the chosen positions alone, as one row; False where it cannot be told apart.
+def _head_restricted_to(in_loss_BT: Tensor, model: nn.Module) -> Iterator[bool]:
+    """Compute logits only at the given positions, as a single row; yields False if the head is not known.
 
-    Logits are by far the largest activation of a small model, and its head a fifth of its work; those of
-    prompts and padding are not needed.
+    The logits are by far the largest activation of a small model, and its head is a fifth of the work;
+    those of prompts and padding are not needed.
     """
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     if not isinstance(head, nn.Module):
         yield False
         return
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][chosen_BT][None],))
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][in_loss_BT][None],))
     try:
         yield True
     finally:
         hook.remove()
+
+
+def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The float32 sum of -log softmax(logits)[target] over the tokens.
+
+    Computed in float32 on a few tokens at a time, so that no float32 copy of all logits exists. The only
+    tensor saved for the backward pass is the gradient, in the dtype of the logits.
+    """
+    total: Tensor = _SummedCrossEntropy.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The forward pass computes the gradient too, because the softmax is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        total = torch.zeros((), device=logits_NV.device)
+        gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        size = _CHUNK_ON_CPU if logits_NV.device.type == "cpu" else _CHUNK_ON_GPU
+        for start in range(0, len(targets_N), size):
+            chunk = slice(start, start + size)
+            log_softmax = logits_NV[chunk].log_softmax(1, dtype=torch.float32)
+            index_N1 = targets_N[chunk, None]
+            total -= log_softmax.gather(1, index_N1).sum()
+            if gradient_NV is not None:
+                # The gradient is the softmax, minus 1 at the target.
+                softmax = log_softmax.exp_()
+                softmax.scatter_add_(1, index_N1, softmax.new_full(index_N1.shape, -1.0))
+                gradient_NV[chunk] = softmax
+        ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * grad, None

@@ -1,4 +1,4 @@
-"""Packed rows do not see each other, in any family of models."""
+"""Packed rows are complete and do not attend to each other, in any model family."""
 
 from pathlib import Path
 
@@ -11,14 +11,12 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
 from svdconvert.layouts.detect import find_layout
-from svdconvert.training.data.encode import collate
-from svdconvert.training.data.example import Example
-from svdconvert.training.data.packing import pack, require_packing
+from svdconvert.training.data.example import IGNORED, Example, collate
+from svdconvert.training.data.packing import pack_examples, require_packing_support
+from svdconvert.training.model.modes import training_mode
 from svdconvert.training.optim.objective import NextToken
-from svdconvert.training.optim.step import as_trained
 from tests import tiny
 from tests.conftest import Build
-from tests.program import refused
 from tests.reading import readable, write_sums
 from tests.stock import tensors
 
@@ -28,6 +26,28 @@ PACKING = [
     if find_layout(None, model_type, "")[1].task == "CAUSAL_LM"
 ]
 """Without encoders, whose attention is not causal."""
+
+
+def rows_of(*lengths: int) -> list[Example]:
+    ids = [torch.full((length,), length, dtype=torch.int32) for length in lengths]
+    return [Example(row, row.clone(), len(row)) for row in ids]
+
+
+def test_packing_fills_sequences_and_keeps_every_row() -> None:
+    packs = pack_examples(rows_of(3, 8, 5, 2, 4, 10), 10)
+    assert [row.input_ids.tolist() for row in packs] == [
+        [10] * 10,
+        [8] * 8 + [2] * 2,
+        [5] * 5 + [4] * 4,
+        [3] * 3,
+    ]
+    assert [row.starts for row in packs] == [(0,), (0, 8), (0, 5), (0,)]
+
+
+def test_the_first_token_of_a_packed_row_is_not_in_the_loss() -> None:
+    (packed,) = pack_examples(rows_of(3, 2), 10)
+    assert packed.labels.tolist() == [IGNORED, 3, 3, IGNORED, 2]
+    assert packed.loss_tokens == sum(row.loss_tokens for row in rows_of(3, 2))
 
 
 def rows() -> list[Example]:
@@ -43,10 +63,10 @@ def loss(model: PreTrainedModel, batch: list[Example]) -> float:
 
 
 @pytest.mark.parametrize("model_type", PACKING)
-def test_packed_rows_have_the_loss_of_rows_apart(model_type: str, checkpoint: Build) -> None:
+def test_packed_rows_have_the_same_loss_as_separate_rows(model_type: str, checkpoint: Build) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint(model_type, dtype=torch.float32))
-    apart, packed = rows(), pack(rows(), 24)
-    with as_trained(model):
+    apart, packed = rows(), pack_examples(rows(), 24)
+    with training_mode(model):
         _compare(model, apart, packed)
 
 
@@ -62,28 +82,22 @@ def _compare(model: PreTrainedModel, apart: list[Example], packed: list[Example]
     assert not torch.allclose(seen, kept, atol=1e-3)
 
 
-def test_a_model_that_cannot_keep_rows_apart_is_refused() -> None:
+def test_a_model_that_takes_no_position_ids_is_refused() -> None:
     class Recurrent(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
     with pytest.raises(RecipeError, match="Recurrent cannot keep packed rows apart: train without packing"):
-        require_packing(Recurrent())
+        require_packing_support(Recurrent())
 
 
 def test_packing_takes_fewer_steps_for_the_same_rows(checkpoint: Build, tmp_path: Path) -> None:
     base = readable(checkpoint("llama", dtype=torch.float32), tmp_path / "base")
     data = write_sums(tmp_path / "sums.jsonl", rows=12)
-    plan = {"data": str(data), "template": "none", "max_length": 64, "batch_size": 1, "epochs": 1.0}
+    options = {"data": str(data), "template": "none", "max_length": 64, "batch_size": 1, "epochs": 1.0}
     split = SplitOptions(rank=4)
-    train(base, tmp_path / "packed", TrainOptions(**plan, packing=True), split=split)
-    train(base, tmp_path / "plain", TrainOptions(**plan), split=split)
+    train(base, tmp_path / "packed", TrainOptions(**options, packing=True), split=split)
+    train(base, tmp_path / "plain", TrainOptions(**options), split=split)
     steps = [(tmp_path / out / "metrics.jsonl").read_text().count('"lr"') for out in ("packed", "plain")]
     assert (steps[0] < 5, steps[1]) == (True, 12)
     assert tensors(tmp_path / "packed").keys() == tensors(tmp_path / "plain").keys()
-
-
-def test_a_plan_says_what_it_lacks() -> None:
-    refused(
-        "train", "x", "-o", "y", "--data", "z", "--patience", 2, words=["patience", "held-out", "eval_rows"]
-    )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.linalg.factors import Factors
-from svdconvert.training.logs.drift import drift
-from svdconvert.training.model.inject import install
+from svdconvert.training.logs.drift import measure_drift
+from svdconvert.training.model.inject import inject_adapters
 
 TRIPLE, PAIR = frozenset({"lora_A", "lora_B", "lora_S"}), frozenset({"lora_A", "lora_B"})
 
@@ -21,7 +21,7 @@ def start() -> Factors:
 
 def installed(factors: Factors, trains: frozenset[str]) -> nn.Module:
     model = nn.ModuleDict({"q": nn.Linear(7, 9)})
-    install(model, {"q": (factors, 2.0)}, trains)
+    inject_adapters(model, {"q": (factors, 2.0)}, trains)
     return model
 
 
@@ -30,20 +30,20 @@ def as_pair(factors: Factors) -> Factors:
 
 
 @pytest.mark.parametrize("trains", [TRIPLE, PAIR], ids=["three factors", "two factors"])
-def test_nothing_has_moved_at_the_start(trains: frozenset[str]) -> None:
+def test_the_drift_of_the_initial_factors_is_zero(trains: frozenset[str]) -> None:
     factors = start() if trains == TRIPLE else as_pair(start())
-    found = drift(installed(factors, trains), {"q": factors}, 0)
+    found = measure_drift(installed(factors, trains), {"q": factors}, 0)
     assert max(abs(found.sigma_drift), abs(found.u_rotation), abs(found.v_rotation)) < 1e-5
 
 
 @pytest.mark.parametrize("trains", [TRIPLE, PAIR], ids=["three factors", "two factors"])
-def test_it_is_what_numpy_says(trains: frozenset[str]) -> None:
+def test_the_drift_agrees_with_numpys_svd(trains: frozenset[str]) -> None:
     before = start()
     turned = torch.linalg.qr(before.left_OR + 0.1 * noise(9, 3, 1)).Q
     turned = turned * (turned * before.left_OR).sum(0).sign()  # no sign flips: those are nobody's
     after = Factors(turned, before.right_RI, before.core + torch.tensor([0.3, -0.1, 0.2]))
     given = (before, after) if trains == TRIPLE else (as_pair(before), as_pair(after))
-    found = drift(installed(given[1], trains), {"q": given[0]}, 5)
+    found = measure_drift(installed(given[1], trains), {"q": given[0]}, 5)
     u0, s0, v0 = np.linalg.svd(before.dense(1.0).double().numpy())
     u1, s1, v1 = np.linalg.svd(after.dense(1.0).double().numpy())
     assert found.step == 5

@@ -1,13 +1,17 @@
-"""Short rows in bfloat16 on a CPU go through plain matrix products; nothing else is touched."""
+"""The options choose the attention; by default short rows in bfloat16 on a CPU use eager."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from torch import nn
 from transformers import LlamaForCausalLM
 
+from svdconvert.errors import RecipeError
+from svdconvert.training.model.attention import chosen_attention
+from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.loop import StepLog
-from tests.training.optim.test_loop import PLAN, adapted, run
+from tests.training.small_runs import OPTIONS, adapted, run
 
 MakeModel = Callable[..., LlamaForCausalLM]
 
@@ -23,12 +27,12 @@ def watched(model: LlamaForCausalLM) -> list[str]:
     ("precision", "max_length", "wanted"),
     [("bf16", 512, "eager"), ("bf16", 513, "sdpa"), ("fp32", 512, "sdpa")],
 )
-def test_the_plan_decides_on_the_attention(
+def test_auto_attention_depends_on_precision_and_max_length(
     precision: str, max_length: int, wanted: str, make_model: MakeModel
 ) -> None:
     model = adapted(make_model())
     seen = watched(model)
-    run(model, replace(PLAN, steps=2, precision=precision, max_length=max_length))
+    run(model, replace(OPTIONS, steps=2, precision=precision, max_length=max_length))
     assert set(seen) == {wanted}
     assert model.config._attn_implementation == "sdpa", "the model is not as it was"
 
@@ -36,16 +40,36 @@ def test_the_plan_decides_on_the_attention(
 def test_either_attention_gives_the_same_losses(make_model: MakeModel) -> None:
     losses = []
     for max_length in (512, 513):
-        logs = run(adapted(make_model()), replace(PLAN, precision="bf16", max_length=max_length))
+        logs = run(adapted(make_model()), replace(OPTIONS, precision="bf16", max_length=max_length))
         losses.append([log.loss for log in logs if isinstance(log, StepLog)])
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_another_attention_than_the_usual_one_is_kept(make_model: MakeModel) -> None:
+def test_auto_attention_keeps_any_attention_but_sdpa(make_model: MakeModel) -> None:
     model = adapted(make_model())
     model.set_attn_implementation("flex_attention")
     seen = watched(model)
     with pytest.raises(ZeroDivisionError):
-        model.register_forward_pre_hook(lambda *_: 1 // 0)  # flex attention itself wants a GPU
-        run(model, replace(PLAN, precision="bf16"))
+        model.register_forward_pre_hook(lambda *_: 1 // 0)  # flex attention itself needs a GPU
+        run(model, replace(OPTIONS, precision="bf16"))
     assert seen == ["flex_attention"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_named_attention_is_used_and_the_models_own_restored(attention: str, make_model: MakeModel) -> None:
+    model = adapted(make_model())
+    seen = watched(model)
+    run(model, replace(OPTIONS, steps=1, precision="bf16", attention=attention))
+    assert set(seen) == {attention}
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_named_attention_is_refused_for_a_model_without_a_choice(make_model: MakeModel) -> None:
+    class Network(nn.Module):
+        """A model that is not one of transformers'."""
+
+    with (
+        pytest.raises(RecipeError, match="Network has no choice of attentions: leave attention at auto"),
+        chosen_attention(Network(), replace(OPTIONS, attention="eager"), make_accelerator(OPTIONS)),
+    ):
+        pass

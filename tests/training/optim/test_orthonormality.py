@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.linalg.factors import Factors
-from svdconvert.training.data.encode import Example
+from svdconvert.training.data.example import Example
 from svdconvert.training.model.adapted_linear import AdaptedLinear
-from svdconvert.training.model.inject import install
+from svdconvert.training.model.inject import inject_adapters
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.objective import NextToken
 from svdconvert.training.optim.orthonormality import Penalty, penalty_weight
@@ -41,13 +41,13 @@ def value(model: nn.Module) -> float:
     return float(np.mean(norms))
 
 
-def test_its_value_and_its_gradient_are_those_of_the_definition() -> None:
+def test_the_penalty_and_its_gradient_are_those_of_the_definition() -> None:
     model = nn.ModuleList([layer(0), layer(10)])
     found = Penalty(0.7).add_gradient(model)
     assert found == pytest.approx(value(model), rel=1e-5)
     for one in model:
         for name in ("lora_A", "lora_B"):
-            piece = one.get(name)
+            piece = one.factor(name)
             assert piece.grad is not None
             for place in [(0, 0), (2, 1), (1, 2)]:  # central differences
                 sides = []
@@ -58,22 +58,22 @@ def test_its_value_and_its_gradient_are_those_of_the_definition() -> None:
                 assert float(piece.grad[place]) == pytest.approx(
                     0.7 * (sides[0] - sides[1]) / 2e-3, rel=1e-2, abs=1e-4
                 )
-        assert one.get("lora_S").grad is None
+        assert one.factor("lora_S").grad is None
 
 
-def test_it_adds_to_what_is_there_and_stays_finite_at_orthonormal_sides() -> None:
+def test_the_gradient_is_added_and_is_finite_at_orthonormal_factors() -> None:
     model = nn.ModuleList([layer(0)])
     identity = Factors(torch.eye(9, 3), torch.eye(3, 7), torch.ones(3))
     still = nn.ModuleList([AdaptedLinear(nn.Linear(7, 9), identity, 1.0, ALL)])
     assert Penalty(1.0).add_gradient(still) == 0.0
     assert all(parameter.grad is None for parameter in still.parameters())
     Penalty(1.0).add_gradient(model)
-    once = model[0].get("lora_A").grad.clone()
+    once = model[0].factor("lora_A").grad.clone()
     Penalty(1.0).add_gradient(model)
-    torch.testing.assert_close(model[0].get("lora_A").grad, 2 * once)
+    torch.testing.assert_close(model[0].factor("lora_A").grad, 2 * once)
 
 
-def test_it_is_about_trained_sides_of_adapters_with_singular_values_alone() -> None:
+def test_only_trained_factors_of_adapters_with_singular_values_are_penalised() -> None:
     model = nn.ModuleList([layer(0, core=False), layer(5, trains=frozenset({"lora_A", "lora_S"}))])
     Penalty(1.0).add_gradient(model)
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -95,20 +95,20 @@ def _rows(count: int) -> list[Example]:
     return [Example(ids, ids.clone()) for ids in rows]
 
 
-def _taken(model: LlamaForCausalLM, plan: TrainOptions) -> dict[str, Tensor]:
-    """The gradients that AdamW is given in one step of `plan`."""
+def _taken(model: LlamaForCausalLM, options: TrainOptions) -> dict[str, Tensor]:
+    """The gradients that AdamW is given in one step of `options`."""
     pieces = {}
     for number, (path, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
             shape = (module.out_features, module.in_features)
             sides = numbers(shape[0], 4, seed=number), numbers(4, shape[1], seed=number + 99)
             pieces[path] = (Factors(*sides, torch.ones(4)), 0.01)
-    install(model, pieces, ALL)
-    trainer = Trainer.ready(model, NextToken(2), plan, make_accelerator(plan))
+    inject_adapters(model, pieces, ALL)
+    trainer = Trainer.prepare(model, NextToken(2), options, make_accelerator(options))
     trainer.optimizer.step = lambda: None
     trainer.optimizer.zero_grad = lambda: None
     stepped = trainer.step(_rows(4), 1e-3)
-    assert (stepped.penalty is not None) == bool(plan.penalty)
+    assert (stepped.penalty is not None) == bool(options.penalty)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -123,7 +123,7 @@ CIRCUMSTANCES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CIRCUMSTANCES)
-def test_no_circumstance_of_a_step_changes_its_weight(
+def test_the_weight_of_the_penalty_is_the_same_however_a_step_is_computed(
     name: str, make_model: Callable[..., LlamaForCausalLM]
 ) -> None:
     values = {"lr": 1e-3, "steps": 1, "device": "cpu", "precision": "fp32"} | CIRCUMSTANCES[name]

@@ -1,0 +1,189 @@
+"""One training run as a job: load everything, train the network, write what comes out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.checkpoint.tensors import tensor_bytes
+from svdconvert.config.execution import Run
+from svdconvert.config.options import SplitOptions
+from svdconvert.config.train import TrainOptions
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.linalg.factors import Factors
+from svdconvert.manifest.fingerprint import checksum, digest
+from svdconvert.manifest.schema import Manifest
+from svdconvert.methods.base import METHODS
+from svdconvert.output.plan import PlannedFile
+from svdconvert.output.staging import StagedOutput
+from svdconvert.training.data.dataset import TrainingData, open_training_data
+from svdconvert.training.logs.drift import measure_drift
+from svdconvert.training.logs.metrics import Log, MetricsLog
+from svdconvert.training.logs.samples import Samples
+from svdconvert.training.logs.trackers import Trackers
+from svdconvert.training.optim.accelerator import make_accelerator
+from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
+from svdconvert.training.optim.loop import StepLog, fit
+from svdconvert.training.outputs import TrainedOutput, load_output
+from svdconvert.training.resolve_defaults import learning_rate_warning, resolve_defaults
+from svdconvert.training.start import AdapterStart, TrainingStart
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Watch = Callable[[Log, int], None]
+"""Called with every measurement and the total number of steps."""
+
+
+def ignore_log(log: Log, steps: int) -> None:
+    """The default of `watch`: discard the measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """A run with everything that it needs, loaded."""
+
+    start: TrainingStart
+    options: TrainOptions
+    """With all defaults resolved."""
+    split: SplitOptions
+    """How a plain model was decomposed."""
+    data: TrainingData
+    accelerator: "Accelerator"
+    output: TrainedOutput
+    watch: Watch = ignore_log
+    command: str = "train"
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps."""
+        return self.options.total_steps(len(self.data.splits.train), self.accelerator.num_processes)
+
+    @property
+    def files(self) -> Sequence[PlannedFile]:
+        """The weight files of the output."""
+        return self.output.files
+
+    @property
+    def inputs(self) -> Sequence[Path]:
+        """What the start was read from."""
+        return self.start.inputs
+
+    def identity(self) -> dict[str, Any]:
+        """The start, the data, the machine, and the options that influence the result."""
+        return {
+            "options": self.options.shaping(),
+            "split": asdict(self.split),
+            "data": {"files": dict(self.data.splits.checksums)},
+            "start": {"files": {str(self.start.weights): _start_checksum(self.start)}},
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+        }
+
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Train, and write the weights; all ranks train, the leading rank writes."""
+        checkpoints = train_and_record(self, staged, run)
+        if run.ranks.leads:
+            self.output.write_weights(staged)
+            if not self.options.keep_checkpoints:
+                checkpoints.delete()
+        staged.gather()
+
+    def write_sidecars(self, directory: Path) -> None:
+        """Write everything that belongs next to the weights."""
+        self.output.write_sidecars(directory)
+
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """The manifest of the trained adapter, or of the fine-tuned checkpoint."""
+        return self.output.manifest(self.options, staged, threads)
+
+    def remarks(self, manifest: Manifest) -> tuple[str, ...]:
+        """Empty: `load_training_job` notifies before the training."""
+        return ()
+
+
+def _start_checksum(start: TrainingStart) -> str:
+    """A checksum of the origins of the weights and of the initial factors."""
+    origins = [start.base]
+    factors: list[str] = []
+    if isinstance(start, AdapterStart):
+        origins.append(start.residual)
+        tensors = [tensor for each in start.factors.values() for tensor in each.pieces().values()]
+        factors = [checksum(tensor_bytes(tensor)) for tensor in tensors]
+    return digest([[asdict(origin) for origin in origins if origin], *factors])
+
+
+def load_training_job(
+    start: TrainingStart, options: TrainOptions, split: SplitOptions, run: Run, watch: Watch = ignore_log
+) -> TrainingJob:
+    """Resolve the options, read the data and load the model. Raises SvdConvertError if anything does not fit.
+
+    Calls `run.notify` with a sentence for everything that may surprise the user.
+    """
+    dropout = start.config.dropout if isinstance(start, AdapterStart) else 0.0
+    options = resolve_defaults(options, METHODS.get(start.method), dropout, run.notify)
+    layout = LAYOUTS.get(start.layout)
+    data = open_training_data(start.weights, layout, options, trust_remote_code=run.trust_remote_code)
+    for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings):
+        if warning:
+            run.notify(warning)
+    accelerator = make_accelerator(options)
+    return TrainingJob(
+        start=start,
+        options=options,
+        split=split,
+        data=data,
+        accelerator=accelerator,
+        output=load_output(start, options, data, accelerator.mixed_precision, run.trust_remote_code),
+        watch=watch,
+    )
+
+
+def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkpoints:
+    """Train the job's network; write metrics, samples and checkpoints into the staging directory.
+
+    Resumes from the newest checkpoint that an interrupted run left there.
+    """
+    options = job.options
+    network = job.output.network
+    checkpoints = Checkpoints(
+        staged.path / FOLDER,
+        every=options.save_every,
+        limit=options.save_limit,
+        leads=run.ranks.leads,
+    )
+    if checkpoints.step:
+        staged.keep()
+        run.notify(f"going on from {staged.path}: {checkpoints.step} steps are done")
+    samples = Samples.of(network, job.data.tokenizer, job.data.splits.held_out, options)
+    trackers = Trackers(job.accelerator, options, staged.out.name)
+    metrics = MetricsLog(staged.path, checkpoints.step, samples, trackers, leads=run.ranks.leads)
+    initial: Mapping[str, Factors] = {}
+    if isinstance(job.start, AdapterStart) and job.start.base_is_residual:
+        # Drift is measured only for adapters that start as a part of the base.
+        initial = job.start.factors
+
+    def before_save() -> None:
+        # A resumed run repeats only the steps after its checkpoint, so the measurements of all steps before
+        # it must be on the disk first. From now on there is something to resume from, so an error must not
+        # remove the staging directory.
+        metrics.sync()
+        staged.keep()
+
+    def record(log: Log) -> None:
+        metrics.write(log)
+        job.watch(log, job.steps)
+
+    checkpoints = replace(checkpoints, before_save=before_save)
+    with run.ranks.together(), metrics:
+        # `fit` saves a checkpoint only when it is asked for the next measurement, so after this loop's body.
+        for log in fit(network, job.data.splits, job.data.objective, options, job.accelerator, checkpoints):
+            record(log)
+            if initial and isinstance(log, StepLog) and _drift_is_due(job, log.step):
+                record(measure_drift(network, initial, log.step))
+    return checkpoints
+
+
+def _drift_is_due(job: TrainingJob, step: int) -> bool:
+    every = job.options.eval_every
+    return step == job.steps or (every is not None and step % every == 0)

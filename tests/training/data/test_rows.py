@@ -1,0 +1,74 @@
+"""Rows are read from every kind of file as they are, and errors name the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from svdconvert.errors import DataError
+from svdconvert.training.data.rows import read_rows
+
+ROWS = [{"question": f"q{n}", "answer": f"{n}"} for n in range(5)]
+
+
+# What a reader that guesses types would take for a number, and for nothing.
+TEXTS = [*ROWS, {"question": "q5", "answer": "072"}, {"question": "q6", "answer": "None"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    elif path.stem == "list":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "list.json", "rows.parquet", "rows.csv"])
+def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    data = write(tmp_path / name, TEXTS)
+    assert list(read_rows(data)) == TEXTS
+    assert list(read_rows(data, "train[1:3]")) == TEXTS[1:3]
+    assert list(read_rows(data, "test")) == TEXTS
+
+
+def test_reading_creates_no_cache_and_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    read_rows(write(tmp_path / "rows.jsonl", ROWS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("none.jsonl", None, "there is no such file"),
+        ("sub dir/none", None, "there is no such file, and it is no Hub data set"),
+        ("empty.jsonl", "", "the file is empty"),
+        ("empty.json", "[]", "it has no rows"),
+        ("rows.jsonl", '{"text": "a"}\n\n{"text":\n', r"rows.jsonl: row 3 is not JSON"),
+        ("rows.txt", "a", r"the suffix '.txt' is not one of .jsonl, .json, .parquet, .csv"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl: .*JSON"),
+        (".", None, "a directory, give a file in it"),
+    ],
+)
+def test_an_unreadable_file_is_named_with_the_reason(
+    name: str, content: str | None, complaint: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=complaint) as raised:
+        read_rows(str(tmp_path / name))
+    assert str(raised.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
