@@ -16,12 +16,11 @@ from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_
 from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.factors import FACTOR_AXES, Factors
 from svdconvert.manifest.fingerprint import checksum
 
 WEIGHTS = "adapter_model.safetensors"
-PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.factors import Factors
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.low_rank import singular_values
 from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.schema import Manifest, Matrix
@@ -120,7 +120,7 @@ def _compare(
     for weight, residual in pairs:
         wanted, stored = weight.float(), residual.float()
         rows = slice(start, start := start + len(weight))
-        merged = product(left[rows], right).add_(stored)
+        merged = matmul_f32(left[rows], right).add_(stored)
         sums.exact += int((merged.to(dtype) == weight).sum())
         sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
         sums.rest += float(torch.linalg.vector_norm(stored)) ** 2
