@@ -48,9 +48,11 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
     Raises SvdConvertError where the directory cannot be read at all; what is read and wrong is in the
     report.
     """
-    run, path = run or Run(), fetch(str(directory)).path
+    run = run or Run()
+    path = fetch(str(directory)).path
     manifest = read_manifest(path)
-    faults, tensors = [], 0
+    faults = []
+    tensors = 0
     total = sum(len(marks) for marks in manifest.files.values())
     for file, name, fault in check_files(path, manifest):
         tensors += 1

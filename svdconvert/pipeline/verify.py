@@ -114,11 +114,13 @@ def _compare(
     pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
 ) -> _Sums:
     """Merge and compare in blocks of rows of the base and the residual: no matrix is whole in memory."""
-    sums, start = _Sums(), 0
+    sums = _Sums()
+    start = 0
     left, right = factors.folded()
     left = left * scale
     for weight, residual in pairs:
-        wanted, stored = weight.float(), residual.float()
+        wanted = weight.float()
+        stored = residual.float()
         rows = slice(start, start := start + len(weight))
         merged = matmul_f32(left[rows], right).add_(stored)
         sums.exact += int((merged.to(dtype) == weight).sum())
