@@ -143,7 +143,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "empty object": ("{}", ["is of the peft_type None"]),
     "rank that is a word": (
         '{"peft_type": "LORA", "lora_alpha": 4, "r": "four"}',
-        ["has r 'four', which must be a whole number", "restore the file"],
+        ["has r 'four', which must be an integer", "restore the file"],
     ),
 }
 

@@ -97,9 +97,9 @@ def test_a_pattern_that_takes_too_long_is_refused(
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"r": 2}, "have rank 4, and adapter_config.json says 2"),
-        ({"r": 8}, "have rank 4, and adapter_config.json says 8"),
-        ({"rank_pattern": {"q_proj": 2}}, "have rank 4, and adapter_config.json says 2"),
+        ({"r": 2}, "have rank 4, but rank 2 in adapter_config.json"),
+        ({"r": 8}, "have rank 4, but rank 8 in adapter_config.json"),
+        ({"rank_pattern": {"q_proj": 2}}, "have rank 4, but rank 2 in adapter_config.json"),
     ],
 )
 def test_a_rank_that_the_factors_do_not_have_is_refused_as_peft_does(
