@@ -107,7 +107,7 @@ def test_a_base_with_other_values_is_refused(tensor: str, trained: Path, base: P
 
 def test_a_base_that_changed_in_place_is_refused(trained: Path, base: Path, tmp_path: Path) -> None:
     edit(base / "config.json", rms_norm_eps=0.5)
-    words = [base, "another config.json"]
+    words = [base, "its config.json differs"]
     refused("merge", trained, "-o", tmp_path / "out", "--from", "base", words=words)
 
 

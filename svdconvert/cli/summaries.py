@@ -16,11 +16,11 @@ from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
     from svdconvert.commands.inspect import Inspection
-    from svdconvert.commands.verify import Report
     from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
     from svdconvert.pipeline.merge_plan import MergePlan
+    from svdconvert.pipeline.verify import Report
     from svdconvert.publish.upload import Published
 
 _MANY = 12  # entries of a mapping that a screen shows

@@ -1,4 +1,4 @@
-"""Weights that are stored as codes of a quantisation: recognised and refused by name."""
+"""Recognises and refuses quantised weights, which are stored as integer codes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from svdconvert.checkpoint.tensors import REAL, TensorInfo
 from svdconvert.errors import TargetError
 
-# Endings of tensors that accompany the codes of a matrix called <path>.weight.
+# Endings of the tensors that are stored with the codes of a matrix <path>.weight.
 _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight.absmax", "SCB", "qweight", "weight_packed")
 
 
@@ -19,7 +19,7 @@ def refuse_codes(
         if info.dtype not in REAL:
             method = _method_text(config, infos, name)
             raise TargetError(
-                f"{name} of {model} is stored as {info.dtype}{method}, which is not read; "
+                f"{name} of {model} is stored as {info.dtype}{method}, which is not supported; "
                 "convert the checkpoint to bfloat16, float16 or float32 first"
             )
 

@@ -128,7 +128,7 @@ def test_a_residual_that_is_too_coarse_is_refused(tmp_path: Path) -> None:
     for name, tensor in (("base", weight), ("residual", (weight - start).bfloat16())):
         save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
     base, residual = (SafetensorsSource([tmp_path / f"{name}.safetensors"]) for name in ("base", "residual"))
-    with pytest.raises(ArtifactError, match="rounded too coarsely .* merge from the residual, .* --init"):
+    with pytest.raises(ArtifactError, match="rounded too coarsely .* merge --from residual, .* --init"):
         RecoveredInit(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
 
 
