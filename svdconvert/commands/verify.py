@@ -13,8 +13,8 @@ from svdconvert.pipeline.verify import Report, check_directory
 def verify(directory: str | Path, run: Run | None = None, *, base: str | None = None) -> Report:
     """Compare a directory's files with their checksums and, if its base is found, its matrices with the base.
 
-    `base` overrides the base's location in the manifest. Differences are in the report. Raises SvdConvertError
-    with one sentence if the directory cannot be read at all.
+    `base` overrides the base's location in the manifest. Differences are in the report. Raises
+    SvdConvertError with one sentence if the directory cannot be read at all.
     """
     path = fetch(str(directory)).path
     manifest = read_manifest(path)

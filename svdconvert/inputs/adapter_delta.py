@@ -33,7 +33,7 @@ class AdapterDelta:
     is_lost: bool = False
     """True if the adapter did not start at zero and its initial state is not stored."""
     is_assumed_zero: bool = False
-    """True if no file records the initial state: it is assumed to be zero, and the weights must confirm it."""
+    """True if no file records the initial state: it is assumed to be zero until the weights are compared."""
     recovered: RecoveredInit | None = None
     """The initial state as recovered from the weights."""
 

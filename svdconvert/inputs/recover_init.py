@@ -24,8 +24,8 @@ def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
     if base is None:
         raise ArtifactError(
             f"{delta.directory} does not record its initial state; give its base with --base to determine "
-            "it, the decomposed directory with --residual, its initial adapter with --init, or --init none if "
-            "it started at zero"
+            "it, the decomposed directory with --residual, its initial adapter with --init, or --init none "
+            "if it started at zero"
         )
     refuse_hidden_init(delta, base)
     return delta

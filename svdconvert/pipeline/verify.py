@@ -189,7 +189,7 @@ class _Sums:
 def _compare(
     pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
 ) -> _Sums:
-    """Merge and compare blocks of rows of the base and the residual, so that no entire matrix is in memory."""
+    """Merge and compare one block of rows at a time, so that no entire matrix is in memory."""
     sums = _Sums()
     start = 0
     left, right = factors.folded()

@@ -204,7 +204,7 @@ def test_a_resumed_run_continues_with_its_head(
 def test_verify_accepts_the_head_and_the_manifest_describes_it(chain: Callable[[str, str], Path]) -> None:
     home = chain("roberta", "classify")
     for name in ("trained", "merged", "lora"):
-        assert "is as its manifest says" in succeeded("verify", home / name).out
+        assert "agrees with its manifest" in succeeded("verify", home / name).out
     head = read_manifest(home / "trained").head
     assert head["id2label"] == {"0": "large", "1": "small"}
     stored = load_file(home / "trained" / "adapter_model.safetensors")
