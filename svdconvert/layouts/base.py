@@ -55,7 +55,7 @@ class Layout:
     summary: str = ""
     """One line for `svdconvert list layouts`."""
     signature_tensor: str | None = None
-    """A tensor that only checkpoints of this layout have. It takes precedence over config.json's model_type."""
+    """A tensor that only checkpoints of this layout have. It takes precedence over config.json."""
     known_unsupported: Sequence["KnownUnsupported"] = ()
     """Models that could be mistaken for this layout, and are refused by name."""
     family: "LayoutFamily | None" = None
