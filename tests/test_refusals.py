@@ -88,7 +88,7 @@ def retype(model: Path) -> None:
 
 
 def poison(model: Path) -> None:
-    """A .bin that would run code where it is unpickled."""
+    """A .bin that would run code if it were unpickled."""
     for file in model.glob("model*"):
         file.unlink()
     torch.save({TARGET: shutil.rmtree}, model / "pytorch_model.bin")
