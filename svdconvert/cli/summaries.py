@@ -122,7 +122,8 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
 
 def _ranks(matrices: Sequence["Matrix"]) -> str:
     """4, or 4 to 16 where patterns give several."""
-    least, most = min(matrix.rank for matrix in matrices), max(matrix.rank for matrix in matrices)
+    least = min(matrix.rank for matrix in matrices)
+    most = max(matrix.rank for matrix in matrices)
     return str(most) if least == most else f"{least} to {most}"
 
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LAYER = "model.layers.{layer}"
-_ATT, _CANONICAL_ATT = f"{_LAYER}.attn", f"{BLOCK}.att"
-_FFN, _CANONICAL_FFN = f"{_LAYER}.ffn", f"{BLOCK}.ffn"
+_ATT = f"{_LAYER}.attn"
+_CANONICAL_ATT = f"{BLOCK}.att"
+_FFN = f"{_LAYER}.ffn"
+_CANONICAL_FFN = f"{BLOCK}.ffn"
 _ORDER = ("r", "w", "k", "v", "g")
 _THERE = [MIX_ORDER.index(letter) for letter in _ORDER]
 _BACK = [_ORDER.index(letter) for letter in MIX_ORDER]

@@ -21,7 +21,8 @@ _LOW_BLOCK = 1 << 21  # elements per block in bfloat16: no copies are made, and 
 
 def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
     """Slices of rows that bound the float32 copies of a large matrix."""
-    rows, step = matrix_LS.shape[0], rows_of_a_block(matrix_LS)
+    rows = matrix_LS.shape[0]
+    step = rows_of_a_block(matrix_LS)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -79,7 +80,8 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
 
 def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """`gram_times` for a matrix in a narrow dtype, with products in that dtype and their sum in float32."""
-    thin_SB, sum_SB = thin_SB.to(low_LS.dtype), torch.zeros_like(thin_SB)
+    sum_SB = torch.zeros_like(thin_SB)
+    thin_SB = thin_SB.to(low_LS.dtype)
     for part in torch.split(low_LS, _rows(low_LS, _LOW_BLOCK)):
         sum_SB += part.T @ (part @ thin_SB)
     return sum_SB

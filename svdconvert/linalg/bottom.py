@@ -107,7 +107,8 @@ class _Bottom:
 
     def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy inside the R best directions of the space."""
-        now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.predicted_gain_R).reciprocal()
+        now = ritz.values_R.reciprocal()
+        then = (ritz.values_R + ritz.predicted_gain_R).reciprocal()
         cost = float(now.sum())
         before = float(ritz.before_R.reciprocal().sum())
         return ErrorEstimate.of(before, cost, cost - float(then.sum()), centre=_CENTRE)

@@ -42,8 +42,10 @@ def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tup
     rounded to, and what did not change is exactly zero. The rank is R if the start was zero, or if A did
     not change (the change is then in B alone).
     """
-    (left, right), (left0, right0) = after.folded(), before.folded()
-    left, left0 = left * scale, left0 * scale0
+    (left, right) = after.folded()
+    (left0, right0) = before.folded()
+    left = left * scale
+    left0 = left0 * scale0
     if not left0.any():
         return left, right
     if right.shape != right0.shape:
@@ -85,7 +87,8 @@ def merged_(
         return merged_OI.copy_(weight_OI), None
     # x - (+0) is x for every x; x + 0 would turn -0 into +0.
     opposite_OR = -left_OR
-    sum_OI, sums = _block(weight_OI), _Sums()
+    sum_OI = _block(weight_OI)
+    sums = _Sums()
     for rows in row_blocks(weight_OI):
         count = rows.stop - rows.start
         change = matmul_f32(opposite_OR[rows], right_RI)
@@ -125,5 +128,6 @@ class _Sums:
 
 def _block(matrix_OI: Tensor) -> Tensor:
     """An uninitialised float32 buffer for one block of rows."""
-    rows, columns = rows_of_a_block(matrix_OI), matrix_OI.shape[1]
+    rows = rows_of_a_block(matrix_OI)
+    columns = matrix_OI.shape[1]
     return torch.empty(rows, columns, dtype=torch.float32, device=matrix_OI.device)

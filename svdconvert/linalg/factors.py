@@ -46,7 +46,8 @@ class Factors:
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(B, A) in float32 with the core multiplied into B: what a standard LoRA stores."""
-        left, right = self.left_OR.float(), self.right_RI.float()
+        left = self.left_OR.float()
+        right = self.right_RI.float()
         if self.core is None:
             return left, right
         core = self.core.float()

@@ -86,7 +86,8 @@ class Krylov:
     def grow(self, blocks: int) -> None:
         """Add blocks; each takes one application and two projections."""
         for _ in range(blocks):
-            old, new = self.width, self.width + self.block
+            old = self.width
+            new = self.width + self.block
             block_NB = complement(self._rest_NB, self._basis_KN[:old]) if old else self._rest_NB
             self._basis_KN[old:new] = block_NB.T
             basis_KN = self._basis_KN[:new]
@@ -103,7 +104,8 @@ class Krylov:
         if width != self.width - self.block:
             before = torch.linalg.eigvalsh(self._core(self.width - self.block), UPLO="U")
         self._seen = (self.width, values)
-        values_R, mix_KR = values[-rank:].flip(0).double(), mix[:, -rank:].flip(1)
+        values_R = values[-rank:].flip(0).double()
+        mix_KR = mix[:, -rank:].flip(1)
         predicted_gain_R = self._predicted_gain(values_R, mix_KR)
         return Ritz(values_R, before[-rank:].flip(0).double(), predicted_gain_R, mix_KR)
 
@@ -119,10 +121,12 @@ class Krylov:
         larger eigenvalue of [[g, c], [c, 0]] is g + 2 c^2 / (g + sqrt(g^2 + 4 c^2)).
         """
         last = slice(self.width - self.block, self.width)
-        gram_BB, mix_BR = matmul_f32(self._rest_NB.T, self._rest_NB).double(), mix_KR[last].double()
+        gram_BB = matmul_f32(self._rest_NB.T, self._rest_NB).double()
+        mix_BR = mix_KR[last].double()
         squares_R = (mix_BR * (gram_BB @ mix_BR)).sum(0)
         quotient = self._core_KK.diagonal()[last].double().mean()
-        squares_R, gap_R = squares_R.clamp_min(0.0), (values_R - quotient).clamp_min(0.0)
+        squares_R = squares_R.clamp_min(0.0)
+        gap_R = (values_R - quotient).clamp_min(0.0)
         span_R = gap_R + (gap_R.square() + 4.0 * squares_R).sqrt()
         return 2.0 * squares_R / span_R.clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -22,7 +22,8 @@ def truncate(left_OR: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tens
 
     The singular values are split evenly: B = U sqrt(S), A = sqrt(S) V^T.
     """
-    left, right = torch.linalg.qr(left_OR.double()), torch.linalg.qr(right_RI.double().T)
+    left = torch.linalg.qr(left_OR.double())
+    right = torch.linalg.qr(right_RI.double().T)
     outer, sigma, inner = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     root = sigma[:rank].sqrt()
     kept_OR = left.Q @ (outer[:, :rank] * root)

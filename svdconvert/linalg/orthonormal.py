@@ -67,7 +67,8 @@ def gram_eigen(block_NB: Tensor) -> GramEigen:
     If that is not small next to the eigenvalue, because columns are nearly dependent, float64 is used.
     """
     if block_NB.dtype == torch.float32:
-        gram_BB, energy = matmul_f32(block_NB.T, block_NB).double(), total_energy(block_NB)
+        gram_BB = matmul_f32(block_NB.T, block_NB).double()
+        energy = total_energy(block_NB)
         if held_by_float32(energy):
             gram_BB *= energy / gram_BB.trace()  # as energies are subtracted from one another
             squares_B, mix_BB = _descending(gram_BB)

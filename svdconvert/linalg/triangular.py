@@ -37,9 +37,11 @@ class Triangular:
     @staticmethod
     def cholesky(gram_SS: Tensor) -> "Triangular | None":
         """L of the matrix L L^T, which is overwritten; None if it is not positive definite."""
-        left, inverses = [], []
+        left = []
+        inverses = []
         for rows in _panels(gram_SS):
-            below_XS, column_XP = gram_SS[rows.start :, : rows.start], gram_SS[rows.start :, rows]
+            below_XS = gram_SS[rows.start :, : rows.start]
+            column_XP = gram_SS[rows.start :, rows]
             left.append(gram_SS[rows, : rows.start].contiguous())
             if rows.start:
                 column_XP -= matmul_f32(below_XS, left[-1].T)

@@ -59,7 +59,8 @@ def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left, sigma, right = torch.linalg.svd(block_LR.double(), full_matrices=False)
         left = orthonormal(left.to(block_LR.dtype))
         return left, sigma.to(block_LR.dtype), right.T.to(block_LR.dtype)
-    sigma_R, mix_RR = found.squares_B.sqrt(), found.mix_BB
+    sigma_R = found.squares_B.sqrt()
+    mix_RR = found.mix_BB
     return found.left(block_LR), sigma_R.to(block_LR.dtype), mix_RR.to(block_LR.dtype)
 
 

@@ -54,7 +54,8 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).transposed()
-    total, clear = total_energy(weight_OI), False
+    total = total_energy(weight_OI)
+    clear = False
     if held_by_float32(total):
         squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float32))
         outside = float(squares[:-rank].double().sum())

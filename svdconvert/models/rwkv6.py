@@ -68,8 +68,10 @@ class TimeMixing(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width, inner = sizes.width, sizes.heads * sizes.head_size
-        self.heads, self.size = sizes.heads, sizes.head_size
+        width = sizes.width
+        inner = sizes.heads * sizes.head_size
+        self.heads = sizes.heads
+        self.size = sizes.head_size
         self.form: Form | None = None
         for letter in ("x", *MIX_ORDER):
             setattr(self, f"time_maa_{letter}", _vector(width))
@@ -91,11 +93,15 @@ class TimeMixing(nn.Module):
         w, k, v, r, g = self._mixed(z_BTC, _shifted(z_BTC, last_BC))
         low = torch.tanh(w @ self.time_decay_w1) @ self.time_decay_w2
         decay = -torch.exp(self.time_decay.float() + low.float())
-        r, k, v, g = self.receptance(r), self.key(k), self.value(v), self.gate(g)
+        r = self.receptance(r)
+        k = self.key(k)
+        v = self.value(v)
+        g = self.gate(g)
         r, k, v, decay = (self._by_head(x) for x in (r, k, v, decay))
         y, state = wkv6(r, k, v, decay, self.time_faaaa, state, self.form)
         y_XC = y.transpose(1, 2).reshape(-1, self.heads * self.size)
-        weight, bias = self.ln_x.weight.float(), self.ln_x.bias.float()
+        weight = self.ln_x.weight.float()
+        bias = self.ln_x.bias.float()
         normed = group_norm(y_XC, self.heads, weight, bias, self.ln_x.eps).reshape(g.shape).to(z_BTC.dtype)
         out: Tensor = self.output(normed * silu(g))
         return out, state
@@ -127,7 +133,8 @@ class ChannelMixing(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.time_maa_k, self.time_maa_r = _vector(sizes.width), _vector(sizes.width)
+        self.time_maa_k = _vector(sizes.width)
+        self.time_maa_r = _vector(sizes.width)
         self.key = nn.Linear(sizes.width, sizes.feed_forward, bias=False)
         self.receptance = nn.Linear(sizes.width, sizes.width, bias=False)
         self.value = nn.Linear(sizes.feed_forward, sizes.width, bias=False)
@@ -147,7 +154,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = (nn.LayerNorm(sizes.width, eps=_EPSILON) for _ in range(2))
         self.ln0 = nn.LayerNorm(sizes.width, eps=_EPSILON) if layer == 0 else None
-        self.att, self.ffn = TimeMixing(sizes), ChannelMixing(sizes)
+        self.att = TimeMixing(sizes)
+        self.ffn = ChannelMixing(sizes)
 
     def forward(self, h_BTC: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """(B, T, C) -> (B, T, C), and the memory for the next token."""
@@ -166,7 +174,9 @@ class Rwkv6(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.sizes, self.config, self.recomputes = sizes, Config(), False
+        self.sizes = sizes
+        self.config = Config()
+        self.recomputes = False
         self.emb = nn.Embedding(sizes.vocabulary, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.layers))
         self.ln_out = nn.LayerNorm(sizes.width, eps=_EPSILON)
@@ -267,10 +277,12 @@ class Rwkv6(nn.Module):
         `choose` picks a token from the logits (V,); by default the most likely one.
         """
         pick = choose or (lambda logits_V: int(logits_V.argmax()))
-        tokens, state = list(prompt) or [stop], None
+        tokens = list(prompt) or [stop]
+        state = None
         for _ in range(count):
             output = self.forward(torch.tensor([tokens], device=self.device), state=state)
-            token, state = pick(output.logits[0, -1]), output.state
+            token = pick(output.logits[0, -1])
+            state = output.state
             if token == stop:
                 return
             yield token

@@ -137,7 +137,9 @@ class Sizes:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, the optional ones included."""
-        width, heads, size = self.width, self.heads, self.head_size
+        width = self.width
+        heads = self.heads
+        size = self.head_size
         inner = heads * size
         vector = (1, 1, width)
         kinds: dict[str, tuple[int, ...]] = {name: vector for name in VECTORS}

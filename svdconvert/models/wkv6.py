@@ -127,7 +127,8 @@ def doubled(r: Tensor, k: Tensor, a: Tensor) -> Inside:
         _below_diagonal(scores, run).copy_((r2 @ k1.mT).view(chunks, -1, run, run))
         run *= 2
         if torch.is_grad_enabled() or run == 2:
-            reads, writes = torch.cat([r1, r2 * d1], 1), torch.cat([k1 * d2, k2], 1)
+            reads = torch.cat([r1, r2 * d1], 1)
+            writes = torch.cat([k1 * d2, k2], 1)
         else:
             # In place, a sixth faster: no gradient needs the old values, and they are not the caller's.
             r2.mul_(d1)

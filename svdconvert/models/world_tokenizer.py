@@ -19,7 +19,9 @@ END = 0
 BYTES = 256
 """A vocabulary of at most this size is taken to be the bytes themselves."""
 
-WORLD, WORLD_TOKENS, WORLD_SIZE = "rwkv_vocab_v20230424.txt", 65529, 65536
+WORLD = "rwkv_vocab_v20230424.txt"
+WORLD_TOKENS = 65529
+WORLD_SIZE = 65536
 """The file of World's vocabulary, its number of tokens, and the vocabulary size of models trained on it."""
 
 

@@ -79,7 +79,8 @@ class DecomposePlan:
         linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
         chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
         others = linears - set(chosen)
-        rank, alpha = self.options.rank, float(self.options.alpha or self.options.rank)
+        rank = self.options.rank
+        alpha = float(self.options.alpha or self.options.rank)
         ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
         alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
         return AdapterConfig(
@@ -206,14 +207,18 @@ def split_tensor(
     The factors are rounded first and the residual is computed from the rounded factors, so only the single
     rounding of the residual is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
-    slot, info, options = plan.slots[name], plan.infos[name], plan.options
-    rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
+    slot = plan.slots[name]
+    info = plan.infos[name]
+    options = plan.options
+    rank = plan.scalings[name].rank
+    scale = plan.scalings[name].scale
     norm = _finite_norm(name, stored)
     solver = Solver(name, options.svd, options.tol, options.seed, alone)
     assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
     split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI, error = stored, 0.0
+    base_OI = stored
+    error = 0.0
     if plan.method.residual:
         base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
         error = lost / norm if norm > 0 else 0.0

@@ -87,7 +87,8 @@ def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:
 
 
 def _flops(rows: int, columns: int, rank: int, work: Work) -> float:
-    long, short = max(rows, columns), min(rows, columns)
+    long = max(rows, columns)
+    short = min(rows, columns)
     if work == "full":
         return 4.0 * long * short**2 + 22.0 * short**3
     if work == "thin":
@@ -106,7 +107,8 @@ def _speed(plan: DecomposePlan) -> float:
 
 def _flops_per_second() -> float:
     """By the fastest of some thin float32 products, a few milliseconds each."""
-    wide, thin = torch.ones(1024, 1024), torch.ones(1024, 64)
+    wide = torch.ones(1024, 1024)
+    thin = torch.ones(1024, 64)
     seconds = []
     for _ in range(6):
         start = perf_counter()

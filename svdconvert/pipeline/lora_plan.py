@@ -91,7 +91,8 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
     keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta)
     infos = []
     for (module, piece), name in keys.pieces.items():
-        rows, columns = delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1]
+        rows = delta.adapter.shape(module, "lora_B")[0]
+        columns = delta.adapter.shape(module, "lora_A")[1]
         shape = (rank, columns) if piece == "lora_A" else (rows, rank)
         infos.append(TensorInfo(name, shape, dtype_code(dtype)))
     infos += [
