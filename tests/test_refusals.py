@@ -232,7 +232,7 @@ def test_a_full_output_directory_keeps_its_content(extra: list[str], model: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     before = content(tmp_path)
-    words = [tmp_path / "out", "was not written by svdconvert" if extra else "is not empty", "another -o"]
+    words = [tmp_path / "out", "svdconvert did not write" if extra else "is not empty", "another -o"]
     refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, *extra, words=words)
     assert content(tmp_path) == before
 
