@@ -92,7 +92,7 @@ def read_index(path: Path) -> Mapping[str, str]:
             f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
         ) from error
     for name, file in entries.items():
-        fault = "is in another directory" if "/" in file else name_fault(file)
+        fault = "is outside the checkpoint's directory" if "/" in file else name_fault(file)
         if fault is None and not is_weights(file):
             fault = "is no file of tensors"
         if fault:

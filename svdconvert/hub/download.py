@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import Literal
 
-from svdconvert.checkpoint.file_names import name_fault
+from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.safetensors_files import (
     ENDINGS,
     INDEX,
@@ -73,9 +73,10 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
     with hub_errors_as(CheckpointError, reference.repository, reference.revision):
         reference = _with_organisation(reference)
         path = _download(reference, part)
+    location = str(reference.repository)
     if reference.file is None:
-        return Snapshot(path, reference.repository, path.name)
-    return Snapshot(path / reference.file, f"{reference.repository}/{reference.file}", path.name)
+        return Snapshot(path, location, path.name)
+    return Snapshot(path / reference.file, f"{location}/{reference.file}", path.name)
 
 
 def _with_organisation(reference: ModelRef) -> ModelRef:
@@ -124,6 +125,8 @@ def _download_files(
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
     if absent := [name for name in wanted if name not in files]:
         raise ModelNotFoundError(f"{repository} has no {absent[0]}; check the name of the file")
+    if reference.file is None:
+        _refuse_only_folders(repository, files)
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
     # Not by the commit: the cache stores which commit a named revision is, for later use without the Hub.
     patterns = [escape(name) for name in wanted]
@@ -140,6 +143,28 @@ def _download_files(
         if (sha256 := files[name]) and name not in before and _sha256(path / name) != sha256:
             _fetch_again(repository, commit, path / name, name, sha256)
     return path
+
+
+def _refuse_only_folders(repository: str, files: Collection[str]) -> None:
+    """Raise CheckpointError for a repository without a model or adapter in its first folder."""
+    if any(name in files for name in _REQUIRED) or any(_in_root(name) for name in files):
+        return
+    folders = sorted({name.rpartition("/")[0] for name in files if name.endswith(_REQUIRED) and "/" in name})
+    if not folders:
+        raise CheckpointError(
+            f"{repository} holds neither a model nor an adapter ({len(files)} files, none of them weights or "
+            "a configuration); check the name"
+        )
+    one = folders[0]
+    raise CheckpointError(
+        f"{repository} holds no model in its first folder, but in {', '.join(folders[:4])}: download "
+        f'one with `hf download {repository} --include "{one}/*" --local-dir DIR` and give DIR/{one}'
+    )
+
+
+def _in_root(name: str) -> bool:
+    """True for weights in the first folder of a repository."""
+    return "/" not in name and is_weights(name)
 
 
 def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, str | None]] | None:
