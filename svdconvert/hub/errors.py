@@ -153,7 +153,7 @@ def _by_origin(error: BaseException, pushing: bool) -> str | None:
     if isinstance(error, FileMetadataError) or (theirs and isinstance(error, _UNREADABLE)):
         return (
             f"{endpoint()} does not answer as the Hub does ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); check HF_ENDPOINT, the proxy, and "
+            f"{' '.join(scrub(str(error)).split())[:200]}); check HF_ENDPOINT, the proxy, and "
             "whether the network asks for a login"
         )
     return None

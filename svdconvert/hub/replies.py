@@ -8,7 +8,7 @@ import re
 from logging import getLogger
 from typing import Any
 
-from svdconvert.hub.auth import endpoint
+from svdconvert.hub.auth import endpoint, scrub
 
 LONGEST_PAUSE = 60.0
 """Seconds that a busy Hub is waited for at once."""
@@ -92,7 +92,7 @@ def check_range(response: Any, name: str, begin: int, end: int, size: int | None
     if match is None or (int(match[1]), int(match[2])) != (begin, min(end, total) - 1):
         raise WrongReplyError(
             f"{endpoint()} was asked for the bytes {begin} to {end - 1} of {name} and answers with "
-            f"{stated[:80] or 'an unknown range'!r}; leave out --stream, or check the proxy"
+            f"{scrub(stated)[:80] or 'an unknown range'!r}; leave out --stream, or check the proxy"
         )
     if size not in (None, total):
         raise WrongReplyError(
@@ -112,6 +112,6 @@ def check_commit(response: Any, name: str, commit: str) -> None:
         stated = answer.headers.get("X-Repo-Commit", commit)
         if is_commit(commit) and stated != commit:
             raise WrongReplyError(
-                f"{endpoint()} was asked for {name} at {commit} and answers with {stated[:40]!r}; run the "
-                "same command again, or check HF_ENDPOINT"
+                f"{endpoint()} was asked for {name} at {commit} and answers with {scrub(stated)[:40]!r}; run "
+                "the same command again, or check HF_ENDPOINT"
             )
