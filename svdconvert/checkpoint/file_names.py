@@ -11,8 +11,7 @@ from pathlib import Path
 
 from svdconvert.errors import CheckpointError
 
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".st")
-"""Suffixes of files that hold tensors."""
+_TENSORS = (".safetensors", ".bin", ".pth", ".pt", ".st")
 _OTHERS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.vocab")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 _LONGEST = 255  # bytes of a file's name
@@ -39,7 +38,7 @@ def name_fault(name: str) -> str | None:
 
 def is_weights(name: str) -> bool:
     """True for the name of a file of a kind that holds tensors."""
-    return name.endswith(WEIGHT_ENDINGS)
+    return name.endswith(_TENSORS)
 
 
 def is_known_kind(name: str) -> bool:

@@ -17,11 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from svdconvert.checkpoint.file_names import is_known_kind, leads_outside, name_fault
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
-from svdconvert.manifest.fingerprint import Fingerprint
+from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
 from svdconvert.manifest.results import RESULT_OF_KIND, Result
+from svdconvert.output.journal import journals
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import FileRole, PlannedFile
+from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import read_json_object
-from svdconvert.output.staging import MANIFEST_NAME
 
 FORMAT = 2
 Kind = Literal["decomposed", "trained", "finetuned", "merged", "lora", "converted"]
@@ -85,6 +87,8 @@ class Manifest:
     """Checksum of every stored tensor, by file."""
     roles: Mapping[str, FileRole] = field(default_factory=dict)
     """What each file is."""
+    sidecars: Mapping[str, str] = field(default_factory=dict)
+    """Checksum of every other file: configuration, tokenizer, metrics."""
     threads: int = 0
     svdconvert: str = field(default_factory=lambda: version("svdconvert"))
     format: int = FORMAT
@@ -131,6 +135,14 @@ def _inferred_role(kind: Kind, file: str) -> FileRole:
     if "/" in file:
         return "initial_adapter"
     return "adapter" if kind in ("trained", "lora") else "model"
+
+
+def sidecar_checksums(directory: Path, files: Sequence[PlannedFile]) -> dict[str, str]:
+    """Checksum of every file below `directory` that is neither planned nor part of the staging itself."""
+    planned = {file.path for file in files} | {MANIFEST_NAME, UPLOADS}
+    planned |= {path.name for path in journals(directory)}
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: file_checksum(path) for name, path in sorted(found.items()) if name not in planned}
 
 
 def roles_of(files: Sequence[PlannedFile]) -> dict[str, FileRole]:
@@ -201,9 +213,9 @@ def _refuse_names(path: Path, manifest: Manifest) -> None:
         raise ArtifactError(
             f"{path} is damaged at method: {manifest.method!r} is no name of a method; restore the file"
         )
-    for name in (*manifest.files, *manifest.roles):
+    for name in (*manifest.files, *manifest.roles, *manifest.sidecars):
         fault = name_fault(name)
-        if fault is None and not is_known_kind(name):
+        if fault is None and name not in manifest.sidecars and not is_known_kind(name):
             fault = "is neither weights nor a file that belongs to a model"
         file = path.parent / name
         if fault is None and file.exists() and leads_outside(file, path.parent):

@@ -14,7 +14,18 @@ from svdconvert.errors import CheckpointError
 from svdconvert.output.plan import PlannedFile, index_text
 
 CONFIG = "config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".st", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHT_ENDINGS = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".st",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 _OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
 _FOLDERS = ("additional_chat_templates",)
 # Widest first. bfloat16 precedes float16, which cannot hold its range.
@@ -112,7 +123,7 @@ def is_sidecar(path: Path, directory: Path) -> bool:
     parts = path.relative_to(directory).parts
     here = len(parts) == 1 or parts[0] in _FOLDERS
     hidden = any(part.startswith(".") for part in parts)
-    return here and not hidden and not path.name.endswith(_WEIGHTS)
+    return here and not hidden and not path.name.endswith(WEIGHT_ENDINGS)
 
 
 def vocabularies(directory: Path) -> list[Path]:

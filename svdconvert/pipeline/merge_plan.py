@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from svdconvert.checkpoint.renamed import sort_by_rules
+from svdconvert.checkpoint.rename_rules import sort_by_rules
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
@@ -16,6 +16,7 @@ from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_model
+from svdconvert.pipeline.effects import refuse_idle_merge_options
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     name, layout = weights.model.layout(delta.layout_name)
     slots = layout.slots(source.infos)
     # An adapter for another layout of the family speaks of modules as the family's network does.
-    by_module = {layout.path(tensor): tensor for tensor in slots} if layout.family else {}
+    by_module = {layout.network_path(tensor): tensor for tensor in slots} if layout.family else {}
     by_module |= {slot.module: tensor for tensor, slot in slots.items()}
     if lost := [module for module in delta.modules if module not in by_module]:
         raise ArtifactError(
@@ -64,6 +65,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
     outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
+    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
     shards = tuple(_files(outputs, weights.side, layout, options))
     return MergePlan(weights, name, options, modules, extras, added, shards, dtypes)
 
@@ -84,7 +86,7 @@ def _added(delta: AdapterDelta, source: TensorSource, layout: Layout) -> dict[st
     """Tensor -> parameter, for what a head brings that the model does not have."""
     if not (delta.manifest and delta.manifest.head):
         return {}
-    stored = {layout.parameter(name) for name in source.infos}
+    stored = {layout.runtime_name(name) for name in source.infos}
     prefixed = any(name.startswith(layout.prefix) for name in source.infos)
     return {
         parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
@@ -101,7 +103,7 @@ def _replaced(
     delta: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
     """Tensor -> parameter, for what the adapter trained whole of what the model has."""
-    by_parameter = {layout.parameter(name): name for name in source.infos}
+    by_parameter = {layout.runtime_name(name): name for name in source.infos}
     replaced = {parameter: key for parameter, key in delta.adapter.extras.items() if parameter not in added}
     for parameter, key in replaced.items():
         shape = delta.adapter.source.infos[key].shape

@@ -6,14 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import is_sidecar, read_json_object
-from svdconvert.output.staging import MANIFEST_NAME
 
 CARD = "README.md"
 METRICS = "metrics.jsonl"
@@ -84,7 +86,7 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
     Raises ArtifactError if the manifest names a file that is hidden, outside the directory or of an unknown
     kind, CheckpointError for a symbolic link that ends outside the directory.
     """
-    files: dict[str, Path | bytes] = {MANIFEST_NAME: _as_bytes(asdict(manifest))}
+    files: dict[str, Path | bytes] = {MANIFEST_NAME: b""}
     files |= _own_files(directory, manifest)
     weights_of = repository if manifest.kind == "decomposed" else repos.residual_id
     named = weights_of if manifest.base_is_residual else repos.base_id
@@ -102,6 +104,7 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
             left.append(place.as_posix())
     for path in (*journals(directory), directory / UPLOADS):  # of a directory that is still being made
         files.pop(path.name, None)
+    files[MANIFEST_NAME] = _as_bytes(asdict(replace(manifest, sidecars=_sent_sidecars(manifest, files))))
     refuse_links_outside([content for content in files.values() if isinstance(content, Path)], directory)
     return UploadFiles(files, left)
 
@@ -114,6 +117,15 @@ def _own_files(directory: Path, manifest: Manifest) -> dict[str, Path | bytes]:
                 f"{directory} names {name!r} as its own file, which is never published; restore the manifest"
             )
     return {name: directory / name for name in manifest.files if (directory / name).exists()}
+
+
+def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dict[str, str]:
+    """The checksums of the sidecars as they are sent: some stay here, some are changed for others."""
+    return {
+        name: xxhash.xxh3_64_hexdigest(content) if isinstance(content, bytes) else manifest.sidecars[name]
+        for name, content in files.items()
+        if name in manifest.sidecars
+    }
 
 
 def for_others(manifest: Manifest, repos: SourceRepos) -> Manifest:
