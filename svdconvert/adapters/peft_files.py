@@ -13,13 +13,15 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_of
-from svdconvert.checkpoint.safetensors_files import SafetensorsSource
+from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import FACTOR_AXES, Factors
 from svdconvert.manifest.fingerprint import checksum
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+"""The file of older versions of PEFT. Only tensors are unpickled, so no code in it can run."""
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
@@ -76,18 +78,19 @@ def is_adapter(directory: Path) -> bool:
 
 
 def open_adapter(directory: Path) -> Adapter:
-    """Open an adapter in PEFT's format.
+    """Open an adapter in PEFT's format: adapter_model.safetensors, else adapter_model.bin.
 
     Raises ArtifactError if it is missing or incomplete, or if it contains anything that cannot be converted
     (DoRA, tensors that its configuration does not declare): no part of an adapter is ever dropped.
     """
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+    weights = _weights_file(directory)
+    if not (directory / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
         raise ArtifactError(
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
     config = read_adapter_config(directory)
-    source = SafetensorsSource([directory / WEIGHTS])
+    source = open_file(weights)
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     others: list[str] = []
@@ -100,14 +103,20 @@ def open_adapter(directory: Path) -> Adapter:
             others.append(name)
     if others:
         raise ArtifactError(
-            f"{directory / WEIGHTS} holds {others[0]}, which is neither a low-rank factor nor named as "
+            f"{weights} holds {others[0]}, which is neither a low-rank factor nor named as "
             f"trained in full in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
             "or merge with the program that wrote it"
         )
-    check_factors(directory / WEIGHTS, source, modules)
-    _check_ranks(directory / WEIGHTS, config, source, modules)
+    check_factors(weights, source, modules)
+    _check_ranks(weights, config, source, modules)
     config = config if config.targets else replace(config, targets=sorted(modules))
     return Adapter(directory, config, source, modules, extras)
+
+
+def _weights_file(directory: Path) -> Path:
+    """The file with an adapter's tensors, which may be missing."""
+    pickled = directory / PICKLED
+    return pickled if pickled.is_file() and not (directory / WEIGHTS).exists() else directory / WEIGHTS
 
 
 def check_factors(file: Path, source: TensorSource, modules: Mapping[str, Mapping[str, str]]) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.errors import report_errors
-from svdconvert.cli.options import Typed, with_options
+from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.cli.terminal import as_json, notify
@@ -106,7 +106,8 @@ class Listing(str, Enum):
 
 
 @app.command(
-    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
+    cls=SingleOptions,
+    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down",
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(SplitOptions)
@@ -145,7 +146,8 @@ def decompose(
 
 
 @app.command(
-    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
+    cls=SingleOptions,
+    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200",
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(TrainOptions)
@@ -185,7 +187,9 @@ def train(
             summaries.show_trained(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned")
+@app.command(
+    cls=SingleOptions, epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned"
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(MergeOptions)
 def merge(
@@ -228,7 +232,11 @@ def merge(
             summaries.show_merged(output.place, manifest)
 
 
-@app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
+@app.command(
+    cls=SingleOptions,
+    name="to-lora",
+    epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa",
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(LoraOptions)
 def to_lora(
@@ -259,7 +267,9 @@ def to_lora(
             summaries.show_lora(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+@app.command(
+    cls=SingleOptions, epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf"
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ConvertOptions)
 def convert(
@@ -288,7 +298,7 @@ def convert(
             summaries.show_converted(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
 @with_options(PushOptions, panel="Publishing")
 def push(
     typed: Typed,
@@ -313,7 +323,7 @@ def push(
         summaries.show_published(directory, repository, done)
 
 
-@app.command(epilog="Example: svdconvert verify pissa --base org/name")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors in DIR's manifest; the exit status is 1 if one is wrong."""
     with report_errors(debug=debug, out=None):
@@ -326,7 +336,7 @@ def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> 
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: svdconvert inspect trained --json")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert inspect trained --json")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
     json: JsonOpt = False,
@@ -342,7 +352,7 @@ def inspect(
         as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 
-@app.command(name="list", epilog="Example: svdconvert list methods")
+@app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     json: JsonOpt = False,

@@ -18,6 +18,8 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
     """
     path = fetch(str(directory)).path
     manifest = read_manifest(path)
-    model = find_model(manifest.base, base) if manifest.kind == "decomposed" else None
+    model = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
+    if manifest.kind != "decomposed":
+        model = None  # only its identity is checked: other directories have nothing to recompute from it
     report = check_directory(path, manifest, model, run or Run())
     return replace(report, directory=Path(directory))

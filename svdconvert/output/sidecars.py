@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.file_names import refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.checkpoint.tensors import ELEMENTS
 from svdconvert.errors import CheckpointError
@@ -70,25 +71,59 @@ def complete_checkpoint(
 
 
 def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> None:
-    """Copy the files that a loader may need in addition to the weights; links are followed.
+    """Copy the files that a loader may need in addition to the weights.
 
-    If the model is a single file, only an RWKV vocabulary in the same directory is copied.
+    If the model is a single file, only an RWKV vocabulary in the same directory is copied. Raises
+    CheckpointError for a symbolic link that ends outside the model's directory.
     """
-    for path in sorted(source.iterdir() if source.is_dir() else vocabularies(source.parent)):
-        if any(fnmatchcase(path.name, pattern) for pattern in exclude):
-            continue
-        if path.is_file() and path.name not in _OURS:
-            if is_sidecar(path, path.parent):
-                shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+    directory = source if source.is_dir() else source.parent
+    paths = [
+        path
+        for path in _sidecars(source)
+        if not any(fnmatchcase(path.relative_to(directory).parts[0], pattern) for pattern in exclude)
+    ]
+    refuse_links_outside(paths, directory)
+    for path in paths:
+        copy = target / path.relative_to(directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def refuse_foreign_sidecars(source: Path) -> None:
+    """Raise CheckpointError if a file that `copy_sidecars` would copy is a link out of the directory."""
+    refuse_links_outside(_sidecars(source), source if source.is_dir() else source.parent)
+
+
+def _sidecars(source: Path) -> list[Path]:
+    """The sidecars of a model, sorted. Links to files are followed, links to folders are not entered."""
+    if not source.is_dir():
+        return vocabularies(source.parent)
+    found: list[Path] = []
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name in _FOLDERS:
+            found += [file for file in _files_below(path) if is_sidecar(file, source)]
+        elif path.is_file() and path.name not in _OURS and is_sidecar(path, source):
+            found.append(path)
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files below a folder of templates. Raises CheckpointError for a link to a folder."""
+    linked = [path for path in (folder, *sorted(folder.rglob("*"))) if path.is_symlink() and path.is_dir()]
+    if linked:
+        raise CheckpointError(
+            f"{linked[0]} is a symbolic link to a folder, which is not followed; replace it by a copy of the "
+            "folder, or remove it"
+        )
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def is_sidecar(path: Path, directory: Path) -> bool:
     """True for a file of a model's `directory` that is not hidden and holds no weights."""
-    folder = path.relative_to(directory).parent
-    here = folder == Path() or folder.parts[0] in _FOLDERS
-    return here and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS)
+    parts = path.relative_to(directory).parts
+    here = len(parts) == 1 or parts[0] in _FOLDERS
+    hidden = any(part.startswith(".") for part in parts)
+    return here and not hidden and not path.name.endswith(WEIGHT_ENDINGS)
 
 
 def vocabularies(directory: Path) -> list[Path]:
