@@ -160,10 +160,10 @@ def _local_base(adapter: Adapter) -> Path | None:
 
 
 def _on_residual(
-    directory: Path, adapter: Adapter, residual: Snapshot, init: Path | None, own: Manifest | None
+    directory: Path, adapter: Adapter, residual: Snapshot, init: Path | None, known: Manifest | None
 ) -> AdapterDelta:
     """An adapter that was trained on `residual`. Without `init`, its initial adapter is there or lost."""
-    manifest = own
+    manifest = known
     initial = open_adapter(init) if init is not None and is_adapter(init) else None
     if has_manifest(residual.path):
         found = read_manifest(residual.path)
@@ -172,7 +172,7 @@ def _on_residual(
                 f"{residual.path} is a {found.kind} directory; --residual needs what decompose wrote, or a "
                 "plain residual"
             )
-        manifest = own or found
+        manifest = known or found
         folder = init_folder(found.method)
         if initial is None and is_adapter(residual.path / folder):
             initial = open_adapter(residual.path / folder)

@@ -13,7 +13,7 @@ _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight.absmax", "SCB", "qwei
 def refuse_codes(
     model: object, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], names: Iterable[str]
 ) -> None:
-    """Raise TargetError if one of the matrices `names` is stored as codes instead of its own values."""
+    """Raise TargetError if one of the matrices `names` is stored as quantised codes."""
     for name in names:
         info = infos[name]
         if info.dtype not in REAL:

@@ -125,13 +125,13 @@ class Layout:
         slots = self.slots(infos)
         if not slots:
             raise TargetError("no tensor of the checkpoint has a name of this layout; give another --layout")
-        wanted: set[str] = set()
+        selected: set[str] = set()
         for target in targets:
             names = {name for name, slot in slots.items() if _matches(target, slot)}
             if not names:
                 raise TargetError(self._no_match(target, infos))
-            wanted |= names
-        return {name: slot for name, slot in slots.items() if name in wanted}
+            selected |= names
+        return {name: slot for name, slot in slots.items() if name in selected}
 
     def _no_match(self, target: str, infos: Iterable[str]) -> str:
         others = [name for name in infos if fnmatchcase(name, target)]

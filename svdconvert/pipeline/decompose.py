@@ -184,7 +184,7 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
         }
         if name in copies:
             tensors[copies[name], name] = base_OI
-        return TensorResult({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+        return TensorResult({target: tensor.cpu() for target, tensor in tensors.items()}, asdict(matrix))
 
     return TensorJob(
         order=order,
