@@ -168,11 +168,13 @@ def train(
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
+        from svdconvert.training.start import refuse_split_options
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
         source = _needed(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
+        refuse_split_options(source, [f"--{name}" for name in given])
         split = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)

@@ -21,7 +21,7 @@ from svdconvert.training.logs.drift import measure_drift
 from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
-from svdconvert.training.model.compare import require_embedded
+from svdconvert.training.model.compare import embedding_rows, require_embedded
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
@@ -133,6 +133,7 @@ def load_training_job(
             run.notify(warning)
     accelerator = make_accelerator(options)
     output = load_output(start, options, data, accelerator.mixed_precision, run)
+    data = data.padded_below(embedding_rows(output.network))
     examples = (*data.splits.train, *data.splits.held_out)
     require_embedded(start.weights, output.network, data.tokenizer, examples)
     return TrainingJob(

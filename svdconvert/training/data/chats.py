@@ -214,8 +214,8 @@ def render_turns(
     try:
         text = tokenizer.apply_chat_template(
             turns,
-            tools=tools,  # type: ignore[arg-type]
-            chat_template=_with_constant_date(tokenizer.get_chat_template(tools=tools)),  # type: ignore[arg-type]
+            tools=tools,
+            chat_template=_with_constant_date(tokenizer.get_chat_template(tools=tools)),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

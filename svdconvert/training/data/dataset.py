@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,7 @@ from svdconvert.training.data.packing import pack_examples
 from svdconvert.training.data.rows import Row, has_values, read_rows
 from svdconvert.training.model.load import load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
-from svdconvert.training.optim.objective import NextToken, Objective
+from svdconvert.training.optim.objective import NextToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +70,19 @@ class TrainingData:
 
     tokenizer: "PreTrainedTokenizerBase"
     splits: DataSplits
-    objective: Objective
+    objective: NextToken | SequenceLabel
     labels: Sequence[str] | None = None
     """Names of the classes of a new head, empty for regression; None if the model keeps its own head."""
+
+    def padded_below(self, rows: float) -> "TrainingData":
+        """The same with a padding token below `rows`, the number of rows of the embedding.
+
+        Tokenizers often get a padding token that the model does not have. As nothing attends to padding, 0
+        serves as well.
+        """
+        if self.objective.pad_id < rows:
+            return self
+        return replace(self, objective=replace(self.objective, pad_id=0))
 
 
 def open_training_data(

@@ -1,6 +1,7 @@
 """Does the network have all its weights from the checkpoint, and a row of the embedding for every token?"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from svdconvert.training.data.example import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A weight's name, its shape in the checkpoint and its shape in the network."""
 _SHOWN = 3  # names in a sentence
 
 
@@ -63,11 +66,11 @@ def _refuse_missing(directory: Path, model: nn.Module, missing: Iterable[str]) -
     )
 
 
-def _refuse_mismatches(directory: Path, mismatched: Iterable[Sequence[Any]]) -> None:
+def _refuse_mismatches(directory: Path, mismatched: Iterable[Mismatch]) -> None:
     for name, stored, expected in sorted(mismatched):
         raise CheckpointError(
-            f"{directory} has {name} in shape {tuple(stored)}, but its config.json describes {tuple(expected)}; "
-            "correct config.json or give the checkpoint that belongs to it"
+            f"{directory} has {name} in shape {tuple(stored)}, but its config.json describes "
+            f"{tuple(expected)}; correct config.json, or give the checkpoint that belongs to it"
         )
 
 
@@ -81,20 +84,18 @@ def require_embedded(
 ) -> None:
     """Raise DataError, which names the token, if a token of the examples has no row in the embedding."""
     rows = embedding_rows(model)
-    if rows is None:
-        return
     largest = max((int(example.input_ids.max()) for example in examples if len(example.input_ids)), default=0)
     if largest < rows:
         return
     token = tokenizer.convert_ids_to_tokens(largest)
     raise DataError(
-        f"the rows have the token {token!r} with id {largest}, but the embedding of {weights} has {rows} rows; "
-        "give the tokenizer that belongs to the model, or resize the model's embedding"
+        f"the rows have the token {token!r} with id {largest}, but the embedding of {weights} has {rows} "
+        "rows; give the tokenizer that belongs to the model, or resize the model's embedding"
     )
 
 
-def embedding_rows(model: nn.Module) -> int | None:
-    """The number of rows of the input embedding; None if it is not known."""
+def embedding_rows(model: nn.Module) -> float:
+    """The number of rows of the input embedding; infinity if it is not known."""
     get_embedding: Any = getattr(model, "get_input_embeddings", None)
     weight = getattr(get_embedding(), "weight", None) if get_embedding else None
-    return None if weight is None else int(weight.shape[0])
+    return inf if weight is None else int(weight.shape[0])
