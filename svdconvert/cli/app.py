@@ -174,9 +174,9 @@ def train(
         shared = read_recipe(recipe)
         source = _needed(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        refuse_split_options(source, [f"--{name}" for name in given])
         split = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
+        refuse_split_options(source, [f"--{name}" for name in given])
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:

@@ -141,9 +141,11 @@ def _open_decomposed(
 
 
 def refuse_split_options(model: str, names: Collection[str]) -> None:
-    """Raise RecipeError if options called `names`, which split a plain model, are given for another directory."""
+    """Raise RecipeError if `names`, options of plain models, are given and `model` is a decomposed one."""
+    if not names:
+        return
     path = fetch(model, "sidecars").path
-    if names and has_manifest(path) and (manifest := read_manifest(path)).kind not in PLAIN:
+    if has_manifest(path) and (manifest := read_manifest(path)).kind not in PLAIN:
         raise RecipeError(_other_split(path, manifest, ", ".join(names)))
 
 

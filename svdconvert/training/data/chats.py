@@ -214,7 +214,7 @@ def render_turns(
     try:
         text = tokenizer.apply_chat_template(
             turns,
-            tools=tools,
+            tools=tools,  # type: ignore[arg-type]
             chat_template=_with_constant_date(tokenizer.get_chat_template(tools=tools)),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -242,5 +242,5 @@ def _with_constant_date(template: str) -> str:
         value = DATE.strftime(f"%{directive}")
         for spelling, text in ((f"%-{directive}", value.lstrip("0") or "0"), (f"%{directive}", value)):
             formatted += f" | replace({json.dumps(spelling)}, {json.dumps(text)})"
-    # `+%}` keeps a line break at the beginning of the template.
-    return f"{{%- macro strftime_now(format) -%}}{{{{ {formatted} }}}}{{%- endmacro +%}}{template}"
+    # The template must begin at the start of a line, and transformers removes a line break after a block.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {formatted} }}}}{{%- endmacro %}}\n{template}"
