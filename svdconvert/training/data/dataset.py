@@ -1,6 +1,5 @@
 """Everything that a run trains on: read, encoded, split into training and held-out examples, and packed."""
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import Example, padding_id
 from svdconvert.training.data.labelled import LabelledRowEncoder
 from svdconvert.training.data.packing import pack_examples
-from svdconvert.training.data.rows import Row, has_values, read_rows
+from svdconvert.training.data.rows import Row, has_values, read_rows, row_text
 from svdconvert.training.model.load import load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
 from svdconvert.training.optim.objective import NextToken
@@ -147,7 +146,7 @@ class _Reader:
 
         def observed_rows() -> Iterator[Row]:
             for row in rows:
-                checksum.update(json.dumps(row, default=str).encode())
+                checksum.update(row_text(row).encode())
                 fields.update(dict.fromkeys(has_values(row)))
                 yield row
 

@@ -7,6 +7,8 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,22 @@ def read_rows(data: str, split: str = "train") -> Iterable[Row]:
         raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
     if len(rows) == 0:
         raise DataError(f"{data}: it has no rows")
-    return cast(Iterable[Row], rows)
+    return _iterate(data, cast(Iterable[Row], rows))
+
+
+def _iterate(data: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; an error of `datasets`, such as for an image without Pillow, becomes a DataError."""
+    iterator = iter(rows)
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise DataError(f"{data}: row {number} cannot be read: {_reason(error)}") from error
+        yield row
 
 
 def without_nulls(value: Any) -> Any:
@@ -78,6 +95,17 @@ def find_fields(row: Row, named: FieldSet | None, known: Sequence[FieldSet], opt
 def has_values(row: Row) -> list[str]:
     """The fields of a row that hold something."""
     return [name for name, value in row.items() if value not in (None, "", [], {})]
+
+
+def row_text(row: Row) -> str:
+    """A row as text that is the same in every process, for a checksum."""
+    return json.dumps(row, default=_value_text)
+
+
+def _value_text(value: Any) -> str:
+    # The text of other objects, such as images, contains their address in memory.
+    is_plain = isinstance(value, bytes | date | time | timedelta | Decimal)
+    return str(value) if is_plain else type(value).__name__
 
 
 def _read_file(path: Path, split: str) -> Any:
