@@ -13,7 +13,18 @@ from svdconvert.errors import CheckpointError
 from svdconvert.output.plan import PlannedFile, index_text
 
 CONFIG = "config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".st", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHT_ENDINGS = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".st",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 _OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
 _FOLDERS = ("additional_chat_templates",)
 # Widest first. bfloat16 precedes float16, which cannot hold its range.
@@ -77,7 +88,7 @@ def is_sidecar(path: Path, directory: Path) -> bool:
     """True for a file of a model's `directory` that is not hidden and holds no weights."""
     folder = path.relative_to(directory).parent
     here = folder == Path() or folder.parts[0] in _FOLDERS
-    return here and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+    return here and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS)
 
 
 def vocabularies(directory: Path) -> list[Path]:
