@@ -88,9 +88,9 @@ def test_weights_that_do_not_belong_together_are_refused(
     trained = trained_from(out, tmp_path / "trained")
     residual = plain_residual(out, tmp_path / "residual")
     typed = ("to-lora", trained, "-o", tmp_path / "lora", "--base", other, "--residual", residual)
-    refused(*typed, words=["differ by no matrix of rank 4", "do not belong together"])
+    refused(*typed, words=["do not differ by a matrix of rank 4", "do not belong together"])
     refused(
-        *typed[:4], "--residual", residual, words=["is not known", "--init", "both --base and --residual"]
+        *typed[:4], "--residual", residual, words=["is unknown", "--init", "both --base and --residual"]
     )
     far = checkpoint("gemma3", dtype=torch.float32)
     refused(
@@ -227,6 +227,6 @@ def test_a_random_initialisation_is_not_repeated_but_asked_for(checkpoint: Build
     base = checkpoint("llama", dtype=torch.float32)
     made_by_peft("pissa_niter_4", "plain", base, tmp_path)
     for command in ("merge", "to-lora"):
-        words = ["started as pissa_niter_4", "is not known", "--init", "both --base and --residual"]
+        words = ["initialised as pissa_niter_4", "is unknown", "--init", "both --base and --residual"]
         refused(command, tmp_path / "adapter", "-o", tmp_path / "out", "--base", base, words=words)
     assert not (tmp_path / "out").exists()
