@@ -8,6 +8,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch import Tensor
 
+from svdconvert.checkpoint.safetensors_files import PICKLED_INDEX, refuse_misplaced
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, in_chunks, tensor_bytes, versions_of_files
 from svdconvert.errors import CheckpointError
 
@@ -27,11 +28,8 @@ class PickledSource:
         self._files = files
         for file in files:
             self._tensors.update(_load(file))
-        for name, file_name in (weight_map or {}).items():
-            if name not in self._tensors:
-                raise CheckpointError(
-                    f"the index places {name} in {file_name}, which does not hold it; fetch both again"
-                )
+        if weight_map is not None:
+            refuse_misplaced(weight_map, self._tensors, files[0].parent / PICKLED_INDEX)
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
             for name, tensor in self._tensors.items()

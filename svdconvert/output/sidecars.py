@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.checkpoint.tensors import ELEMENTS
 from svdconvert.errors import CheckpointError
+from svdconvert.output.file_kinds import file_kind, sidecar_folders
 from svdconvert.output.plan import PlannedFile, index_text
 
 CONFIG = "config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".st", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
-_FOLDERS = ("additional_chat_templates",)
-# Widest first. bfloat16 precedes float16, which cannot hold its range.
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_TIED = "tie_word_embeddings"
+# What transformers ties: the matrix that ends in a row for each word, and the one that begins with them.
+_HEADS = ("lm_head.weight", "lm_head.decoder.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight", "shared.weight",
+)  # fmt: skip
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -63,21 +65,30 @@ def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) ->
 
     If the model is a single file, only an RWKV vocabulary in the same directory is copied.
     """
-    for path in sorted(source.iterdir() if source.is_dir() else vocabularies(source.parent)):
-        if any(fnmatchcase(path.name, pattern) for pattern in exclude):
+    for name, path in sidecars(source):
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
             continue
-        if path.is_file() and path.name not in _OURS:
-            if is_sidecar(path, path.parent):
-                shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def sidecars(source: Path) -> Iterator[tuple[str, Path]]:
+    """(path relative to the model's directory, path) of each of its sidecars, sorted."""
+    if not source.is_dir():
+        yield from ((path.name, path) for path in vocabularies(source.parent))
+        return
+    folders = sidecar_folders(source)
+    inside = [path for folder in folders for path in (source / folder).rglob("*")]
+    for path in sorted({*source.iterdir(), *inside}):
+        name = path.relative_to(source).as_posix()
+        if path.is_file() and file_kind(name, folders) == "sidecar":
+            yield name, path
 
 
 def is_sidecar(path: Path, directory: Path) -> bool:
-    """True for a file of a model's `directory` that is not hidden and holds no weights."""
-    folder = path.relative_to(directory).parent
-    here = folder == Path() or folder.parts[0] in _FOLDERS
-    return here and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+    """True for a file of a model's `directory` that a loader may need in addition to the weights."""
+    return file_kind(path.relative_to(directory).as_posix(), sidecar_folders(directory)) == "sidecar"
 
 
 def vocabularies(directory: Path) -> list[Path]:
@@ -86,31 +97,74 @@ def vocabularies(directory: Path) -> list[Path]:
 
 
 def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
-    """Make config.json name the widest float element type of `dtypes` (safetensors codes).
+    """Make config.json name a float type that holds every value of `dtypes` (safetensors codes).
 
     transformers loads in that dtype, so float32 residuals would be rounded if it said "bfloat16". The file is
     not rewritten if it names that type already, or if no tensor is of a float type. A model that is a single
     file has no config.json.
     """
-    stored = set(dtypes)
-    widest = next((code for code in _FLOATS if code in stored), None)
+    name = _common_float(set(dtypes))
     path = directory / CONFIG
-    if not path.exists():
+    if name is None or not path.exists():
         return
     config = read_json_object(path)
-    if widest is None or not _rename_dtype(config, ELEMENTS[widest][1]):
-        return
-    write_config(directory, config)
+    if _rename_dtype(config, name):
+        write_config(directory, config)
+
+
+def _common_float(stored: set[str]) -> str | None:
+    """The narrowest float type that holds all values of the `stored` types; None if none is a float."""
+    if {"BF16", "F16"} <= stored:
+        stored = stored | {"F32"}
+    return next((ELEMENTS[code][1] for code in ("F64", "F32", "BF16", "F16") if code in stored), None)
 
 
 def _rename_dtype(config: dict[str, Any], name: str) -> bool:
-    """Set the dtype in `config` and in nested model configurations; True if that changed anything."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config]
-    changed = [key for key in keys if config[key] != name]
+    """Set the dtype in `config` and in the configurations inside it; True if that changed anything."""
+    keys = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    if not keys and "model_type" in config:
+        keys = ["dtype"]
+    changed = _set_named(config, keys, name)
+    return any([changed, *(_rename_inner(inner, name) for inner in _inner_configs(config))])
+
+
+def _rename_inner(config: dict[str, Any], name: str) -> bool:
+    changed = _set_named(config, [key for key in ("dtype", "torch_dtype") if config.get(key)], name)
+    return any([changed, *(_rename_inner(inner, name) for inner in _inner_configs(config))])
+
+
+def _set_named(config: dict[str, Any], keys: Sequence[str], name: str) -> bool:
+    changed = [key for key in keys if config.get(key) != name]
     config.update(dict.fromkeys(changed, name))
-    nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
-    inner = [_rename_dtype(value, name) for value in nested if "dtype" in value or "torch_dtype" in value]
-    if not keys and "model_type" in config and not any(inner):
-        config["dtype"] = name
-        return True
-    return bool(changed) or any(inner)
+    return bool(changed)
+
+
+def _inner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configurations of a model's parts; a quantisation's own types are no such part."""
+    return [
+        value
+        for key, value in config.items()
+        if isinstance(value, dict)
+        and (key.endswith("_config") or "model_type" in value)
+        and key not in ("quantization_config", "compression_config")
+    ]
+
+
+def untie_different(directory: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Say in config.json that the head has its own matrix, if one that differs from the embeddings is stored.
+
+    `files` has the checksum of every tensor, by file and name. If only one of the two matrices is stored, or
+    both are equal, config.json stays as it is.
+    """
+    path = directory / CONFIG
+    stored = {name: value for tensors in files.values() for name, value in tensors.items()}
+    heads = [value for name, value in stored.items() if name.endswith(_HEADS)]
+    embeddings = [value for name, value in stored.items() if name.endswith(_EMBEDDINGS)]
+    if not heads or not embeddings or set(heads) & set(embeddings) or not path.exists():
+        return
+    config = read_json_object(path)
+    parts = [part for part in _inner_configs(config) if part.get(_TIED) is True]
+    if config.get(_TIED) is not False or parts:
+        for part in (config, *parts):
+            part[_TIED] = False
+        write_config(directory, config)

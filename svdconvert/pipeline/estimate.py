@@ -39,6 +39,8 @@ class Estimate:
     files: list[str]
     memory: int
     seconds: float
+    remarks: tuple[str, ...] = ()
+    """What the user should know of the plan."""
 
 
 def estimate_decompose(plan: DecomposePlan) -> Estimate:
@@ -62,6 +64,7 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
         files=[file.path for file in plan.files],
         memory=_BARE + _matrices_in_memory(plan, exact=exact),
         seconds=_START + work / _speed(plan) + (read + written) / _DISK,
+        remarks=plan.remarks,
     )
 
 

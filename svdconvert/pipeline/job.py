@@ -14,6 +14,7 @@ from svdconvert.config.execution import Run
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest, run_identity
 from svdconvert.output.plan import PlannedFile
+from svdconvert.output.sidecars import untie_different
 from svdconvert.output.staging import StagedOutput, check_apart, recorded
 
 
@@ -74,6 +75,7 @@ def run_job(job: Job, out: Path, run: Run) -> Manifest:
         manifest = job.manifest(staged, threads)
         if run.ranks.leads:
             job.write_sidecars(staged.path)
+            untie_different(staged.path, manifest.files)
             manifest.write(staged.path)
     if run.ranks.leads:
         for remark in job.remarks(manifest):
