@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs install quick test soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo docs install quick test test-processors soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -41,6 +41,10 @@ quick: install
 # test: run all tests, two at a time; each worker gets one thread of torch's
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# test-processors: run the tests of the linear algebra with other processors' instructions
+test-processors: install
+	PYTHON=$(BIN)/python .ci/test-processors
 
 # soak: kill every command twenty times, at random moments, and compare the bytes
 soak: install

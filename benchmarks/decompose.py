@@ -1,6 +1,6 @@
 """Decomposition against PEFT's documented recipe and against LAPACK: seconds, memory, residual.
 
-    python benchmarks/decompose.py [--model DIR] [--rank 128] [--repeat 3] [--only niter_4 minor]
+    python benchmarks/decompose.py [--model DIR] [--rank 128] [--repeat 3] [--only niter_4 bottom]
 
 Without --model a Llama with hidden size 2048 and four layers is made in --dir, which is kept. Every run is a
 separate process, timed from start to exit; the programs that are compared run in turn.
@@ -53,21 +53,21 @@ def main() -> None:
     """Run every part, or the ones named."""
     arguments = _arguments()
     if arguments.slice:
-        print(json.dumps(minor_slice(*arguments.slice)))
+        print(json.dumps(bottom_slice(*arguments.slice)))
         return
-    parts = [part for part in (*AGAINST, "minor") if part in arguments.only]
+    parts = [part for part in (*AGAINST, "bottom") if part in arguments.only]
     model = arguments.model
-    if model is None and parts != ["minor"]:
+    if model is None and parts != ["bottom"]:
         model = ensure_model(arguments.dir / "300m", "300m")
-    best = optimum(model, arguments.rank, arguments.dir) if parts != ["minor"] else 0.0
+    best = optimum(model, arguments.rank, arguments.dir) if parts != ["bottom"] else 0.0
     rows: list[dict[str, Any]] = []
     for part in parts:
-        if part == "minor":
+        if part == "bottom":
             rows += [against_lapack(shape, arguments.repeat) for shape in SHAPES]
         else:
             rows.append(against_peft(part, model, arguments, best))
         if not arguments.json:
-            show(rows[-2:] if part == "minor" else rows[-1:])
+            show(rows[-2:] if part == "bottom" else rows[-1:])
     if arguments.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     else:
@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=Path(".cache/benchmark"), help="for models and outputs")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", choices=[*AGAINST, "minor"], nargs="*", default=[*AGAINST, "minor"])
+    parser.add_argument("--only", choices=[*AGAINST, "bottom"], nargs="*", default=[*AGAINST, "bottom"])
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--slice", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -118,7 +118,7 @@ def against_peft(part: str, model: Path, arguments: argparse.Namespace, best: fl
 
 
 def against_lapack(shape: tuple[int, int], repeat: int) -> dict[str, Any]:
-    """The minor slice of one matrix by a full SVD and by svdconvert; the processes time themselves."""
+    """The bottom slice of one matrix by a full SVD and by svdconvert; the processes time themselves."""
     size = [str(side) for side in shape]
     command = [sys.executable, __file__, "--slice", *size]
     runs: dict[str, Callable[[], Measured]] = {
@@ -126,12 +126,12 @@ def against_lapack(shape: tuple[int, int], repeat: int) -> dict[str, Any]:
     }
     found = in_turn(runs, repeat)
     energy = {name: json.loads(each[-1].output)["energy"] for name, each in found.items()}
-    row = _row(f"minor slice {shape[0]} x {shape[1]}", found, GOAL)
+    row = _row(f"bottom slice {shape[0]} x {shape[1]}", found, GOAL)
     return row | {"excess": {"svdconvert": energy["svdconvert"] / energy["full SVD"] - 1}}
 
 
-def minor_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
-    """Compute one minor slice in this process: seconds, and the energy of the slice.
+def bottom_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
+    """Compute one bottom slice in this process: seconds, and the energy of the slice.
 
     A corner of the matrix is computed before, without being timed, because the first call of a process
     creates threads and loads kernels.
@@ -140,7 +140,7 @@ def minor_slice(rows: str, columns: str, engine: str) -> dict[str, float]:
 
     def smallest(matrix: Tensor) -> Tensor:
         if engine == "svdconvert":
-            return Solver("weight", tol=ENERGY).minor(matrix, SLICE).right_RI
+            return Solver("weight", tol=ENERGY).bottom(matrix, SLICE).right_RI
         return torch.linalg.svd(matrix, full_matrices=False).Vh[-SLICE:]
 
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """The estimated excess of truncations, compared with the true one by LAPACK in float64.
 
-    python benchmarks/estimates.py [--model DIR] [--slice top minor] [--seeds 3]
+    python benchmarks/estimates.py [--model DIR] [--slice top bottom] [--seeds 3]
 
 Every matrix is truncated at several ranks and tolerances, with several seeds, as it is stored (in bfloat16
 numbers) and as float32 numbers that bfloat16 cannot represent. Without --model the matrices are random; of a
@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--layers", type=int, default=2, help="of the model, evenly spread")
-    parser.add_argument("--slice", nargs="*", choices=["top", "minor"], default=["top", "minor"])
+    parser.add_argument("--slice", nargs="*", choices=["top", "bottom"], default=["top", "bottom"])
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def _trials(name: str, stored: Tensor, slices: list[str], seeds: range) -> Itera
             if min(matrix.shape) <= space_needed(rank):
                 continue
             solver = Solver(name, tol=tol, seed=seed)
-            truncation = solver.top(matrix, rank) if slice_ == "top" else solver.minor(matrix, rank)
+            truncation = solver.top(matrix, rank) if slice_ == "top" else solver.bottom(matrix, rank)
             right = truncation.right_RI.double()
             kept = truncation.left_OR.double() * truncation.sigma_R.double() @ right
             if slice_ == "top":

@@ -24,7 +24,8 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.inputs.model import open_model
-from svdconvert.layouts.base import LAYOUTS, find_layout
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.layouts.detect import find_layout
 from svdconvert.methods.base import METHODS
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.model.inject import inject_adapters, trainable_count
@@ -151,7 +152,7 @@ def _train(arguments: argparse.Namespace, seed: int, name: str, rate: float) -> 
         network = _full(arguments, layout)
     else:
         network = _adapted(arguments, seed, method, init)
-        options = resolve_defaults(options, METHODS.get(method).started(init), 0.0, print)
+        options = resolve_defaults(options, METHODS.get(method).variant(init), 0.0, print)
     curve = _curve(network, data, options)
     return Case(name, rate, rate != _own_rate(name), seed, trainable_count(network), *curve)
 
@@ -176,7 +177,7 @@ def _adapted(arguments: argparse.Namespace, seed: int, method: str, init: str | 
     start = open_training_start(arguments.model, split, None, Run())
     network = load_network(start.weights, LAYOUTS.get(start.layout), None)
     replace_weights(network, start.residuals)
-    inject_adapters(network, start.scaled_factors(), METHODS.get(method).started(init).trains)
+    inject_adapters(network, start.scaled_factors(), METHODS.get(method).variant(init).trains)
     return network
 
 

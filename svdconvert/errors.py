@@ -6,6 +6,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── TargetError            a target matches nothing, or a matrix cannot be decomposed
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
 ├── UnknownNameError       no method or layout of that name
+├── PluginError            a method or layout of another package cannot be loaded
 ├── OutputError            the output directory exists already, or cannot be written
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
 ├── HubError               the Hub refuses an upload, or is out of reach during one
@@ -45,6 +46,10 @@ class RecipeError(SvdConvertError):
 
 class UnknownNameError(SvdConvertError):
     """No method or layout has that name."""
+
+
+class PluginError(SvdConvertError):
+    """A method or layout of another package cannot be loaded."""
 
 
 class OutputError(SvdConvertError):

@@ -39,12 +39,12 @@ def finish(process: "subprocess.Popen[str]") -> str:
 def finished_items(out: Path) -> int:
     """How many items (tensors or modules) the run for `out` has finished so far, by its journals."""
     journals = out.with_name(out.name + ".partial").glob("journal*.jsonl")
-    return sum(max(0, _lines(path) - 1) for path in journals)
+    return sum(_records(path) for path in journals)
 
 
-def _lines(path: Path) -> int:
+def _records(path: Path) -> int:
     try:
-        return path.read_bytes().count(b"\n")
+        return path.read_bytes().count(b'"record"')
     except FileNotFoundError:
         return 0
 

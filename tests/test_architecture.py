@@ -36,7 +36,7 @@ LEVELS = (
 )
 LEVEL = {package: number for number, package in enumerate(LEVELS)}
 # A module of these packages imports no other one of its package, except those that they share.
-PLUG_INS = {"layouts": {"base"}, "methods": {"base"}, "commands": set()}
+PLUG_INS = {"layouts": {"base", "blocks"}, "methods": {"base"}, "commands": set()}
 # Heavy or remote: library -> the only packages that may import it.
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},

@@ -127,7 +127,10 @@ def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:
 def test_a_table_matches_the_registry(document: str, name: str) -> None:
     shown = (ROOT / document).read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
     heads = [head.strip() for head in shown.splitlines()[0].strip("|").split("|")]
-    assert shown == table(TABLES[name], heads)
+    wanted = table(TABLES[name], heads)
+    missing = [line for line in wanted.splitlines() if line not in shown]
+    assert not missing, f"the table of {name} in {document} needs these lines:\n" + "\n".join(missing)
+    assert shown == wanted
     if document != "README.md":
         assert heads == list(TABLES[name][0])
 
@@ -278,7 +281,7 @@ def test_a_plug_in_package_registers_as_documented(tmp_path: Path, monkeypatch: 
     (tmp_path / "my_package-1.dist-info" / "METADATA").write_text("Name: my-package\nVersion: 1\n")
     (tmp_path / "my_package-1.dist-info" / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
-    found_layouts: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", "layout")
-    found_methods: Registry[Method] = Registry("svdconvert.methods", "METHOD", "method")
+    found_layouts: Registry[Layout] = Registry("svdconvert.layouts", "LAYOUT", Layout)
+    found_methods: Registry[Method] = Registry("svdconvert.methods", "METHOD", Method)
     assert "attn.qkv" in found_layouts.get("phi3").roles
     assert found_methods.get("my-method").paper == "arXiv:2404.02948"

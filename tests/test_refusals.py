@@ -144,7 +144,7 @@ def test_a_damaged_model_is_refused_and_nothing_is_left(damage: str, model: Path
 OPTIONS: dict[str, tuple[list[object], list[str]]] = {
     "unknown method": (
         ["--method", "pizza"],
-        ["no method 'pizza'", "full, lora, ", "did you mean pissa?"],
+        ["no method 'pizza'", "known: ", "lora, ", "did you mean pissa?"],
     ),
     "unknown layout": (["--layout", "lama"], ["no layout 'lama'", "qwen", "did you mean llama?"]),
     "rank above the matrix's own": (

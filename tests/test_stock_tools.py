@@ -17,7 +17,7 @@ from svdconvert.commands.decompose import decompose
 from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.errors import ArtifactError
-from svdconvert.layouts.base import find_layout
+from svdconvert.layouts.detect import find_layout
 from svdconvert.pipeline.decompose import SplitOptions
 from svdconvert.pipeline.merge import MergeOptions
 from svdconvert.pipeline.to_lora import LoraOptions

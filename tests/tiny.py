@@ -107,9 +107,9 @@ PEFT_MODEL_TYPES = sorted(
     kind
     for layout in map(LAYOUTS.get, LAYOUTS.names())
     for kind in layout.model_types
-    if not any(role.startswith("experts.") for role in layout.roles)
+    if not any("{expert}" in pattern for pattern in layout.roles.values())
 )
-"""Without mixtures of experts, whose single experts stock PEFT cannot adapt."""
+"""Those without mixtures of experts, whose single experts stock PEFT cannot adapt."""
 
 
 def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint may differ)

@@ -14,7 +14,7 @@ def _ways() -> dict[str, Method]:
         method = METHODS.get(name)
         if method.split is not None:
             found[name] = method
-            found |= {f"{name} {other.init}": other for other in method.others}
+            found |= {f"{name} {variant.init}": variant for variant in method.variants}
     return found
 
 

@@ -151,7 +151,7 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
     if values.get("fan_in_fan_out"):
         raise ArtifactError(f"{path} is for transposed layers (fan_in_fan_out), which no layout here has")
-    known = {PER_EXPERT, WITH_PARAMETERS, *(METHODS.get(name).peft_type for name in METHODS.names())}
+    known = {PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())}
     if values.get("peft_type") not in known:
         raise ArtifactError(
             f"{path} is of the peft_type {_short(values.get('peft_type'))}, and svdconvert reads LORA; merge "

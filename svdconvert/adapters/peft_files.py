@@ -14,13 +14,13 @@ from torch import Tensor
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_of
 from svdconvert.checkpoint.safetensors_files import SafetensorsSource, holds_model
-from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource
+from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.factors import FACTOR_AXES, Factors
+from svdconvert.manifest.fingerprint import checksum
 
 WEIGHTS = "adapter_model.safetensors"
-PIECES = ("lora_A", "lora_B", "lora_S", "lora_R")
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(PIECES)})\.weight")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,26 @@ class Adapter:
     modules: Mapping[str, Mapping[str, str]]
     """Module -> piece -> name in the file."""
     extras: Mapping[str, str] = field(default_factory=dict)
-    """Parameter that is trained whole -> name in the file."""
+    """Parameter that is trained in full -> name in the file."""
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """Checksum that each tensor of the file must have, if a manifest knows them."""
 
     def factors(self, module: str) -> Factors:
-        """The factors of a module as stored. Raises ArtifactError if one holds NaN or Inf."""
+        """The factors of a module as stored. Raises ArtifactError if one changed, or holds NaN or Inf."""
         names = self.modules[module]
-        return Factors.of({factor: self._finite(name) for factor, name in names.items()})
+        return Factors.of({factor: self._checked(name) for factor, name in names.items()})
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter that was trained in full. Raises ArtifactError if it holds NaN or Inf."""
-        return self._finite(self.extras[name])
+        """A parameter that was trained in full. Raises ArtifactError if it changed, or holds NaN or Inf."""
+        return self._checked(self.extras[name])
 
-    def _finite(self, name: str) -> Tensor:
+    def _checked(self, name: str) -> Tensor:
         tensor = self.source.read(name)
+        if self.expected and self.expected.get(name) != checksum(tensor_bytes(tensor)):
+            raise ArtifactError(
+                f"{self.directory}: {name} is not the tensor that the manifest lists; restore the file that "
+                "belongs to the directory"
+            )
         if not tensor.isfinite().all():
             raise ArtifactError(
                 f"{self.directory}: {name} holds NaN or Inf; the training diverged or the file is damaged: "

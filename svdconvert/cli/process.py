@@ -6,8 +6,12 @@ import sys
 from io import TextIOWrapper
 
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
-_LARGE, _KEPT = 8 << 20, 64 << 20
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
+_MMAP_MAX = -4
+_ARENA_MAX = -8
+_LARGE = 8 << 20
+_KEPT = 64 << 20
 _LARGEST_INT = 2**31 - 1
 
 

@@ -63,7 +63,8 @@ def steps() -> Iterator[Callable[["Log", int], None]]:
 
     with _bar(MofNCompleteColumn()) as bar:
         task = bar.add_task("train", total=None, at="")
-        started, held_out = monotonic(), ""
+        started = monotonic()
+        held_out = ""
 
         def watch(log: "Log", steps: int) -> None:
             nonlocal held_out

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.base import is_transformers, loading
+from svdconvert.layouts.base import LAYOUTS
+from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
     from svdconvert.commands.inspect import Inspection
@@ -105,7 +106,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
     """What decompose did."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
-    loads = not any(matrix.role.startswith("experts.") for matrix in matrices)
+    experts = LAYOUTS.get(manifest.layout).has_experts(manifest.matrices)
     exact = sum(matrix.engine == "exact" for matrix in matrices)
     summary(
         f"decomposed into {out_dir}",
@@ -113,7 +114,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "method": f"{manifest.method}, rank {_ranks(matrices)}, {len(matrices)} matrices",
             "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
             "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
-            "stock PEFT": None if loads else "cannot load the factors of single experts; merge can",
+            "stock PEFT": "cannot load the factors of single experts; merge can" if experts else None,
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
@@ -122,7 +123,8 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
 
 def _ranks(matrices: Sequence["Matrix"]) -> str:
     """4, or 4 to 16 where patterns give several."""
-    least, most = min(matrix.rank for matrix in matrices), max(matrix.rank for matrix in matrices)
+    least = min(matrix.rank for matrix in matrices)
+    most = max(matrix.rank for matrix in matrices)
     return str(most) if least == most else f"{least} to {most}"
 
 

@@ -6,7 +6,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
 from svdconvert.inputs.model import open_plain_model
 from svdconvert.manifest.schema import Manifest
-from svdconvert.output.staging import check_free
+from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.convert import ConvertJob, plan_conversion
 from svdconvert.pipeline.job import run_job
 

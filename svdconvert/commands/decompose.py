@@ -6,7 +6,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.inputs.model import open_headers, open_plain_model
 from svdconvert.manifest.schema import Manifest
-from svdconvert.output.staging import check_free
+from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.decompose import DecomposeJob, plan_decomposition
 from svdconvert.pipeline.estimate import Estimate, estimate_decompose
 from svdconvert.pipeline.job import run_job

@@ -14,7 +14,7 @@ from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.model import open_headers
-from svdconvert.layouts.base import is_transformers, loading
+from svdconvert.layouts.loading import is_transformers, loading
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
 

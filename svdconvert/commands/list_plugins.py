@@ -1,39 +1,44 @@
-"""svdconvert list: what methods and layouts there are."""
+"""svdconvert list: which methods and layouts there are."""
 
 from collections.abc import Callable
 from typing import Any
 
+from svdconvert.errors import PluginError
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.methods.base import METHODS, Method
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row for each method, in the order of their names."""
-    rows = []
-    for name in METHODS.names():
+    """One row for each method, in the order of their names; one that cannot be loaded says why."""
+    return [_method_row(name) for name in METHODS.names()]
+
+
+def _method_row(name: str) -> dict[str, Any]:
+    try:
         method = METHODS.get(name)
-        loads = "no adapter" if method.split is None else "yes" if method.peft_type == "LORA" else "no"
-        rows.append(
-            {
-                "method": name,
-                "what it does": method.summary,
-                "slice": _by_start(method, lambda way: way.slice),
-                "trains": ", ".join(sorted(method.trains)),
-                "values of an O x I matrix": method.trained_formula,
-                "base": _by_start(method, _base),
-                "stock PEFT loads it": loads,
-                "rate": method.learning_rate,
-                "paper": method.paper,
-            }
-        )
-    return rows
+    except PluginError as error:
+        columns = ("slice", "trains", "values of an O x I matrix", "base", "stock PEFT loads it")
+        unknown = dict.fromkeys((*columns, "rate", "paper"), "")
+        return {"method": name, "what it does": str(error), **unknown}
+    loads = "no adapter" if method.split is None else "yes" if method.peft_type == "LORA" else "no"
+    return {
+        "method": name,
+        "what it does": method.summary,
+        "slice": _by_variant(method, lambda variant: variant.spectrum_part or "none"),
+        "trains": ", ".join(sorted(method.trains)),
+        "values of an O x I matrix": method.trained_formula,
+        "base": _by_variant(method, _base),
+        "stock PEFT loads it": loads,
+        "rate": method.learning_rate,
+        "paper": method.paper,
+    }
 
 
-def _by_start(method: Method, told: Callable[[Method], str]) -> str:
-    """What is told of a method, or of each way to start it where it knows several."""
-    if not method.others:
-        return told(method)
-    return ", ".join(f"{told(way)} (init {way.init})" for way in (method, *method.others))
+def _by_variant(method: Method, text: Callable[[Method], str]) -> str:
+    """The text of a method, or those of each of its initialisations if it has several."""
+    if not method.variants:
+        return text(method)
+    return ", ".join(f"{text(variant)} (init {variant.init})" for variant in (method, *method.variants))
 
 
 def _base(method: Method) -> str:
@@ -43,16 +48,18 @@ def _base(method: Method) -> str:
 
 
 def layouts() -> list[dict[str, Any]]:
-    """One row for each layout, in the order of their names."""
-    rows = []
-    for name in LAYOUTS.names():
+    """One row for each layout, in the order of their names; one that cannot be loaded says why."""
+    return [_layout_row(name) for name in LAYOUTS.names()]
+
+
+def _layout_row(name: str) -> dict[str, Any]:
+    try:
         layout = LAYOUTS.get(name)
-        rows.append(
-            {
-                "layout": name,
-                "models": layout.summary,
-                "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
-                "roles": ", ".join(layout.roles),
-            }
-        )
-    return rows
+    except PluginError as error:
+        return {"layout": name, "models": str(error), "model_type": "", "roles": ""}
+    return {
+        "layout": name,
+        "models": layout.summary,
+        "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
+        "roles": ", ".join(layout.roles),
+    }

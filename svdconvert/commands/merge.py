@@ -8,7 +8,7 @@ from svdconvert.inputs.merge_weights import choose_weights
 from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
-from svdconvert.output.staging import check_free
+from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.job import run_job
 from svdconvert.pipeline.merge import MergeJob
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge

@@ -8,7 +8,7 @@ from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.recover_init import settle_init
 from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
-from svdconvert.output.staging import check_free
+from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.job import run_job
 from svdconvert.pipeline.lora_plan import plan_lora
 from svdconvert.pipeline.to_lora import LoraJob

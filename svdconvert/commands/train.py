@@ -7,7 +7,8 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest
-from svdconvert.output.staging import check_free, recorded
+from svdconvert.output.ownership import check_free
+from svdconvert.output.staging import recorded
 from svdconvert.pipeline.job import run_job
 from svdconvert.training.logs.trackers import require_trackers
 from svdconvert.training.run import Watch, ignore_log, load_training_job

@@ -12,10 +12,10 @@ from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.model import find_model
-from svdconvert.inputs.open_adapter import open_adapter_delta
+from svdconvert.inputs.open_adapter import open_initial_adapter
 from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.schema import Manifest, read_manifest
-from svdconvert.pipeline.verify import MatrixCheck, check_files, check_matrix
+from svdconvert.pipeline.verify import MatrixCheck, check_files, check_matrix, check_sidecars
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,18 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
     Raises SvdConvertError where the directory cannot be read at all; what is read and wrong is in the
     report.
     """
-    run, path = run or Run(), fetch(str(directory)).path
+    run = run or Run()
+    path = fetch(str(directory)).path
     manifest = read_manifest(path)
-    faults, tensors = [], 0
+    faults = []
+    tensors = 0
     total = sum(len(marks) for marks in manifest.files.values())
     for file, name, fault in check_files(path, manifest):
         tensors += 1
         run.track(Progress(name, file, tensors, total))
         if fault:
             faults.append(f"{path / file}: {name} {fault}")
+    faults += [f"{path / name} {fault}" for name, fault in check_sidecars(path, manifest)]
     home = find_model(manifest.base, base) if manifest.kind == "decomposed" else None
     checks = list(_matrices(path, manifest, home.source, run)) if home else []
     faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
@@ -74,14 +77,16 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
 
 
 def _matrices(path: Path, manifest: Manifest, base: TensorSource, run: Run) -> Iterator[MatrixCheck]:
-    delta = open_adapter_delta(path)
+    initial = open_initial_adapter(path, manifest)
     residual = open_checkpoint(path) if manifest.base_is_residual else None
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
     # A residual that is missing is a fault of its file already.
     names = [name for name in manifest.matrices if residual is None or name in residual.infos]
     with worker_pool(parallel_matrices(torch.device("cpu"))) as pool:
-        for check in pool.map(lambda name: check_matrix(delta, name, base, residual), names):
+        for check in pool.map(
+            lambda name: check_matrix(initial, manifest.matrices[name], name, base, residual), names
+        ):
             yield check
             done += base.infos[check.name].nbytes
             run.track(Progress(check.name, "base", done, total))

@@ -10,7 +10,8 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
-from svdconvert.layouts.base import Layout, find_layout, has_signature_tensor
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.detect import find_layout, has_signature_tensor
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_config

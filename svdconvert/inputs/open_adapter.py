@@ -3,17 +3,24 @@
 from dataclasses import replace
 from pathlib import Path
 
-from svdconvert.adapters.peft_files import Adapter, is_adapter, open_adapter
+from svdconvert.adapters.adapter_config import CONFIG
+from svdconvert.adapters.peft_files import WEIGHTS, Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.sources import NO_INIT, Sources
+from svdconvert.manifest.fingerprint import file_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
 from svdconvert.methods.base import init_folder
 
 # PEFT's names of initial states that are subtracted from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def open_initial_adapter(directory: Path, manifest: Manifest) -> Adapter:
+    """The initial adapter of a directory as it is, whatever checksums the manifest has."""
+    return open_adapter(directory / init_folder(manifest.method))
 
 
 def open_adapter_delta(
@@ -79,7 +86,9 @@ def _from_manifest(place: Snapshot, residual: Snapshot | None, init: Path | None
         )
     if manifest.kind == "lora":
         file = directory / FILE
-        adapter = open_adapter_file(file, None) if file.is_file() else open_adapter(directory)
+        if file.is_file():
+            return AdapterDelta(directory, open_adapter_file(file, None), None, manifest)
+        adapter = _of_manifest(open_adapter(directory), manifest, "")
         return AdapterDelta(directory, adapter, None, manifest)
     start = init or directory / init_folder(manifest.method)
     if not is_adapter(start):
@@ -89,10 +98,11 @@ def _from_manifest(place: Snapshot, residual: Snapshot | None, init: Path | None
             f"{start} is missing, and without the initial adapter the delta is not known; copy it from the "
             "decomposed directory, name another with --init, or give --base and --residual to recover it"
         )
-    initial = open_adapter(start)
+    initial = _of_manifest(open_adapter(start), manifest, init_folder(manifest.method))
     if manifest.kind == "decomposed":
         return AdapterDelta(directory, initial, initial, manifest, residual or place)
-    return AdapterDelta(directory, open_adapter(directory), initial, manifest)
+    adapter = _of_manifest(open_adapter(directory), manifest, "")
+    return AdapterDelta(directory, adapter, initial, manifest)
 
 
 def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
@@ -153,6 +163,7 @@ def _on_residual(
 ) -> AdapterDelta:
     """An adapter that was trained on `residual`, whose directory has the initial adapter, or it is lost."""
     manifest = own
+    initial = open_adapter(init) if init is not None and is_adapter(init) else None
     if has_manifest(residual.path):
         found = read_manifest(residual.path)
         if found.kind != "decomposed":
@@ -161,10 +172,29 @@ def _on_residual(
                 "plain residual"
             )
         manifest = own or found
-        init = init or residual.path / init_folder(found.method)
-    if init is not None and is_adapter(init):
-        return AdapterDelta(directory, adapter, open_adapter(init), manifest, residual)
+        folder = init_folder(found.method)
+        if initial is None and is_adapter(residual.path / folder):
+            initial = open_adapter(residual.path / folder)
+        initial = _of_manifest(initial, found, folder) if initial else None
+    if initial is not None:
+        return AdapterDelta(directory, adapter, initial, manifest, residual)
     return AdapterDelta(directory, adapter, None, manifest, residual, is_lost=True)
+
+
+def _of_manifest(adapter: Adapter, manifest: Manifest, folder: str) -> Adapter:
+    """The adapter with the checksums that a manifest has for the adapter in its subdirectory `folder`.
+
+    Raises ArtifactError if its configuration has changed; changed tensors are refused when they are read.
+    """
+    prefix = f"{folder}/" if folder else ""
+    known = manifest.sidecars.get(prefix + CONFIG)
+    path = adapter.directory / CONFIG
+    if known is not None and file_checksum(path) != known:
+        raise ArtifactError(
+            f"{path} is not the configuration that the manifest lists, and another scale or rank would give "
+            "another model; restore the file that belongs to the directory"
+        )
+    return replace(adapter, expected=manifest.files.get(prefix + WEIGHTS, {}))
 
 
 def _refuse_misfit(adapter: Adapter, initial: Adapter) -> None:

@@ -62,7 +62,8 @@ class RecoveredInit:
 
     def factors(self, module: str) -> Factors:
         """The start without its scale. Raises ArtifactError where the weights do not say it."""
-        name, rank = self.names[module], self.ranks[module]
+        name = self.names[module]
+        rank = self.ranks[module]
         weight_OI = self.base.read(name).float()
         if self.residual is None:
             split = METHODS.get(self.method).split

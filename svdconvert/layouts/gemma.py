@@ -1,6 +1,7 @@
-"""Gemma 1, 2 and the text-only Gemma 3; their extra norms and capped logits leave as they are."""
+"""Gemma 1, 2 and the text-only Gemma 3; their extra norms are left as they are."""
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"gemma", "gemma2", "gemma3_text"}),

@@ -1,10 +1,11 @@
-"""Multimodal Gemma 3: its language model is adapted, vision tower and projector leave as they are.
+"""Multimodal Gemma 3: the language model is adapted; the vision tower and the projector are left as they are.
 
-On disk the language model lies below `language_model.model`, at run time (transformers 5) below
-`model.language_model`; adapters speak of modules, checkpoints of tensors on disk.
+In the files the language model has the prefix `language_model.model`, and at run time (transformers 5)
+`model.language_model`.
 """
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"gemma3"}),

@@ -1,9 +1,10 @@
 """Llama and Mistral."""
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"llama", "mistral"}),
     roles=gated_decoder(),
-    summary="Llama 1-3, Mistral, SmolLM2 and others that kept their names",
+    summary="Llama 1-3, Mistral, SmolLM2 and others with the same names",
 )

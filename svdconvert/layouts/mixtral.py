@@ -1,6 +1,7 @@
-"""Mixtral: experts w1 (gate), w3 (up), w2 (down), each a tensor of its own; the router leaves as it is."""
+"""Mixtral: experts w1 (gate), w3 (up), w2 (down), each a separate tensor; the router is left as it is."""
 
-from svdconvert.layouts.base import Layout, attention
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import attention
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
 

@@ -1,6 +1,7 @@
-"""Qwen2 (biased q, k, v) and Qwen3 (normed q, k); biases and norms leave as they are."""
+"""Qwen2 (q, k, v with biases) and Qwen3 (q, k with norms); biases and norms are left as they are."""
 
-from svdconvert.layouts.base import Layout, gated_decoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import gated_decoder
 
 LAYOUT = Layout(
     model_types=frozenset({"qwen2", "qwen3"}),

@@ -1,6 +1,7 @@
 """RoBERTa and XLM-RoBERTa, with or without a head."""
 
-from svdconvert.layouts.base import Layout, encoder
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.blocks import encoder
 
 LAYOUT = Layout(
     model_types=frozenset({"roberta", "xlm-roberta"}),

@@ -1,4 +1,4 @@
-"""RWKV-6 as flash-linear-attention names it; the five inputs of the mixing stand in the order r, w, k, v, g.
+"""RWKV-6 as flash-linear-attention names it; the five inputs of the mixing are in the order r, w, k, v, g.
 
 Source: github.com/fla-org/flash-linear-attention, fla/models/rwkv6 and utils/convert_from_rwkv6.py.
 C: width, D: rank of the mixing.
@@ -7,17 +7,28 @@ C: width, D: rank of the mixing.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, MIX_ORDER, ROLES, Sizes, path, rename, states
+from svdconvert.models.rwkv6_tensors import (
+    BLOCK,
+    GROUPS,
+    MIX_ORDER,
+    ROLES,
+    Sizes,
+    network_path,
+    rename,
+    states,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LAYER = "model.layers.{layer}"
-_ATT, _OWN_ATT = f"{_LAYER}.attn", f"{BLOCK}.att"
-_FFN, _OWN_FFN = f"{_LAYER}.ffn", f"{BLOCK}.ffn"
+_ATT = f"{_LAYER}.attn"
+_CANONICAL_ATT = f"{BLOCK}.att"
+_FFN = f"{_LAYER}.ffn"
+_CANONICAL_FFN = f"{BLOCK}.ffn"
 _ORDER = ("r", "w", "k", "v", "g")
 _THERE = [MIX_ORDER.index(letter) for letter in _ORDER]
 _BACK = [_ORDER.index(letter) for letter in MIX_ORDER]
@@ -28,47 +39,49 @@ def _in_five(tensor: "Tensor") -> "Tensor":
     return tensor.reshape(tensor.shape[0], 5, -1)
 
 
-def _pack_w1(tensors: "Sequence[Tensor]") -> "Tensor":
+def _to_layout_w1(tensors: "Sequence[Tensor]") -> "Tensor":
     """(C, 5 D) -> (5 D, C)."""
     return _in_five(tensors[0])[:, _THERE].flatten(1).mT
 
 
-def _unpack_w1(tensor: "Tensor") -> "Sequence[Tensor]":
+def _to_canonical_w1(tensor: "Tensor") -> "Sequence[Tensor]":
     return [_in_five(tensor.mT)[:, _BACK].flatten(1)]
 
 
-def _pack_w2(tensors: "Sequence[Tensor]") -> "Tensor":
+def _to_layout_w2(tensors: "Sequence[Tensor]") -> "Tensor":
     """(5, D, C) -> (C, 5 D)."""
     return tensors[0][_THERE].permute(2, 0, 1).flatten(1)
 
 
-def _unpack_w2(tensor: "Tensor") -> "Sequence[Tensor]":
+def _to_canonical_w2(tensor: "Tensor") -> "Sequence[Tensor]":
     return [_in_five(tensor)[:, _BACK].permute(1, 2, 0)]
 
 
-def _pack_biases(tensors: "Sequence[Tensor]") -> "Tensor":
+def _to_layout_biases(tensors: "Sequence[Tensor]") -> "Tensor":
     """Five of (1, 1, C) -> (5, C)."""
     import torch
 
     return torch.cat([tensor.reshape(1, -1) for tensor in tensors])
 
 
-def _unpack_biases(tensor: "Tensor") -> "Sequence[Tensor]":
+def _to_canonical_biases(tensor: "Tensor") -> "Sequence[Tensor]":
     return [row.reshape(1, 1, -1) for row in tensor]
 
 
-def _vector(own: str, name: str) -> RenameRule:
+def _vector(canonical: str, name: str) -> RenameRule:
     """(1, 1, C) -> (C,)."""
-    return RenameRule((own,), name, lambda tensors: tensors[0].flatten(), rename(own, name).unpack)
+    return RenameRule(
+        (canonical,), name, lambda tensors: tensors[0].flatten(), rename(canonical, name).to_canonical
+    )
 
 
-def _transposed(own: str, name: str) -> RenameRule:
-    return RenameRule((own,), name, lambda tensors: tensors[0].mT, lambda tensor: [tensor.mT])
+def _transposed(canonical: str, name: str) -> RenameRule:
+    return RenameRule((canonical,), name, lambda tensors: tensors[0].mT, lambda tensor: [tensor.mT])
 
 
-def _pair(own: str, name: str) -> list[RenameRule]:
+def _pair(canonical: str, name: str) -> list[RenameRule]:
     """A norm's weight and bias."""
-    return [rename(f"{own}.{part}", f"{name}.{part}") for part in ("weight", "bias")]
+    return [rename(f"{canonical}.{part}", f"{name}.{part}") for part in ("weight", "bias")]
 
 
 _MATRICES = {
@@ -86,30 +99,34 @@ _RULES = (
     *_pair(f"{BLOCK}.ln0", f"{_LAYER}.pre_norm"),
     *_pair(f"{BLOCK}.ln1", f"{_LAYER}.attn_norm"),
     *_pair(f"{BLOCK}.ln2", f"{_LAYER}.ffn_norm"),
-    _vector(f"{_OWN_ATT}.time_maa_x", f"{_ATT}.x_proj.0.mu"),
-    RenameRule((f"{_OWN_ATT}.time_maa_w1",), f"{_ATT}.x_proj.0.linear.weight", _pack_w1, _unpack_w1),
-    RenameRule((f"{_OWN_ATT}.time_maa_w2",), f"{_ATT}.x_proj.2.weight", _pack_w2, _unpack_w2),
+    _vector(f"{_CANONICAL_ATT}.time_maa_x", f"{_ATT}.x_proj.0.mu"),
     RenameRule(
-        tuple(f"{_OWN_ATT}.time_maa_{letter}" for letter in _ORDER),
-        f"{_ATT}.x_bias",
-        _pack_biases,
-        _unpack_biases,
+        (f"{_CANONICAL_ATT}.time_maa_w1",), f"{_ATT}.x_proj.0.linear.weight", _to_layout_w1, _to_canonical_w1
     ),
-    _transposed(f"{_OWN_ATT}.time_decay_w1", f"{_ATT}.w_proj.linear.lora.0.weight"),
-    _transposed(f"{_OWN_ATT}.time_decay_w2", f"{_ATT}.w_proj.linear.lora.2.weight"),
-    _vector(f"{_OWN_ATT}.time_decay", f"{_ATT}.w_proj.linear.lora.2.bias"),
-    rename(f"{_OWN_ATT}.time_faaaa", f"{_ATT}.bonus"),
+    RenameRule(
+        (f"{_CANONICAL_ATT}.time_maa_w2",), f"{_ATT}.x_proj.2.weight", _to_layout_w2, _to_canonical_w2
+    ),
+    RenameRule(
+        tuple(f"{_CANONICAL_ATT}.time_maa_{letter}" for letter in _ORDER),
+        f"{_ATT}.x_bias",
+        _to_layout_biases,
+        _to_canonical_biases,
+    ),
+    _transposed(f"{_CANONICAL_ATT}.time_decay_w1", f"{_ATT}.w_proj.linear.lora.0.weight"),
+    _transposed(f"{_CANONICAL_ATT}.time_decay_w2", f"{_ATT}.w_proj.linear.lora.2.weight"),
+    _vector(f"{_CANONICAL_ATT}.time_decay", f"{_ATT}.w_proj.linear.lora.2.bias"),
+    rename(f"{_CANONICAL_ATT}.time_faaaa", f"{_ATT}.bonus"),
     *(rename(f"{BLOCK}.{role}.weight", _MATRICES[role]) for role in ROLES),
-    *_pair(f"{_OWN_ATT}.ln_x", f"{_ATT}.g_norm"),
-    _vector(f"{_OWN_FFN}.time_maa_k", f"{_FFN}.key.mu"),
-    _vector(f"{_OWN_FFN}.time_maa_r", f"{_FFN}.receptance.mu"),
+    *_pair(f"{_CANONICAL_ATT}.ln_x", f"{_ATT}.g_norm"),
+    _vector(f"{_CANONICAL_FFN}.time_maa_k", f"{_FFN}.key.mu"),
+    _vector(f"{_CANONICAL_FFN}.time_maa_r", f"{_FFN}.receptance.mu"),
     *_pair("ln_out", "model.norm"),
     rename("head.weight", "lm_head.weight"),
 )
 
 
 def config(family: TensorSource) -> dict[str, Any]:
-    """config.json as flash-linear-attention's converter writes it, with what its defaults get wrong."""
+    """config.json as flash-linear-attention's converter writes it, plus what its defaults get wrong."""
     sizes = Sizes.of(family.infos)
     return {
         "architectures": ["RWKV6ForCausalLM"],
@@ -122,7 +139,7 @@ def config(family: TensorSource) -> dict[str, Any]:
         "hidden_act": "sqrelu",
         "hidden_ratio": 3.5,
         "hidden_size": sizes.width,
-        # Where it is null it is rounded up to 32, and RWKV rounds down.
+        # If null, it would be rounded up to a multiple of 32, and RWKV rounds down.
         "intermediate_size": sizes.feed_forward,
         "model_type": "rwkv6",
         "norm_bias": True,
@@ -141,11 +158,11 @@ LAYOUT = Layout(
     model_types=frozenset(),
     roles=_MATRICES,
     summary="RWKV-6 as flash-linear-attention names it",
-    signature=f"{_ATT}.x_proj.0.linear.weight".replace("{layer}", "0"),
+    signature_tensor=f"{_ATT}.x_proj.0.linear.weight".replace("{layer}", "0"),
     known_unsupported=(KnownUnsupported("an RWKV-7", ("model.layers.0.attn.r_k",)),),
     family=LayoutFamily(
         "rwkv6",
-        path,
+        network_path,
         _RULES,
         states=states,
         groups=GROUPS,

@@ -1,10 +1,20 @@
-"""RWKV-6 as the code beside the models of the RWKV organisation on the Hub names it: a pure renaming."""
+"""RWKV-6 as the code in the RWKV organisation's repositories on the Hub names it: only the names differ."""
 
 from typing import Any
 
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.layouts.base import KnownUnsupported, Layout, LayoutFamily
-from svdconvert.models.rwkv6_tensors import BLOCK, GROUPS, NAMES, ROLES, STATE, Sizes, path, rename, states
+from svdconvert.models.rwkv6_tensors import (
+    BLOCK,
+    GROUPS,
+    NAMES,
+    ROLES,
+    STATE,
+    Sizes,
+    network_path,
+    rename,
+    states,
+)
 
 _RENAMED = (
     ("emb.", "rwkv.embeddings."),
@@ -18,10 +28,10 @@ _RENAMED = (
 _ATT = "rwkv.blocks.0.attention"
 
 
-def name(own: str) -> str:
+def name(canonical: str) -> str:
     """The layout's name of a tensor of the family."""
-    before, after = next(pair for pair in _RENAMED if own.startswith(pair[0]))
-    return after + own[len(before) :]
+    before, after = next(pair for pair in _RENAMED if canonical.startswith(pair[0]))
+    return after + canonical[len(before) :]
 
 
 def config(family: TensorSource) -> dict[str, Any]:
@@ -37,13 +47,13 @@ def config(family: TensorSource) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "head_size": sizes.head_size,
-        # The released models' code makes the group norm's epsilon of this: 1e-5 * 8^2.
+        # The released models' code computes the group norm's epsilon from it: 1e-5 * 8^2.
         "head_size_divisor": 8,
         "hidden_size": sizes.width,
         "intermediate_size": sizes.feed_forward,
         "layer_norm_epsilon": 1e-5,
         "model_type": "rwkv6",
-        # In every released model this is the size of a head, and not their number.
+        # In every released model this is the size of a head, not the number of heads.
         "num_attention_heads": sizes.head_size,
         "num_hidden_layers": sizes.layers,
         "rescale_every": 6,
@@ -57,7 +67,7 @@ LAYOUT = Layout(
     model_types=frozenset(),
     roles={role: name(f"{BLOCK}.{role}.weight") for role in ROLES},
     summary="RWKV-6 as its code on the Hub names it; llama.cpp converts it",
-    signature=f"{_ATT}.time_maa_w1",
+    signature_tensor=f"{_ATT}.time_maa_w1",
     known_unsupported=(
         KnownUnsupported(
             "an RWKV-5", (f"{_ATT}.time_mix_key", f"{_ATT}.ln_x.weight"), (f"{_ATT}.time_maa_w1",)
@@ -65,14 +75,14 @@ LAYOUT = Layout(
     ),
     family=LayoutFamily(
         "rwkv6",
-        path,
-        tuple(rename(own, name(own)) for own in NAMES if own != STATE),
+        network_path,
+        tuple(rename(canonical, name(canonical)) for canonical in NAMES if canonical != STATE),
         states=states,
         groups=GROUPS,
         config=config,
         loading='AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)',
-        advice="transformers has no RWKV-6 of its own: put configuration_rwkv6.py and modeling_rwkv6.py of a "
-        "released model beside the weights and load with trust_remote_code=True. That code divides weights "
+        advice="transformers has no RWKV-6: put configuration_rwkv6.py and modeling_rwkv6.py of a "
+        "released model next to the weights and load with trust_remote_code=True. That code divides weights "
         "in place when it runs in half precision: do not save a model that ran",
     ),
 )

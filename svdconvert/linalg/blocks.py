@@ -1,8 +1,8 @@
 """Products with a matrix of any float dtype, in float32, a block of rows at a time.
 
-L: rows, S: columns, B: columns of a thin block. A float32 copy of a whole matrix takes memory and new
-pages, and every pass over it goes past the cache; a block of rows stays there while it is worked on. A
-GPU, which has no use for small pieces, is given the matrix in one.
+L: rows, S: columns, B: columns of a thin block. A float32 copy of the entire matrix would take memory, and
+every pass over it would miss the cache; a block of rows stays in the cache. A GPU does not profit from small
+blocks and gets the matrix in one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,29 +10,30 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 
-# Elements of a matrix in work at a time: 1.5 MB in float32. From 2 MB on a block would get huge pages of its
-# own, with gaps between them that make the heap grow with the length of a run.
+# Elements per block: 1.5 MB in float32. A block of 2 MB or more would be allocated in separate huge pages,
+# and the gaps between them make the heap grow during a run.
 _BLOCK = 3 << 17
 _TINY = 1e-30
-_LOW_BLOCK = 1 << 21  # elements in bfloat16: of these no copy is made, and their products are faster on more
+_LOW_BLOCK = 1 << 21  # elements per block in bfloat16: no copies are made, and larger products are faster
 
 
 def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
     """Slices of rows that bound the float32 copies of a large matrix."""
-    rows, step = matrix_LS.shape[0], rows_of_a_block(matrix_LS)
+    rows = matrix_LS.shape[0]
+    step = rows_of_a_block(matrix_LS)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def rows_of_a_block(matrix_LS: Tensor) -> int:
-    """How many rows are in work at a time; at least one."""
+    """The number of rows in a block of this matrix; at least one."""
     return _rows(matrix_LS, _BLOCK)
 
 
 def rows_at_once(rows: int, columns: int) -> int:
-    """The same of a matrix that is not in memory yet."""
+    """The same for a matrix of this shape that is not in memory yet."""
     return max(1, min(rows, _BLOCK // max(1, columns)))
 
 
@@ -41,31 +42,31 @@ def _rows(matrix_LS: Tensor, elements: int) -> int:
     return max(1, min(rows, elements // max(1, columns)) if matrix_LS.device.type == "cpu" else rows)
 
 
-def _turned(matrix_LS: Tensor) -> bool:
+def _is_transposed(matrix_LS: Tensor) -> bool:
     return matrix_LS.stride(0) == 1 and matrix_LS.stride(1) > 1
 
 
 def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows in float32); of a float32 matrix its own memory."""
+    """(rows, these rows in float32); views if the matrix is float32."""
     for rows in row_blocks(matrix_LS):
         yield rows, matrix_LS[rows].float()
 
 
 def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W X in float32, (L, B)."""
-    if _turned(matrix_LS):
-        return _turned_times(matrix_LS.T, thin_SB)
+    if _is_transposed(matrix_LS):
+        return _transposed_times(matrix_LS.T, thin_SB)
     product_LB = thin_SB.new_empty(matrix_LS.shape[0], thin_SB.shape[1])
     for rows, part in in_float32(matrix_LS):
-        product_LB[rows] = product(part, thin_SB)
+        product_LB[rows] = matmul_f32(part, thin_SB)
     return product_LB
 
 
-def _turned_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
-    """stored^T X: the sum over rows as they lie in memory, whose float32 copies are quicker to make."""
+def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
+    """stored^T X, summed over blocks of rows as stored, because contiguous rows are quicker to convert."""
     sum_BL = thin_SB.new_zeros(thin_SB.shape[1], stored_SL.shape[1])
     for rows in row_blocks(stored_SL):
-        sum_BL += product(stored_SL[rows].float().T, thin_SB[rows]).T
+        sum_BL += matmul_f32(stored_SL[rows].float().T, thin_SB[rows]).T
     return sum_BL.T
 
 
@@ -73,13 +74,14 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
     sum_SB = torch.zeros_like(thin_SB)
     for _, part in in_float32(matrix_LS):
-        sum_SB += product(part.T, product(part, thin_SB))
+        sum_SB += matmul_f32(part.T, matmul_f32(part, thin_SB))
     return sum_SB
 
 
 def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
-    """The same of a matrix in a narrow dtype, multiplied in it and added up in float32."""
-    thin_SB, sum_SB = thin_SB.to(low_LS.dtype), torch.zeros_like(thin_SB)
+    """`gram_times` for a matrix in a narrow dtype, with products in that dtype and their sum in float32."""
+    sum_SB = torch.zeros_like(thin_SB)
+    thin_SB = thin_SB.to(low_LS.dtype)
     for part in torch.split(low_LS, _rows(low_LS, _LOW_BLOCK)):
         sum_SB += part.T @ (part @ thin_SB)
     return sum_SB
@@ -90,30 +92,30 @@ def gram(matrix_LS: Tensor, dtype: torch.dtype) -> Tensor:
     sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=dtype)
     for _, part in in_float32(matrix_LS):
         wide = part.to(dtype)
-        sum_SS += product(wide.T, wide)
+        sum_SS += matmul_f32(wide.T, wide)
     return sum_SS
 
 
 def total_energy(matrix_LS: Tensor) -> float:
     """||W||_F^2."""
-    stored = matrix_LS.T if _turned(matrix_LS) else matrix_LS
+    stored = matrix_LS.T if _is_transposed(matrix_LS) else matrix_LS
     return energy_of(part for _, part in in_float32(stored))
 
 
 def energy_of(parts: Iterable[Tensor]) -> float:
-    """The sum of all squares of blocks in float32: added up along memory in float32, these sums in float64.
+    """The sum of all squares of float32 blocks: along memory in float32, and of these sums in float64.
 
-    One float32 sum over all of a large matrix is wrong by 5e-4.
+    A single float32 sum over a large matrix would be wrong by 5e-4.
     """
     norms = [torch.linalg.vector_norm(part, dim=1 if part.stride(1) == 1 else 0) for part in parts]
     return float(torch.cat(norms).double().square().sum()) if norms else 0.0
 
 
 def held_by_float32(energy: float) -> bool:
-    """True where float32 holds sums of squares of this size to all their digits."""
+    """True if a sum of squares of this size neither overflows nor loses digits in float32."""
     return _TINY < energy < 1.0 / _TINY
 
 
 def energy_outside(matrix_LS: Tensor, left_LB: Tensor, right_BS: Tensor) -> float:
     """||W - left right||_F^2."""
-    return energy_of(part - product(left_LB[rows], right_BS) for rows, part in in_float32(matrix_LS))
+    return energy_of(part - matmul_f32(left_LB[rows], right_BS) for rows, part in in_float32(matrix_LS))

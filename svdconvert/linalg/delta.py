@@ -1,4 +1,4 @@
-"""What an adapter changes, applied to a matrix.  O: out features, I: in features, R: rank."""
+"""Applying what an adapter changes to a matrix.  O: out features, I: in features, R: rank."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdconvert.linalg.blocks import energy_of, in_float32, row_blocks, rows_of_a_block
 from svdconvert.linalg.factors import Factors
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.rounding import stochastic
 
 Product = tuple[Tensor, Tensor]
@@ -17,53 +17,55 @@ Product = tuple[Tensor, Tensor]
 
 
 def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(weight - scale * product in float32 with one rounding to `dtype`, ||what the rounding lost||_F).
+    """(weight - scale * B A in float32, rounded once to `dtype`; Frobenius norm of the rounding errors).
 
-    In place where the dtype stays.
+    Overwrites the weight if the dtype is the same.
     """
     left, right = factors.folded()
     left = left * scale
-    room_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
+    residual_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
 
     def rounded_off() -> Iterator[Tensor]:
         for rows, part in in_float32(weight_OI):
-            exact = part.sub_(product(left[rows], right))
-            room_OI[rows] = exact
+            exact = part.sub_(matmul_f32(left[rows], right))
+            residual_OI[rows] = exact
             if dtype != torch.float32:
-                yield exact.sub_(room_OI[rows])
+                yield exact.sub_(residual_OI[rows])
 
-    return room_OI, sqrt(energy_of(rounded_off()))
+    return residual_OI, sqrt(energy_of(rounded_off()))
 
 
 def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
     """(B, A) of rank 2R with B @ A = scale * after - scale0 * before: a LoRA of scale 1.
 
-    B = [sB - s0B0, s0B0] over A = [A; A - A0]: no two large terms cancel in the product, whatever it
-    is rounded to, and what did not move is exactly zero. Rank R where the start was zero, or where A
-    did not move (then the change is all in B).
+    B = [sB - s0B0, s0B0] and A = [A; A - A0]: no large terms cancel in the product, whatever dtype it is
+    rounded to, and what did not change is exactly zero. The rank is R if the start was zero, or if A did
+    not change (the change is then in B alone).
     """
-    (left, right), (left0, right0) = after.folded(), before.folded()
-    left, left0 = left * scale, left0 * scale0
+    (left, right) = after.folded()
+    (left0, right0) = before.folded()
+    left = left * scale
+    left0 = left0 * scale0
     if not left0.any():
         return left, right
     if right.shape != right0.shape:
         return torch.cat([left, -left0], dim=1), torch.cat([right, right0], dim=0)
-    transposed = right - right0
-    if not transposed.any():
+    moved = right - right0
+    if not moved.any():
         return left - left0, right
-    return torch.cat([left - left0, left0], dim=1), torch.cat([right, transposed], dim=0)
+    return torch.cat([left - left0, left0], dim=1), torch.cat([right, moved], dim=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """What rounding left of an update, in Frobenius norms and angles."""
+    """What rounding leaves of an update, in Frobenius norms and angles."""
 
     size: float
     """||intended||."""
     cosine: float
     """Between the intended and the realised update; NaN if a value of either is NaN or infinite."""
     kept: float
-    """How much of the intended update is in the realised one: 1 where rounding is unbiased."""
+    """Projection of the realised update on the intended one, as a share of it: 1 if rounding is unbiased."""
 
 
 def merged_(
@@ -71,59 +73,61 @@ def merged_(
     adapter: Product,
     dtype: torch.dtype,
     update: Product | None = None,
-    chance: torch.Generator | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Realised | None]:
-    """(weight + left @ right in float32 with one rounding to `dtype`, how much of the update is in it).
+    """(weight + left @ right in float32, rounded once to `dtype`; how much of the update is in it).
 
-    `update` is the part of that product that is meant to change the model, all of it where not given; by
-    `chance` the rounding is stochastic. In place where the dtype stays. Where the product is zero the
-    weight's own bits stay, the sign of a zero included, and there is no update to speak of.
+    `update` is the part of that product that is meant to change the model; by default all of it. With a
+    `generator` the rounding is stochastic. Overwrites the weight if the dtype is the same. An entry whose
+    change is zero keeps its bits, including the sign of a zero; without any change the second value is None.
     """
     left_OR, right_RI = adapter
     merged_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     if not left_OR.any():
         return merged_OI.copy_(weight_OI), None
-    # x - (+0) is x for every x, and x + 0 is not: it takes the sign from -0.
+    # x - (+0) is x for every x; x + 0 would turn -0 into +0.
     opposite_OR = -left_OR
-    sum_OI, sums = _block(weight_OI), _Sums()
+    sum_OI = _block(weight_OI)
+    sums = _Sums()
     for rows in row_blocks(weight_OI):
         count = rows.stop - rows.start
-        change = product(opposite_OR[rows], right_RI)
+        change = matmul_f32(opposite_OR[rows], right_RI)
         exact = sum_OI[:count].copy_(weight_OI[rows]).sub_(change)
-        merged_OI[rows] = exact if chance is None else stochastic(exact, dtype, chance)
+        merged_OI[rows] = exact if generator is None else stochastic(exact, dtype, generator)
         if update is not None:
-            change = product(-update[0][rows], update[1])
+            change = matmul_f32(-update[0][rows], update[1])
         sums.add(change, exact.sub_(merged_OI[rows]))
     return merged_OI, sums.realised()
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Over the blocks of a matrix, in float64: the update u and what rounding added to it, e."""
+    """Sums in float64 over the blocks of a matrix, of the update u and the rounding error e."""
 
     uu: float = 0.0
     ue: float = 0.0
     ee: float = 0.0
 
     def add(self, minus_u: Tensor, minus_e: Tensor) -> None:
-        """One block; a product of two rows is summed in float32, the rows in float64."""
+        """Add one block; each row is summed in float32, the rows in float64."""
         self.uu += energy_of([minus_u])
         self.ee += energy_of([minus_e])
         self.ue += float(torch.linalg.vecdot(minus_u, minus_e).double().sum())
 
     def realised(self) -> Realised | None:
-        """None where nothing was to change."""
+        """None if nothing was to change."""
         if self.uu == 0.0:
             return None
         along = self.uu + self.ue
-        whole = self.uu + 2.0 * self.ue + self.ee
-        if not isfinite(whole):
+        realised = self.uu + 2.0 * self.ue + self.ee
+        if not isfinite(realised):
             return Realised(sqrt(self.uu), nan, nan)
-        cosine = along / sqrt(self.uu * whole) if whole > 0.0 else 0.0
+        cosine = along / sqrt(self.uu * realised) if realised > 0.0 else 0.0
         return Realised(sqrt(self.uu), cosine, along / self.uu)
 
 
 def _block(matrix_OI: Tensor) -> Tensor:
-    """Room for one block of rows in float32."""
-    rows, columns = rows_of_a_block(matrix_OI), matrix_OI.shape[1]
+    """An uninitialised float32 buffer for one block of rows."""
+    rows = rows_of_a_block(matrix_OI)
+    columns = matrix_OI.shape[1]
     return torch.empty(rows, columns, dtype=torch.float32, device=matrix_OI.device)

@@ -1,4 +1,4 @@
-"""Every singular triplet by LAPACK, and the slices that are cut from them.  O: rows, I: columns, R: rank."""
+"""Full SVDs by LAPACK, and selections of their triplets.  O: rows, I: columns, R: rank."""
 
 import threading
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from svdconvert.linalg.triplets import Triplets, spectrum_of
 
-_ALONE = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def exact_slice(weight_OI: Tensor, kept: Tensor, dtype: torch.dtype = torch.float32) -> Triplets:
-    """The triplets numbered `kept` (0 is the largest), computed in `dtype`, in float32.
+    """The triplets numbered `kept` (0 is the largest), computed in `dtype` and returned in float32.
 
-    One matrix at a time, whatever goes on in other threads: LAPACK takes the memory of several.
+    Threads take turns, because LAPACK needs the memory of several matrices.
     """
-    with _ALONE:
+    with _ONE_AT_A_TIME:
         left, sigma, right = torch.linalg.svd(weight_OI.to(dtype), full_matrices=False)
     total = float(sigma.double().square().sum())
     chosen = kept.to(sigma.device)
@@ -25,18 +25,18 @@ def exact_slice(weight_OI: Tensor, kept: Tensor, dtype: torch.dtype = torch.floa
 
 
 def exact_top(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Triplets:
-    """The `rank` largest."""
+    """The `rank` largest triplets."""
     return exact_slice(weight_OI, torch.arange(rank), dtype)
 
 
 def exact_bottom(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Triplets:
-    """The `rank` smallest."""
+    """The `rank` smallest triplets."""
     count = min(weight_OI.shape)
     return exact_slice(weight_OI, torch.arange(count - rank, count), dtype)
 
 
 def exact_middle(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Triplets:
-    """The `rank` in the middle of the spectrum."""
+    """The `rank` triplets in the middle of the spectrum."""
     first = (min(weight_OI.shape) - rank) // 2
     return exact_slice(weight_OI, torch.arange(first, first + rank), dtype)
 
@@ -44,6 +44,6 @@ def exact_middle(weight_OI: Tensor, rank: int, dtype: torch.dtype = torch.float3
 def exact_random(
     weight_OI: Tensor, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Triplets:
-    """`rank` drawn without replacement."""
+    """`rank` triplets drawn without replacement."""
     drawn = torch.randperm(min(weight_OI.shape), generator=generator)[:rank]
     return exact_slice(weight_OI, drawn.sort().values, dtype)

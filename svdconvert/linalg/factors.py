@@ -1,11 +1,10 @@
-"""A low-rank matrix in pieces.  O: out features, I: in features, R: rank.
-
-Every method ends in `Factors`, so merging, conversion and training contain no method's name:
+"""A low-rank matrix as its factors.  O: out features, I: in features, R: rank.
 
     update_OI = scale * left_OR @ core @ right_RI
 
-`core` is absent (PiSSA, MiLoRA, OLoRA, LoRA: left B, right A), a vector of R entries (SORSA: the
-diagonal S) or an R x R matrix (LoRA-XS).
+`core` is absent (PiSSA, MiLoRA, OLoRA, LoRA: left is B, right is A), a vector of R entries (SORSA: the
+diagonal S) or an R x R matrix (LoRA-XS). Every method ends in `Factors`, so the arithmetic of merging,
+conversion and training does not depend on the method.
 """
 
 from collections.abc import Mapping
@@ -14,23 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SIDES = ("lora_A", "lora_B")
+"""The factors that every adapter has."""
+FACTOR_AXES = {"lora_A": "RI", "lora_B": "OR", "lora_S": "R", "lora_R": "RR"}
+"""The factors by their names in an adapter's file, and their axes: O, I and R.
+
+A core is recognised by its number of axes. A new kind of core is an entry here, its product in `folded`,
+and its product with activations in `svdconvert.training.model.adapted_linear`.
+"""
+_CORES = {len(axes): name for name, axes in FACTOR_AXES.items() if name not in SIDES}
+
+
+def factor_shapes(rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """The shape that each factor has, or would have, for a matrix of shape (rows, columns)."""
+    sizes = {"O": rows, "I": columns, "R": rank}
+    return {name: tuple(sizes[axis] for axis in axes) for name, axes in FACTOR_AXES.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The pieces of one low-rank matrix, without its scale."""
+    """The factors of one low-rank matrix, without its scale."""
 
     left_OR: Tensor
     right_RI: Tensor
     core: Tensor | None = None
+    """(R,) or (R, R)."""
 
     @property
     def rank(self) -> int:
-        """Number of columns of the left piece."""
+        """The number of columns of the left factor."""
         return self.left_OR.shape[1]
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(B, A) in float32 with the core folded into B: what a standard LoRA stores."""
-        left, right = self.left_OR.float(), self.right_RI.float()
+        """(B, A) in float32 with the core multiplied into B: what a standard LoRA stores."""
+        left = self.left_OR.float()
+        right = self.right_RI.float()
         if self.core is None:
             return left, right
         core = self.core.float()
@@ -43,24 +60,24 @@ class Factors:
         return product if scale == 1.0 else product.mul_(scale)
 
     def to(self, dtype: torch.dtype) -> "Factors":
-        """The same pieces in the dtype in which they are stored."""
+        """The same factors, contiguous, in the dtype in which they are stored."""
         core = None if self.core is None else self.core.to(dtype)
         return Factors(self.left_OR.to(dtype).contiguous(), self.right_RI.to(dtype).contiguous(), core)
 
     def on(self, device: torch.device) -> "Factors":
-        """The same pieces on a device."""
+        """The same factors on a device."""
         core = None if self.core is None else self.core.to(device)
         return Factors(self.left_OR.to(device), self.right_RI.to(device), core)
 
     def pieces(self) -> dict[str, Tensor]:
-        """The stored pieces by their names in an adapter file."""
+        """The factors by their names in an adapter's file."""
         named = {"lora_A": self.right_RI, "lora_B": self.left_OR}
         if self.core is not None:
-            named["lora_S" if self.core.dim() == 1 else "lora_R"] = self.core
+            named[_CORES[self.core.dim()]] = self.core
         return named
 
     @staticmethod
     def of(pieces: Mapping[str, Tensor]) -> "Factors":
         """The inverse of `pieces`."""
-        core = pieces.get("lora_S", pieces.get("lora_R"))
-        return Factors(pieces["lora_B"], pieces["lora_A"], core)
+        cores = [pieces[name] for name in _CORES.values() if name in pieces]
+        return Factors(pieces["lora_B"], pieces["lora_A"], cores[0] if cores else None)

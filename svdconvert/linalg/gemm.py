@@ -1,8 +1,8 @@
-"""Products of two matrices in float32, by the faster of the two libraries that torch has.
+"""Products of two matrices in float32, by the faster of the two libraries that are part of torch.
 
-torch multiplies float32 with MKL, which on the processors of other makers leaves the AVX-512 units idle:
-on an AMD Zen 5 oneDNN, which is in torch too, is 2.1 times as fast. It is reached through the operator
-that torch's compiler uses for linear layers, and is not differentiable there.
+torch multiplies float32 with MKL, which does not use the AVX-512 units of processors that are not Intel's.
+oneDNN is 2.1 times as fast on an AMD Zen 5. It is reached through the operator that torch's compiler uses
+for linear layers.
 
 M, K, N: the sides of a product.
 """
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 
-def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """left @ right, (M, N); column after column in memory where `left` is."""
+def matmul_f32(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """left @ right, (M, N), without gradients. Other dtypes and devices are left to torch.
+
+    The result is stored column by column if `left` is.
+    """
     if not (_for_onednn(left_MK) and _for_onednn(right_KN)):
         return left_MK @ right_KN
     if left_MK.stride(0) == 1 and left_MK.stride(1) > 1:
@@ -23,12 +26,12 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 
 def _linear(input_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(input_MK, _dense(weight_NK), None, "none", [], "")
-    return found
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(input_MK, _dense(weight_NK), None, "none", [], "")
+    return output
 
 
 def _dense(weight_NK: Tensor) -> Tensor:
-    """The weight without gaps: a part of a larger matrix takes oneDNN a thousand times as long."""
+    """The weight as contiguous memory: oneDNN is a thousand times slower on a part of a larger matrix."""
     return weight_NK if weight_NK.is_contiguous() or weight_NK.T.is_contiguous() else weight_NK.contiguous()
 
 

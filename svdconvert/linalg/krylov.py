@@ -1,10 +1,10 @@
-"""Block Krylov spaces of a symmetric operator, and a forecast of what they still miss.
+"""Block Krylov spaces of a symmetric operator, and an estimate of what they still miss.
 
 N: order, B: columns of a block, K: columns so far, R: rank.
 
 All earlier blocks are kept (Golub and Underwood 1977; Musco and Musco 2015, arXiv:1504.05477), and the
-blocks are narrower than the rank that is looked for: at equal products a space of many narrow blocks
-holds polynomials of a higher degree (Meyer, Musco and Musco 2023, arXiv:2305.02535).
+blocks are narrower than the rank: for the same number of products, a space of many narrow blocks contains
+polynomials of a higher degree (Meyer, Musco and Musco 2023, arXiv:2305.02535).
 """
 
 from collections.abc import Callable
@@ -14,41 +14,41 @@ from math import ceil, inf, log, sqrt
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.orthonormal import complement, newton_schulz_step, svqb
 from svdconvert.linalg.triplets import Triplets
 
-_CENTRE = 2.0  # with it the estimate is about 1.5 times the truth on trained and on made-up matrices
-_STUCK = 0.9  # of the excess two results before: what keeps it up is rounding, and no block will help
-_NOISE = 1e-13  # share of the energy whose loss is float32's own rounding: (3e-7)^2
+_CENTRE = 2.0  # makes the estimate about 1.5 times the truth, on trained and on synthetic matrices
+_STUCK = 0.9  # of the excess two results before: if it fell by less, rounding is the cause, not the space
+_NOISE = 1e-13  # share of the energy that float32 rounding loses: (3e-7)^2
 
 Apply = Callable[[Tensor], Tensor]
 """(N, B) -> (N, B): a symmetric positive operator, in float32."""
 
 
 def block_width(rank: int) -> int:
-    """Columns of a block for a rank: three eighths of it, in sixteens, as matrix units like them."""
+    """Columns of a block: 3/8 of the rank, as a multiple of 16 for the matrix units, at most 48."""
     return min(16 * ceil(3 * rank / 128), 48)
 
 
 def first_width(rank: int) -> int:
-    """Columns at which a space for a rank is looked at first."""
+    """Columns of the space when it is first examined."""
     block = block_width(rank)
     return block * (ceil(rank / block) + (3 if block == 16 else 2))
 
 
 def space_needed(rank: int) -> int:
-    """The shorter side from which on the fast engine saves something: three halves of its first space."""
+    """The shorter side above which the fast engine saves time: three halves of its first space."""
     return 3 * first_width(rank) // 2
 
 
 def most_columns(order: int, rank: int) -> int:
-    """Columns from which on a space costs more than it saves."""
+    """Columns above which a space costs more than it saves."""
     return min(3 * order // 4, max(1024, 12 * rank))
 
 
 def warm_start(apply: Apply, start_NB: Tensor, powers: int) -> Tensor:
-    """The start after some powers of the operator: as good as blocks, and they need not be kept."""
+    """The start after `powers` applications: as good as that many blocks, but they need not be stored."""
     block = svqb(start_NB)
     for _ in range(powers):
         block = svqb(apply(block))
@@ -57,14 +57,14 @@ def warm_start(apply: Apply, start_NB: Tensor, powers: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ritz:
-    """The best that a space holds."""
+    """The best approximations that a space contains (Rayleigh-Ritz)."""
 
     values_R: Tensor
     """The largest eigenvalues in it, descending, in float64."""
     before_R: Tensor
     """The same one block earlier."""
     predicted_gain_R: Tensor
-    """How much the next block will add to each, about."""
+    """Approximately how much the next block will add to each."""
     mix_KR: Tensor
     """The eigenvectors, in the space's own basis."""
 
@@ -84,45 +84,49 @@ class Krylov:
         self._rest_NB = start_NB
 
     def grow(self, blocks: int) -> None:
-        """Some blocks more: for each, one application and two projections."""
+        """Add blocks; each takes one application and two projections."""
         for _ in range(blocks):
-            old, new = self.width, self.width + self.block
+            old = self.width
+            new = self.width + self.block
             block_NB = complement(self._rest_NB, self._basis_KN[:old]) if old else self._rest_NB
             self._basis_KN[old:new] = block_NB.T
             basis_KN = self._basis_KN[:new]
             image_NB = self._apply(block_NB)
-            shares_KB = product(basis_KN, image_NB)
+            shares_KB = matmul_f32(basis_KN, image_NB)
             self._core_KK[:new, old:new] = shares_KB
-            self._rest_NB = image_NB - product(basis_KN.T, shares_KB)
+            self._rest_NB = image_NB - matmul_f32(basis_KN.T, shares_KB)
             self.width = new
 
     def ritz(self, rank: int) -> Ritz:
-        """The `rank` best of the space."""
+        """The `rank` largest Ritz values and their vectors."""
         values, mix = torch.linalg.eigh(self._core(self.width), UPLO="U")
         width, before = self._seen
         if width != self.width - self.block:
             before = torch.linalg.eigvalsh(self._core(self.width - self.block), UPLO="U")
         self._seen = (self.width, values)
-        values_R, mix_KR = values[-rank:].flip(0).double(), mix[:, -rank:].flip(1)
-        predicted_gain_R = self._forecast(values_R, mix_KR)
+        values_R = values[-rank:].flip(0).double()
+        mix_KR = mix[:, -rank:].flip(1)
+        predicted_gain_R = self._predicted_gain(values_R, mix_KR)
         return Ritz(values_R, before[-rank:].flip(0).double(), predicted_gain_R, mix_KR)
 
     def vectors(self, ritz: Ritz) -> Tensor:
         """(N, R): the Ritz vectors, orthonormal to float32's rounding."""
-        return newton_schulz_step(product(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
+        return newton_schulz_step(matmul_f32(self._basis_KN[: self.width].T, ritz.mix_KR.to(self._basis_KN)))
 
-    def _forecast(self, values_R: Tensor, mix_KR: Tensor) -> Tensor:
-        """What the next block will add to each Ritz value, from how it is coupled to its vector.
+    def _predicted_gain(self, values_R: Tensor, mix_KR: Tensor) -> Tensor:
+        """What the next block will add to each Ritz value, from the coupling of the two.
 
-        The next block is known but for its orthonormalisation. With c the norm of the coupling and
-        g the gap to the new directions' own Rayleigh quotient (the last block's stands in for it), the
+        The next block is known except for its orthonormalisation. Let c be the norm of the coupling and g
+        the gap to the Rayleigh quotient of the new directions, approximated by that of the last block. The
         larger eigenvalue of [[g, c], [c, 0]] is g + 2 c^2 / (g + sqrt(g^2 + 4 c^2)).
         """
         last = slice(self.width - self.block, self.width)
-        gram_BB, mix_BR = product(self._rest_NB.T, self._rest_NB).double(), mix_KR[last].double()
+        gram_BB = matmul_f32(self._rest_NB.T, self._rest_NB).double()
+        mix_BR = mix_KR[last].double()
         squares_R = (mix_BR * (gram_BB @ mix_BR)).sum(0)
         quotient = self._core_KK.diagonal()[last].double().mean()
-        squares_R, gap_R = squares_R.clamp_min(0.0), (values_R - quotient).clamp_min(0.0)
+        squares_R = squares_R.clamp_min(0.0)
+        gap_R = (values_R - quotient).clamp_min(0.0)
         span_R = gap_R + (gap_R.square() + 4.0 * squares_R).sqrt()
         return 2.0 * squares_R / span_R.clamp_min(torch.finfo(torch.float64).tiny)
 
@@ -136,38 +140,43 @@ class ErrorEstimate:
 
     cost: float
     missing: float
-    """How far the cost lies above what it would converge to. An estimate, not a bound."""
+    """The cost minus the value that it would converge to. An estimate, not a bound."""
     ratio: float
-    """Of the gains of successive blocks."""
-    noise: float = 0.0
-    """What rounding has lost, which no block wins back."""
+    """Of the gains of two successive blocks."""
+    rounding_floor: float = 0.0
+    """What rounding has lost, which no further block recovers."""
 
     @staticmethod
     def of(
-        before: float, cost: float, coming: float, *, centre: float = _CENTRE, noise: float = 0.0
+        before: float,
+        cost: float,
+        predicted_gain: float,
+        *,
+        centre: float = _CENTRE,
+        rounding_floor: float = 0.0,
     ) -> "ErrorEstimate":
-        """From the cost a block earlier and now, and the gain that the next block is expected to make.
+        """From the costs one block earlier and now, and the predicted gain of the next block.
 
-        The gains shrink about geometrically, so all that is to come is a geometric series; `centre` times as
-        much is expected.
+        The gains shrink approximately geometrically, so all further gains are a geometric series. `centre`
+        times its sum is taken.
         """
         gain = before - cost
-        ratio = min(coming / gain, 0.95) if gain > 0.0 else 0.0
-        return ErrorEstimate(cost, centre * coming / (1.0 - ratio), ratio, noise)
+        ratio = min(predicted_gain / gain, 0.95) if gain > 0.0 else 0.0
+        return ErrorEstimate(cost, centre * predicted_gain / (1.0 - ratio), ratio, rounding_floor)
 
     def excess(self) -> float:
         """sqrt(cost / optimum) - 1."""
-        lost = self.missing + self.noise
+        lost = self.missing + self.rounding_floor
         if lost < _NOISE:
             return 0.0
         return sqrt(self.cost / (self.cost - lost)) - 1.0 if lost < self.cost else inf
 
     def is_stuck(self, tol: float) -> bool:
-        """True where rounding alone is more than `tol`."""
+        """True if rounding alone exceeds `tol`."""
         return replace(self, missing=0.0).excess() >= tol
 
     def blocks_to(self, tol: float) -> int:
-        """How many blocks more will bring the excess under `tol`, by the same series; 1 to 6."""
+        """How many more blocks will bring the excess below `tol`, by the same series; 1 to 6."""
         excess = self.excess()
         if not (0.0 < self.ratio < 1.0 and tol < excess < inf):
             return 1
@@ -176,33 +185,35 @@ class ErrorEstimate:
 
 @dataclass(frozen=True)
 class Search:
-    """How a space is grown until it holds a truncation that is good enough."""
+    """Grows a space until it contains a truncation that is good enough."""
 
     rank: int
     tol: float
-    outlook: Callable[[Ritz], ErrorEstimate]
+    estimate: Callable[[Ritz], ErrorEstimate]
     finish: Callable[[Tensor, ErrorEstimate], tuple[Triplets, ErrorEstimate]]
-    """(vectors_NR, outlook) -> the factors, and the outlook with the cost that is measured on them."""
-    more: int = 0
-    """Blocks above the usual ones before the first look."""
+    """(vectors_NR, estimate) -> the factors, and the estimate with the cost measured on them."""
+    extra_blocks: int = 0
+    """Blocks that are added before the space is first examined."""
 
     def run(self, krylov: Krylov) -> Triplets | None:
-        """The truncation, or None where the space was full first."""
-        first, room = first_width(self.rank) // krylov.block, krylov.limit // krylov.block
-        blocks, missed = min(first + self.more, max(first, room)), [inf, inf]
+        """The truncation, or None if the space was full before it was good enough."""
+        first = first_width(self.rank) // krylov.block
+        most = krylov.limit // krylov.block
+        blocks = min(first + self.extra_blocks, max(first, most))
+        missed = [inf, inf]
         while krylov.width + blocks * krylov.block <= krylov.limit:
             krylov.grow(blocks)
             ritz = krylov.ritz(self.rank)
-            outlook = self.outlook(ritz)
-            if outlook.excess() < self.tol:
-                found, outlook = self.finish(krylov.vectors(ritz), outlook)
-                excess = outlook.excess()
+            estimate = self.estimate(ritz)
+            if estimate.excess() < self.tol:
+                found, estimate = self.finish(krylov.vectors(ritz), estimate)
+                excess = estimate.excess()
                 if excess < self.tol:
                     return replace(found, spectrum=replace(found.spectrum, excess=excess))
                 if excess > _STUCK * missed[-2]:
                     return None
                 missed.append(excess)
-            if outlook.is_stuck(self.tol):
+            if estimate.is_stuck(self.tol):
                 return None
-            blocks = outlook.blocks_to(self.tol)
+            blocks = estimate.blocks_to(self.tol)
         return None

@@ -1,7 +1,7 @@
-"""Rounding by chance: up or down, so that the mean is the exact number.
+"""Stochastic rounding: up or down at random, so that the expected value is the exact number.
 
-A bfloat16 number plus a change below half its last place rounds to itself, and the change is lost however
-many entries share it. Rounded by chance it is kept on average (Gupta et al., arXiv:1502.02551).
+A bfloat16 number plus a change of less than half its last place rounds to itself, and the change is lost
+in every entry. With stochastic rounding it is kept on average (Gupta et al., arXiv:1502.02551).
 """
 
 import torch
@@ -9,16 +9,17 @@ from torch import Tensor
 
 
 def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A float32 tensor in bfloat16 or float16, each entry at one of its two neighbours there.
+    """A float32 tensor in bfloat16 or float16, each entry rounded to one of its two neighbours.
 
-    The farther one is from a neighbour the less likely it is taken; a number of `dtype` stays as it is.
+    A neighbour's probability falls linearly with its distance; a number that `dtype` represents is kept.
     """
     nearest = exact.to(dtype)
-    # The bits of a magnitude count its steps from zero, whatever the sign.
+    # As integers, the bits of a magnitude count the steps from zero, whatever the sign.
     past = (nearest.float().abs() > exact.abs()).to(torch.int16)
     below = (nearest.view(torch.int16) - past).view(dtype)
     above = (below.view(torch.int16) + 1).view(dtype)
-    low, high = below.float().abs(), above.float().abs()
+    low = below.float().abs()
+    high = above.float().abs()
     share = (exact.abs() - low) / (high - low)
     drawn = torch.rand(exact.shape, generator=generator).to(exact.device)
     return torch.where(drawn < share, above, below)

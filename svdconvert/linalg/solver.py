@@ -1,4 +1,4 @@
-"""Which engine answers a method's question, and with which random numbers."""
+"""Which engine computes the triplets that a method asks for, and with which random numbers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,25 +7,25 @@ import torch
 import xxhash
 from torch import Tensor
 
+from svdconvert.linalg.bottom import fast_bottom
 from svdconvert.linalg.exact import exact_bottom, exact_middle, exact_random, exact_top
 from svdconvert.linalg.krylov import space_needed
-from svdconvert.linalg.minor import fast_bottom
 from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import fast_top, gram_top
 
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """The linear algebra that a method may ask for: of a tensor of any float dtype, answered in float32."""
+    """The linear algebra for methods: of matrices in any float dtype, with results in float32."""
 
     name: str
-    """The tensor's name: part of the seed, so that the order of work changes nothing."""
+    """The tensor's name: part of the seed, so that the order of the tensors does not matter."""
     svd: Literal["fast", "exact", "exact64"] = "fast"
     """exact is LAPACK in float32, exact64 in float64."""
     tol: float = 1e-3
     seed: int = 0
     alone: bool = False
-    """No other thread multiplies matrices meanwhile, so that process-wide settings may be changed."""
+    """True if no other thread multiplies matrices meanwhile, so that process-wide settings may be changed."""
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
@@ -35,8 +35,8 @@ class Solver:
     def top(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` largest singular triplets.
 
-        The fast engine solves a matrix whole where the rank is near its own, and gives way to LAPACK
-        where it does not reach `tol`.
+        If the rank is close to the matrix's own, the fast engine uses the full Gram matrix. If it does not
+        reach `tol`, LAPACK takes over.
         """
         found = None
         if self.svd == "fast":
@@ -45,7 +45,7 @@ class Solver:
             found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
         return found or exact_top(weight_OI, rank, self._dtype)
 
-    def minor(self, weight_OI: Tensor, rank: int) -> Triplets:
+    def bottom(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` smallest singular triplets, by the same rules."""
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):

@@ -1,4 +1,4 @@
-"""Where and with how many threads the arithmetic runs."""
+"""On which device and with how many threads the arithmetic runs."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from svdconvert.errors import RecipeError
 def pick_device(name: str, local: int = 0) -> torch.device:
     """The device called `name`; "auto" is the GPU of this host's rank `local`, else the CPU.
 
-    Raises RecipeError where it is absent.
+    Raises RecipeError if it is absent.
     """
     if name == "auto":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -35,30 +35,30 @@ def use_threads(count: int | None) -> int:
 
 
 def parallel_matrices(device: torch.device) -> int:
-    """How many matrices may be in work on a device: two where there are threads for them.
+    """How many matrices are processed at the same time on a device: two on a CPU with several threads.
 
-    With half of the threads each they wait for each other less than all threads on one matrix do, and
-    much less where another program wants a core.
+    Half of the threads for each of two matrices wait for each other less than all threads on one matrix,
+    and much less if another program uses a core.
     """
     return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
 @contextmanager
 def worker_pool(count: int) -> Iterator[ThreadPoolExecutor]:
-    """`count` workers that compute, each with its share of this process's threads."""
+    """A pool of `count` workers, each with an equal share of this process's threads."""
     threads = torch.get_num_threads()
     try:
         share = max(1, threads // count)
         with ThreadPoolExecutor(count, "compute", torch.set_num_threads, (share,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(threads)  # a part of the setting is the process's, not the thread's
+        torch.set_num_threads(threads)  # part of the setting belongs to the process, not to the thread
 
 
 def multiplies_bfloat16(matrix: Tensor) -> bool:
-    """True where a float32 matrix holds bfloat16 numbers and its device multiplies those faster.
+    """True if a float32 matrix holds bfloat16 numbers and its device multiplies those faster.
 
-    The numbers are looked at in a sample of rows: what rests on the answer is checked by its result.
+    Only a sample of rows is examined; results that depend on the answer are checked by their error.
     """
     step = max(1, matrix.shape[0] // 16)
     sample = matrix[::step]
@@ -67,7 +67,7 @@ def multiplies_bfloat16(matrix: Tensor) -> bool:
 
 @cache
 def _fast_bfloat16(device: str) -> bool:
-    # What the processor says of itself and no stopwatch: the answer decides bits, so it must repeat.
+    # By the processor's features and not by a measurement: the answer decides bits, so it must be repeatable.
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -76,10 +76,10 @@ def _fast_bfloat16(device: str) -> bool:
 
 @contextmanager
 def bfloat16_products(enabled: bool) -> Iterator[None]:
-    """Let float32 products of bfloat16 numbers run on the units that multiply bfloat16.
+    """Run float32 products of bfloat16 numbers on the units that multiply bfloat16.
 
-    Such products are exact in float32 and are summed in float32; other numbers would be rounded. torch has
-    one setting for the whole process, so `enabled` must be False if other threads multiply meanwhile.
+    Such products are exact in float32 and are summed in float32; other numbers would be rounded. The setting
+    applies to the entire process, so `enabled` must be False if other threads multiply matrices meanwhile.
     """
     if not enabled:
         yield

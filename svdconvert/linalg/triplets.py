@@ -1,4 +1,4 @@
-"""What a truncated decomposition is.  O: rows, I: columns, R: rank."""
+"""A truncated decomposition, and what is recorded of it.  O: rows, I: columns, R: rank."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import times
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.orthonormal import gram_eigen, orthonormal
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What is known of a truncation: singular values, energies and how it was made."""
+    """What is known of a truncation: singular values, energy and engine."""
 
     first: float
-    """Largest singular value of the kept components."""
+    """The largest singular value that is kept."""
     last: float
-    """Smallest singular value of the kept components."""
+    """The smallest singular value that is kept."""
     energy: float
-    """Share of ||W||_F^2 that the kept components hold."""
+    """The share of ||W||_F^2 in the kept triplets."""
     excess: float | None
-    """Estimate of ||W - W_r||_F over its optimum, minus one; of the minor slice ||W_r||_F over its
-    optimum, minus one; 0 where the SVD is exact, None where there is none."""
+    """Estimate of ||W - W_r||_F over its optimum, minus one; for the bottom slice, of ||W_r||_F over its
+    optimum, minus one. 0 if the SVD is exact, None if there is none."""
     engine: str
     """"fast" or "exact"."""
 
@@ -42,7 +42,7 @@ class Triplets:
 
 
 def spectrum_of(sigma_R: Tensor, total: float, excess: float | None, engine: str) -> Spectrum:
-    """The record of a slice with the singular values `sigma_R` of a matrix with the energy `total`."""
+    """The record of the triplets with the singular values `sigma_R` of a matrix with ||W||_F^2 = `total`."""
     kept = float(sigma_R.double().square().sum())
     first, last = (float(sigma_R[0]), float(sigma_R[-1])) if len(sigma_R) else (0.0, 0.0)
     return Spectrum(first, last, kept / total if total else 1.0, excess, engine)
@@ -51,23 +51,24 @@ def spectrum_of(sigma_R: Tensor, total: float, excess: float | None, engine: str
 def thin_svd(block_LR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(left_LR, sigma_R, mix_RR) with block = left @ diag(sigma) @ mix.T, L >= R, in the block's dtype.
 
-    eigh of the R x R Gram matrix in place of an SVD: from a float32 block it loses nothing until
-    sigma_R / sigma_1 comes near float64's own square root; there the SVD takes over.
+    By eigh of the R x R Gram matrix, which is faster than an SVD and as accurate for a float32 block unless
+    sigma_R / sigma_1 is near the square root of the precision of float64; then the SVD is used.
     """
     found = gram_eigen(block_LR)
     if not float(found.squares_B[-1]) > 1e-12 * float(found.squares_B[0]):
         left, sigma, right = torch.linalg.svd(block_LR.double(), full_matrices=False)
         left = orthonormal(left.to(block_LR.dtype))
         return left, sigma.to(block_LR.dtype), right.T.to(block_LR.dtype)
-    sigma_R, mix_RR = found.squares_B.sqrt(), found.mix_BB
+    sigma_R = found.squares_B.sqrt()
+    mix_RR = found.mix_BB
     return found.left(block_LR), sigma_R.to(block_LR.dtype), mix_RR.to(block_LR.dtype)
 
 
 def project(weight_LS: Tensor, basis_SR: Tensor, total: float, excess: float, engine: str) -> Triplets:
-    """The SVD of W Q Q^T, from the product W Q and the SVD of its thin result.
+    """The SVD of W Q Q^T for an orthonormal basis Q, from the SVD of the thin product W Q.
 
-    L, S: the longer and the shorter side, Q the basis.
+    L, S: the longer and the shorter side.
     """
     left_LR, sigma_R, mix_RR = thin_svd(times(weight_LS, basis_SR))
-    right_RS = product(basis_SR, mix_RR).T
+    right_RS = matmul_f32(basis_SR, mix_RR).T
     return Triplets(left_LR, sigma_R, right_RS, spectrum_of(sigma_R, total, excess, engine))

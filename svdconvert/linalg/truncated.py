@@ -2,11 +2,11 @@
 
 O: rows, I: columns, L: the longer and S: the shorter of both, R: rank, B: columns of a block.
 
-A randomised start, some powers of W^T W, then a block Krylov space on the shorter side; Rayleigh and
-Ritz choose R vectors in it, and one product of W with them gives the factors. The energy that every
-block gains says how much is still missing, so the space grows by a tolerance and not by a count.
-Where W holds bfloat16 numbers and the processor multiplies them faster, the space is built in
-bfloat16; the last product is in float32, and so is the energy that the result is judged by.
+A random start, some powers of W^T W, then a block Krylov space on the shorter side. Rayleigh-Ritz gives R
+vectors in it, and one product of W with them gives the factors. The energy that each block gains shows how
+much is still missing, so the size of the space follows from a tolerance. If W holds bfloat16 numbers and the
+processor multiplies them faster, the space is built in bfloat16; the last product and the energy by which
+the result is judged are in float32.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,6 @@ from svdconvert.linalg.blocks import (
     low_gram_times,
     total_energy,
 )
-from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import (
     ErrorEstimate,
     Krylov,
@@ -33,31 +32,30 @@ from svdconvert.linalg.krylov import (
     warm_start,
 )
 from svdconvert.linalg.threads import multiplies_bfloat16
-from svdconvert.linalg.triplets import Spectrum, Triplets, project, spectrum_of
-
-__all__ = ["POWERS", "Spectrum", "Triplets", "exact_top", "fast_top", "gram_top"]
+from svdconvert.linalg.triplets import Triplets, project, spectrum_of
 
 POWERS = 3
-_LOOSE = 3e-3  # above it a power less, and a block more before the first look, is the faster way
-_CLEAR = 0.01  # of the largest square, or of all: what float32 holds to five digits in a Gram matrix
-_STEEP = 1e-5  # share of the energy outside below which subtracting energies says nothing in float32
-_FLOOR = 1e-6  # a residual below this share of the matrix is float32's own rounding
-_COARSE_TOL = 1e-5  # an excess that products in bfloat16 do not reach
-# Share of the energy that products in bfloat16 lose: about the mean square of one rounding, (2^-8)^2 / 6. On
-# trained and on made-up matrices it is 1.2e-6 to 2.4e-6, whatever the rank.
+_LOOSE = 3e-3  # for a larger tolerance, one power less and one more block at first is faster
+_CLEAR = 0.01  # of the largest square, or of all: float32 keeps five digits of it in a Gram matrix
+_STEEP = 1e-5  # share of the energy outside below which a difference of energies is too inaccurate
+_FLOOR = 1e-6  # a residual below this share of the matrix is only float32 rounding
+_COARSE_TOL = 1e-5  # an excess that is out of reach with products in bfloat16
+# Share of the energy that products in bfloat16 lose: about the mean square of one rounding, (2^-8)^2 / 6.
+# Measured on trained and synthetic matrices: 1.2e-6 to 2.4e-6, for any rank.
 _LOST = 2e-6
-_SPREAD = 0.01  # of the largest square: what the squares must span for bfloat16 to tell one from the other
+_SPREAD = 0.01  # of the largest square: the squares must span this for bfloat16 to separate them
 
 
 def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
-    """The `rank` largest triplets of a matrix with a short side, from its whole Gram matrix.
+    """The `rank` largest triplets of a matrix with a short side, from its full Gram matrix.
 
-    As good as LAPACK's in float32 for what is no smaller than 1e-6 of the largest singular value: the Gram
-    matrix is in float32 only where nothing that is kept, nor all that is not, is small in it.
+    As accurate as LAPACK in float32 for singular values above 1e-6 of the largest. The Gram matrix is in
+    float32 only if neither the smallest value that is kept nor the sum of the others is small in it.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         return gram_top(weight_OI.T, rank).transposed()
-    total, clear = total_energy(weight_OI), False
+    total = total_energy(weight_OI)
+    clear = False
     if held_by_float32(total):
         squares, vectors = torch.linalg.eigh(gram(weight_OI, torch.float32))
         outside = float(squares[:-rank].double().sum())
@@ -70,7 +68,7 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
 
 
 def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
-    """The `rank` largest triplets of a matrix of any float dtype, or None where `tol` was not reached.
+    """The `rank` largest triplets of a matrix of any float dtype, or None if `tol` was not reached.
 
     `tol` bounds the estimated excess of the residual's norm over the optimal one.
     """
@@ -90,59 +88,62 @@ def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Gener
 
 @dataclass(frozen=True)
 class _Top:
-    """A matrix and what is wanted of it."""
+    """A search for the largest triplets of a matrix; `total` is its energy."""
 
     weight_LS: Tensor
     rank: int
     total: float
     low_LS: Tensor | None = None
-    """The matrix in bfloat16, where the space is built in it."""
+    """The matrix in bfloat16, if the space is built in it."""
 
     @property
     def coarse(self) -> bool:
-        """True where the space is built in a narrower dtype than float32."""
+        """True if the space is built in bfloat16."""
         return self.low_LS is not None
 
     def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
-        """The truncation, or None where the estimate stayed above the tolerance."""
+        """The truncation, or None if the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         core = torch.float32 if self.coarse else torch.float64
-        powers, more = (POWERS - 1, 1) if tol > _LOOSE else (POWERS, 0)
+        powers, extra_blocks = (POWERS - 1, 1) if tol > _LOOSE else (POWERS, 0)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, powers), limit, core)
-        return Search(self.rank, tol, self.outlook, self.finish, more).run(krylov)
+        return Search(self.rank, tol, self.estimate, self.finish, extra_blocks).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
-        """W^T W / ||W||^2: energies are shares of the whole, and no scale of W can overflow."""
+        """W^T W / ||W||^2: eigenvalues are shares of the energy, and no scale of W can overflow."""
         norm = self.total**0.5
         if self.low_LS is None:
             return gram_times(self.weight_LS, block_SB / norm).div_(norm)
         return low_gram_times(self.low_LS, block_SB / norm).div_(norm)
 
-    def outlook(self, ritz: Ritz) -> ErrorEstimate:
+    def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy outside the best rank-R part of the space."""
-        kept, before, coming = (
+        kept, before, predicted_gain = (
             float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.predicted_gain_R)
         )
         return ErrorEstimate.of(
-            1.0 - before, 1.0 - kept, coming, noise=self._noise(ritz) if self.coarse else 0.0
+            1.0 - before,
+            1.0 - kept,
+            predicted_gain,
+            rounding_floor=self._rounding_floor(ritz) if self.coarse else 0.0,
         )
 
-    def _noise(self, ritz: Ritz) -> float:
-        """What bfloat16 loses; of values too close to each other for it, all."""
+    def _rounding_floor(self, ritz: Ritz) -> float:
+        """What bfloat16 loses; everything, if the values are too close to each other for it."""
         return _LOST if ritz.values_R[-1] < (1.0 - _SPREAD) * ritz.values_R[0] else 1.0
 
-    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
-        """The factors, and the energy outside as they leave it."""
+    def finish(self, vectors_SR: Tensor, estimate: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
+        """The factors, and the estimate with the energy outside them."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         outside = 1.0 - found.spectrum.energy
         if self.coarse:
-            return found, replace(outlook, cost=outside)
+            return found, replace(estimate, cost=outside)
         if outside < _STEEP:
             left = found.left_OR * found.sigma_R
             outside = energy_outside(self.weight_LS, left, found.right_RI) / self.total
         if outside <= _FLOOR**2:
             return found, ErrorEstimate(outside, 0.0, 0.0)
-        return found, replace(outlook, cost=outside)
+        return found, replace(estimate, cost=outside)
 
 
 def _nothing(weight_OI: Tensor, rank: int) -> Triplets:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -73,3 +74,12 @@ def _stable(value: Any) -> Any:
 def digest(value: Any) -> str:
     """Checksum of what JSON can hold."""
     return str(xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3 of a file's bytes."""
+    total = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            total.update(chunk)
+    return str(total.hexdigest())

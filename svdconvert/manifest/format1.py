@@ -13,7 +13,8 @@ FULL = "full"
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same manifest in format 2."""
-    kind, options = values.get("kind"), values.get("options")
+    kind = values.get("kind")
+    options = values.get("options")
     values = dict(values)
     if "rebased" in values:
         values["base_is_residual"] = values.pop("rebased")

@@ -16,11 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
-from svdconvert.manifest.fingerprint import Fingerprint
+from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
 from svdconvert.manifest.results import RESULT_OF_KIND, Result
+from svdconvert.output.journal import journals
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import FileRole, PlannedFile
+from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import read_json_object
-from svdconvert.output.staging import MANIFEST_NAME
 
 FORMAT = 2
 Kind = Literal["decomposed", "trained", "finetuned", "merged", "lora", "converted"]
@@ -84,6 +86,8 @@ class Manifest:
     """Checksum of every stored tensor, by file."""
     roles: Mapping[str, FileRole] = field(default_factory=dict)
     """What each file is."""
+    sidecars: Mapping[str, str] = field(default_factory=dict)
+    """Checksum of every other file: configuration, tokenizer, metrics."""
     threads: int = 0
     svdconvert: str = field(default_factory=lambda: version("svdconvert"))
     format: int = FORMAT
@@ -130,6 +134,14 @@ def _inferred_role(kind: Kind, file: str) -> FileRole:
     if "/" in file:
         return "initial_adapter"
     return "adapter" if kind in ("trained", "lora") else "model"
+
+
+def sidecar_checksums(directory: Path, files: Sequence[PlannedFile]) -> dict[str, str]:
+    """Checksum of every file below `directory` that is neither planned nor part of the staging itself."""
+    planned = {file.path for file in files} | {MANIFEST_NAME, UPLOADS}
+    planned |= {path.name for path in journals(directory)}
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: file_checksum(path) for name, path in sorted(found.items()) if name not in planned}
 
 
 def roles_of(files: Sequence[PlannedFile]) -> dict[str, FileRole]:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained and there is no adapter; the baseline of all the others."""
+"""Full fine-tuning: every weight is trained and there is no adapter; the baseline of the other methods."""
 
 from svdconvert.methods.base import WEIGHT, Method
 
@@ -8,6 +8,6 @@ METHOD = Method(
     split=None,
     trains=frozenset({WEIGHT}),
     residual=False,
-    slice="whole",
+    spectrum_part="whole",
     learning_rate=1e-5,
 )

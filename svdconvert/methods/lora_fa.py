@@ -1,17 +1,16 @@
-"""LoRA-FA: A is frozen, so that training keeps x A^T of every layer and not x (arXiv:2308.03303).
+"""LoRA-FA: A is frozen, so that training stores x A^T of every layer instead of x (arXiv:2308.03303).
 
-It starts from the principal triplets against a residual, with all singular values in B, or as LoRA does
-from a random A and a zero B beside the untouched base.
+It starts from the principal triplets against a residual, with all singular values in B, or, as LoRA does,
+from a random A and a zero B next to the untouched base.
 """
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.methods.base import Method, Split, kaiming
+from svdconvert.methods.base import Method, Split, kaiming, zeros
 
 
 def from_svd(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
@@ -20,20 +19,30 @@ def from_svd(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Spli
     return Split(Factors(top.left_OR * (top.sigma_R / scale), top.right_RI), top.spectrum)
 
 
-def from_chance(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+def random(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """A as LoRA draws it, B zero."""
-    return Split(Factors(torch.zeros(len(weight_OI), rank), kaiming(weight_OI, rank, solver)))
+    return Split(Factors(zeros(weight_OI, rank), kaiming(weight_OI, rank, solver)))
 
 
 _SVD = Method(
-    summary="trains B alone, so that training keeps little of the activations",
+    summary="trains B alone, so that training stores few of the activations",
     paper="arXiv:2308.03303",
     split=from_svd,
     trains=frozenset({"lora_B"}),
     residual=True,
-    slice="top",
+    spectrum_part="top",
+    dropout_harms=True,
     learning_rate=2e-4,
     init="svd",
 )
-_RANDOM = replace(_SVD, split=from_chance, residual=False, slice="none", init="random")
-METHOD = replace(_SVD, others=(_RANDOM,))
+_RANDOM = replace(
+    _SVD,
+    split=random,
+    residual=False,
+    spectrum_part=None,
+    work="thin",
+    draws=True,
+    dropout_harms=False,
+    init="random",
+)
+METHOD = replace(_SVD, variants=(_RANDOM,))

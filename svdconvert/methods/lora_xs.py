@@ -1,4 +1,4 @@
-"""LoRA-XS: an r x r core between frozen singular vectors, beside the untouched base (arXiv:2405.17604)."""
+"""LoRA-XS: an r x r core between frozen singular vectors, next to the untouched base (arXiv:2405.17604)."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from svdconvert.methods.base import Method, Split
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """B = U_r S_r, A = V_r^T, R = 0.
 
-    The paper draws R near zero. Exact zeros leave the model as it is and get a gradient all the same, for
-    A and B are none.
+    The paper draws R close to zero. Exact zeros leave the model as it is, and still get a gradient because
+    A and B are not zero.
     """
     top = solver.top(weight_OI, rank)
     core_RR = torch.zeros(rank, rank, device=weight_OI.device)
@@ -25,7 +25,7 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_R"}),
     residual=False,
-    slice="top",
+    spectrum_part="top",
     peft_type="LORA_XS",
     learning_rate=1e-3,
 )

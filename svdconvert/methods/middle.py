@@ -7,7 +7,7 @@ from svdconvert.methods.base import Method, Split, split_sigma_evenly
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
-    """As MiLoRA, of the triplets (n - r) // 2 and on, where n is the shorter side."""
+    """Like MiLoRA's, of the r triplets from number (n - r) // 2 on; n is the length of the shorter side."""
     return split_sigma_evenly(solver.middle(weight_OI, rank), scale)
 
 
@@ -17,6 +17,8 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="middle",
+    spectrum_part="middle",
+    work="full",
+    parallel=False,
     learning_rate=3e-4,
 )

@@ -13,8 +13,8 @@ from svdconvert.methods.base import Method, Split
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     """B = Q_r, A = R_r / scale.
 
-    The first r columns of Q depend on the first r columns of W alone, and R_r = Q_r^T W: what is not needed
-    of the factorisation is not computed.
+    The first r columns of Q depend only on the first r columns of W, and R_r = Q_r^T W, so the rest of the
+    factorisation is not computed.
     """
     left_OR = torch.linalg.qr(weight_OI[:, :rank].float()).Q
     right_RI = times(weight_OI.T, left_OR).T
@@ -29,6 +29,7 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="first columns",
+    spectrum_part="first columns",
+    work="thin",
     learning_rate=2e-4,
 )

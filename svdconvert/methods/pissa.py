@@ -17,6 +17,7 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
-    slice="top",
+    spectrum_part="top",
+    dropout_harms=True,
     learning_rate=2e-5,
 )

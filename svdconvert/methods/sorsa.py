@@ -1,4 +1,4 @@
-"""SORSA: train the principal triplets with their singular values apart (arXiv:2409.00055).
+"""SORSA: train the principal triplets with their singular values separate from U and V (arXiv:2409.00055).
 
 A and B start with orthonormal rows and columns, and the trainer's penalty keeps them near that.
 """
@@ -17,12 +17,13 @@ def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
 
 
 METHOD = Method(
-    summary="trains the r largest triplets, U, S and V apart, U and V orthonormal",
+    summary="trains U, S and V of the r largest triplets, U and V orthonormal",
     paper="arXiv:2409.00055",
     split=split,
     trains=frozenset({"lora_A", "lora_B", "lora_S"}),
     residual=True,
-    slice="top",
+    spectrum_part="top",
+    dropout_harms=True,
     peft_type="SORSA",
     learning_rate=3e-5,
     penalty=0.2,

@@ -1,4 +1,4 @@
-"""RWKV-6 ("Finch") as a PyTorch model that trains on any device; transformers has none.
+"""RWKV-6 ("Finch") as a PyTorch model that trains on any device; transformers has no such model.
 
 Written from the equations of arXiv:2404.05892 and BlinkDL's parameters (see rwkv6_tensors.py). Modules
 and parameters are named as in a .pth file. B: rows, T: tokens, C: width, H: heads, N: size of a head,
@@ -25,27 +25,28 @@ from svdconvert.models.world_tokenizer import WorldTokenizer
 
 _EPSILON = 1e-5
 _HEAD_EPSILON = 64e-5
-"""Of the norm of every head: 1e-5 * 8^2 in every RWKV-6, whatever the size of its heads."""
+"""The epsilon of the norm of every head: 1e-5 * 8^2 in every RWKV-6, for any head size."""
 
 Memory = tuple[Tensor, Tensor, Tensor]
-"""What a layer carries on: its two last inputs (B, C), and between them S (B, H, N, N) in float32."""
+"""What a layer passes to the next token: the last input of its time mixing (B, C), the state S (B, H, N, N)
+in float32, and the last input of its channel mixing (B, C)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What the model says."""
+    """What the model returns."""
 
     logits: Tensor
     """(B, T, V)"""
     state: list[Memory]
-    """Of every layer, behind the last token."""
+    """The memory of every layer after the last token."""
 
 
 class Config:
-    """What trainers ask a model's configuration: nothing here can be configured."""
+    """The part of a model's configuration that trainers use. It has no settings."""
 
     def get_text_config(self) -> "Config":
-        """This."""
+        """The configuration itself."""
         return self
 
 
@@ -54,12 +55,12 @@ def _vector(width: int) -> nn.Parameter:
 
 
 def _shifted(z_BTC: Tensor, last_BC: Tensor) -> Tensor:
-    """What stood one token before, less what stands there now."""
+    """The previous token's input minus the current one's, (B, T, C)."""
     return torch.cat([last_BC[:, None].to(z_BTC.dtype), z_BTC[:, :-1]], 1) - z_BTC
 
 
 class TimeMixing(nn.Module):
-    """The attention of a layer: what a token takes up from the state, and leaves in it."""
+    """The attention of a layer: a token reads from the state and writes to it."""
 
     ln_x: nn.GroupNorm
     time_maa_x: nn.Parameter
@@ -67,8 +68,10 @@ class TimeMixing(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width, inner = sizes.width, sizes.heads * sizes.head_size
-        self.heads, self.size = sizes.heads, sizes.head_size
+        width = sizes.width
+        inner = sizes.heads * sizes.head_size
+        self.heads = sizes.heads
+        self.size = sizes.head_size
         self.form: Form | None = None
         for letter in ("x", *MIX_ORDER):
             setattr(self, f"time_maa_{letter}", _vector(width))
@@ -86,21 +89,25 @@ class TimeMixing(nn.Module):
         self.ln_x = nn.GroupNorm(sizes.heads, inner, eps=_HEAD_EPSILON)
 
     def forward(self, z_BTC: Tensor, last_BC: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's part of the sum (B, T, C), and the state behind it."""
+        """The layer's contribution (B, T, C) to the residual stream, and the state after it."""
         w, k, v, r, g = self._mixed(z_BTC, _shifted(z_BTC, last_BC))
         low = torch.tanh(w @ self.time_decay_w1) @ self.time_decay_w2
         decay = -torch.exp(self.time_decay.float() + low.float())
-        r, k, v, g = self.receptance(r), self.key(k), self.value(v), self.gate(g)
+        r = self.receptance(r)
+        k = self.key(k)
+        v = self.value(v)
+        g = self.gate(g)
         r, k, v, decay = (self._by_head(x) for x in (r, k, v, decay))
         y, state = wkv6(r, k, v, decay, self.time_faaaa, state, self.form)
         y_XC = y.transpose(1, 2).reshape(-1, self.heads * self.size)
-        weight, bias = self.ln_x.weight.float(), self.ln_x.bias.float()
+        weight = self.ln_x.weight.float()
+        bias = self.ln_x.bias.float()
         normed = group_norm(y_XC, self.heads, weight, bias, self.ln_x.eps).reshape(g.shape).to(z_BTC.dtype)
         out: Tensor = self.output(normed * silu(g))
         return out, state
 
     def _mixed(self, z_BTC: Tensor, delta_BTC: Tensor) -> tuple[Tensor, ...]:
-        """The five inputs, each between this token and the last, as the token itself decides."""
+        """The five inputs, each a mixture of this token and the previous one; this one decides the shares."""
         batch, tokens, width = z_BTC.shape
         low = torch.tanh((z_BTC + delta_BTC * self.time_maa_x) @ self.time_maa_w1)
         low = low.view(batch * tokens, len(MIX_ORDER), -1).transpose(0, 1)
@@ -115,7 +122,7 @@ class TimeMixing(nn.Module):
         return x_BTC.reshape(*x_BTC.shape[:2], self.heads, self.size).transpose(1, 2)
 
     def first_state(self, batch: int) -> Tensor:
-        """What a sequence begins with: zeros, or the tuned state, which is stored (H, v, k)."""
+        """The initial state of a sequence: zeros, or the tuned state, which is stored as (H, v, k)."""
         if self.time_state is not None:
             return self.time_state.float().mT.expand(batch, -1, -1, -1)
         return self.time_faaaa.new_zeros(batch, self.heads, self.size, self.size, dtype=torch.float32)
@@ -126,13 +133,14 @@ class ChannelMixing(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.time_maa_k, self.time_maa_r = _vector(sizes.width), _vector(sizes.width)
+        self.time_maa_k = _vector(sizes.width)
+        self.time_maa_r = _vector(sizes.width)
         self.key = nn.Linear(sizes.width, sizes.feed_forward, bias=False)
         self.receptance = nn.Linear(sizes.width, sizes.width, bias=False)
         self.value = nn.Linear(sizes.feed_forward, sizes.width, bias=False)
 
     def forward(self, z_BTC: Tensor, last_BC: Tensor) -> Tensor:
-        """The layer's part of the sum (B, T, C)."""
+        """The layer's contribution (B, T, C) to the residual stream."""
         delta = _shifted(z_BTC, last_BC)
         key_BTF = self.key(z_BTC + delta * self.time_maa_k).relu().square()
         out: Tensor = self.receptance(z_BTC + delta * self.time_maa_r).sigmoid() * self.value(key_BTF)
@@ -140,16 +148,17 @@ class ChannelMixing(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; the first also has the norm behind the embedding."""
+    """One layer; the first also has the norm after the embedding."""
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
         self.ln1, self.ln2 = (nn.LayerNorm(sizes.width, eps=_EPSILON) for _ in range(2))
         self.ln0 = nn.LayerNorm(sizes.width, eps=_EPSILON) if layer == 0 else None
-        self.att, self.ffn = TimeMixing(sizes), ChannelMixing(sizes)
+        self.att = TimeMixing(sizes)
+        self.ffn = ChannelMixing(sizes)
 
     def forward(self, h_BTC: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """(B, T, C) -> (B, T, C), and what is carried on."""
+        """(B, T, C) -> (B, T, C), and the memory for the next token."""
         if self.ln0 is not None:
             h_BTC = self.ln0(h_BTC)
         last_att, state, last_ffn = memory
@@ -161,11 +170,13 @@ class Block(nn.Module):
 
 
 class Rwkv6(nn.Module):
-    """A causal language model; `forward` is what a trainer for transformers' models calls."""
+    """A causal language model, with the interface that trainers of transformers' models call."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.sizes, self.config, self.recomputes = sizes, Config(), False
+        self.sizes = sizes
+        self.config = Config()
+        self.recomputes = False
         self.emb = nn.Embedding(sizes.vocabulary, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.layers))
         self.ln_out = nn.LayerNorm(sizes.width, eps=_EPSILON)
@@ -176,11 +187,11 @@ class Rwkv6(nn.Module):
         return self.head
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
-        """Keep only what goes from layer to layer, and compute the rest again for the gradient."""
+        """Keep only the layers' inputs, and recompute everything else in the backward pass."""
         self.recomputes = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything for the gradient."""
+        """Keep everything for the backward pass."""
         self.recomputes = False
 
     def forward(
@@ -190,10 +201,10 @@ class Rwkv6(nn.Module):
         position_ids: Tensor | None = None,
         state: list[Memory] | None = None,
     ) -> Output:
-        """Logits of `input_ids` (B, T), going on from `state`.
+        """Logits of `input_ids` (B, T), continuing from `state`.
 
-        Padding belongs to the right, where nothing depends on it, so the mask is not looked at. Where
-        `position_ids` begin anew, in the middle of a row, so does the state.
+        Padding must be on the right, where nothing depends on it, so the mask is ignored. Wherever
+        `position_ids` restart at 0 within a row, the state is reset.
         """
         starts = None if position_ids is None else (position_ids == 0)
         after: list[Memory] = []
@@ -215,7 +226,7 @@ class Rwkv6(nn.Module):
         return h_BTC, after
 
     def _several(self, ids_BT: Tensor, starts_BT: Tensor) -> Tensor:
-        """Rows of several texts, each text as a row of its own, and back."""
+        """The hidden states of rows that hold several texts, computed with one row per text."""
         starts_BT = starts_BT.clone()
         starts_BT[:, 0] = True
         firsts = starts_BT.flatten().nonzero().squeeze(1)
@@ -226,12 +237,12 @@ class Rwkv6(nn.Module):
         return torch.cat(texts).view(*ids_BT.shape, -1)
 
     def first_state(self, batch: int) -> list[Memory]:
-        """What a sequence begins with."""
+        """The initial memory of every layer for `batch` sequences."""
         zeros = self.emb.weight.new_zeros(batch, self.sizes.width)
         return [(zeros, block.att.first_state(batch), zeros) for block in self._layers()]
 
     def tune_states(self) -> list[nn.Parameter]:
-        """Give every layer a first state to be trained, at zero where it has none."""
+        """Give every layer a trainable initial state, zero if it has none; return the states."""
         shape = (self.sizes.heads, self.sizes.head_size, self.sizes.head_size)
         for block in self._layers():
             if block.att.time_state is None:
@@ -240,7 +251,7 @@ class Rwkv6(nn.Module):
 
     @contextmanager
     def computing(self, form: Form) -> Iterator[None]:
-        """The recurrence in one form, whatever the device and the length."""
+        """Compute the recurrence in one form, on any device and for any length."""
         for block in self._layers():
             block.att.form = form
         try:
@@ -254,38 +265,40 @@ class Rwkv6(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the parameters."""
         return self.emb.weight.device
 
     @torch.no_grad()
     def answer(
         self, prompt: Sequence[int], count: int, choose: Callable[[Tensor], int] | None = None, stop: int = 0
     ) -> Iterator[int]:
-        """At most `count` tokens after `prompt`, up to the token `stop`, which is not given.
+        """At most `count` tokens after `prompt`, up to but not including the token `stop`.
 
-        `choose` picks a token from the logits (V,): the likeliest unless given.
+        `choose` picks a token from the logits (V,); by default the most likely one.
         """
         pick = choose or (lambda logits_V: int(logits_V.argmax()))
-        tokens, state = list(prompt) or [stop], None
+        tokens = list(prompt) or [stop]
+        state = None
         for _ in range(count):
             output = self.forward(torch.tensor([tokens], device=self.device), state=state)
-            token, state = pick(output.logits[0, -1]), output.state
+            token = pick(output.logits[0, -1])
+            state = output.state
             if token == stop:
                 return
             yield token
             tokens = [token]
 
     def generate(self, input_ids: Tensor, *, generation_config: Any, **_: object) -> Tensor:
-        """(1, T) -> (1, T + tokens), the likeliest ones, as transformers' models are asked."""
+        """(1, T) -> (1, T + tokens) by greedy decoding, with the signature of transformers' models."""
         limits = generation_config
         made = self.answer(input_ids[0].tolist(), limits.max_new_tokens, stop=limits.eos_token_id)
         return torch.cat([input_ids, input_ids.new_tensor([list(made)]).view(1, -1)], 1)
 
 
 def load(family: TensorSource, dtype: torch.dtype | None = None) -> Rwkv6:
-    """The model of tensors under the family's own names, in `dtype` or as they are stored.
+    """The model whose tensors have the family's canonical names, in `dtype` or as they are stored.
 
-    Raises CheckpointError where the tensors disagree about its sizes.
+    Raises CheckpointError if the tensors disagree about its sizes.
     """
     with torch.device("meta"):
         model = Rwkv6(Sizes.of(family.infos))

@@ -1,6 +1,6 @@
 """The tensors of an RWKV-6 ("Finch", x060): names, order, kinds and sizes.
 
-The names are those of BlinkDL's .pth files, in the order of those files. C: width, H: heads, N: size of
+The canonical names are those of BlinkDL's .pth files, in their order. C: width, H: heads, N: size of
 a head, D: rank of the mixing, E: rank of the decay, F: width of the feed-forward, V: vocabulary.
 Source: github.com/BlinkDL/RWKV-LM, RWKV-v5/src/model.py, RWKV_Tmix_x060 and RWKV_CMix_x060.
 """
@@ -8,7 +8,7 @@ Source: github.com/BlinkDL/RWKV-LM, RWKV-v5/src/model.py, RWKV_Tmix_x060 and RWK
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError
 
@@ -18,7 +18,7 @@ MIX_ORDER = ("w", "k", "v", "r", "g")
 
 _NORMS = tuple(f"{BLOCK}.{norm}.{part}" for norm in ("ln1", "ln2") for part in ("weight", "bias"))
 FIRST_NORM = (f"{BLOCK}.ln0.weight", f"{BLOCK}.ln0.bias")
-"""Behind the embedding; stored in the first block, and only there."""
+"""The norm after the embedding; stored in the first block only."""
 _TIME = tuple(
     f"{BLOCK}.att.time_{part}"
     for part in (
@@ -27,7 +27,7 @@ _TIME = tuple(
     )
 )
 STATE = f"{BLOCK}.att.time_state"
-"""(H, v, k): the state that a sequence begins with, after state tuning; most models have none."""
+"""(H, v, k): the initial state of a sequence, after state tuning; most models have none."""
 _ATT = tuple(f"{BLOCK}.att.{part}.weight" for part in ("receptance", "key", "value", "output", "gate"))
 _ATT_NORM = (f"{BLOCK}.att.ln_x.weight", f"{BLOCK}.att.ln_x.bias")
 _FFN_TIME = (f"{BLOCK}.ffn.time_maa_k", f"{BLOCK}.ffn.time_maa_r")
@@ -47,44 +47,51 @@ NAMES = (
     "ln_out.bias",
     "head.weight",
 )
-"""All names, in the order of a .pth file; {layer} where a number stands."""
+"""All names, in the order of a .pth file, with {layer} in place of the layer's number."""
 
 VECTORS = tuple(name for name in (*_TIME, *_FFN_TIME) if not name.endswith(("_w1", "_w2", "faaaa")))
-"""What is (1, 1, C), and in some files (H, N) or (C,)."""
+"""The tensors of shape (1, 1, C), which some files store as (H, N) or (C,)."""
 
 ROLES = ("att.receptance", "att.key", "att.value", "att.gate", "att.output") + (
     "ffn.key",
     "ffn.receptance",
     "ffn.value",
 )
-"""The plain matrices of a layer, by their path in a block. time_maa_w* and time_decay_w* are not among
-them: a tanh stands between the two factors."""
+"""The plain matrices of a layer, by their path in a block. time_maa_w* and time_decay_w* are none, because
+there is a tanh between the two factors."""
 
 
 GROUPS = {"time": r".*\.time_(?!state).*", "norms": r"(.*\.)?ln\w*\.(weight|bias)"}
-"""What can be trained whole beside the matrices, as RWKV-PEFT does by default."""
+"""What can be trained fully in addition to the adapters, as RWKV-PEFT does by default."""
 
 
-def path(role: str, layer: int) -> str:
-    """Where the network of `rwkv6` has a matrix."""
+def network_path(role: str, layer: int) -> str:
+    """The path of a matrix in the network of `rwkv6`."""
     return f"{BLOCK.replace('{layer}', str(layer))}.{role}"
 
 
 def states(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
-    """The first states of a model's layers, whether it has them or not."""
+    """The initial states of a model's layers, whether it has them or not."""
     return Sizes.of(infos).states()
 
 
-def rename(own: str, name: str) -> RenameRule:
-    """The family's tensor `own` as a layout's `name`, with the same values in the same order."""
-    # Vectors are found in several shapes; the family's own is (1, 1, C).
-    unpack = (lambda tensor: [tensor.reshape(1, 1, -1)]) if own in VECTORS else None
-    return RenameRule((own,), name, None, unpack, first_only=own in FIRST_NORM, optional=own == STATE)
+def rename(canonical: str, name: str) -> RenameRule:
+    """The rule for a layout's tensor `name` with the same values in the same order as `canonical`."""
+    # Files store vectors in several shapes; the canonical one is (1, 1, C).
+    to_canonical = (lambda tensor: [tensor.reshape(1, 1, -1)]) if canonical in VECTORS else None
+    return RenameRule(
+        (canonical,),
+        name,
+        None,
+        to_canonical,
+        first_only=canonical in FIRST_NORM,
+        optional=canonical == STATE,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of a model, read from its tensors: configurations are known to be wrong about them."""
+    """The sizes of a model, read from its tensors, because released configurations are known to be wrong."""
 
     layers: int
     vocabulary: int
@@ -97,7 +104,7 @@ class Sizes:
 
     @staticmethod
     def of(infos: Mapping[str, TensorInfo]) -> "Sizes":
-        """Of a checkpoint under the family's own names. Raises CheckpointError where they disagree."""
+        """Of a checkpoint under canonical names. Raises CheckpointError if its tensors disagree."""
 
         def size(name: str, axis: int) -> int:
             shape = infos[name].shape
@@ -117,20 +124,22 @@ class Sizes:
         for name, info in infos.items():
             if info.shape != wanted[name]:
                 raise CheckpointError(
-                    f"{name} has the shape {info.shape} and the other tensors ask for {wanted[name]}; "
+                    f"{name} has the shape {info.shape} but the other tensors imply {wanted[name]}; "
                     "restore the checkpoint"
                 )
         return sizes
 
     def states(self) -> list[TensorInfo]:
-        """The first state of every layer."""
+        """The initial state of every layer."""
         shape = (self.heads, self.head_size, self.head_size)
         names = [STATE.replace("{layer}", str(layer)) for layer in range(self.layers)]
         return [TensorInfo(name, shape, "F32") for name in names]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, the optional ones included."""
-        width, heads, size = self.width, self.heads, self.head_size
+        width = self.width
+        heads = self.heads
+        size = self.head_size
         inner = heads * size
         vector = (1, 1, width)
         kinds: dict[str, tuple[int, ...]] = {name: vector for name in VECTORS}

@@ -1,7 +1,7 @@
-"""The tokenizer of RWKV World, and that of models on bytes: tokens are byte strings, the longest one wins.
+"""The tokenizers of RWKV World and of byte-level models: greedy, by the longest token that matches.
 
-The vocabulary is a text file with a line `id literal length` for every token, the literal a string or
-bytes as Python writes them. Id 0 is the end of a text and not in the file.
+Tokens are byte strings. The vocabulary is a text file with a line `id literal length` for every token; the
+literal is a Python string or bytes literal. Id 0 is the end of a text and is not in the file.
 """
 
 import ast
@@ -17,14 +17,16 @@ from svdconvert.output.sidecars import vocabularies
 END = 0
 """The token that ends a text."""
 BYTES = 256
-"""Up to this size a vocabulary is taken for the bytes themselves."""
+"""A vocabulary of at most this size is taken to be the bytes themselves."""
 
-WORLD, WORLD_TOKENS, WORLD_SIZE = "rwkv_vocab_v20230424.txt", 65529, 65536
-"""The file of World's vocabulary, the tokens in it, and the entries of a model that is trained on it."""
+WORLD = "rwkv_vocab_v20230424.txt"
+WORLD_TOKENS = 65529
+WORLD_SIZE = 65536
+"""The file of World's vocabulary, its number of tokens, and the vocabulary size of models trained on it."""
 
 
 class WorldTokenizer:
-    """Text to tokens and back, with what training asks of a tokenizer of transformers."""
+    """Text to tokens and back, with the part of transformers' tokenizer interface that training uses."""
 
     eos_token_id = END
     pad_token_id = None
@@ -33,23 +35,23 @@ class WorldTokenizer:
     chat_template = None
     added_tokens_decoder: Mapping[int, Any] = {}
     is_fast = True
-    """It says where in the text a token begins."""
+    """It returns offsets."""
 
     def __init__(self, tokens: Mapping[bytes, int]) -> None:
-        """`tokens` are the ids by their bytes."""
+        """`tokens` maps each token's bytes to its id."""
         self._ids = dict(tokens)
         self._tokens = {number: token for token, number in self._ids.items()}
         lengths: dict[int, set[int]] = {}
         for token in self._ids:
             lengths.setdefault(token[0], set()).add(len(token))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._lengths = {first: sorted(known, reverse=True) for first, known in lengths.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Raises DataError for a byte that no token holds."""
+        """Token ids. Raises DataError for a byte that no token starts with."""
         return [number for number, _ in self._split(text.encode())]
 
     def decode(self, ids: Iterable[int], **_: object) -> str:
-        """The text of `ids`; what is no UTF-8 becomes a replacement character."""
+        """The text of `ids`; invalid UTF-8 becomes replacement characters."""
         return b"".join(self._tokens.get(number, b"") for number in ids).decode(errors="replace")
 
     def __call__(self, text: str, **_: object) -> dict[str, list[Any]]:
@@ -57,10 +59,10 @@ class WorldTokenizer:
         data = text.encode()
         # The character that each byte belongs to.
         characters = [place for place, letter in enumerate(text) for _ in letter.encode()]
-        found = list(self._split(data))
-        begins = [characters[begin] for _, begin in found] + [len(text)]
+        parts = list(self._split(data))
+        begins = [characters[begin] for _, begin in parts] + [len(text)]
         offsets = list(pairwise(begins))
-        return {"input_ids": [number for number, _ in found], "offset_mapping": offsets}
+        return {"input_ids": [number for number, _ in parts], "offset_mapping": offsets}
 
     def _split(self, data: bytes) -> Iterable[tuple[int, int]]:
         """(id, first byte) of each token."""
@@ -79,24 +81,24 @@ class WorldTokenizer:
 def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
     """The tokenizer of a model (a directory or a .pth file) with `vocabulary` entries.
 
-    Bytes where there are at most 256, else the vocabulary beside the model, else the one that the rwkv
-    package brings. Raises CheckpointError where the file is damaged or for another model,
-    MissingPackageError where there is none.
+    Bytes if there are at most 256, else the vocabulary next to the model, else the one in the rwkv package.
+    Raises CheckpointError if the file is damaged or belongs to another model, and MissingPackageError if
+    there is none.
     """
     if vocabulary <= BYTES:
         return WorldTokenizer({bytes([number]): number for number in range(vocabulary)})
     file = next(iter(vocabularies(place if place.is_dir() else place.parent)), None) or _packaged()
     if file is None:
         raise MissingPackageError(
-            f"{place} has no vocabulary beside it; put {WORLD} there, or install the "
-            "package that holds it: pip install 'svdconvert[rwkv]'"
+            f"{place} has no vocabulary next to it; put {WORLD} there, or install the "
+            "package that contains it: pip install 'svdconvert[rwkv]'"
         )
     tokens = _read(file)
-    # World's serves a larger model without an error, and wrongly.
+    # World's vocabulary would be accepted for a larger model, and be wrong.
     if max(tokens.values()) >= vocabulary or (len(tokens) == WORLD_TOKENS and vocabulary != WORLD_SIZE):
         raise CheckpointError(
             f"{file} has tokens up to {max(tokens.values())}, the model in {place} has {vocabulary} entries; "
-            "put its own vocabulary beside it"
+            "put the vocabulary of this model next to it"
         )
     if file.name == WORLD and vocabulary == WORLD_SIZE and len(tokens) < WORLD_TOKENS:
         raise CheckpointError(f"{file} has {len(tokens)} of {WORLD_TOKENS} tokens; fetch the file again")
@@ -104,7 +106,7 @@ def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
 
 
 def _packaged() -> Path | None:
-    """The vocabulary in the rwkv package, which is not imported: that would change settings of torch."""
+    """The vocabulary in the rwkv package, which is not imported because that changes settings of torch."""
     package = find_spec("rwkv")
     folders = list(package.submodule_search_locations or []) if package else []
     return next((file for folder in folders for file in vocabularies(Path(folder))), None)
@@ -124,6 +126,6 @@ def _read(file: Path) -> dict[bytes, int]:
             tokens[token] = int(number)
         except (ValueError, SyntaxError, TypeError) as error:
             raise CheckpointError(
-                f"{file}, line {line}: {text!r} is no token; fetch the file again"
+                f"{file}, line {line}: {text!r} is not a token; fetch the file again"
             ) from error
     return tokens

@@ -39,9 +39,12 @@ def file_kind(name: str, folders: Collection[str] = ()) -> FileKind:
         return "ours"
     if any(fnmatchcase(path.name, pattern) for pattern in _ADAPTER):
         return "adapter"
-    if any(fnmatchcase(path.name.lower(), pattern) for pattern in _WEIGHTS):
-        return "weights"
-    return "sidecar"
+    return "weights" if is_named_as_weights(path.name) else "sidecar"
+
+
+def is_named_as_weights(file_name: str) -> bool:
+    """True if a file has a name that some library gives to weights, or to an index of them."""
+    return any(fnmatchcase(file_name.lower(), pattern) for pattern in _WEIGHTS)
 
 
 def sidecar_folders(directory: Path) -> list[str]:

@@ -1,20 +1,26 @@
 """The journal of a staging directory: what is finished, so that the same command can continue after a kill.
 
 Each rank writes a JSON-lines file: first the run's identity (command, options, source, version), then one
-line for each finished item, written after the item's bytes. The open file is locked, so that two runs
+line for each finished item, written after the item's bytes, and one for each sync of a file. Every line has a
+checksum. After a kill all complete lines are true. After a power cut the bytes of an item may be missing
+although its line is there: `unsynced` names the items to check. The open file is locked, so that two runs
 cannot write one directory.
 """
 
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
+
+import xxhash
 
 from svdconvert.errors import OutputError
 
 Record = dict[str, Any]
+_LONGEST_FIRST_LINE = 1 << 20
 
 
 class Journal:
@@ -29,13 +35,17 @@ class Journal:
         self.resumed = False
         """True if an earlier run with the same identity wrote this journal."""
         self.finished: dict[str, Record] = {}
+        self.unsynced: set[str] = set()
+        """Items of an earlier run whose bytes were not known to be on the disk when they were recorded."""
+        self._lock = Lock()
         self._stream = path.open("ab+")
         try:
             _lock(self._stream, path.parent)
             lines, end = ([], 0) if discard else _complete_lines(self._stream)
             if lines:
                 _require_same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
-            self.finished = {line["item"]: line["record"] for line in lines[1:]}
+            self.finished, self.unsynced = _items(lines)
+            self._count = len(lines)
             self._stream.truncate(end)
             self._identity = identity
             self.resumed = bool(lines)
@@ -50,10 +60,24 @@ class Journal:
         self._append({"item": item, "record": record})
         self.finished[item] = record
 
+    def drop(self, item: str) -> None:
+        """Forget an item whose bytes are not there."""
+        del self.finished[item]
+
+    def begin_sync(self) -> int:
+        """The position of the journal before a file is synced, for `end_sync`."""
+        return self._count
+
+    def end_sync(self, file: str, position: int) -> None:
+        """Record that a file was synced after everything before `position` was written."""
+        self._append({"synced": file, "before": position})
+
     def clear(self) -> None:
         """Remove all finished items, as if this run were the first."""
         self._stream.truncate(0)
         self.finished.clear()
+        self.unsynced.clear()
+        self._count = 0
         self.resumed = False
         self._append(self._identity)
 
@@ -64,8 +88,19 @@ class Journal:
             self._stream.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(line).encode() + b"\n")
-        self._stream.flush()
+        text = json.dumps({"checksum": _checksum(line), "line": line}).encode()
+        with self._lock:
+            self._stream.write(text + b"\n")
+            self._stream.flush()
+            self._count += 1
+
+
+def is_own_journal(path: Path) -> bool:
+    """True if a journal of svdconvert is at `path`, or one whose first line a kill has cut short."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return bool(_complete_lines(stream)[0]) or b"\n" not in path.read_bytes()[:_LONGEST_FIRST_LINE]
 
 
 def journals(directory: Path) -> list[Path]:
@@ -79,7 +114,7 @@ def read_journal(path: Path) -> tuple[Mapping[str, Any], dict[str, Record]]:
         return {}, {}
     with path.open("rb") as stream:
         lines, _ = _complete_lines(stream)
-    return (lines[0] if lines else {}), {line["item"]: line["record"] for line in lines[1:]}
+    return (lines[0] if lines else {}), _items(lines)[0]
 
 
 def _lock(stream: IO[bytes], directory: Path) -> None:
@@ -98,11 +133,37 @@ def _complete_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
     end = 0
     for text in stream:
         try:
-            lines.append(json.loads(text if text.endswith(b"\n") else b""))
-        except ValueError:
+            entry = json.loads(text if text.endswith(b"\n") else b"")
+            if entry["checksum"] != _checksum(entry["line"]):
+                break
+            lines.append(entry["line"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         end += len(text)
     return lines, end
+
+
+def _items(lines: Sequence[Any]) -> tuple[dict[str, Record], set[str]]:
+    """(item -> record, the items that no sync followed) of a journal's lines."""
+    finished: dict[str, Record] = {}
+    places: dict[str, int] = {}
+    synced: dict[str, int] = {}
+    for place, line in enumerate(lines[1:], 1):
+        if "synced" in line:
+            synced[line["synced"]] = max(line["before"], synced.get(line["synced"], 0))
+        else:
+            finished[line["item"]] = line["record"]
+            places[line["item"]] = place
+    unsynced = {
+        item
+        for item, record in finished.items()
+        if any(synced.get(file, 0) <= places[item] for file in record.get("files", {}))
+    }
+    return finished, unsynced
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(line).encode()))
 
 
 def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:

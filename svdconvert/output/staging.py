@@ -14,12 +14,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
 from svdconvert.output.journal import Journal, Record, journals, read_journal
+from svdconvert.output.ownership import (
+    JOURNAL,
+    check_free,
+    install,
+    staging_directory,
+    sync_directory,
+    sync_tree,
+)
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.shard_uploads import ShardUploads
 from svdconvert.output.uncached import UncachedWriter
@@ -27,8 +37,6 @@ from svdconvert.output.uncached import UncachedWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST_NAME = "svdconvert.json"
-JOURNAL = "journal.jsonl"
 _CHUNK = 4 << 20  # bytes that are written at a time
 _RESERVE = 16_000_000  # bytes of free space for sidecars and the manifest
 
@@ -57,7 +65,7 @@ class StagedOutput:
         """
         self.out = out
         self.ranks = run.ranks
-        self.path = partial(out)
+        self.path = staging_directory(out)
         self.finished: dict[str, Record] = {}
         """Item -> its record, including those of earlier runs and, after `gather`, of other ranks."""
         self._files = files
@@ -93,23 +101,51 @@ class StagedOutput:
         """Create the staging directory, or continue in that of an earlier run, and lay out the files."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.path / JOURNAL, self._identity, discard=self._overwrite)
-        uploaded = self._uploads.find_uploaded(self._journal.finished) if self._uploads else set()
-        # If a file was removed or truncated, the tensors in it are not finished any more.
-        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in self._files):
-            self._journal.clear()
-            uploaded = set()
-        if not self._journal.resumed:
-            _clear(self.path, except_for=JOURNAL)
-        if self._uploads:
-            self._uploads.open(discard=not uploaded)
+        uploaded = self._take_over(self._journal)
         for path in journals(self.path)[1:]:
             for item, record in read_journal(path)[1].items():
                 self._journal.finish(item, record)
+                self._journal.unsynced.add(item)
             path.unlink()
-        self.finished |= self._journal.finished
         for file in self._files:
             if file.path not in uploaded:
                 self._lay_out(file, create=True)
+        self._drop_lost_items(self._journal)
+        self.finished |= self._journal.finished
+
+    def _take_over(self, journal: Journal) -> set[str]:
+        """Check what an earlier run left; return the files that it uploaded."""
+        uploaded = self._uploads.find_uploaded(journal.finished) if self._uploads else set()
+        # If a file was removed or truncated, the tensors in it are not finished any more.
+        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in self._files):
+            journal.clear()
+            uploaded = set()
+        if not journal.resumed:
+            _clear(self.path, except_for=JOURNAL)
+        if self._uploads:
+            self._uploads.open(discard=not uploaded)
+        return uploaded
+
+    def _drop_lost_items(self, journal: Journal) -> None:
+        """Forget the items whose bytes a power cut has lost."""
+        for item in sorted(journal.unsynced & journal.finished.keys()):
+            if not self._is_written(journal.finished[item]):
+                journal.drop(item)
+
+    def _is_written(self, record: Record) -> bool:
+        """True if the tensors of a record have the recorded checksums."""
+        for file, checksums in record.get("files", {}).items():
+            for name, checksum in checksums.items():
+                if (file, name) not in self._positions:
+                    continue  # it is uploaded
+                offset, info = self._positions[file, name]
+                total = xxhash.xxh3_64()
+                for start in range(offset, offset + info.nbytes, _CHUNK):
+                    size = min(_CHUNK, offset + info.nbytes - start)
+                    total.update(os.pread(self._open[file], size, start))
+                if total.hexdigest() != checksum:
+                    return False
+        return True
 
     def _join(self) -> None:
         """Open the files that the leading rank laid out."""
@@ -214,9 +250,12 @@ class StagedOutput:
             os.close(self._open.pop(file))
 
     def sync(self, file: str) -> None:
-        """Wait until everything written to a file is on the disk."""
+        """Wait until everything written to a file is on the disk, and record that."""
+        assert self._journal is not None
+        position = self._journal.begin_sync()
         with os_errors_as_output_error(self.path / file):
             os.fsync(self._open[file])
+            self._journal.end_sync(file, position)
 
     def gather(self) -> None:
         """Wait for all ranks and add what they finished to `finished`."""
@@ -233,10 +272,12 @@ class StagedOutput:
                 if isinstance(error, OSError):
                     raise error
                 return
-            self.ranks.wait()
-            if self.ranks.leads:
-                self._complete()
-            self._close()
+            try:
+                self.ranks.wait()
+                if self.ranks.leads:
+                    self._complete()
+            finally:
+                self._close()
             self.ranks.wait()
 
     def _complete(self) -> None:
@@ -252,15 +293,15 @@ class StagedOutput:
             self._close()
             shutil.rmtree(self.path)
             return
-        self._close()
-        for path in journals(self.path):
+        sync_tree(self.path)
+        check_free(self.out, overwrite=self._overwrite)
+        # The leading rank's journal stays locked until the directory has its name.
+        for path in journals(self.path)[1:]:
             path.unlink()
-        aside = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            self.out.rename(aside)
-        self.path.rename(self.out)
-        shutil.rmtree(aside, ignore_errors=True)
+        (self.path / JOURNAL).unlink()
+        sync_directory(self.path)
+        install(self.path, self.out)
+        sync_directory(self.out.absolute().parent)
 
     def _crcs(self, file: str) -> dict[str, int]:
         """Tensor -> CRC-32 of a .pth file, as recorded when each was written."""
@@ -282,43 +323,9 @@ class StagedOutput:
             self._uploads.close()
 
 
-def partial(out: Path) -> Path:
-    """The staging directory of `out`. Raises OutputError if `out` is / or ends in `..`."""
-    if out.name in ("", ".."):
-        raise OutputError(f"{out} is not a directory that can be created; choose another -o")
-    return out.with_name(out.name + ".partial")
-
-
 def recorded(out: Path, key: str) -> Any:
     """The entry `key` in the identity of an unfinished run for `out`; None if there is no such run."""
-    return read_journal(partial(out) / JOURNAL)[0].get(key)
-
-
-def check_apart(out: Path, *inputs: Path | None) -> None:
-    """Raise OutputError if `out` is one of the `inputs`, contains one or is inside one."""
-    target = out.resolve()
-    for source in (path.resolve() for path in inputs if path is not None):
-        if target == source or target in source.parents or source in target.parents:
-            raise OutputError(f"{out} overlaps {source}, which is an input; choose another -o")
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
-
-    With `overwrite`, a directory that svdconvert wrote may be replaced, and no other.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out} exists and is not a directory; choose another -o")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{out} exists and is not empty; choose another -o, or --overwrite to replace it")
-    if not (out / MANIFEST_NAME).is_file():
-        raise OutputError(
-            f"{out} was not written by svdconvert, which overwrites nothing else; choose another -o"
-        )
+    return read_journal(staging_directory(out) / JOURNAL)[0].get(key)
 
 
 @contextmanager

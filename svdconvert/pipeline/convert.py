@@ -13,7 +13,8 @@ from svdconvert.config.options import ConvertOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import Layout, in_family
+from svdconvert.layouts.base import Layout
+from svdconvert.layouts.detect import in_family
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.output.sidecars import complete_checkpoint, write_config

@@ -72,29 +72,30 @@ class DecomposePlan:
 
     @property
     def folder(self) -> str:
-        """Of the initial adapter."""
+        """The folder of the initial adapter."""
         return init_folder(self.options.method)
 
     @property
     def per_expert(self) -> bool:
-        """True where single experts of a mixture are adapted."""
+        """True if single experts of a mixture are adapted."""
         return any(slot.expert is not None for slot in self.slots.values())
 
     @property
     def files(self) -> list[PlannedFile]:
-        """Everything that is laid out."""
+        """Every file of tensors that is written."""
         return [*self.shards, self.adapter]
 
     def residual_dtype(self, name: str) -> str:
-        """Element type of a residual."""
+        """The element type of the residual of the tensor `name`."""
         return _residual_code(self.options, self.method, self.infos[name])
 
     def adapter_config(self) -> AdapterConfig:
-        """Of the initial adapter."""
+        """The configuration of the initial adapter."""
         linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
         chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
         others = linears - set(chosen)
-        rank, alpha = self.options.rank, float(self.options.alpha or self.options.rank)
+        rank = self.options.rank
+        alpha = float(self.options.alpha or self.options.rank)
         ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
         alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
         return AdapterConfig(
@@ -114,7 +115,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     """Plan from headers. Raises TargetError for what cannot be decomposed."""
     name, layout = model.layout(options.layout)
     source = model.source
-    method = METHODS.get(options.method).started(options.init)
+    method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
         raise TargetError(
             f"{options.method} trains the weights themselves and has nothing to decompose; "
@@ -137,7 +138,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     pieces: list[TensorInfo] = []
     for tensor, slot in slots.items():
         rows, columns = source.infos[tensor].shape
-        pieces += adapter_infos(slot.module, _piece_shapes(method, rows, columns, scaled[tensor].rank), dtype)
+        pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
     without_role = _matrices_without_role(model, layout)
     return DecomposePlan(
@@ -145,16 +146,12 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     )
 
 
-def _piece_shapes(method: Method, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
-    core = {"lora_S": (rank,), "lora_R": (rank, rank)}
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
-    return shapes | {piece: core[piece] for piece in method.trains if piece in core}
-
-
 def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
     if options.residual_dtype != "auto":
         return dtype_code(getattr(torch, options.residual_dtype))
-    return "F32" if method.minor else info.dtype
+    if method.residual_dtype is not None:
+        return dtype_code(getattr(torch, method.residual_dtype))
+    return info.dtype
 
 
 def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
@@ -173,7 +170,7 @@ def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> No
 def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
     """Matrices of the repeated blocks that a layout of other models does not know; "*" for numbers."""
     infos = model.source.infos
-    if model.config.get("model_type") in layout.model_types or layout.signature in infos:
+    if model.config.get("model_type") in layout.model_types or layout.signature_tensor in infos:
         return ()
     slots = layout.slots(infos)
     blocks = {name.partition(f".{slot.layer}.")[0] for name, slot in slots.items()}
@@ -187,21 +184,22 @@ def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
 
 def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
     chosen = [infos[name] for name in scaled]
-    if odd := [info for info in chosen if info.dtype not in REAL]:
+    if unreal := [info for info in chosen if info.dtype not in REAL]:
         raise TargetError(
-            f"{odd[0].name} is stored as {odd[0].dtype}, which cannot be decomposed ({len(odd)} such); "
+            f"{unreal[0].name} is stored as {unreal[0].dtype}, which cannot be decomposed "
+            f"({len(unreal)} such); "
             "convert the checkpoint to bfloat16, float16 or float32 first"
         )
-    if odd := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
+    if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
         raise TargetError(
-            f"{odd[0].name} has the shape {odd[0].shape} and is no matrix; choose other targets"
+            f"{shapeless[0].name} has the shape {shapeless[0].shape} and is no matrix; choose other targets"
         )
-    if odd := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
-        rank = max(scaled[info.name].rank for info in odd)
-        shapes = ", ".join(f"{info.name} {info.shape}" for info in odd[:3])
-        most = min(min(info.shape) for info in odd)
+    if small := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
+        rank = max(scaled[info.name].rank for info in small)
+        shapes = ", ".join(f"{info.name} {info.shape}" for info in small[:3])
+        most = min(min(info.shape) for info in small)
         raise TargetError(
-            f"rank {rank} is above what {len(odd)} of {len(chosen)} targets have: {shapes}; "
+            f"rank {rank} is above what {len(small)} of {len(chosen)} targets have: {shapes}; "
             f"give --rank {most} or less, or other --targets"
         )
 
@@ -231,29 +229,32 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
 
 
 def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
-    """Two matrices at once where they are small work; whole decompositions take the memory of several."""
-    small = plan.options.svd == "fast" and plan.method.slice in ("top", "first columns", "none")
-    return parallel_matrices(device) if small else 1
+    """How many matrices are split at the same time; one by LAPACK, which takes the memory of several."""
+    return parallel_matrices(device) if plan.method.parallel and plan.options.svd == "fast" else 1
 
 
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor, Matrix]:
-    """The factors as stored, what becomes of the base's matrix, and what was measured.
+    """The factors as stored, the base's matrix or its residual, and what was measured.
 
-    Where the dtype stays the residual takes the memory of `stored`, which is not to be used afterwards.
+    If the dtype stays the same, the residual overwrites `stored`, which must not be used afterwards.
 
-    The factors are rounded first and the residual is computed from the rounded ones, so that its own
-    single rounding is all that is lost. Raises TargetError for a matrix that holds NaN or Inf.
+    The factors are rounded first and the residual is computed from the rounded factors, so only the single
+    rounding of the residual is lost. Raises TargetError for a matrix that holds NaN or Inf.
     """
-    slot, info, options = plan.slots[name], plan.infos[name], plan.options
-    rank, scale = plan.scalings[name].rank, plan.scalings[name].scale
+    slot = plan.slots[name]
+    info = plan.infos[name]
+    options = plan.options
+    rank = plan.scalings[name].rank
+    scale = plan.scalings[name].scale
     norm = _finite_norm(name, stored)
     solver = Solver(name, options.svd, options.tol, options.seed, alone)
     assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
     split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI, error = stored, 0.0
+    base_OI = stored
+    error = 0.0
     if plan.method.residual:
         base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
         error = lost / norm if norm > 0 else 0.0
@@ -283,11 +284,12 @@ def _measured(spectrum: Spectrum) -> dict[str, Any]:
 def _finite_norm(name: str, weight_OI: Tensor) -> float:
     """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
     norm = sqrt(total_energy(weight_OI))
-    # The norm is one cheap pass; only where it is odd are the values looked at.
+    # The norm takes one cheap pass; the values are examined only if it is not finite.
     if not isfinite(norm) and not weight_OI.isfinite().all():
         count = int((~weight_OI.isfinite()).sum())
         raise TargetError(
-            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint or leave it out"
+            f"{name} holds {count} values that are NaN or Inf; repair the checkpoint "
+            "or leave the tensor out of --targets"
         )
     return norm
 

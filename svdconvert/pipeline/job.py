@@ -6,16 +6,17 @@ an interrupted run is recognised by its identity, the files appear together, and
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from svdconvert.config.execution import Run
 from svdconvert.linalg.threads import use_threads
-from svdconvert.manifest.schema import Manifest, run_identity
+from svdconvert.manifest.schema import Manifest, run_identity, sidecar_checksums
+from svdconvert.output.ownership import check_apart
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import untie_different
-from svdconvert.output.staging import StagedOutput, check_apart, recorded
+from svdconvert.output.staging import StagedOutput, recorded
 
 
 class Job(Protocol):
@@ -76,6 +77,7 @@ def run_job(job: Job, out: Path, run: Run) -> Manifest:
         if run.ranks.leads:
             job.write_sidecars(staged.path)
             untie_different(staged.path, manifest.files)
+            manifest = replace(manifest, sidecars=sidecar_checksums(staged.path, job.files))
             manifest.write(staged.path)
     if run.ranks.leads:
         for remark in job.remarks(manifest):

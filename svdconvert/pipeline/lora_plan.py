@@ -12,14 +12,14 @@ from svdconvert.adapters.adapter_config import PER_EXPERT
 from svdconvert.adapters.extra_parameters import extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
-from svdconvert.checkpoint.renamed import RenameRule
+from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.delta import as_lora
-from svdconvert.linalg.low_rank import allocate_ranks, left_out, rank_within, singular_values
+from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
 from svdconvert.manifest.results import TruncatedLora, TruncatedModule
 from svdconvert.output.plan import PlannedFile, plan_file
 
@@ -91,7 +91,8 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
     keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta)
     infos = []
     for (module, piece), name in keys.pieces.items():
-        rows, columns = delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1]
+        rows = delta.adapter.shape(module, "lora_B")[0]
+        columns = delta.adapter.shape(module, "lora_A")[1]
         shape = (rank, columns) if piece == "lora_A" else (rows, rank)
         infos.append(TensorInfo(name, shape, dtype_code(dtype)))
     infos += [
@@ -117,7 +118,7 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
     layout = LAYOUTS.get(known.layout) if known and known.layout else None
     paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
     names = {
-        module: layout.path(paths[module]) if layout and module in paths else module
+        module: layout.network_path(paths[module]) if layout and module in paths else module
         for module in delta.modules
     }
     if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
@@ -126,13 +127,13 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
         )
     extras = {}
     for parameter in delta.adapter.extras:
-        rule = layout.held(parameter) if layout and paths else RenameRule((parameter,), parameter)
-        if rule.pack is not None:
+        rule = layout.rename_rule(parameter) if layout and paths else RenameRule((parameter,), parameter)
+        if rule.to_layout is not None:
             raise ArtifactError(
                 f"{delta.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
                 "merge it, or train the model in the layout blinkdl"
             )
-        extras[parameter] = rule.own[0]
+        extras[parameter] = rule.canonical[0]
     pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
     return Keys(pieces, extras)
 
@@ -148,11 +149,11 @@ def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
     if options.rank_budget is not None:
         ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:
-        ranks = {module: rank_within(sigma, options.tol) for module, sigma in sigmas.items()}
+        ranks = {module: rank_for_tolerance(sigma, options.tol) for module, sigma in sigmas.items()}
     else:
         ranks = {module: min(options.rank or 1, len(sigma)) for module, sigma in sigmas.items()}
-    lost = {module: left_out(sigma, ranks[module]) for module, sigma in sigmas.items()}
-    whole = {module: left_out(sigma, 0) for module, sigma in sigmas.items()}
+    lost = {module: truncation_error(sigma, ranks[module]) for module, sigma in sigmas.items()}
+    whole = {module: truncation_error(sigma, 0) for module, sigma in sigmas.items()}
     errors = {module: lost[module] / whole[module] if whole[module] else 0.0 for module in sigmas}
     all_of_it = hypot(*whole.values())
     return Truncation(ranks, errors, hypot(*lost.values()) / all_of_it if all_of_it else 0.0)

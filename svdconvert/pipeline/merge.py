@@ -166,7 +166,8 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorR
     update = as_lora(factors, scale, *delta.initial(module)) if is_known else None
     if on_base:
         assert update is not None
-        product, update = update, None
+        product = update
+        update = None
     else:
         left, right = factors.folded()
         product = left * scale, right

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from svdconvert.checkpoint.renamed import sort_by_rules
+from svdconvert.checkpoint.rename_rules import sort_by_rules
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
@@ -48,7 +48,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     name, layout = weights.model.layout(delta.layout_name)
     slots = layout.slots(source.infos)
     # An adapter for another layout of the family speaks of modules as the family's network does.
-    by_module = {layout.path(tensor): tensor for tensor in slots} if layout.family else {}
+    by_module = {layout.network_path(tensor): tensor for tensor in slots} if layout.family else {}
     by_module |= {slot.module: tensor for tensor, slot in slots.items()}
     if lost := [module for module in delta.modules if module not in by_module]:
         raise ArtifactError(
@@ -84,7 +84,7 @@ def _added(delta: AdapterDelta, source: TensorSource, layout: Layout) -> dict[st
     """Tensor -> parameter, for what a head brings that the model does not have."""
     if not (delta.manifest and delta.manifest.head):
         return {}
-    stored = {layout.parameter(name) for name in source.infos}
+    stored = {layout.runtime_name(name) for name in source.infos}
     prefixed = any(name.startswith(layout.prefix) for name in source.infos)
     return {
         parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
@@ -101,7 +101,7 @@ def _replaced(
     delta: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
     """Tensor -> parameter, for what the adapter trained whole of what the model has."""
-    by_parameter = {layout.parameter(name): name for name in source.infos}
+    by_parameter = {layout.runtime_name(name): name for name in source.infos}
     replaced = {parameter: key for parameter, key in delta.adapter.extras.items() if parameter not in added}
     for parameter, key in replaced.items():
         shape = delta.adapter.source.infos[key].shape

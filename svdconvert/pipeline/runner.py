@@ -77,7 +77,8 @@ def stream(work: TensorJob, source: TensorSource, staged: StagedOutput, run: Run
     if len(left) < len(mine):
         run.notify(f"going on from {staged.path}: {len(mine) - len(left)} of {len(mine)} tensors are done")
     sizes = {name: source.infos[name].nbytes for name in mine}
-    done, total = sum(sizes.values()) - sum(sizes[name] for name in left), sum(sizes.values())
+    done = sum(sizes.values()) - sum(sizes[name] for name in left)
+    total = sum(sizes.values())
     rooms = BufferPool(work, source, left)
     with (
         _writing(work, source, staged, left, rooms) as behind,
@@ -243,8 +244,12 @@ class BackgroundWriter:
         open_items: Counter[str],
         rooms: BufferPool,
     ) -> None:
-        self._work, self._source, self._staged = work, source, staged
-        self._pool, self._syncing, self._open_items = pool, syncing, open_items
+        self._work = work
+        self._source = source
+        self._staged = staged
+        self._pool = pool
+        self._syncing = syncing
+        self._open_items = open_items
         self._rooms = rooms
         self._pending: deque[Future[Any]] = deque()
         self._syncs: list[Future[None]] = []

@@ -17,7 +17,7 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
-from svdconvert.linalg.low_rank import truncated
+from svdconvert.linalg.low_rank import truncate
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
@@ -102,7 +102,7 @@ class LoraJob:
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
     left, right = exact_factors(plan.delta, module)
     if plan.truncation is not None:
-        left, right = truncated(left, right, plan.truncation.ranks[module])
+        left, right = truncate(left, right, plan.truncation.ranks[module])
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
     tensors = {

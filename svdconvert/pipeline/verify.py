@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.peft_files import Adapter
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
-from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.factors import Factors
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.low_rank import singular_values
-from svdconvert.manifest.fingerprint import tensor_checksum
+from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.schema import Manifest, Matrix
+from svdconvert.output.file_kinds import is_named_as_weights
 
 _ROUNDING = 2e-6
 """What float32 may differ by between two computations of one error."""
@@ -50,12 +51,24 @@ def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str,
                 yield file, name, None
 
 
+def check_sidecars(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(file, fault) for every other file that changed, and for weights that the manifest does not know."""
+    for name, known in manifest.sidecars.items():
+        path = directory / name
+        if not path.is_file():
+            yield name, "is missing"
+        elif file_checksum(path) != known:
+            yield name, "has changed since it was written"
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if is_named_as_weights(path.name) and name not in manifest.files and name not in manifest.sidecars:
+            yield name, "holds weights that are not in the manifest"
+
+
 def check_matrix(
-    delta: AdapterDelta, name: str, base: TensorSource, residual: TensorSource | None
+    initial: Adapter, matrix: Matrix, name: str, base: TensorSource, residual: TensorSource | None
 ) -> MatrixCheck:
-    """Compare one matrix with its base. `residual` is None where the method leaves the base as it is."""
-    assert delta.manifest is not None
-    matrix = delta.manifest.matrices[name]
+    """Compare one matrix with its base. `residual` is None if the method leaves the base as it is."""
     rows = rows_at_once(*matrix.shape)
     weights = blocks_of_rows(base, name, rows)
     pairs = (
@@ -63,7 +76,8 @@ def check_matrix(
         if residual is None
         else zip(weights, blocks_of_rows(residual, name, rows), strict=True)
     )
-    factors, scale = delta.initial(matrix.module)
+    factors = initial.factors(matrix.module)
+    scale = initial.config.scale(matrix.module)
     sums = _compare(pairs, factors, scale, torch_dtype(matrix.dtype))
     error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
     faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]
@@ -96,13 +110,15 @@ def _compare(
     pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
 ) -> _Sums:
     """Merge and compare in blocks of rows of the base and the residual: no matrix is whole in memory."""
-    sums, start = _Sums(), 0
+    sums = _Sums()
+    start = 0
     left, right = factors.folded()
     left = left * scale
     for weight, residual in pairs:
-        wanted, stored = weight.float(), residual.float()
+        wanted = weight.float()
+        stored = residual.float()
         rows = slice(start, start := start + len(weight))
-        merged = product(left[rows], right).add_(stored)
+        merged = matmul_f32(left[rows], right).add_(stored)
         sums.exact += int((merged.to(dtype) == weight).sum())
         sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
         sums.rest += float(torch.linalg.vector_norm(stored)) ** 2

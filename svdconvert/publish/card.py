@@ -15,7 +15,7 @@ import xxhash
 import yaml
 
 from svdconvert.hub.auth import endpoint
-from svdconvert.layouts.base import CAUSAL, auto_class
+from svdconvert.layouts.loading import CAUSAL, auto_class
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import PLAIN, Manifest
 from svdconvert.publish.command_line import command_of

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import is_sidecar, read_json_object
-from svdconvert.output.staging import MANIFEST_NAME
 
 CARD = "README.md"
 METRICS = "metrics.jsonl"
@@ -78,7 +80,7 @@ def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
 
 def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepos) -> UploadFiles:
     """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`."""
-    files: dict[str, Path | bytes] = {MANIFEST_NAME: _as_bytes(asdict(manifest))}
+    files: dict[str, Path | bytes] = {MANIFEST_NAME: b""}
     for name in manifest.files:
         if (directory / name).exists():  # what has left already is not here any more
             files[name] = directory / name
@@ -96,7 +98,17 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
             left.append(place.as_posix())
     for path in (*journals(directory), directory / UPLOADS):  # of a directory that is still being made
         files.pop(path.name, None)
+    files[MANIFEST_NAME] = _as_bytes(asdict(replace(manifest, sidecars=_sent_sidecars(manifest, files))))
     return UploadFiles(files, left)
+
+
+def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dict[str, str]:
+    """The checksums of the sidecars as they are sent: some stay here, some are changed for others."""
+    return {
+        name: xxhash.xxh3_64_hexdigest(content) if isinstance(content, bytes) else manifest.sidecars[name]
+        for name, content in files.items()
+        if name in manifest.sidecars
+    }
 
 
 def for_others(manifest: Manifest, repos: SourceRepos) -> Manifest:

@@ -10,8 +10,8 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import Manifest, read_manifest
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
-from svdconvert.output.staging import MANIFEST_NAME
 from svdconvert.publish.card import CardContext, is_untouched, licence_of, write_card
 from svdconvert.publish.files import (
     ADAPTER_CONFIG,

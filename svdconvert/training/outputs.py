@@ -261,7 +261,7 @@ class FineTunedModel:
         """Tensor on disk -> parameter of the network, for all tensors that are parameters."""
         layout = LAYOUTS.get(self.start.layout)
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
-        paths = {name: layout.parameter(name) for name in self.source.infos}
+        paths = {name: layout.runtime_name(name) for name in self.source.infos}
         return {name: parameters[path] for name, path in paths.items() if path in parameters}
 
     @property

@@ -32,7 +32,7 @@ def resolve_defaults(
     if resolved.penalty is None:
         default = PUBLISHED if options.penalty_rule == "reference" else method.penalty
         resolved = replace(resolved, penalty=default if method.penalty else 0.0)
-    if resolved.dropout and method.residual and method.slice == "top":
+    if resolved.dropout and method.dropout_harms:
         notify(
             f"dropout {resolved.dropout:g} randomly removes principal components of the model, because they "
             "are in the adapter; this method is meant to be trained without dropout"
@@ -45,8 +45,7 @@ def learning_rate_warning(method: str, lr: float) -> str | None:
     own = METHODS.get(method)
     if 1 / _SIMILAR <= lr / own.learning_rate <= _SIMILAR:
         return None
-    for name in METHODS.names():
-        other = METHODS.get(name)
+    for name, other in METHODS.load_all()[0].items():
         if isclose(lr, other.learning_rate, rel_tol=1e-3):
             return (
                 f"lr {lr:g} is the rate of {name} ({other.paper}); the results published for {method} "

@@ -56,7 +56,7 @@ class AdapterStart:
     def network_paths(self) -> dict[str, str]:
         """Module, as the adapter names it -> its path in the network."""
         layout = LAYOUTS.get(self.layout)
-        return {matrix.module: layout.path(name) for name, matrix in self.matrices.items()}
+        return {matrix.module: layout.network_path(name) for name, matrix in self.matrices.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

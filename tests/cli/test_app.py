@@ -119,7 +119,6 @@ def test_a_command_ends_with_the_next_command(checkpoint: Build, tmp_path: Path)
 def test_overwrite_replaces_what_svdconvert_wrote(checkpoint: Build, tmp_path: Path) -> None:
     command = ("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank")
     succeeded(*command, 4)
-    (tmp_path / "out" / "stray").write_text("of an earlier run")
     succeeded(*command, 3, "--overwrite")
     succeeded("decompose", checkpoint("llama"), "-o", tmp_path / "anew", "--rank", 3)
     assert content(tmp_path / "out") == content(tmp_path / "anew")

@@ -14,7 +14,7 @@ from svdconvert.commands.decompose import decompose
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
 from svdconvert.config.progress import Progress
-from svdconvert.output.staging import partial
+from svdconvert.output.ownership import staging_directory
 from svdconvert.pipeline.decompose import SplitOptions
 from tests import medium, rwkv6
 from tests.endless import COMMANDS, ENDLESS, write
@@ -69,13 +69,13 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
         assert process.returncode == -signal.SIGKILL, said
         assert finished_items(out) >= moment
         assert not out.exists()
-        assert not (partial(out) / "svdconvert.json").exists()
+        assert not (staging_directory(out) / "svdconvert.json").exists()
     before = finished_items(out)
     during: list[int] = []
     write(command, sources[command], out, _run(lambda progress: during.append(finished_items(out))))
     assert min(during) >= before, "what was finished before the kill was done again"
     assert sums(out) == sums(undisturbed)
-    assert not partial(out).exists()
+    assert not staging_directory(out).exists()
 
 
 def _run(track: Callable[[Progress], None]) -> Run:
@@ -110,7 +110,7 @@ def test_another_option_is_refused_by_name(
     _, said = process.communicate()
     assert process.returncode == 1
     assert named in said and "--overwrite" in said
-    assert partial(out).exists()
+    assert staging_directory(out).exists()
 
 
 def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_file_that_was_removed_from_the_unfinished_output_is_made_again(
     whole, out = tmp_path / "whole", tmp_path / "out"
     finish(start(*SLOW, model, "-o", whole))
     _interrupted(model, out)
-    (partial(out) / "model.safetensors").unlink()
+    (staging_directory(out) / "model.safetensors").unlink()
     finish(start(*SLOW, model, "-o", out))
     assert sums(out) == sums(whole)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from svdconvert.output.staging import partial
+from svdconvert.output.ownership import staging_directory
 from tests import medium
 from tests.process import finish, start, sums, wait_until_finished
 
@@ -56,7 +56,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_can_finish_it(model: Path, t
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
     assert f"continues from {out}.partial" in said or "another rank died" in said
-    assert partial(out).exists() and not out.exists()
+    assert staging_directory(out).exists() and not out.exists()
     assert "are done" in finish(start("decompose", model, "-o", out, *options))
     finish(start("decompose", model, "-o", tmp_path / "whole", *options))
     assert sums(out) == sums(tmp_path / "whole")
@@ -67,7 +67,7 @@ def test_fewer_ranks_than_the_launcher_was_asked_for_are_refused(model: Path, tm
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "2 ranks were requested and 1 runs" in said
-    assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not staging_directory(tmp_path / "out").exists()
 
 
 def test_to_lora_refuses_more_than_one_rank(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from svdconvert import Run, TrainOptions, train
 from svdconvert.commands.decompose import decompose
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import OutputError, SvdConvertError
-from svdconvert.output.staging import partial
+from svdconvert.output.ownership import staging_directory
 from tests.commands.test_ranks import TORCHRUN, _kill_rank
 from tests.conftest import Build
 from tests.process import finish, start, sums
@@ -52,7 +52,7 @@ def prepared(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def wait_for_checkpoint(process: "subprocess.Popen[str]", out: Path) -> None:
     """Return when the run for `out` has saved a checkpoint, or has ended."""
-    folder = partial(out) / "checkpoints"
+    folder = staging_directory(out) / "checkpoints"
     while process.poll() is None and not any(folder.glob("step-*.pt")) and not out.exists():
         time.sleep(0.001)
 
@@ -76,10 +76,10 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(prepared: Path, tm
     wait_for_checkpoint(process, out)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert partial(out).exists() and not out.exists()
+    assert staging_directory(out).exists() and not out.exists()
     assert f"going on from {out}.partial: " in succeeded(*command, "--threads", 1).err
     assert sums(out) == sums(tmp_path / "undisturbed")
-    assert not partial(out).exists()
+    assert not staging_directory(out).exists()
 
 
 @pytest.mark.processes
@@ -104,7 +104,7 @@ def test_two_ranks_train_like_one_with_twice_the_accumulation(prepared: Path, tm
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
     assert f"continues from {out}.partial" in said or "another rank died" in said, said
-    assert partial(out).exists() and not out.exists()
+    assert staging_directory(out).exists() and not out.exists()
     finish(start(*command, program=TORCHRUN))
     assert sums(out).keys() == sums(tmp_path / "one").keys()
     one, two = metrics(tmp_path / "one"), metrics(out)
@@ -129,7 +129,7 @@ def interrupt(prepared: Path, out: Path, **changes: object) -> None:
     options = TrainOptions(**{"data": str(prepared / "sums.jsonl"), **OPTIONS, **changes})
     with pytest.raises(Stop):
         train(prepared / "start", out, options, Run(threads=1), watch=watch)
-    assert partial(out).exists() and not out.exists()
+    assert staging_directory(out).exists() and not out.exists()
 
 
 def test_options_that_do_not_shape_the_result_may_change_and_checkpoints_may_be_kept(
@@ -165,7 +165,7 @@ def test_a_changed_option_is_refused_by_name(
     with pytest.raises(OutputError, match=named) as refusal:
         train(prepared / "start", tmp_path / "out", options, Run(threads=1))
     assert "--overwrite" in str(refusal.value)
-    assert partial(tmp_path / "out").exists()
+    assert staging_directory(tmp_path / "out").exists()
 
 
 def test_changed_data_are_refused_by_name(prepared: Path, tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ class Truth:
         optimum = float(np.linalg.norm(self.sigma[len(found.sigma_R) :]))
         return residual / optimum - 1 if optimum > 1e-5 * self.norm else residual / self.norm
 
-    def minor_excess(self, found: Triplets) -> float:
-        """Norm of the minor slice over the smallest possible, minus one; or its relative norm.
+    def bottom_excess(self, found: Triplets) -> float:
+        """Norm of the bottom slice over the smallest possible, minus one; or its relative norm.
 
         Of the part of the matrix in the slice's directions on the shorter side.
         """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg import gemm
-from svdconvert.linalg.gemm import product
+from svdconvert.linalg.gemm import matmul_f32
 
 SIDES = [(5, 7, 3), (1, 1, 1), (1, 300, 1), (64, 1, 20), (300, 200, 64), (192, 513, 128)]
 
@@ -33,7 +33,7 @@ def test_a_product_is_numpys(
     rows, inner, columns = sides
     for left in layouts(rows, inner).values():
         for right in layouts(inner, columns).values():
-            found = product(left, right)
+            found = matmul_f32(left, right)
             wide, narrow = left.double().numpy(), right.double().numpy()
             assert found.shape == (rows, columns)
             error = np.abs(found.double().numpy() - wide @ narrow)
@@ -50,11 +50,11 @@ def test_a_part_of_a_matrix_is_copied_and_a_whole_one_is_not() -> None:
 
 
 def test_an_empty_product_is_empty_or_zero() -> None:
-    assert product(torch.ones(0, 3), torch.ones(3, 2)).shape == (0, 2)
-    assert torch.equal(product(torch.ones(2, 0), torch.ones(0, 3)), torch.zeros(2, 3))
+    assert matmul_f32(torch.ones(0, 3), torch.ones(3, 2)).shape == (0, 2)
+    assert torch.equal(matmul_f32(torch.ones(2, 0), torch.ones(0, 3)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_left_to_torch(dtype: torch.dtype) -> None:
     left, right = torch.randn(4, 5).to(dtype), torch.randn(5, 6).to(dtype)
-    assert torch.equal(product(left, right), left @ right)
+    assert torch.equal(matmul_f32(left, right), left @ right)

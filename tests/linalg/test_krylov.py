@@ -37,15 +37,15 @@ def searched(promised: ErrorEstimate, measured: list[ErrorEstimate]) -> tuple[Tr
     eigenvalues = (1.0 / torch.arange(1, 401))[:, None]
     space = Krylov(lambda x: eigenvalues * x, torch.linalg.qr(torch.randn(400, 16)).Q, 320)
     left = iter(measured)
-    search = Search(16, 1e-3, lambda ritz: promised, lambda vectors, outlook: (NOTHING, next(left)))
+    search = Search(16, 1e-3, lambda ritz: promised, lambda vectors, estimate: (NOTHING, next(left)))
     found = search.run(space)
     return found, len(measured) - len(list(left)), space.width
 
 
 def test_a_search_ends_where_rounding_alone_is_more_than_the_tolerance() -> None:
-    assert searched(ErrorEstimate(1.0, 0.1, 0.5, noise=3e-3), []) == (None, 0, first_width(16))
+    assert searched(ErrorEstimate(1.0, 0.1, 0.5, rounding_floor=3e-3), []) == (None, 0, first_width(16))
     found, results, _ = searched(
-        ErrorEstimate(1.0, 1e-4, 0.5), [ErrorEstimate(1.0, 1e-4, 0.5, noise=3e-3)] * 5
+        ErrorEstimate(1.0, 1e-4, 0.5), [ErrorEstimate(1.0, 1e-4, 0.5, rounding_floor=3e-3)] * 5
     )
     assert (found, results) == (None, 1)
 

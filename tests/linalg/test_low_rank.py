@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.low_rank import allocate_ranks, left_out, rank_within, singular_values, truncated
+from svdconvert.linalg.low_rank import (
+    allocate_ranks,
+    rank_for_tolerance,
+    singular_values,
+    truncate,
+    truncation_error,
+)
 
 
 def factors(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -31,17 +37,17 @@ def test_singular_values_are_those_of_the_product(shape: tuple[int, int, int]) -
 def test_a_truncation_is_the_best_one_and_its_error_is_known(shape: tuple[int, int, int], rank: int) -> None:
     left, right = factors(*shape)
     product = left.double() @ right.double()
-    kept_left, kept_right = truncated(left, right, rank)
+    kept_left, kept_right = truncate(left, right, rank)
     sigma = singular_values(left.double(), right.double())
     lost = float(torch.linalg.vector_norm(product - kept_left.double() @ kept_right.double()))
-    assert lost == pytest.approx(left_out(sigma, rank), rel=1e-5, abs=1e-6 * float(sigma[0]))
+    assert lost == pytest.approx(truncation_error(sigma, rank), rel=1e-5, abs=1e-6 * float(sigma[0]))
     assert kept_left.shape[1] == kept_right.shape[0] == min(rank, len(sigma))
     assert kept_left.dtype == kept_right.dtype == torch.float32
 
 
 def test_a_truncation_to_the_full_rank_loses_nothing() -> None:
     left, right = factors(40, 30, 8)
-    kept_left, kept_right = truncated(left, right, 8)
+    kept_left, kept_right = truncate(left, right, 8)
     assert torch.allclose(kept_left @ kept_right, left @ right, atol=1e-5)
     left_norms, right_norms = kept_left.norm(dim=0), kept_right.norm(dim=1)
     assert torch.allclose(left_norms, right_norms), "the singular values are not shared out evenly"
@@ -49,12 +55,12 @@ def test_a_truncation_to_the_full_rank_loses_nothing() -> None:
 
 def test_the_least_rank_within_a_tolerance() -> None:
     sigma = torch.tensor([4.0, 2.0, 1.0, 0.0])
-    whole = left_out(sigma, 0)
+    whole = truncation_error(sigma, 0)
     for rank in range(4):
-        exactly = left_out(sigma, rank) / whole
-        assert rank_within(sigma, exactly + 1e-9) == rank
-        assert rank == 3 or rank_within(sigma, exactly - 1e-9) == rank + 1
-    assert rank_within(torch.zeros(4), 0.1) == 0
+        exactly = truncation_error(sigma, rank) / whole
+        assert rank_for_tolerance(sigma, exactly + 1e-9) == rank
+        assert rank == 3 or rank_for_tolerance(sigma, exactly - 1e-9) == rank + 1
+    assert rank_for_tolerance(torch.zeros(4), 0.1) == 0
 
 
 def test_a_budget_goes_where_the_singular_values_are_largest() -> None:
@@ -68,9 +74,11 @@ def test_a_budget_goes_where_the_singular_values_are_largest() -> None:
 def test_no_other_ranks_of_the_same_budget_leave_out_less() -> None:
     sigmas = {name: singular_values(*factors(20, 15, 3, seed)) for seed, name in enumerate("abc")}
     ranks = allocate_ranks(sigmas, 5)
-    least = sum(left_out(sigmas[name], rank) ** 2 for name, rank in ranks.items())
+    least = sum(truncation_error(sigmas[name], rank) ** 2 for name, rank in ranks.items())
     for a in range(4):
         for b in range(4):
             if 0 <= 5 - a - b <= 3:
                 other = zip("abc", (a, b, 5 - a - b), strict=True)
-                assert sum(left_out(sigmas[name], rank) ** 2 for name, rank in other) >= least * (1 - 1e-9)
+                assert sum(truncation_error(sigmas[name], rank) ** 2 for name, rank in other) >= least * (
+                    1 - 1e-9
+                )

@@ -34,7 +34,7 @@ def test_both_solves_are_those_of_the_matrix(order: int) -> None:
     factor = Triangular.of(lower.masked_fill(above, 1e30))
     wide = lower.double().numpy()
     assert error(factor.solve(block), np.linalg.solve(wide, block.double().numpy())) < 2e-6
-    assert error(factor.solve_turned(block), np.linalg.solve(wide.T, block.double().numpy())) < 2e-6
+    assert error(factor.solve_transposed(block), np.linalg.solve(wide.T, block.double().numpy())) < 2e-6
     assert torch.equal(block, given)
 
 
@@ -45,7 +45,7 @@ def test_cholesky_solves_with_the_matrix_it_was_given(order: int) -> None:
     wanted = np.linalg.solve(gram.double().numpy(), block.double().numpy())
     factor = Triangular.cholesky(gram)
     assert factor is not None
-    assert error(factor.solve_turned(factor.solve(block)), wanted) < 2e-5
+    assert error(factor.solve_transposed(factor.solve(block)), wanted) < 2e-5
 
 
 @pytest.mark.parametrize("place", [0, 7, 8, 29])

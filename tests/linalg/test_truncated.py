@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from svdconvert.linalg import threads, truncated
+from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
-from svdconvert.linalg.truncated import exact_top, fast_top, gram_top
+from svdconvert.linalg.truncated import fast_top, gram_top
 from tests.linalg.spectra import SHAPES, SPECTRA, Truth, matrix, truth, well_formed
 
 RANK = 16
@@ -68,7 +69,7 @@ def test_the_space_is_built_in_bfloat16_where_that_loses_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("slice_", ["top", "minor", "middle", "random"])
+@pytest.mark.parametrize("slice_", ["top", "bottom", "middle", "random"])
 def test_a_matrix_as_stored_is_decomposed_like_its_float32_copy(slice_: str, dtype: torch.dtype) -> None:
     weight = matrix("trained", 320, 400).to(dtype)
     answers = [getattr(Solver("w"), slice_)(each, 16) for each in (weight, weight.float())]

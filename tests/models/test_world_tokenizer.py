@@ -64,7 +64,8 @@ def test_the_packages_vocabulary_serves_where_none_is_beside_the_model(tmp_path:
 @pytest.mark.parametrize("entries", [50277, 151936])
 def test_the_packages_vocabulary_does_not_serve_a_model_of_another_size(entries: int) -> None:
     with pytest.raises(
-        CheckpointError, match=f"65529, the model in nowhere has {entries} entries; put its own"
+        CheckpointError,
+        match=f"65529, the model in nowhere has {entries} entries; put the vocabulary",
     ):
         load_tokenizer(Path("nowhere"), entries)
 

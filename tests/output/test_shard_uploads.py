@@ -11,9 +11,9 @@ from svdconvert.commands.decompose import decompose
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import HubError, OutputError
+from svdconvert.output.ownership import staging_directory
 from svdconvert.output.plan import FileRole, PlannedFile
 from svdconvert.output.shard_uploads import ShardUploads
-from svdconvert.output.staging import partial
 from tests import tiny
 from tests.conftest import Build
 from tests.program import content
@@ -78,7 +78,7 @@ def test_everything_that_was_written_arrives_and_nothing_stays(
     assert sink.sent == shards and len(shards) > 3
     assert content(tmp_path / "there").keys() == whole.keys()
     assert {name: content(tmp_path / "there")[name] for name in shards} == {n: whole[n] for n in shards}
-    assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not staging_directory(tmp_path / "out").exists()
 
 
 def test_a_run_that_broke_sends_the_rest_and_nothing_twice(
@@ -89,7 +89,7 @@ def test_a_run_that_broke_sends_the_rest_and_nothing_twice(
     with pytest.raises(HubError, match="broke down"):
         run(model, tmp_path / "out", sink)
     assert len(sink.sent) == 2
-    assert [path.name for path in partial(tmp_path / "out").glob("model-0000[12]*")] == []
+    assert [path.name for path in staging_directory(tmp_path / "out").glob("model-0000[12]*")] == []
     sink.fails_at = None
     run(model, tmp_path / "out", sink)
     assert sink.sent == [name for name in whole if name.startswith("model-")]

@@ -1,6 +1,7 @@
 """The output directory appears complete or not at all."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from torch import Tensor
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError
+from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import PlannedFile, plan_file
-from svdconvert.output.staging import MANIFEST_NAME, StagedOutput
+from svdconvert.output.staging import StagedOutput
 from svdconvert.output.uncached import UncachedWriter
 
 TENSORS = {
@@ -46,7 +48,8 @@ def write_all(output: StagedOutput, file: str = "model.safetensors", names: list
     for name in names or reversed(TENSORS):
         output.write(file, name, TENSORS[name])
         output.finish(name, {})
-    (output.path / MANIFEST_NAME).write_text("{}")
+    manifest = {"files": {file.path: {} for file in output._files}, "sidecars": {}}
+    (output.path / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
 def same(found: dict[str, Tensor]) -> bool:
@@ -149,7 +152,9 @@ def test_overwrite_starts_again(out: Path) -> None:
 def test_overwrite_replaces_a_finished_directory_only_at_the_end(out: Path) -> None:
     with staged(out) as output:
         write_all(output)
+        manifest = {"files": {"model.safetensors": {}}, "sidecars": {"old": "0"}}
         (output.path / "old").write_text("x")
+        (output.path / MANIFEST_NAME).write_text(json.dumps(manifest))
     with staged(out, rank=8, overwrite=True) as output:
         write_all(output)
         assert (out / "old").exists()
@@ -164,7 +169,7 @@ def test_a_directory_that_holds_something_is_not_touched(out: Path, mark: bool, 
     if mark:
         (out / MANIFEST_NAME).write_text("{}")
     before = listing(out)
-    with pytest.raises(OutputError, match="not written by svdconvert" if overwrite else "not empty"):
+    with pytest.raises(OutputError, match="did not write" if overwrite else "not empty"):
         staged(out, overwrite=overwrite).__enter__()
     assert (listing(out), listing(out.parent)) == (before, ["out"])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from tests import tiny
 from tests.conftest import Build
@@ -81,7 +82,9 @@ def test_published_files_name_the_repository_and_no_local_path(
         content = repository.read(name)
         assert b"/tmp" not in content and str(tmp_path).encode() not in content, name
         assert b"hf_alice" not in content, name
-    assert manifest == manifest_of(made) | {"base": manifest["base"]}
+    changed = "pissa_init/adapter_config.json"
+    sidecars = manifest_of(made)["sidecars"] | {changed: xxhash.xxh3_64_hexdigest(repository.read(changed))}
+    assert manifest == manifest_of(made) | {"base": manifest["base"], "sidecars": sidecars}
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:

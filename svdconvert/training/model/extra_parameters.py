@@ -38,7 +38,7 @@ def choose_parameters(
                 raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
             if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
                 raise RecipeError(f"train_also names {name}, which is also the head's weight; leave it out")
-            chosen[layout.parameter(name)] = infos[name].shape
+            chosen[layout.runtime_name(name)] = infos[name].shape
     return chosen
 
 
@@ -49,7 +49,7 @@ def _group_names(layout: Layout) -> str:
 def _matches(target: str, name: str, layout: Layout) -> bool:
     if layout.family and target in layout.family.groups:
         pattern = layout.family.groups[target]
-        return all(re.fullmatch(pattern, own) for own in layout.held(name).own)
+        return all(re.fullmatch(pattern, own) for own in layout.rename_rule(name).canonical)
     if target == "norms":
         return _NORM.search(name) is not None
     return name.endswith(".bias") if target == "biases" else fnmatchcase(name, target)
@@ -58,7 +58,7 @@ def _matches(target: str, name: str, layout: Layout) -> bool:
 def unfreeze(model: nn.Module, parameters: Iterable[str], layout: Layout) -> None:
     """Make parameters trainable, in float32: bfloat16 would round small updates away."""
     for name in parameters:
-        for own in layout.held(name).own:
+        for own in layout.rename_rule(name).canonical:
             parameter = _parameter_at(model, own)
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -68,9 +68,9 @@ def extract_parameters(model: nn.Module, parameters: ParameterShapes, layout: La
     """The current values of parameters: float32 copies on the CPU, in their shapes on disk."""
     values = {}
     for name, shape in parameters.items():
-        rule = layout.held(name)
-        live = [_parameter_at(model, own).detach() for own in rule.own]
-        value = rule.pack(live) if rule.pack else live[0]
+        rule = layout.rename_rule(name)
+        live = [_parameter_at(model, own).detach() for own in rule.canonical]
+        value = rule.to_layout(live) if rule.to_layout else live[0]
         values[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
     return values
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import Factors
+from svdconvert.linalg.factors import Factors, factor_shapes
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
 ScaledFactors = Mapping[str, tuple[Factors, float]]
@@ -61,13 +61,7 @@ def _problems(
 def _shape_problems(base: nn.Linear, factors: Factors, trains: frozenset[str]) -> str:
     """Why these factors do not fit this layer; empty if they do."""
     shapes = {name: tuple(tensor.shape) for name, tensor in factors.pieces().items()}
-    rank = factors.rank
-    expected: dict[str, tuple[int, ...]] = {
-        "lora_A": (rank, base.in_features),
-        "lora_B": (base.out_features, rank),
-        "lora_S": (rank,),
-        "lora_R": (rank, rank),
-    }
+    expected = factor_shapes(base.out_features, base.in_features, factors.rank)
     problems = [
         f"{name} is {shape} instead of {expected[name]}"
         for name, shape in shapes.items()

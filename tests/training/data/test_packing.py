@@ -10,6 +10,7 @@ from svdconvert.commands.train import train
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
+from svdconvert.layouts.detect import find_layout
 from svdconvert.training.data.example import IGNORED, Example, collate
 from svdconvert.training.data.packing import pack_examples, require_packing_support
 from svdconvert.training.model.modes import training_mode
@@ -19,8 +20,12 @@ from tests.conftest import Build
 from tests.reading import readable, write_sums
 from tests.stock import tensors
 
-ENCODERS = {"bert", "roberta", "xlm-roberta"}
-PACKING = sorted(set(tiny.PEFT_MODEL_TYPES) & set(tiny.CONFIGS) - ENCODERS)
+PACKING = [
+    model_type
+    for model_type in tiny.PEFT_MODEL_TYPES
+    if find_layout(None, model_type, "")[1].task == "CAUSAL_LM"
+]
+"""Without encoders, whose attention is not causal."""
 
 
 def rows_of(*lengths: int) -> list[Example]:

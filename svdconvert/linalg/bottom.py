@@ -3,8 +3,8 @@
 L: the longer side, S: the shorter, R: rank, B: columns of a block.
 
 The smallest of W are the largest of its inverse, so the engine of the top slice runs on
-(W^T W)^-1 = R^-1 R^-T, two triangular solves with the factor R of W = Q R, which costs far less than
-an SVD. The cost of a truncation is now the energy inside it.
+(W^T W)^-1 = R^-1 R^-T, as two triangular solves with the factor R of W = Q R, which costs far less than
+an SVD. The cost of a truncation is here the energy inside it.
 """
 
 from dataclasses import dataclass, replace
@@ -27,18 +27,18 @@ from svdconvert.linalg.triangular import Triangular
 from svdconvert.linalg.triplets import Triplets, project
 
 _POWERS = 4
-_PIVOT = 1e-7  # of the largest: what stands for a pivot that rounding has made up
+_PIVOT = 1e-7  # of the largest pivot: replaces a smaller one, which is nothing but rounding
 _FLOOR = 1e-12  # share of the energy that is float32's own rounding
-_CENTRE = 2.6  # energy does not gather at the lower end, so the gains shrink more slowly than at the upper
+_CENTRE = 2.6  # the lower end of a spectrum is flat, so the gains shrink more slowly than at the upper end
 
 
 def fast_bottom(
     weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator, alone: bool = False
 ) -> Triplets | None:
-    """The `rank` smallest triplets of a float32 matrix, or None where `tol` was not reached.
+    """The `rank` smallest triplets of a float32 matrix, or None if `tol` was not reached.
 
-    `tol` bounds the estimated excess of their norm over the smallest one possible. `alone` says that no other
-    thread of the process multiplies matrices, so that process-wide settings may be changed for a while.
+    `tol` bounds the estimated excess of their norm over the smallest possible one. `alone` is True if no
+    other thread of the process multiplies matrices, so that process-wide settings may be changed.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         found = fast_bottom(weight_OI.T, rank, tol=tol, generator=generator, alone=alone)
@@ -49,18 +49,18 @@ def fast_bottom(
     start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
     if 2 * weight_OI.shape[0] >= 3 * weight_OI.shape[1] and multiplies_bfloat16(weight_OI):
         factor = Triangular.cholesky(_gram(weight_OI, alone).div_(total))
-        found = _Minor(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None
+        found = _Bottom(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None
         if found is not None:
             return found
-    return _Minor(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
+    return _Bottom(weight_OI, _qr_factor(weight_OI, total), rank, total).search(start_SB, tol)
 
 
 def _gram(weight_LS: Tensor, alone: bool) -> Tensor:
     """W^T W; only the blocks on and above the diagonal are multiplied.
 
-    Its Cholesky factor replaces QR, which would be most of the work, for a tall matrix of bfloat16 numbers:
-    their products are exact in float32. A square matrix is usually too ill-conditioned. The loss is measured:
-    the energy inside, computed from W, then exceeds what the factor predicted.
+    For a tall matrix of bfloat16 numbers, whose products are exact in float32, its Cholesky factor replaces
+    QR, which would be most of the work. A square matrix is usually too ill-conditioned for that. The loss is
+    measured: the energy inside, computed from W, then exceeds what the factor predicted.
     """
     short = weight_LS.shape[1]
     gram_SS = weight_LS.new_empty(short, short)
@@ -74,7 +74,7 @@ def _gram(weight_LS: Tensor, alone: bool) -> Tensor:
 
 
 def _qr_factor(weight_LS: Tensor, total: float) -> Triangular:
-    """R^T / ||W|| of W = Q R, with pivots that can be divided by."""
+    """R^T / ||W|| of W = Q R, with pivots that are not too small to be divided by."""
     upper_SS = torch.linalg.qr(weight_LS, mode="r").R
     factor_SS = upper_SS.div_(total**0.5).T
     pivots = factor_SS.diagonal()
@@ -84,8 +84,11 @@ def _qr_factor(weight_LS: Tensor, total: float) -> Triangular:
 
 
 @dataclass(frozen=True)
-class _Minor:
-    """A matrix, the lower triangular factor of its scaled Gram matrix, and what is wanted of it."""
+class _Bottom:
+    """A search for the smallest triplets of a matrix.
+
+    `factor` is the lower triangular factor of its Gram matrix divided by its energy `total`.
+    """
 
     weight_LS: Tensor
     factor: Triangular
@@ -93,27 +96,28 @@ class _Minor:
     total: float
 
     def search(self, start_SB: Tensor, tol: float) -> Triplets | None:
-        """The truncation, or None where the estimate stayed above the tolerance."""
+        """The truncation, or None if the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit)
-        return Search(self.rank, tol, self.outlook, self.finish).run(krylov)
+        return Search(self.rank, tol, self.estimate, self.finish).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""
-        return self.factor.solve_turned(self.factor.solve(block_SB))
+        return self.factor.solve_transposed(self.factor.solve(block_SB))
 
-    def outlook(self, ritz: Ritz) -> ErrorEstimate:
+    def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy inside the R best directions of the space."""
-        now, then = ritz.values_R.reciprocal(), (ritz.values_R + ritz.predicted_gain_R).reciprocal()
+        now = ritz.values_R.reciprocal()
+        then = (ritz.values_R + ritz.predicted_gain_R).reciprocal()
         cost = float(now.sum())
         before = float(ritz.before_R.reciprocal().sum())
         return ErrorEstimate.of(before, cost, cost - float(then.sum()), centre=_CENTRE)
 
-    def finish(self, vectors_SR: Tensor, outlook: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
-        """The factors, and the cost as they have it; what it is more than promised is missing too."""
+    def finish(self, vectors_SR: Tensor, estimate: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
+        """The factors, with their measured cost; its excess over the predicted cost counts as missing."""
         found = project(self.weight_LS, vectors_SR, self.total, 0.0, "fast")
         inside = found.spectrum.energy
         if inside <= _FLOOR:
             return found, ErrorEstimate(inside, 0.0, 0.0)
-        more = max(inside - outlook.cost, 0.0)
-        return found, replace(outlook, cost=inside, missing=outlook.missing + more)
+        more = max(inside - estimate.cost, 0.0)
+        return found, replace(estimate, cost=inside, missing=estimate.missing + more)

@@ -1,0 +1,40 @@
+"""How other programs load a plain checkpoint of a layout: the line of Python that users are shown."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svdconvert.layouts.base import LAYOUTS, LayoutFamily
+from svdconvert.output.sidecars import CONFIG, read_config
+
+CAUSAL = "AutoModelForCausalLM"
+_AUTO_CLASSES = {
+    "ForCausalLM": CAUSAL,
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the first architecture of a config.json."""
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((name for end, name in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+
+
+def loading(name: str, path: object) -> str:
+    """The expression that loads the plain checkpoint at `path` of the layout `name`; empty if none can."""
+    if family := _family(name):
+        return family.loading.format(path=path)
+    directory = Path(str(path))
+    class_name = auto_class(read_config(directory)) if (directory / CONFIG).is_file() else CAUSAL
+    return f'{class_name}.from_pretrained("{path}")'
+
+
+def is_transformers(name: str) -> bool:
+    """True if transformers, and therefore PEFT, loads models of the layout `name`."""
+    family = _family(name)
+    return family is None or "AutoModel" in family.loading
+
+
+def _family(name: str) -> LayoutFamily | None:
+    return LAYOUTS.get(name).family if name in LAYOUTS.names() else None

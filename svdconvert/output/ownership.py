@@ -1,0 +1,170 @@
+"""Whose a directory is: nothing that svdconvert did not write is overwritten, emptied or removed.
+
+An output directory is ours if its manifest can be read, and a file in it if the manifest lists it. A staging
+directory is ours if its journal begins with a line of ours.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import OutputError
+from svdconvert.output.journal import is_own_journal
+from svdconvert.output.rename import rename_to_free_name
+
+MANIFEST_NAME = "svdconvert.json"
+JOURNAL = "journal.jsonl"
+# What directories of manifest format 1 hold in addition to their tensors; later formats list it.
+_FORMAT1_ENDINGS = (".json", ".jsonl", ".jinja", ".model", ".txt", ".py", ".pt")
+
+
+def staging_directory(out: Path) -> Path:
+    """The staging directory of `out`. Raises OutputError if `out` is / or ends in `..`."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out} is not a directory that can be created; choose another -o")
+    return out.with_name(out.name + ".partial")
+
+
+def check_apart(out: Path, *inputs: Path | None) -> None:
+    """Raise OutputError if `out` is one of the `inputs`, contains one or is inside one."""
+    target = out.resolve()
+    for source in (path.resolve() for path in inputs if path is not None):
+        if target == source or target in source.parents or source in target.parents:
+            raise OutputError(f"{out} overlaps {source}, which is an input; choose another -o")
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
+
+    With `overwrite`, a directory all of whose files svdconvert wrote may be replaced, and no other. The
+    staging directory must be absent, empty, or left by svdconvert.
+    """
+    _check_staging(staging_directory(out))
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink():
+        raise OutputError(f"{out} is a symbolic link; choose another -o, or give the directory itself")
+    if not out.is_dir():
+        raise OutputError(f"{out} exists and is not a directory; choose another -o")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists and is not empty; choose another -o, or --overwrite to replace it")
+    if foreign := next(foreign_files(out), None):
+        raise OutputError(
+            f"{out} holds {foreign}, which svdconvert did not write and does not overwrite; move it away, or "
+            "choose another -o"
+        )
+
+
+def foreign_files(directory: Path) -> Iterator[Path]:
+    """The paths below a directory, relative to it, that svdconvert did not write."""
+    own = _own_files(directory)
+    for path in sorted(directory.rglob("*")):
+        place = path.relative_to(directory)
+        if path.is_symlink() or not path.is_dir():
+            if place.as_posix() not in own:
+                yield place
+        elif not any(path.iterdir()):
+            yield place
+
+
+def install(staged: Path, out: Path) -> None:
+    """Give the complete directory `staged` the name `out`, which `check_free` has allowed.
+
+    An existing `out` is moved aside first and removed afterwards, its own files only. Raises OutputError if
+    something appeared at `out` in the meantime; `staged` then stays as it is.
+    """
+    aside = None
+    if out.is_dir() and not out.is_symlink():
+        if any(out.iterdir()):
+            aside = _free_name(out)
+            rename_to_free_name(out, aside)
+        else:
+            out.rmdir()
+    try:
+        rename_to_free_name(staged, out)
+    except FileExistsError as error:
+        if aside is not None and not os.path.lexists(out):
+            rename_to_free_name(aside, out)
+        raise OutputError(
+            f"{out} appeared while this run was writing and is not overwritten; move it away and repeat the "
+            "command, which only has to finish"
+        ) from error
+    if aside is not None:
+        _remove_own_files(aside)
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the entries of a directory on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Put every file below a directory, and the directories themselves, on the disk."""
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        elif path.is_dir():
+            sync_directory(path)
+    sync_directory(directory)
+
+
+def _check_staging(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise OutputError(
+            f"{path} exists and is no directory of svdconvert; move it away, or choose another -o"
+        )
+    if not is_own_journal(path / JOURNAL) and any(path.iterdir()):
+        raise OutputError(
+            f"{path}, where this command would write, was not left by svdconvert; move it away, or choose "
+            "another -o"
+        )
+
+
+def _own_files(directory: Path) -> set[str]:
+    """The files that a directory's manifest lists, and the manifest; none if there is no valid manifest."""
+    try:
+        values = json.loads((directory / MANIFEST_NAME).read_bytes())
+        files = set(map(str, values["files"]))
+        listed = values.get("sidecars")
+        known = set(map(str, listed)) if isinstance(listed, dict) else _format1_files(directory, values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+    return {MANIFEST_NAME, *files, *known}
+
+
+def _format1_files(directory: Path, values: Any) -> set[str]:
+    if values.get("format") != 1 or not values.get("kind"):
+        return set()
+    named = (path for path in directory.rglob("*") if path.name.endswith(_FORMAT1_ENDINGS))
+    licences = (path for path in directory.iterdir() if path.name.startswith(("LICENSE", "NOTICE")))
+    return {path.relative_to(directory).as_posix() for path in (*named, *licences)}
+
+
+def _free_name(out: Path) -> Path:
+    """A name next to `out` that nothing has."""
+    for number in range(1000):
+        aside = out.with_name(f".{out.name}.replaced-{os.getpid()}-{number}")
+        if not os.path.lexists(aside):
+            return aside
+    raise OutputError(f"there is no free name next to {out}; clean up {out.parent}")
+
+
+def _remove_own_files(directory: Path) -> None:
+    """Remove a directory that was replaced; what appeared in it in the meantime stays."""
+    if next(foreign_files(directory), None) is None:
+        shutil.rmtree(directory, ignore_errors=True)
