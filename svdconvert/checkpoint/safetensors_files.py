@@ -8,6 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
+from svdconvert.checkpoint.regular_file import open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
 from svdconvert.errors import CheckpointError, ModelNotFoundError
 
@@ -219,7 +220,7 @@ class SafetensorsSource:
     def _descriptor(self, path: Path) -> int:
         with self._opening:  # two threads may read the first tensor of a file at the same time
             if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[path] = open_regular(path)
             return self._open[path]
 
     def close(self) -> None:
@@ -234,8 +235,8 @@ class SafetensorsSource:
 def read_header(file: Path) -> list[Extent]:
     """The tensors of one safetensors file, ordered by offset. Raises CheckpointError if it is damaged."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = header_length(stream.read(8), str(file), size)
             return parse_header(stream.read(length), str(file), size)
     except OSError as error:
