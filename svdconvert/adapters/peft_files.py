@@ -13,13 +13,15 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_of
-from svdconvert.checkpoint.safetensors_files import SafetensorsSource, holds_model
+from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import FACTOR_AXES, Factors
 from svdconvert.manifest.fingerprint import checksum
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+"""What older versions of PEFT wrote; read as tensors only, so that no code in it can run."""
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
@@ -79,18 +81,19 @@ def is_adapter(directory: Path) -> bool:
 
 
 def open_adapter(directory: Path) -> Adapter:
-    """Open an adapter in PEFT's format.
+    """Open an adapter in PEFT's format: adapter_model.safetensors, or adapter_model.bin if that is alone.
 
     Raises ArtifactError where it is missing, incomplete, or holds what cannot be converted
     (DoRA, trained biases, whole trained modules): nothing of an adapter is ever dropped.
     """
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+    weights = _weights_file(directory)
+    if not (directory / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
         raise ArtifactError(
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
     config = read_adapter_config(directory)
-    source = SafetensorsSource([directory / WEIGHTS])
+    source = open_file(weights)
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     others: list[str] = []
@@ -103,14 +106,20 @@ def open_adapter(directory: Path) -> Adapter:
             others.append(name)
     if others:
         raise ArtifactError(
-            f"{directory / WEIGHTS} holds {others[0]}, which is neither a low-rank factor nor named as "
+            f"{weights} holds {others[0]}, which is neither a low-rank factor nor named as "
             f"trained whole in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
             "or merge with the program that wrote it"
         )
-    check_factors(directory / WEIGHTS, source, modules)
-    _check_ranks(directory / WEIGHTS, config, source, modules)
+    check_factors(weights, source, modules)
+    _check_ranks(weights, config, source, modules)
     config = config if config.targets else replace(config, targets=sorted(modules))
     return Adapter(directory, config, source, modules, extras)
+
+
+def _weights_file(directory: Path) -> Path:
+    """The file with an adapter's tensors, which may be missing."""
+    pickled = directory / PICKLED
+    return pickled if pickled.is_file() and not (directory / WEIGHTS).exists() else directory / WEIGHTS
 
 
 def check_factors(file: Path, source: TensorSource, modules: Mapping[str, Mapping[str, str]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
 from svdconvert.checkpoint.regular_file import open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
@@ -89,7 +90,8 @@ def _lone_file(directory: Path) -> Path:
 def read_index(path: Path) -> Mapping[str, str]:
     """The tensor -> shard mapping of an index.
 
-    Raises CheckpointError if it is malformed or names a shard in another directory than its own.
+    Raises CheckpointError if it is malformed or names a shard that is hidden, in another directory than its
+    own, or of a kind that holds no tensors.
     """
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
@@ -99,9 +101,12 @@ def read_index(path: Path) -> Mapping[str, str]:
             f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
         ) from error
     for name, file in entries.items():
-        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+        fault = "is outside the checkpoint's directory" if "/" in file else name_fault(file)
+        if fault is None and not is_weights(file):
+            fault = "is no file of tensors"
+        if fault:
             raise CheckpointError(
-                f"{path} places {name} in {file!r}, outside the checkpoint's directory; "
+                f"{path} places {name} in {file!r}, which {fault}; "
                 "fetch the checkpoint from a source that you trust"
             )
     return entries

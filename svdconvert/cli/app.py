@@ -12,7 +12,7 @@ import typer
 
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.errors import report_errors
-from svdconvert.cli.options import Typed, with_options
+from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.cli.terminal import as_json, notify
@@ -103,7 +103,8 @@ class Listing(str, Enum):
 
 
 @app.command(
-    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down"
+    cls=SingleOptions,
+    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down",
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(SplitOptions)
@@ -142,7 +143,8 @@ def decompose(
 
 
 @app.command(
-    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200"
+    cls=SingleOptions,
+    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200",
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(TrainOptions)
@@ -168,6 +170,7 @@ def train(
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
+        from svdconvert.training.start import refuse_split_options
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
@@ -175,6 +178,7 @@ def train(
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         split = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
+        refuse_split_options(source, [f"--{name}" for name in given])
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
@@ -182,7 +186,9 @@ def train(
             summaries.show_trained(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned")
+@app.command(
+    cls=SingleOptions, epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned"
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(MergeOptions)
 def merge(
@@ -225,7 +231,11 @@ def merge(
             summaries.show_merged(output.place, manifest)
 
 
-@app.command(name="to-lora", epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa")
+@app.command(
+    cls=SingleOptions,
+    name="to-lora",
+    epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa",
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(LoraOptions)
 def to_lora(
@@ -256,7 +266,9 @@ def to_lora(
             summaries.show_lora(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+@app.command(
+    cls=SingleOptions, epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf"
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ConvertOptions)
 def convert(
@@ -285,7 +297,7 @@ def convert(
             summaries.show_converted(output.place, manifest)
 
 
-@app.command(epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
 @with_options(PushOptions, panel="Publishing")
 def push(
     typed: Typed,
@@ -307,7 +319,7 @@ def push(
         summaries.show_published(directory, repository, done)
 
 
-@app.command(epilog="Example: svdconvert verify pissa --base org/name")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
     """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
     with report_errors(debug=debug, out=None):
@@ -320,7 +332,7 @@ def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> 
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: svdconvert inspect trained --json")
+@app.command(cls=SingleOptions, epilog="Example: svdconvert inspect trained --json")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
     json: JsonOpt = False,
@@ -336,7 +348,7 @@ def inspect(
         as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 
-@app.command(name="list", epilog="Example: svdconvert list methods")
+@app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     json: JsonOpt = False,

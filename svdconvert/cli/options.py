@@ -2,15 +2,32 @@
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 Typed = Mapping[str, Any]
 """What was typed; an option that was not is absent."""
+
+
+class SingleOptions(TyperCommand):
+    """A command that refuses an option that is given twice, of which only the last would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as usual. Raises BadParameter for a repeated option."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        counts = Counter(parameter for parameter in order if parameter.param_type_name == "option")
+        for parameter, count in counts.items():
+            if count > 1 and not getattr(parameter, "multiple", False):
+                raise typer.BadParameter(f"{parameter.opts[-1]} is given {count} times; give it once")
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
+
 
 _SPELLINGS = {"side": "--from"}  # options that Python does not allow as names
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from svdconvert.errors import OutputError
+from svdconvert.hub.auth import scrub
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -35,8 +36,8 @@ def _visible(character: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """One line on standard error."""
-    stderr.print(Text(f"svdconvert: {plain(sentence)}"))
+    """One line on standard error, without a token of the Hub that a message may have repeated."""
+    stderr.print(Text(f"svdconvert: {plain(scrub(sentence))}"))
 
 
 def notify(sentence: str) -> None:

@@ -60,7 +60,9 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
         if fault:
             faults.append(f"{path / file}: {name} {fault}")
     faults += [f"{path / name} {fault}" for name, fault in check_sidecars(path, manifest)]
-    home = find_model(manifest.base, base) if manifest.kind == "decomposed" else None
+    home = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
+    if manifest.kind != "decomposed":
+        home = None  # it was compared with the manifest, and there is nothing to recompute
     checks = list(_matrices(path, manifest, home.source, run)) if home else []
     faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
     entries = sum(check.entries for check in checks)

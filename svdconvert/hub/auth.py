@@ -1,6 +1,9 @@
 """The address of the Hub, the token for it, and how the token is kept out of messages."""
 
 import os
+import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 
 DOTENV = Path(".env")
 _VARIABLE = "HF_TOKEN"
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
+_SHORTEST = 4  # characters; a shorter text is no token, and replacing it would spoil sentences
 _DOTENV_KEYS = (_VARIABLE, "hf")  # SORSA's own code (github.com/Gunale0926/SORSA) reads the key `hf`
 
 
@@ -36,9 +41,12 @@ def find_token() -> str | None:
 
 
 def hub_api() -> "HfApi":
-    """huggingface_hub's client for `endpoint`, with the token of `find_token`."""
+    """huggingface_hub's client for `endpoint`, with the token of `find_token`; its answers are checked."""
     from huggingface_hub import HfApi
 
+    from svdconvert.hub.replies import watch_session
+
+    watch_session()
     return HfApi(token=find_token())
 
 
@@ -50,12 +58,22 @@ def endpoint() -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` with *** in place of every token that may have been sent to the Hub."""
-    from huggingface_hub import get_token
-
-    for token in filter(None, (find_token(), get_token())):
+    """`text` with *** in place of tokens that may have been sent, and of all that looks like one."""
+    for token in _known_tokens():
         text = text.replace(token, "***")
-    return text
+    return _TOKEN.sub("***", text)
+
+
+def _known_tokens() -> list[str]:
+    """The tokens of the environment, of .env and of the stored login, longest first."""
+    found = {os.environ.get(_VARIABLE, "").strip()}
+    with suppress(RecipeError):  # which is reported by what needs the token
+        found.add(find_token() or "")
+    if "huggingface_hub" in sys.modules:  # else nothing was sent
+        from huggingface_hub import get_token
+
+        found.add(get_token() or "")
+    return sorted((token for token in found if len(token) >= _SHORTEST), key=len, reverse=True)
 
 
 def scrub_exception(error: BaseException) -> None:

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 from typing import Literal
 
+from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.safetensors_files import (
     ENDINGS,
     INDEX,
@@ -18,9 +19,10 @@ from svdconvert.checkpoint.safetensors_files import (
     shard_names,
 )
 from svdconvert.errors import CheckpointError, ModelNotFoundError
-from svdconvert.hub.auth import hub_api
+from svdconvert.hub.auth import endpoint, hub_api
 from svdconvert.hub.errors import hub_errors_as, is_unanswered, with_retries
-from svdconvert.hub.reference import ModelRef
+from svdconvert.hub.reference import ModelRef, is_repository
+from svdconvert.hub.replies import is_commit
 
 Part = Literal["all", "adapter", "sidecars"]
 """What is downloaded: everything a loader needs, the same without the model's own weights, or no weights."""
@@ -28,10 +30,13 @@ Part = Literal["all", "adapter", "sidecars"]
 # What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders.
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
+_PICKLED_ADAPTER = "adapter_model.bin"
 _FOLDERS = ("*_init", "additional_chat_templates")
 _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20
+_ATTEMPTS = 2  # downloads of a revision that moves to another commit meanwhile
+_DANGEROUS = ("is an absolute path", "leaves the directory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,51 +72,126 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
         return Snapshot(reference.path, str(reference.path.absolute()))
     assert reference.repository is not None
     with hub_errors_as(CheckpointError, reference.repository, reference.revision):
+        reference = _with_organisation(reference)
         path = _download(reference, part)
+    location = str(reference.repository)
     if reference.file is None:
-        return Snapshot(path, reference.repository, path.name)
-    return Snapshot(path / reference.file, f"{reference.repository}/{reference.file}", path.name)
+        return Snapshot(path, location, path.name)
+    return Snapshot(path / reference.file, f"{location}/{reference.file}", path.name)
+
+
+def _with_organisation(reference: ModelRef) -> ModelRef:
+    """A legacy name such as roberta-base as the org/name that the Hub redirects it to.
+
+    Without an answer of the Hub the name stays as it is, under which the cache may know it.
+    """
+    name = str(reference.repository)
+    if "/" in name:
+        return reference
+    try:
+        info = with_retries(lambda: hub_api().model_info(name, revision=reference.revision))
+    except Exception as error:
+        if not is_unanswered(error):
+            raise
+        return reference
+    return replace(reference, repository=info.id) if is_repository(info.id) else reference
 
 
 def _download(reference: ModelRef, part: Part) -> Path:
     """The directory of the snapshot in the cache, which then holds all that `part` asks for."""
     repository = str(reference.repository)
-    revision = reference.revision
-    known = _known_files(repository, revision)
-    if known is None:  # the cache may hold it; a missing file is reported when it is read
-        return Path(hub_api().snapshot_download(repository, revision=revision, allow_patterns=[*_REQUIRED]))
-    commit, files = known
+    for _ in range(_ATTEMPTS):
+        known = _known_files(repository, reference.revision)
+        if known is None:  # the cache may hold it; a missing file is reported when it is read
+            api = hub_api()
+            patterns = [*_REQUIRED]
+            return Path(
+                api.snapshot_download(repository, revision=reference.revision, allow_patterns=patterns)
+            )
+        path = _download_files(reference, *known, part)
+        if path is not None:
+            return path
+    raise CheckpointError(
+        f"{repository} changed during each of {_ATTEMPTS} downloads; run the same command again, or name a "
+        f"commit: {repository}@COMMIT"
+    )
+
+
+def _download_files(
+    reference: ModelRef, commit: str, files: Mapping[str, str | None], part: Part
+) -> Path | None:
+    """The directory of the snapshot `commit`; None if the revision is another commit by now."""
+    repository = str(reference.repository)
     wanted = [name for name in files if _is_sidecar(name)]
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
     if absent := [name for name in wanted if name not in files]:
         raise ModelNotFoundError(f"{repository} has no {absent[0]}; check the name of the file")
+    if reference.file is None:
+        _refuse_only_folders(repository, files)
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
     # Not by the commit: the cache stores which commit a named revision is, for later use without the Hub.
     patterns = [escape(name) for name in wanted]
     path = Path(
         with_retries(
-            lambda: hub_api().snapshot_download(repository, revision=revision, allow_patterns=patterns)
+            lambda: hub_api().snapshot_download(
+                repository, revision=reference.revision, allow_patterns=patterns
+            )
         )
     )
     if path.name != commit:
-        return _download(reference, part)  # the revision changed after _known_files
+        return None
     for name in wanted:
         if (sha256 := files[name]) and name not in before and _sha256(path / name) != sha256:
             _fetch_again(repository, commit, path / name, name, sha256)
     return path
 
 
+def _refuse_only_folders(repository: str, files: Collection[str]) -> None:
+    """Raise CheckpointError for a repository without a model or adapter in its first folder."""
+    if any(name in files for name in _REQUIRED) or any(_in_root(name) for name in files):
+        return
+    folders = sorted({name.rpartition("/")[0] for name in files if name.endswith(_REQUIRED) and "/" in name})
+    if not folders:
+        raise CheckpointError(
+            f"{repository} holds neither a model nor an adapter ({len(files)} files, none of them weights or "
+            "a configuration); check the name"
+        )
+    one = folders[0]
+    raise CheckpointError(
+        f"{repository} holds no model in its first folder, but in {', '.join(folders[:4])}: download "
+        f'one with `hf download {repository} --include "{one}/*" --local-dir DIR` and give DIR/{one}'
+    )
+
+
+def _in_root(name: str) -> bool:
+    """True for weights in the first folder of a repository."""
+    return "/" not in name and is_weights(name)
+
+
 def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, str | None]] | None:
-    """(commit, file -> SHA-256 if it is stored in LFS, else None); None if the Hub does not answer."""
+    """(commit, file -> SHA-256 if it is stored in LFS, else None); None if the Hub does not answer.
+
+    Raises CheckpointError if the answer names no commit, or a file outside the repository.
+    """
     try:
         info = with_retries(lambda: hub_api().model_info(repository, revision=revision, files_metadata=True))
     except Exception as error:
         if not is_unanswered(error):
             raise
         return None
-    assert info.sha is not None
+    if not is_commit(info.sha):
+        raise CheckpointError(
+            f"{endpoint()} names no commit of {repository}; check HF_ENDPOINT, which may be a mirror without "
+            "that feature"
+        )
     files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
-    return info.sha, files
+    for name in files:
+        if name_fault(name) in _DANGEROUS:
+            raise CheckpointError(
+                f"{endpoint()} lists {name[:80]!r} in {repository}, which {name_fault(name)}; use another "
+                "source"
+            )
+    return str(info.sha), files
 
 
 def _is_sidecar(name: str) -> bool:
@@ -128,7 +208,9 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
         return
     for name in files:
         folder, _, file = name.rpartition("/")
-        if file == _ADAPTER and (not folder or fnmatchcase(folder, "*_init")):
+        here = not folder or fnmatchcase(folder, "*_init")
+        pickled = file == _PICKLED_ADAPTER and name.removesuffix(file) + _ADAPTER not in files
+        if here and (file == _ADAPTER or pickled):
             yield name
     if part == "all":
         yield from _own_weights(repository, commit, files)

@@ -1,16 +1,20 @@
 """What a failed request to the Hub means, in one sentence, and which requests are repeated."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import sleep
+from traceback import walk_tb
 from typing import TypeVar
 
 from svdconvert.errors import CheckpointError, HubError, ModelNotFoundError, SvdConvertError
 from svdconvert.hub.auth import endpoint, hub_api, scrub, scrub_exception
+from svdconvert.hub.replies import BUSY, WrongReplyError, refuse_long_pause, requested_pause
 
 T = TypeVar("T")
 
-_BUSY = (429, 500, 502, 503, 504)
+_DISK = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -26,7 +30,8 @@ def hub_errors_as(
     """
     try:
         yield
-    except SvdConvertError:
+    except SvdConvertError as error:
+        scrub_exception(error)
         raise
     except Exception as error:
         scrub_exception(error)
@@ -46,21 +51,28 @@ def with_retries(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            requested = _requested_pause(_cause(error))
+            requested = pause_before_retry(error)
             if requested is None:
                 raise
             sleep(max(pause, requested))
     return action()
 
 
-def _requested_pause(error: BaseException) -> float | None:
-    """The seconds that the Hub asks to wait; None if repeating the request is of no use."""
+def pause_before_retry(error: BaseException) -> float | None:
+    """The seconds that the Hub asks to wait; None if repeating the request is of no use.
+
+    Raises WrongReplyError if it asks for more than a short wait.
+    """
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx
 
+    error = _cause(error)
     if isinstance(error, HfHubHTTPError):
-        seconds = error.response.headers.get("Retry-After", "0")
-        return float(seconds) if error.response.status_code in _BUSY and seconds.isdigit() else None
+        if error.response.status_code not in BUSY:
+            return None
+        seconds = requested_pause(error.response)
+        refuse_long_pause(seconds)
+        return seconds
     return 0.0 if is_connection_error(error) and not isinstance(error, httpx.ConnectError) else None
 
 
@@ -110,6 +122,8 @@ def _sentence(error: BaseException, repository: str, revision: str | None, pushi
     """What is wrong and what to do; None for an exception that is not about the Hub."""
     from huggingface_hub import errors
 
+    if isinstance(error, WrongReplyError):
+        return str(error)
     if pushing and type(error) in (RuntimeError, ConnectionError):  # raised by hf_xet's uploads
         return (
             f"the upload to {repository} failed ({' '.join(str(error).split())}); repeat the push, with "
@@ -121,6 +135,27 @@ def _sentence(error: BaseException, repository: str, revision: str | None, pushi
         return sentence
     if isinstance(error, errors.HfHubHTTPError):
         return _by_status(error.response.status_code, error.server_message or "", repository)
+    return _by_origin(error, pushing)
+
+
+def _by_origin(error: BaseException, pushing: bool) -> str | None:
+    """For an error of the cache's disk, or of huggingface_hub over an answer that it cannot read."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import FileMetadataError
+
+    if not pushing and isinstance(error, OSError) and error.errno in _DISK:
+        return (
+            f"the cache {constants.HF_HUB_CACHE} cannot be used ({error.strerror}: {error.filename}); make "
+            "it writable or free space on it, or set HF_HOME to another directory"
+        )
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    theirs = any(module.startswith("huggingface_hub") for module in modules)
+    if isinstance(error, FileMetadataError) or (theirs and isinstance(error, _UNREADABLE)):
+        return (
+            f"{endpoint()} does not answer as the Hub does ({type(error).__name__}: "
+            f"{' '.join(scrub(str(error)).split())[:200]}); check HF_ENDPOINT, the proxy, and "
+            "whether the network asks for a login"
+        )
     return None
 
 

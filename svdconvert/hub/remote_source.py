@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from time import sleep
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
 from svdconvert.checkpoint.safetensors_files import INDEX, locate_tensors, refuse_misplaced
 from svdconvert.checkpoint.tensors import TensorInfo, in_chunks, read_whole
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import CheckpointError, SvdConvertError
 from svdconvert.hub.auth import endpoint, find_token
 from svdconvert.hub.download import Snapshot, weight_files
-from svdconvert.hub.errors import hub_errors_as, is_connection_error
+from svdconvert.hub.errors import hub_errors_as, pause_before_retry
+from svdconvert.hub.replies import WrongReplyError, check_commit, check_range, watch_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,10 @@ _RUNS_KEPT = 4  # one thread reads matrices, another one copies other tensors
 _CHUNK = 1 << 18
 _PARALLEL = 8  # headers that are requested at the same time
 _RETRIES = 6  # in succession, without receiving a byte
+_RETRIES_IN_ALL = 60  # of one read
 _LONGEST_WAIT = 8.0  # seconds
 _TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as broken
+_SLOWEST = 4096  # bytes per second, below which a connection counts as broken
 
 
 class Unstreamable(CheckpointError):
@@ -44,6 +47,7 @@ class RemoteFile:
 
         self.name = f"{repository}/{name}"
         self._repository = repository
+        self._commit = commit
         self._token = token
         self._url = hf_hub_url(repository, name, revision=commit)
         self.size: int | None = None
@@ -56,46 +60,69 @@ class RemoteFile:
     def chunks(self, begin: int, end: int) -> Iterator[bytes]:
         """The same bytes as they arrive. If the connection breaks, the rest is requested again.
 
-        Raises CheckpointError if it breaks again and again, or if the Hub refuses the request.
+        Raises CheckpointError if it breaks again and again, if the Hub refuses the request, or if an answer
+        is not the range that was asked for.
         """
+        in_succession = 0
         failures = 0
         while begin < (end if self.size is None else min(end, self.size)):
+            before = begin
             try:
+                for chunk in self._ask(begin, end):
+                    begin += len(chunk)
+                    yield chunk
+                pause: float | None = 0.0
+            except SvdConvertError:
+                raise
+            except Exception as error:
                 with hub_errors_as(CheckpointError, self._repository):
-                    for chunk in self._ask(begin, end):
-                        begin += len(chunk)
-                        failures = 0
-                        yield chunk
-            except CheckpointError as error:
-                if not is_connection_error(error.__cause__):
-                    raise
-                failures += 1
-                if failures > _RETRIES:
-                    raise CheckpointError(
-                        f"{self.name} cannot be read: the connection to {endpoint()} breaks again and again "
-                        f"at byte {begin}; run the same command again to continue"
-                    ) from error
-                sleep(min(_LONGEST_WAIT, 0.25 * 2**failures))
+                    if (pause := pause_before_retry(error)) is None:
+                        raise
+            if begin >= min(end, self.size or end):
+                return
+            in_succession = 1 if begin > before else in_succession + 1
+            failures += 1
+            if in_succession > _RETRIES or failures > _RETRIES_IN_ALL:
+                raise self._broken(begin)
+            sleep(max(pause, min(_LONGEST_WAIT, 0.125 * 2**in_succession)))
+
+    def _broken(self, begin: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} cannot be read: the connection to {endpoint()} breaks again and again at byte "
+            f"{begin}; run the same command again to continue"
+        )
 
     def _ask(self, begin: int, end: int) -> Iterator[bytes]:
-        """One request; if the Hub is busy (429, 5xx), it is repeated after the time that the Hub asks for."""
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        """The body of one request, at most the bytes that were asked for.
+
+        Raises an error of huggingface_hub or httpx, or WrongReplyError.
+        """
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx
 
         headers = {
             **build_hf_headers(token=self._token),
             "Range": f"bytes={begin}-{end - 1}",
             "Accept-Encoding": "identity",
         }
-        # A broken connection is handled by the caller, which knows what has arrived.
-        options: dict[str, Any] = {"headers": headers, "timeout": _TIMEOUT, "retry_on_exceptions": ()}
-        with http_stream_backoff("GET", self._url, **options) as response:
+        # The caller repeats the request, because it knows what has arrived.
+        options: dict[str, Any] = {"timeout": _TIMEOUT, "retry_on_exceptions": (), "max_retries": 0}
+        watch_session()
+        with http_stream_backoff("GET", self._url, headers=headers, **options) as response:
             hf_raise_for_status(response)
-            if response.status_code != 206:
-                raise CheckpointError(
-                    f"{endpoint()} does not answer range requests for {self.name}; leave out --stream"
-                )
-            self.size = int(response.headers["Content-Range"].rpartition("/")[2])
-            yield from response.iter_raw(_CHUNK)
+            check_commit(response, self.name, self._commit)
+            self.size = check_range(response, self.name, begin, end, self.size)
+            left = min(end, self.size) - begin
+            limit = monotonic() + _TIMEOUT + left / _SLOWEST
+            for chunk in response.iter_raw(_CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    raise WrongReplyError(
+                        f"{endpoint()} sends more of {self.name} than was asked for; leave out --stream, or "
+                        "check the proxy"
+                    )
+                yield chunk
+                if left and monotonic() > limit:
+                    raise httpx.ReadTimeout(f"{self.name} arrives too slowly")
 
 
 class RemoteSource:

@@ -10,6 +10,7 @@ from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recover_init import lost_init, recover_init
 from svdconvert.inputs.sources import Sources
+from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.manifest.results import Side
 from svdconvert.manifest.schema import has_manifest
 
@@ -53,6 +54,7 @@ def choose_weights(
             delta.manifest.base if delta.manifest else None, sources.base, stream=sources.stream
         )
         if base is not None:
+            check_unused(delta, sources, base_used=True)
             refuse_hidden_init(delta, base)
             return MergeWeights("base", base, recover_init(delta, sources.base, base))
         if side == "base" or not delta.has_residual:
@@ -61,6 +63,7 @@ def choose_weights(
         raise ArtifactError(
             f"{delta.directory} has no residual base: its method leaves the base as it is; use --from base"
         )
+    check_unused(delta, sources, base_used=False, residual_used=True)
     return MergeWeights("residual", _open_residual(delta, sources), delta)
 
 

@@ -14,7 +14,7 @@ from svdconvert.layouts.base import Layout
 from svdconvert.layouts.detect import find_layout, has_signature_tensor
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
-from svdconvert.output.sidecars import CONFIG, read_config
+from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def format_reference(origin: Origin) -> str:
 
 
 def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
+    refuse_foreign_sidecars(snapshot.path)
     streamed = stream and snapshot.revision is not None
     source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
     known_by_names = has_signature_tensor(source.infos)

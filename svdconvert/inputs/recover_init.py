@@ -11,6 +11,7 @@ from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model, open_model
 from svdconvert.inputs.recovered_init import REPEATABLE, RecoveredInit
 from svdconvert.inputs.sources import Sources
+from svdconvert.inputs.unused_sources import check_unused
 
 
 def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
@@ -18,6 +19,8 @@ def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
 
     Raises ArtifactError if it is not known and the base, which would tell, is not found.
     """
+    needs_weights = delta.is_lost or delta.is_assumed_zero
+    check_unused(delta, sources, base_used=needs_weights)
     if not delta.is_assumed_zero:
         return recover_init(delta, sources.base)
     base = _find_base(delta, sources.base)
@@ -57,8 +60,10 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
 
 def lost_init(delta: AdapterDelta) -> ArtifactError:
     """The error for an initial adapter that is needed, not stored, and cannot be recovered."""
+    started = delta.adapter.config.initialised
+    how = f"as {started}" if isinstance(started, str) else "as a part of its base"
     return ArtifactError(
-        f"{delta.directory} was started as {delta.adapter.config.initialised}, which changes the base, "
+        f"{delta.directory} was started {how}, which changes the base, "
         "and its start is not known; name its initial adapter with --init, what decompose wrote with "
         "--residual, or both --base and --residual, to recover it from their difference"
     )

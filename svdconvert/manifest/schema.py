@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from svdconvert.checkpoint.file_names import is_known_kind, leads_outside, name_fault
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
@@ -168,7 +169,11 @@ def has_manifest(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a directory. Raises ArtifactError where it is missing or of another format."""
+    """The manifest of a directory.
+
+    Raises ArtifactError if it is missing, damaged or of another format, or names a file outside the
+    directory, a hidden one, or one that is not of a model's kinds.
+    """
     path = directory / MANIFEST_NAME
     if not path.is_file():
         if not directory.is_dir():
@@ -198,7 +203,28 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; restore the file") from error
+    _refuse_names(path, manifest)
     return manifest
+
+
+def _refuse_names(path: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if the manifest names a file that must not be read or published with it."""
+    if manifest.method and ("/" in manifest.method or name_fault(manifest.method)):
+        raise ArtifactError(
+            f"{path} is damaged at method: {manifest.method!r} is no name of a method; restore the file"
+        )
+    for name in (*manifest.files, *manifest.roles, *manifest.sidecars):
+        fault = name_fault(name)
+        if fault is None and name not in manifest.sidecars and not is_known_kind(name):
+            fault = "is neither weights nor a file that belongs to a model"
+        file = path.parent / name
+        if fault is None and file.exists() and leads_outside(file, path.parent):
+            fault = "is a symbolic link that ends outside the directory"
+        if fault:
+            raise ArtifactError(
+                f"{path} names {name!r}, which {fault}; restore the manifest, or get the directory from a "
+                "source that you trust"
+            )
 
 
 _REQUIRED = ("kind", "layout", "method", "base", "residual", "options", "matrices", "files", "threads")

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.file_names import refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.checkpoint.tensors import ELEMENTS
 from svdconvert.errors import CheckpointError
@@ -61,29 +62,48 @@ def complete_checkpoint(
 
 
 def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> None:
-    """Copy the files that a loader may need in addition to the weights; links are followed.
+    """Copy the files that a loader may need in addition to the weights.
 
-    If the model is a single file, only an RWKV vocabulary in the same directory is copied.
+    If the model is a single file, only an RWKV vocabulary in the same directory is copied. Raises
+    CheckpointError for a symbolic link that ends outside the model's directory.
     """
-    for name, path in sidecars(source):
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
-            continue
-        copy = target / name
+    directory = source if source.is_dir() else source.parent
+    paths = [
+        path
+        for path in _sidecars(source)
+        if not any(fnmatchcase(path.relative_to(directory).parts[0], pattern) for pattern in exclude)
+    ]
+    refuse_links_outside(paths, directory)
+    for path in paths:
+        copy = target / path.relative_to(directory)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
 
 
-def sidecars(source: Path) -> Iterator[tuple[str, Path]]:
-    """(path relative to the model's directory, path) of each of its sidecars, sorted."""
+def refuse_foreign_sidecars(source: Path) -> None:
+    """Raise CheckpointError if a file that `copy_sidecars` would copy is a link out of the directory."""
+    refuse_links_outside(_sidecars(source), source if source.is_dir() else source.parent)
+
+
+def _sidecars(source: Path) -> list[Path]:
+    """The sidecars of a model, sorted. Links to files are followed, links to folders are not entered."""
     if not source.is_dir():
-        yield from ((path.name, path) for path in vocabularies(source.parent))
-        return
-    folders = sidecar_folders(source)
-    inside = [path for folder in folders for path in (source / folder).rglob("*")]
-    for path in sorted({*source.iterdir(), *inside}):
-        name = path.relative_to(source).as_posix()
-        if path.is_file() and file_kind(name, folders) == "sidecar":
-            yield name, path
+        return vocabularies(source.parent)
+    folders = [folder for folder in sidecar_folders(source) if (source / folder).is_dir()]
+    paths = [path for path in source.iterdir() if path.is_file()]
+    paths += [path for folder in folders for path in _files_below(source / folder)]
+    return sorted({path for path in paths if is_sidecar(path, source)})
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files below a folder of sidecars. Raises CheckpointError for a link to a folder."""
+    linked = [path for path in (folder, *sorted(folder.rglob("*"))) if path.is_symlink() and path.is_dir()]
+    if linked:
+        raise CheckpointError(
+            f"{linked[0]} is a symbolic link to a folder, which is not followed; replace it by a copy of the "
+            "folder, or remove it"
+        )
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def is_sidecar(path: Path, directory: Path) -> bool:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.file_names import refuse_links_outside
 from svdconvert.output.file_kinds import TEMPLATES, file_kind
 
 _SETTINGS = "tokenizer_config.json"
@@ -31,11 +32,12 @@ def copy_tokenizer(adapter: Path, target: Path) -> None:
     """Put an adapter's tokenizer and chat template into `target`, in place of those that are there.
 
     A tokenizer is replaced in full, so that no files of two tokenizers are mixed. If the adapter has no chat
-    template, that of `target` stays.
+    template, that of `target` stays. Raises CheckpointError for a symbolic link that ends outside `adapter`.
     """
     own = _own_files(adapter)
     if not tokenizer_changes(adapter, target):
         return
+    refuse_links_outside(own.values(), adapter)
     template = _settings(target).get("chat_template")
     brings_template = any(_matches(name, _CHAT) for name in own) or "chat_template" in _settings(adapter)
     is_complete = any(_matches(name, _VOCABULARIES) for name in own)

@@ -31,6 +31,7 @@ from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
 from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.effects import refuse_idle_options
 from svdconvert.pipeline.runner import (
     TensorJob,
     TensorResult,
@@ -121,6 +122,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
             f"{options.method} trains the weights themselves and has nothing to decompose; "
             f"use svdconvert train MODEL --method {options.method}"
         )
+    refuse_idle_options(method, options)
     slots = layout.select(source.infos, options.targets)
     if options.layout is not None:
         _refuse_half_a_layout(name, layout, source)

@@ -16,6 +16,7 @@ from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_model
+from svdconvert.pipeline.effects import refuse_idle_merge_options
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
     outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
+    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
     shards = tuple(_files(outputs, weights.side, layout, options))
     return MergePlan(weights, name, options, modules, extras, added, shards, dtypes)
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import xxhash
 
+from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
+from svdconvert.errors import ArtifactError
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
@@ -79,18 +81,22 @@ def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
 
 
 def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepos) -> UploadFiles:
-    """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`."""
+    """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`.
+
+    Raises ArtifactError if the manifest names a file that is hidden, outside the directory or of an unknown
+    kind, CheckpointError for a symbolic link that ends outside the directory.
+    """
     files: dict[str, Path | bytes] = {MANIFEST_NAME: b""}
-    for name in manifest.files:
-        if (directory / name).exists():  # what has left already is not here any more
-            files[name] = directory / name
+    files |= _own_files(directory, manifest)
     weights_of = repository if manifest.kind == "decomposed" else repos.residual_id
     named = weights_of if manifest.base_is_residual else repos.base_id
     homes = {Path(name).parent for name in manifest.files} | {Path()}
     left = []
+    # Folders that are links are not entered; a linked folder of the manifest is refused below.
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         place = path.relative_to(directory)
         if path.name == ADAPTER_CONFIG and place.parent in homes:
+            refuse_links_outside([path], directory)
             files[place.as_posix()] = _with_base(read_json_object(path), named)
         elif place.as_posix() == INDEX or is_sidecar(path, directory):
             files.setdefault(place.as_posix(), path)
@@ -99,7 +105,18 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
     for path in (*journals(directory), directory / UPLOADS):  # of a directory that is still being made
         files.pop(path.name, None)
     files[MANIFEST_NAME] = _as_bytes(asdict(replace(manifest, sidecars=_sent_sidecars(manifest, files))))
+    refuse_links_outside([content for content in files.values() if isinstance(content, Path)], directory)
     return UploadFiles(files, left)
+
+
+def _own_files(directory: Path, manifest: Manifest) -> dict[str, Path | bytes]:
+    """The files of the manifest that are still here; those that are uploaded already are not."""
+    for name in manifest.files:
+        if name_fault(name) or not is_known_kind(name):
+            raise ArtifactError(
+                f"{directory} names {name!r} as its own file, which is never published; restore the manifest"
+            )
+    return {name: directory / name for name in manifest.files if (directory / name).exists()}
 
 
 def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dict[str, str]:

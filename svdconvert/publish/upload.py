@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
-from svdconvert.hub.auth import hub_api
+from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.output.ownership import MANIFEST_NAME
@@ -130,7 +130,7 @@ def deliver(
     upload_files = UploadFiles(files, upload_files.left)
     made = _commit(upload_files, copies, state, destination)
     return Published(
-        url=made.pr_url or made.commit_url,
+        url=scrub(made.pr_url or made.commit_url),
         commit=made.oid,
         files=len(files) + len(copies),
         nbytes=upload_files.nbytes,
@@ -179,7 +179,8 @@ def look(destination: Destination) -> BranchState:
     ours = frozenset[str]()
     if MANIFEST_NAME in files:
         manifest = read_json_object(_download(name, MANIFEST_NAME, info.sha))
-        ours = frozenset(manifest.get("files") or ()) & files
+        listed = manifest.get("files")
+        ours = frozenset(listed if isinstance(listed, dict) else ()) & files
     others = sorted(path for path in files - ours if path.endswith(_WEIGHTS))
     if others and not destination.options.pull_request:
         raise HubError(

@@ -1,9 +1,14 @@
 """A token is sent to the Hub in its header, and appears nowhere else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from svdconvert.cli.terminal import say
+from svdconvert.errors import CheckpointError
+from svdconvert.hub.auth import scrub
+from svdconvert.hub.errors import hub_errors_as
 from tests.conftest import Build
 from tests.loopback_hub.server import Hub
 from tests.visitor import Visitor
@@ -126,6 +131,71 @@ for action in (
     assert SECRET not in str(said)
     if status in (401, 403):
         assert "***" in said[1][0] and "***" in said[1][1]
+
+
+COMMANDS = """
+from tests.program import svdconvert
+result = []
+for words in {commands!r}:
+    ended = svdconvert(*words)
+    result.append([ended.status, ended.out + ended.err])
+"""
+
+
+@pytest.mark.parametrize("place", ["message", "range", "commit", "body"])
+def test_no_command_prints_or_writes_a_token_that_the_hub_repeats_anywhere(
+    hub: Hub, alice: Visitor, checkpoint: Build, decomposed: Build, tmp_path: Path, place: str
+) -> None:
+    hub.users[SECRET] = "alice"
+    alice.token = SECRET
+    base = checkpoint("llama")
+    made = tmp_path / "made"
+    shutil.copytree(decomposed(base, rank=2), made)
+    hub.create("alice/base", base)
+    repeated = {
+        "message": {"status": 403, "echo": True},
+        "range": {"rewrite": {"Content-Range": f"bytes {SECRET}", "X-Repo-Commit": SECRET}},
+        "commit": {"rewrite": {"X-Repo-Commit": f"..{SECRET}", "Location": f"/{SECRET}", "ETag": SECRET}},
+        "body": {
+            "body": lambda body: f'{{"id": "{SECRET}", "sha": "{SECRET}", "error": "{SECRET}"}}'.encode()
+        },
+    }
+    for method in ("GET", "HEAD", "POST", "PUT"):
+        hub.fault(method, "/resolve/|/file/" if place == "range" else "", **repeated[place], times=999)
+    commands = [
+        ["inspect", "alice/base"],
+        ["decompose", "alice/base", "-o", "out", "--rank", "2", "--stream"],
+        ["merge", "alice/base", "-o", "merged"],
+        ["verify", "alice/base"],
+        ["push", str(made), "alice/new"],
+    ]
+    said = alice.runs(COMMANDS.format(commands=commands))
+    assert isinstance(said, list) and {status for status, _ in said} <= {0, 1}
+    assert any(status == 1 for status, _ in said)
+    assert SECRET not in str(said) and "Traceback" not in str(said)
+    cache = [path for path in holding(alice.home, SECRET) if not path.startswith("hf/")]
+    assert cache == [] and holding(made, SECRET) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("denied for Bearer hf_abcdefghij1234", "denied for Bearer ***"),
+        ("hf_abcdefghij", "***"),
+        ("hf auth login, hf_xet, hf_hub", "hf auth login, hf_xet, hf_hub"),
+        ("my own token: sesame-1234!", "my own token: ***"),
+    ],
+)
+def test_known_tokens_and_all_that_looks_like_one_are_cut_out(
+    text: str, clean: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "sesame-1234!")
+    assert scrub(text) == clean
+    say(text)
+    assert capfd.readouterr().err == f"svdconvert: {clean}\n"
+    with pytest.raises(CheckpointError) as told, hub_errors_as(CheckpointError, "org/x"):
+        raise CheckpointError(text)
+    assert str(told.value) == clean
 
 
 def test_a_dotenv_file_that_cannot_be_read_is_a_sentence(hub: Hub, alice: Visitor) -> None:

@@ -41,8 +41,17 @@ class Fault:
     """Answer, but with one byte changed."""
     echo: bool = False
     """Refuse with the Authorization header in the message."""
+    rewrite: dict[str, str] = field(default_factory=dict)
+    """Answer, but with these headers; an empty value leaves a header out."""
+    body: Callable[[bytes], bytes] | None = None
+    """Answer, but with another body, of which the headers state the length."""
     then: Callable[[], object] | None = None
     """Called first: what happens elsewhere at this moment."""
+
+    @property
+    def answers(self) -> bool:
+        """True if the request is answered as always, apart from the fault."""
+        return self.cut is not None or self.flip or bool(self.rewrite) or self.body is not None
 
     def fits(self, method: str, path: str) -> bool:
         return self.method == method and re.search(self.path, path) is not None
@@ -94,7 +103,7 @@ class Connection(BaseHTTPRequestHandler):
             self.fault.then()
         method = "GET" if self.command == "HEAD" else self.command
         try:
-            if self.fault is not None and self.fault.cut is None and not self.fault.flip:
+            if self.fault is not None and not self.fault.answers:
                 self._inject(self.fault)
             self.body = b"" if method == "PUT" else self.rfile.read(self.received)
             for kind, pattern, name in ROUTES:
@@ -134,13 +143,22 @@ class Connection(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.status = status
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        body = self._altered(body)
+        self._head(status, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.wfile.write(body)
             self.sent = len(body)
+
+    def _altered(self, body: bytes) -> bytes:
+        return self.fault.body(body) if self.fault is not None and self.fault.body is not None else body
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        altered = self.fault.rewrite if self.fault is not None else {}
+        for name, value in {**headers, **altered}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -156,10 +174,11 @@ class Connection(BaseHTTPRequestHandler):
             if begin >= size:
                 raise Refused(416)
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-        self.send_response(self.status)
-        for name, value in {**headers, "Content-Length": str(end - begin)}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        if self.fault is not None and self.fault.body is not None and self.command != "HEAD":
+            with self.hub.store.path(sha256).open("rb") as stream:
+                stream.seek(begin)
+                return self._send(self.status, stream.read(end - begin), headers)
+        self._head(self.status, {**headers, "Content-Length": str(end - begin)})
         if self.command != "HEAD":
             self._write_bytes(sha256, begin, end - begin)
 

@@ -27,6 +27,8 @@ class Hub:
     def __init__(self, directory: Path, port: int = 0) -> None:
         self.store = Store(directory)
         self.repositories: dict[str, Repository] = {}
+        self.moved: dict[str, str] = {}
+        """Legacy names without an organisation -> the name that requests are redirected to."""
         self.users = {"hf_alice": "alice", "hf_bob": "bob", "hf_reader": "alice"}
         self.readers = {"hf_reader"}
         self.part_size: int | None = None
@@ -134,6 +136,12 @@ class Handler(Connection):
         commit = found.head(revision or MAIN)
         siblings = [{"rfilename": path, **_sizes(file)} for path, file in sorted(commit.files.items())]
         self._json({"id": name, "sha": commit.oid, "private": found.private, "siblings": siblings})
+
+    @route("GET", r"/api/models/(?P<name>[\w.-]+)")
+    def legacy(self, name: str) -> None:
+        if name not in self.hub.moved:
+            raise Refused(404, "RepoNotFound", "Repository not found")
+        self._send(307, b"{}", {"Location": f"/api/models/{self.hub.moved[name]}"})
 
     @route("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+|refs/pr/\d+)")
     def tree(self, name: str, revision: str) -> None:

@@ -182,3 +182,42 @@ def test_decompose_records_the_checksum_of_every_tensor_that_it_wrote_and_read(
         name: checksum(tensor_bytes(source.read(name))) for name in source.infos
     }
     assert str(out) not in (out / "svdconvert.json").read_text()
+
+
+@pytest.mark.parametrize("key", ["files", "roles", "sidecars"])
+@pytest.mark.parametrize(
+    "name", [".env", "../x.json", "/etc/x.json", "a/../../x.json", "id_rsa", "a\\x.json", "a/.b/x.json", ""]
+)
+def test_a_manifest_that_names_a_foreign_or_private_file_is_refused_by_that_name(
+    tmp_path: Path, key: str, name: str
+) -> None:
+    MANIFEST.write(tmp_path)
+    content = json.loads((tmp_path / "svdconvert.json").read_text())
+    if key == "sidecars" and name == "id_rsa":
+        return  # a file of the directory, of which only the checksum is compared
+    content[key][name] = {} if key == "files" else "model"
+    (tmp_path / "svdconvert.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ArtifactError, match="svdconvert.json names .*, which .*; restore the manifest"
+    ) as told:
+        read_manifest(tmp_path)
+    assert repr(name) in str(told.value)
+
+
+@pytest.mark.parametrize("method", ["../../x", "/tmp/x", "a/b", ".hidden", ".."])
+def test_a_manifest_whose_method_is_a_path_is_refused(tmp_path: Path, method: str) -> None:
+    MANIFEST.write(tmp_path)
+    content = json.loads((tmp_path / "svdconvert.json").read_text())
+    (tmp_path / "svdconvert.json").write_text(json.dumps(content | {"method": method}))
+    with pytest.raises(ArtifactError, match="damaged at method"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_whose_file_is_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("secret")
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    MANIFEST.write(directory)
+    (directory / "model.safetensors").symlink_to(tmp_path / "outside")
+    with pytest.raises(ArtifactError, match="model.safetensors.* a symbolic link that ends outside"):
+        read_manifest(directory)

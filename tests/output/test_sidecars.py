@@ -14,6 +14,7 @@ from svdconvert.output.sidecars import (
     complete_checkpoint,
     copy_sidecars,
     read_config,
+    refuse_foreign_sidecars,
     set_config_dtype,
     untie_different,
 )
@@ -33,7 +34,8 @@ STAY = (
 
 
 def test_what_a_loader_wants_is_copied_and_nothing_else(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
+    source = tmp_path / "models--org--name" / "snapshots" / "commit"
+    target = tmp_path / "target"
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "additional_chat_templates" / "tools.jinja").write_text("t")
     (source / "1_Pooling").mkdir()
@@ -49,8 +51,8 @@ def test_what_a_loader_wants_is_copied_and_nothing_else(tmp_path: Path) -> None:
     (source / "original" / "consolidated.00.pth").write_text("x")
     for name in STAY:
         (source / name).write_text(name)
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
     for name in TRAVEL:
         (blobs / name).write_text(name)
         (source / name).symlink_to(blobs / name)
@@ -64,6 +66,42 @@ def test_what_a_loader_wants_is_copied_and_nothing_else(tmp_path: Path) -> None:
     assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "t"
     assert not (target / "config.json").is_symlink()
     assert (target / "merges.txt").read_text() == "merges.txt"
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "additional_chat_templates/a.jinja", "config.json"])
+def test_a_link_out_of_the_model_is_refused_by_name_before_anything_is_copied(
+    tmp_path: Path, place: str
+) -> None:
+    secret, source, target = tmp_path / "id_rsa", tmp_path / "source", tmp_path / "target"
+    secret.write_text("secret")
+    (source / place).parent.mkdir(parents=True)
+    target.mkdir()
+    (source / "a.txt").write_text("a")
+    (source / place).symlink_to(secret)
+    for action in (lambda: copy_sidecars(source, target), lambda: refuse_foreign_sidecars(source)):
+        with pytest.raises(CheckpointError, match=f"{place} is reached through a symbolic link"):
+            action()
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["additional_chat_templates", "additional_chat_templates/up"])
+def test_a_link_to_a_folder_of_templates_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "source" / where).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "source" / where).symlink_to(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=f"{where} is a symbolic link to a folder"):
+        refuse_foreign_sidecars(tmp_path / "source")
+
+
+def test_hidden_files_of_a_template_folder_stay(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates" / ".git").mkdir(parents=True)
+    for name in ("a.jinja", ".env", ".git/config"):
+        (source / "additional_chat_templates" / name).write_text(name)
+    target.mkdir()
+    copy_sidecars(source, target)
+    assert [str(path.relative_to(target)) for path in target.rglob("*.*")] == [
+        "additional_chat_templates/a.jinja"
+    ]
 
 
 @pytest.mark.parametrize(

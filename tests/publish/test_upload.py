@@ -271,6 +271,24 @@ def test_push_options_without_a_repository_are_refused(tmp_path: Path) -> None:
     assert "--pull-request is for pushing" in ended.err
 
 
+@pytest.mark.parametrize(
+    "name", [".env", "../outside.txt", "/etc/hostname", "id_rsa", "link.json", "notes.txt"]
+)
+def test_a_manifest_or_a_link_cannot_make_push_send_a_private_file(
+    hub: Hub, alice: Visitor, made: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "outside.txt").write_text("secret")
+    if name in ("link.json", "notes.txt"):
+        (made / name).symlink_to(tmp_path / "outside.txt")
+    if name != "notes.txt":
+        manifest = manifest_of(made)
+        manifest["files"][name] = {}
+        (made / "svdconvert.json").write_text(json.dumps(manifest))
+    said = pushed(alice, made, "alice/x")
+    assert isinstance(said, str) and name in said
+    assert not any(hub.repositories[found].names() for found in hub.repositories)
+
+
 def test_a_directory_that_svdconvert_did_not_write_is_not_pushed(
     hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
 ) -> None:

@@ -1,0 +1,32 @@
+"""Options that would change nothing are refused: an option that is given changes the result."""
+
+from svdconvert.config.options import MergeOptions, SplitOptions
+from svdconvert.errors import RecipeError
+from svdconvert.methods.base import Method
+
+_DEFAULT = SplitOptions()
+
+
+def refuse_idle_options(method: Method, options: SplitOptions) -> None:
+    """Raise RecipeError for an option of `decompose` that has no effect with the others."""
+    name = options.method
+    if not method.residual and options.residual_dtype != "auto":
+        raise _idle("--residual-dtype", f"{name} leaves the base as it is")
+    if method.residual and options.copy_base:
+        raise _idle("--copy-base", f"{name} writes a residual base in any case")
+    if method.work == "thin" and options.svd != _DEFAULT.svd:
+        raise _idle("--svd", f"{name} computes no singular triplets")
+    if options.tol != _DEFAULT.tol and (method.work != "search" or options.svd != "fast"):
+        raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
+
+
+def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
+    """The same for `merge`; `dtypes` are the element types of the merged matrices."""
+    if options.rounding == "stochastic" and not dtypes & {"BF16", "F16"}:
+        raise _idle("--rounding stochastic", "the merged matrices are not stored in half precision")
+    if options.seed and options.rounding == "nearest":
+        raise _idle("--seed", "rounding to nearest draws no random numbers; add --rounding stochastic")
+
+
+def _idle(option: str, reason: str) -> RecipeError:
+    return RecipeError(f"{option} changes nothing here: {reason}; leave it out")
