@@ -128,6 +128,8 @@ def test_what_merge_writes(
 ) -> None:
     decompose(made(source), tmp_path / "split", SplitOptions(rank=4), Run())
     trained = trained_from(tmp_path / "split", tmp_path / "trained")
+    if source == "parts in float32" and "rounding" in options:  # it is refused for what is not rounded
+        options = {**options, "dtype": "bfloat16"}
     chosen = MergeOptions(max_shard_size="8KB", **options)
     merge(trained, tmp_path / "out", chosen, Run(), base=str(made(source)), residual=str(tmp_path / "split"))
     assert_loads_what_it_holds(tmp_path / "out", tmp_path)
