@@ -88,7 +88,7 @@ def retype(model: Path) -> None:
 
 
 def poison(model: Path) -> None:
-    """A .bin that would run code where it is unpickled."""
+    """A .bin that would run code if it were unpickled."""
     for file in model.glob("model*"):
         file.unlink()
     torch.save({TARGET: shutil.rmtree}, model / "pytorch_model.bin")
@@ -179,7 +179,8 @@ def test_an_option_that_makes_no_sense_is_refused_and_nothing_is_left(
 ) -> None:
     arguments, words = OPTIONS[option]
     before = content(tmp_path)
-    refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, *arguments, words=words)
+    rank = [] if "--rank" in arguments else ["--rank", 4]
+    refused("decompose", model, "-o", tmp_path / "out", *rank, *arguments, words=words)
     assert content(tmp_path) == before
 
 
@@ -232,7 +233,7 @@ def test_a_full_output_directory_keeps_its_content(extra: list[str], model: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     before = content(tmp_path)
-    words = [tmp_path / "out", "was not written by svdconvert" if extra else "is not empty", "another -o"]
+    words = [tmp_path / "out", "svdconvert did not write" if extra else "is not empty", "another -o"]
     refused("decompose", model, "-o", tmp_path / "out", "--rank", 4, *extra, words=words)
     assert content(tmp_path) == before
 

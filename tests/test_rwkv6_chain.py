@@ -135,7 +135,7 @@ def test_a_pth_becomes_safetensors_under_its_names_and_a_pth_again(tmp_path: Pat
         succeeded("verify", tmp_path / side)
 
 
-def test_a_merge_to_a_pth_goes_on_where_it_was_stopped(models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_interrupted_merge_to_a_pth_is_resumed(models: dict[str, Path], tmp_path: Path) -> None:
     chain(models["blinkdl"], "pissa", tmp_path)
     places = {"residual": str(tmp_path / "out")}
 

@@ -124,7 +124,7 @@ def test_the_fla_names_hold_what_its_modules_compute(pth: Path, written: dict[st
     assert torch.allclose(decay, wanted, atol=1e-5)
 
 
-def test_a_tuned_state_goes_where_there_is_a_place_for_it(tmp_path: Path) -> None:
+def test_a_tuned_state_is_kept_by_layouts_that_can_hold_it(tmp_path: Path) -> None:
     model = save(random_model(state=True), tmp_path / "state.pth")
     succeeded("convert", model, "-o", tmp_path / "web", "--layout", "web-rwkv", "--dtype", "float16")
     state = load_file(tmp_path / "web" / "model.st")["blocks.0.att.time_state"]
@@ -222,7 +222,7 @@ def test_several_files_in_a_directory_are_not_chosen_from(pth: Path, tmp_path: P
     refused("inspect", tmp_path, words=["several checkpoints", "a.pth, b.pth"])
 
 
-def test_a_vocabulary_beside_the_file_travels_and_nothing_else(pth: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_next_to_the_file_is_copied_and_nothing_else(pth: Path, tmp_path: Path) -> None:
     shutil.copy(pth, tmp_path / "m.pth")
     (tmp_path / "rwkv_vocab_v20230424.txt").write_text("1 'a' 1\n")
     (tmp_path / "diary.txt").write_text("private")

@@ -170,6 +170,7 @@ def train(
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
+        from svdconvert.training.start import refuse_split_options
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
@@ -177,6 +178,7 @@ def train(
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         split = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
+        refuse_split_options(source, [f"--{name}" for name in given])
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:

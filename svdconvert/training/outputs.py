@@ -14,6 +14,7 @@ from svdconvert.adapters.extra_parameters import beside_adapters, declaration, e
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
+from svdconvert.config.execution import Run
 from svdconvert.config.sizes import parse_size
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
@@ -64,17 +65,17 @@ def load_output(
     options: TrainOptions,
     data: TrainingData,
     mixed_precision: str,
-    trust_remote_code: bool,
+    run: Run,
 ) -> TrainedOutput:
     """Load the network of `start` and make it trainable.
 
     Raises CheckpointError or ArtifactError if it cannot be loaded, or cannot be written back after training.
     """
     if isinstance(start, FullStart):
-        return FineTunedModel.load(start, trust_remote_code=trust_remote_code)
+        return FineTunedModel.load(start, run)
     # Under autocast the frozen weights keep their stored dtype; without it everything is float32.
     dtype = torch.float32 if mixed_precision == "no" else None
-    return TrainedAdapter.load(start, options, data, dtype, trust_remote_code=trust_remote_code)
+    return TrainedAdapter.load(start, options, data, dtype, run)
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,15 @@ class TrainedAdapter:
         options: TrainOptions,
         data: TrainingData,
         dtype: torch.dtype | None,
-        *,
-        trust_remote_code: bool,
+        run: Run,
     ) -> "TrainedAdapter":
         """Load the weights in `dtype`, or as stored if that is None, and inject the adapters."""
         layout = LAYOUTS.get(start.layout)
         head: Mapping[str, Any] = {}
         if data.labels is None:
-            network = load_network(start.weights, layout, dtype, trust_remote_code=trust_remote_code)
+            network = load_network(start.weights, layout, dtype, run)
         else:
-            network, new_parameters = load_classifier(
-                start.weights, dtype, data.labels, options.seed, trust_remote_code=trust_remote_code
-            )
+            network, new_parameters = load_classifier(start.weights, dtype, data.labels, options.seed, run)
             head = head_config(network)
             start = replace(start, fully_trained={**start.fully_trained, **new_parameters})
         paths = start.network_paths()
@@ -239,13 +237,13 @@ class FineTunedModel:
     """The checkpoint that training starts from."""
 
     @staticmethod
-    def load(start: FullStart, *, trust_remote_code: bool) -> "FineTunedModel":
+    def load(start: FullStart, run: Run) -> "FineTunedModel":
         """Load the checkpoint in float32, whatever its stored dtype: bfloat16 would round small updates away.
 
         Raises ArtifactError if a trained parameter could not be written back under the checkpoint's names.
         """
         layout = LAYOUTS.get(start.layout)
-        network = load_network(start.weights, layout, torch.float32, trust_remote_code=trust_remote_code)
+        network = load_network(start.weights, layout, torch.float32, run)
         network.requires_grad_(True)
         model = FineTunedModel(start, network, open_checkpoint(start.weights))
         stored = {id(parameter) for parameter in model._parameters_by_tensor().values()}

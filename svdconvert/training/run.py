@@ -21,6 +21,7 @@ from svdconvert.training.logs.drift import measure_drift
 from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
+from svdconvert.training.model.compare import embedding_rows, require_embedded
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
@@ -31,6 +32,8 @@ from svdconvert.training.start import AdapterStart, TrainingStart
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_ENCODED = "what the tokenizer and its chat template make of the rows"
+"""As the journal names it if it has changed."""
 Watch = Callable[[Log, int], None]
 """Called with every measurement and the total number of steps."""
 
@@ -75,6 +78,7 @@ class TrainingJob:
             "options": self.options.shaping(),
             "split": asdict(self.split),
             "data": {"files": dict(self.data.splits.checksums)},
+            "encoded": {"files": {_ENCODED: self.data.splits.checksum()}},
             "start": {"files": {str(self.start.weights): _start_checksum(self.start)}},
             "processes": self.accelerator.num_processes,
             "precision": self.accelerator.mixed_precision,
@@ -128,13 +132,17 @@ def load_training_job(
         if warning:
             run.notify(warning)
     accelerator = make_accelerator(options)
+    output = load_output(start, options, data, accelerator.mixed_precision, run)
+    data = data.padded_below(embedding_rows(output.network))
+    examples = (*data.splits.train, *data.splits.held_out)
+    require_embedded(start.weights, output.network, data.tokenizer, examples)
     return TrainingJob(
         start=start,
         options=options,
         split=split,
         data=data,
         accelerator=accelerator,
-        output=load_output(start, options, data, accelerator.mixed_precision, run.trust_remote_code),
+        output=output,
         watch=watch,
     )
 

@@ -1,23 +1,25 @@
 """What training starts from: an adapter with the weights that it belongs to, or an entire checkpoint."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
-from svdconvert.checkpoint.tensors import tensor_bytes
+from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, open_model, require_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.fingerprint import checksum
+from svdconvert.manifest.fingerprint import checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
@@ -89,7 +91,7 @@ def open_training_start(
     """
     snapshot = fetch(model)
     if has_manifest(snapshot.path) and read_manifest(snapshot.path).kind not in PLAIN:
-        start, opened = _open_decomposed(model, snapshot, base)
+        start, opened = _open_decomposed(model, snapshot, base, split)
     else:
         opened = open_model(model)
         if METHODS.get(split.method).split is None:
@@ -113,19 +115,78 @@ def open_training_start(
     )
 
 
-def _open_decomposed(model: str, snapshot: Snapshot, base: str | None) -> tuple[AdapterStart, OpenModel]:
-    """The start that `decompose` wrote, and the opened weights: the directory itself, or the base."""
+def _open_decomposed(
+    model: str, snapshot: Snapshot, base: str | None, split: SplitOptions
+) -> tuple[AdapterStart, OpenModel]:
+    """The start that `decompose` wrote, and the opened weights: the directory itself, or the base.
+
+    Raises ArtifactError if a stored tensor has changed since.
+    """
     manifest = read_manifest(snapshot.path)
     if manifest.kind != "decomposed":
         raise ArtifactError(
             f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
         )
+    _refuse_other_split(snapshot.path, manifest, split)
+    _require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         opened = open_model(model)
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
+    if manifest.base is not None:
+        known = manifest.base.fingerprint.tensors
+        _require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
+
+
+def refuse_split_options(model: str, names: Collection[str]) -> None:
+    """Raise RecipeError if `names`, options of plain models, are given and `model` is a decomposed one."""
+    if not names:
+        return
+    path = fetch(model, "sidecars").path
+    if has_manifest(path) and (manifest := read_manifest(path)).kind not in PLAIN:
+        raise RecipeError(_other_split(path, manifest, ", ".join(names)))
+
+
+def _refuse_other_split(directory: Path, manifest: Manifest, split: SplitOptions) -> None:
+    """Raise RecipeError if `split` asks for another decomposition than the directory has.
+
+    A recipe may hold the options of all commands, so options that agree are accepted. The seed of a recipe
+    belongs to the training too.
+    """
+    asked = json.loads(json.dumps(asdict(split)))
+    usual = json.loads(json.dumps(asdict(SplitOptions())))
+    others = [
+        name
+        for name, value in asked.items()
+        if name != "seed" and value != usual[name] and value != manifest.options.get(name, value)
+    ]
+    if others:
+        raise RecipeError(_other_split(directory, manifest, ", ".join(others)))
+
+
+def _other_split(directory: Path, manifest: Manifest, names: str) -> str:
+    rank = manifest.options.get("rank")
+    made = f"by {manifest.method}" if rank is None else f"by {manifest.method} at rank {rank}"
+    return (
+        f"{directory} is decomposed already, {made}, so {names} would change nothing; decompose the model "
+        f"again for another split, or leave {names} out"
+    )
+
+
+def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if a tensor of the directory is not the one that the manifest describes."""
+    for file, known in manifest.files.items():
+        _require_unchanged(directory / file, open_file(directory / file), known, "it was written")
+
+
+def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    for name, mark in known.items():
+        if name not in source.infos:
+            raise ArtifactError(f"{path} does not have {name} any more; restore the file")
+        if tensor_checksum(source, name) != mark:
+            raise ArtifactError(f"{path}: {name} has changed since {when}; restore the file")
 
 
 def start_from_decomposed(

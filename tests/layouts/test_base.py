@@ -112,7 +112,7 @@ def test_targets_are_all_linear_roles_or_globs(
         ("", "matches no matrix"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_even_beside_one_that_does(
+def test_a_target_that_matches_nothing_is_refused_even_next_to_one_that_matches(
     llama: tuple[TensorSource, Layout], target: str, complaint: str
 ) -> None:
     source, layout = llama

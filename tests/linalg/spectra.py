@@ -94,7 +94,7 @@ def orthonormal(columns: Tensor) -> bool:
 
 
 def well_formed(found: Triplets, shape: tuple[int, ...], rank: int) -> bool:
-    """True where both factors are orthonormal, of the right shape, with values that fall."""
+    """True if both factors are orthonormal and of the right shape, with descending values."""
     shapes = (tuple(found.left_OR.shape), tuple(found.sigma_R.shape), tuple(found.right_RI.shape))
     return (
         shapes == ((shape[0], rank), (rank,), (rank, shape[1]))

@@ -41,7 +41,7 @@ def test_an_empty_matrix_has_no_energy(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [7 * 24, 10**9])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_are_those_of_the_whole_matrix(
+def test_products_by_blocks_are_those_of_the_entire_matrix(
     dtype: torch.dtype, transposed: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", size)

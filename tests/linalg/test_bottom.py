@@ -1,4 +1,4 @@
-"""The bottom slice and the slices for ablations against float64 LAPACK."""
+"""The bottom slice and the selections for ablations, against float64 LAPACK."""
 
 import numpy as np
 import pytest
@@ -59,17 +59,17 @@ def test_the_estimated_excess_is_close_to_the_true_one(
 def test_trained_weights_of_bfloat16_numbers(
     shape: tuple[int, int], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, whole = matrix("trained", *shape), truth("trained", *shape)
+    weight, exact = matrix("trained", *shape), truth("trained", *shape)
     for units in (False, True):
         monkeypatch.setattr(threads, "_fast_bfloat16", lambda device, units=units: units)
         found = fast(weight, 1e-3, seed)
-        true = whole.bottom_excess(found)
+        true = exact.bottom_excess(found)
         assert true < 1e-3 and well_formed(found, shape, RANK)
         assert 0.7 * true - NOISE < found.spectrum.excess < 3 * true + NOISE
     assert torch.get_float32_matmul_precision() == "highest", "a global setting was not put back"
 
 
-def test_the_gram_matrix_gives_way_where_it_is_too_ill_conditioned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qr_replaces_a_gram_matrix_that_is_too_ill_conditioned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
     scale = torch.logspace(0, -4, 200)
     weight = (matrix("random", 400, 200) * scale).bfloat16().float()
@@ -97,7 +97,7 @@ def test_the_gram_matrix_gives_what_the_tolerance_asks_for(
     assert 0.7 * true - NOISE < excess < 3 * true + NOISE + rounding
 
 
-def test_lapack_takes_over_where_there_is_nothing_to_invert_or_save() -> None:
+def test_lapack_takes_over_if_there_is_nothing_to_invert_or_no_time_to_save() -> None:
     for weight in (torch.zeros(300, 200), matrix("random", 30, 40)):
         found = Solver("w").bottom(weight, RANK)
         assert found.spectrum.engine == "exact"

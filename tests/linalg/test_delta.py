@@ -105,7 +105,7 @@ def test_a_residual_is_restored_with_one_rounding(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("core", ["none", "vector", "square"])
 @pytest.mark.parametrize(("scale", "scale0"), [(1.0, 1.0), (0.5, 2.0)])
-def test_a_lora_of_twice_the_rank_is_the_whole_change(core: str, scale: float, scale0: float) -> None:
+def test_a_lora_of_twice_the_rank_is_the_entire_change(core: str, scale: float, scale0: float) -> None:
     start, end = factors(1, core=core), factors(2, core=core)
     left, right = as_lora(end, scale, start, scale0)
     assert left.shape == (ROWS, 2 * RANK) and right.shape == (2 * RANK, COLUMNS)
@@ -180,6 +180,6 @@ def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_swallows(
     weight = torch.randn(400, 300, generator=noise).bfloat16()
     change = (1e-4 * torch.randn(400, 2, generator=noise), torch.randn(2, 300, generator=noise))
     _, nearest = merged_(weight.clone(), change, torch.bfloat16)
-    _, chance = merged_(weight.clone(), change, torch.bfloat16, None, torch.Generator().manual_seed(1))
-    assert nearest is not None and chance is not None
-    assert nearest.kept < 0.4 < 0.8 < chance.kept < 1.2
+    _, drawn = merged_(weight.clone(), change, torch.bfloat16, None, torch.Generator().manual_seed(1))
+    assert nearest is not None and drawn is not None
+    assert nearest.kept < 0.4 < 0.8 < drawn.kept < 1.2

@@ -40,7 +40,7 @@ def test_a_product_is_numpys(
             assert (error < 3e-6 * (np.abs(wide) @ np.abs(narrow))).all()
 
 
-def test_a_part_of_a_matrix_is_copied_and_a_whole_one_is_not() -> None:
+def test_a_part_of_a_matrix_is_copied_and_a_contiguous_matrix_is_not() -> None:
     for name, matrix in layouts(20, 30).items():
         for view in (matrix, matrix.T):
             dense = gemm._dense(view)

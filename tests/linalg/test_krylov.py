@@ -42,7 +42,7 @@ def searched(promised: ErrorEstimate, measured: list[ErrorEstimate]) -> tuple[Tr
     return found, len(measured) - len(list(left)), space.width
 
 
-def test_a_search_ends_where_rounding_alone_is_more_than_the_tolerance() -> None:
+def test_a_search_ends_if_rounding_alone_exceeds_the_tolerance() -> None:
     assert searched(ErrorEstimate(1.0, 0.1, 0.5, rounding_floor=3e-3), []) == (None, 0, first_width(16))
     found, results, _ = searched(
         ErrorEstimate(1.0, 1e-4, 0.5), [ErrorEstimate(1.0, 1e-4, 0.5, rounding_floor=3e-3)] * 5
@@ -50,7 +50,7 @@ def test_a_search_ends_where_rounding_alone_is_more_than_the_tolerance() -> None
     assert (found, results) == (None, 1)
 
 
-def test_a_search_ends_where_results_do_not_improve() -> None:
+def test_a_search_ends_if_results_do_not_improve() -> None:
     falling = [ErrorEstimate(1.0, missing, 0.5) for missing in (9e-3, 8e-3, 6e-3, 4e-3, 1e-3)]
     found, results, _ = searched(ErrorEstimate(1.0, 1e-4, 0.5), falling)
     assert results == 5

@@ -1,4 +1,4 @@
-"""Gram matrices in float32 where that is enough, against numpy's SVD in float64."""
+"""Gram matrices in float32 if that is accurate enough, against numpy's SVD in float64."""
 
 import numpy as np
 import pytest
@@ -33,5 +33,5 @@ def test_singular_values_and_vectors_are_numpys(kind: str) -> None:
     ("kind", "independent"),
     [("graded", True), ("dependent", False), ("large", False), ("small", False), ("zero", False)],
 )
-def test_float32_is_used_where_it_holds_the_matrix(kind: str, independent: bool) -> None:
+def test_float32_is_used_if_it_can_represent_the_matrix(kind: str, independent: bool) -> None:
     assert gram_eigen(block(kind)).independent == independent

@@ -1,4 +1,4 @@
-"""Rounding by chance takes one of the two neighbours, and the exact number on average."""
+"""Stochastic rounding takes one of the two neighbours, and the exact number on average."""
 
 import pytest
 import torch

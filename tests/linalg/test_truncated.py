@@ -50,7 +50,7 @@ def test_trained_weights_are_truncated_in_either_arithmetic(
     assert well_formed(found, shape, 64)
 
 
-def test_the_space_is_built_in_bfloat16_where_that_loses_nothing(
+def test_the_space_is_built_in_bfloat16_if_that_loses_nothing(
     bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spaces = []
@@ -89,12 +89,12 @@ def test_singular_values_are_right(kind: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_a_matrix_that_is_solved_whole_is_the_optimum(kind: str, shape: tuple[int, int]) -> None:
+def test_a_decomposition_by_the_full_gram_matrix_is_the_optimum(kind: str, shape: tuple[int, int]) -> None:
     assert truth(kind, *shape).excess(gram_top(matrix(kind, *shape), RANK)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-18, 1e18])
-def test_a_matrix_that_is_solved_whole_may_be_large_or_small(size: float) -> None:
+def test_a_matrix_decomposed_by_its_full_gram_matrix_may_be_large_or_small(size: float) -> None:
     weight = matrix("trained", 60, 40)
     found, wanted = gram_top(weight * size, 8), torch.linalg.svdvals(weight.double())[:8]
     assert (found.sigma_R.double() / size - wanted).abs().max() < 1e-5 * wanted[0]
@@ -173,7 +173,7 @@ def test_narrow_matrices_are_decomposed_up_to_their_own_rank(shape: tuple[int, i
     assert found.left_OR.shape == (shape[0], rank) and found.right_RI.shape == (rank, shape[1])
 
 
-def test_the_engine_is_a_whole_one_where_it_is_asked_for_or_saves_time() -> None:
+def test_the_engine_is_exact_if_it_is_asked_for_or_saves_time() -> None:
     weight = matrix("power", 300, 200)
     assert Solver("w", "fast").top(weight, RANK).spectrum.engine == "fast"
     assert Solver("w", "exact").top(weight, RANK).spectrum.engine == "exact"
@@ -182,7 +182,7 @@ def test_the_engine_is_a_whole_one_where_it_is_asked_for_or_saves_time() -> None
     assert Solver("w", "fast").top(weight, rank).spectrum.engine == "exact"
 
 
-def test_lapack_takes_over_where_the_tolerance_is_out_of_reach() -> None:
+def test_lapack_takes_over_if_the_tolerance_is_out_of_reach() -> None:
     weight = torch.eye(300) + 1e-3 * matrix("random", 300, 300)
     found = Solver("w", "fast", tol=1e-9).top(weight, RANK)
     assert found.spectrum.engine == "exact"

@@ -130,7 +130,7 @@ def test_a_text_goes_on_from_its_state(model: Rwkv6) -> None:
     assert torch.allclose(torch.cat([first.logits, rest], 1), whole, atol=1e-5)
 
 
-def test_a_tuned_state_is_where_a_text_begins_and_can_be_trained(model: Rwkv6) -> None:
+def test_a_tuned_state_is_the_initial_state_of_a_text_and_can_be_trained(model: Rwkv6) -> None:
     before = model(ids(TOKENS)).logits.detach()
     states = model.tune_states()
     assert torch.equal(model(ids(TOKENS)).logits, before)

@@ -54,7 +54,7 @@ def test_a_small_vocabulary_is_the_bytes() -> None:
 
 
 @needs_rwkv
-def test_the_packages_vocabulary_serves_where_none_is_beside_the_model(tmp_path: Path) -> None:
+def test_the_packages_vocabulary_is_used_if_there_is_none_next_to_the_model(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path, 65536)
     wanted = [6699, 304, 25740, 109, 39990, 4600, 4596, 22590, 30449, 4706]
     assert tokenizer.encode("The Eiffel tower is in the city of") == wanted

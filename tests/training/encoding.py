@@ -3,14 +3,14 @@
 from typing import Any
 
 from svdconvert.config.train import TrainOptions
-from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import IGNORED, Example
 
 PLAIN = TrainOptions(template="none")
 
 
 def one(row: dict[str, Any], tokenizer: Any, options: TrainOptions = PLAIN) -> Example:
-    (example,) = encode_rows([row], tokenizer, options)
+    (example,) = TextRowEncoder(tokenizer, options)([row])
     assert example is not None
     return example
 

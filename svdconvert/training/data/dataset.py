@@ -1,33 +1,44 @@
 """Everything that a run trains on: read, encoded, split into training and held-out examples, and packed."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xxhash import xxh3_64
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.layouts.base import Layout
-from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import Example, padding_id
 from svdconvert.training.data.labelled import LabelledRowEncoder
 from svdconvert.training.data.packing import pack_examples
-from svdconvert.training.data.rows import Row, read_rows
+from svdconvert.training.data.rows import Row, has_values, read_rows, row_text
 from svdconvert.training.model.load import load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
-from svdconvert.training.optim.objective import NextToken, Objective
+from svdconvert.training.optim.objective import NextToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EncodedRows = Sequence[Example | None]
 """One entry per row; None for a row without a token in the loss."""
-Encoder = Callable[[Iterable[Row]], EncodedRows]
-"""Raises DataError, which names the row, if a row cannot be used."""
+
+
+class Encoder(Protocol):
+    """Makes examples of rows."""
+
+    @property
+    def used_fields(self) -> Collection[str]:
+        """The fields of the rows encoded last that influence the result."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Sentences about how rows are encoded, each once."""
+
+    def __call__(self, rows: Iterable[Row]) -> EncodedRows:
+        """One entry per row. Raises DataError, which names the row, if a row cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,16 @@ class DataSplits:
     checksums: Mapping[str, str] = field(default_factory=dict)
     """Name of the data -> checksum of all its rows as read."""
 
+    def checksum(self) -> str:
+        """A checksum of all examples: the same rows give others with another tokenizer or chat template."""
+        total = xxh3_64()
+        for example in (*self.train, *self.held_out):
+            total.update(repr((len(example.input_ids), example.starts)).encode())
+            for tensor in (example.input_ids, example.labels, example.token_types):
+                if tensor is not None:
+                    total.update(tensor.contiguous().numpy().tobytes())
+        return total.hexdigest()
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -48,9 +69,19 @@ class TrainingData:
 
     tokenizer: "PreTrainedTokenizerBase"
     splits: DataSplits
-    objective: Objective
+    objective: NextToken | SequenceLabel
     labels: Sequence[str] | None = None
     """Names of the classes of a new head, empty for regression; None if the model keeps its own head."""
+
+    def padded_below(self, rows: float) -> "TrainingData":
+        """The same with a padding token below `rows`, the number of rows of the embedding.
+
+        Tokenizers often get a padding token that the model does not have. As nothing attends to padding, 0
+        serves as well.
+        """
+        if self.objective.pad_id < rows:
+            return self
+        return replace(self, objective=replace(self.objective, pad_id=0))
 
 
 def open_training_data(
@@ -68,7 +99,7 @@ def open_training_data(
         splits = read_dataset(options, encoder)
         objective = SequenceLabel(padding_id(tokenizer), len(encoder.labels))
         return TrainingData(tokenizer, splits, objective, encoder.labels)
-    splits = read_dataset(options, partial(encode_rows, tokenizer=tokenizer, options=options))
+    splits = read_dataset(options, TextRowEncoder(tokenizer, options))
     return TrainingData(tokenizer, splits, NextToken(padding_id(tokenizer)))
 
 
@@ -76,13 +107,10 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     """Read and encode all data that the options name. Raises DataError if something cannot be used."""
     if options.data is None:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
-    checksums: dict[str, str] = {}
-    rows = _read_encoded(options.data, options.split, options, encoder, checksums)
-    warnings = list(_row_warnings(options.data, rows, options))
+    reader = _Reader(options, encoder)
+    rows = reader.read(options.data, options.split)
     if options.eval_data is not None:
-        eval_split = options.eval_split or options.split
-        held_out_rows = _read_encoded(options.eval_data, eval_split, options, encoder, checksums)
-        warnings += _row_warnings(options.eval_data, held_out_rows, options)
+        held_out_rows = reader.read(options.eval_data, options.eval_split or options.split)
     else:
         count = len(rows) - options.eval_rows
         if count <= 0:
@@ -98,29 +126,42 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
         held_out = _usable_examples(held_out_rows, options.eval_data or options.data, "held-out", options)
     if options.packing:
         train = pack_examples(train, options.max_length)
-    return DataSplits(train, held_out, warnings, checksums)
+    return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
 
 
-def _read_encoded(
-    data: str, split: str, options: TrainOptions, encoder: Encoder, checksums: dict[str, str]
-) -> EncodedRows:
-    """Read and encode one data set, and add the checksum of its rows to `checksums`."""
-    rows = read_rows(data, split)
-    checksum = xxh3_64()
+@dataclass(frozen=True)
+class _Reader:
+    """Reads and encodes data sets, and records what there is to say about each."""
 
-    def rows_with_checksum() -> Iterator[Row]:
-        for row in rows:
-            checksum.update(json.dumps(row, default=str).encode())
-            yield row
+    options: TrainOptions
+    encoder: Encoder
+    warnings: list[str] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
 
-    try:
-        encoded = encoder(rows_with_checksum())
-        if options.too_long == "refuse":
-            _refuse_long_rows(encoded, options.max_length)
-    except DataError as error:
-        raise DataError(f"{data}: {error}") from error
-    checksums[f"{data} ({split})" if data in checksums else data] = checksum.hexdigest()
-    return encoded
+    def read(self, data: str, split: str) -> EncodedRows:
+        """Read and encode one data set."""
+        rows = read_rows(data, split)
+        checksum = xxh3_64()
+        fields: dict[str, None] = {}
+
+        def observed_rows() -> Iterator[Row]:
+            for row in rows:
+                checksum.update(row_text(row).encode())
+                fields.update(dict.fromkeys(has_values(row)))
+                yield row
+
+        try:
+            encoded = self.encoder(observed_rows())
+            if self.options.too_long == "refuse":
+                _refuse_long_rows(encoded, self.options.max_length)
+        except DataError as error:
+            raise DataError(f"{data}: {error}") from error
+        self.checksums[f"{data} ({split})" if data in self.checksums else data] = checksum.hexdigest()
+        self.warnings.extend(_row_warnings(data, encoded, self.options))
+        if unused := [name for name in fields if name not in self.encoder.used_fields]:
+            used = ", ".join(name for name in fields if name in self.encoder.used_fields)
+            self.warnings.append(f"{data}: of its fields only {used} are used, not {', '.join(unused)}")
+        return encoded
 
 
 def _is_truncated(row: Example | None) -> bool:

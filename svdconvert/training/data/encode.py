@@ -1,40 +1,59 @@
 """Tokenize rows of text, with only the responses in the loss."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
+from svdconvert.training.data.chats import DATE, prints_date
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.data.prompts import TrainingText, choose_fields, render_row
+from svdconvert.training.data.prompts import TrainingText, choose_fields, render_row, used_fields
 from svdconvert.training.data.rows import FieldSet, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_rows(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", options: TrainOptions
-) -> list[Example | None]:
-    """One entry per row, in order; None for a row without a token in the loss.
+@dataclass
+class TextRowEncoder:
+    """A callable that encodes rows of text."""
 
-    The first row decides which fields are used. Raises DataError, which names the row, if a later row does
-    not have them, or if the tokenizer has no end-of-sequence token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
-    encoded: list[Example | None] = []
-    fields: FieldSet = ()
-    for number, row in enumerate(rows, start=1):
-        try:
-            fields = fields or choose_fields(row, options)
-            text = render_row(row, fields, options, tokenizer)
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        encoded.append(_encode(text, tokenizer, options.max_length))
-    return encoded
+    tokenizer: "PreTrainedTokenizerBase"
+    options: TrainOptions
+    used_fields: set[str] = field(default_factory=set)
+    """The fields of the rows encoded last that influence the result."""
+    remarks: list[str] = field(default_factory=list)
+    """Sentences about how rows are encoded, each once."""
+
+    def __call__(self, rows: Iterable[Row]) -> list[Example | None]:
+        """One entry per row, in order; None for a row without a token in the loss.
+
+        The first row decides which fields are used. Raises DataError, which names the row, if a later row
+        does not have them, or if the tokenizer has no end-of-sequence token.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json"
+            )
+        encoded: list[Example | None] = []
+        fields: FieldSet = ()
+        for number, row in enumerate(rows, start=1):
+            try:
+                fields = fields or choose_fields(row, self.options)
+                text = render_row(row, fields, self.options, self.tokenizer)
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
+            encoded.append(_encode(text, self.tokenizer, self.options.max_length))
+            if text.is_chat and not self.remarks and prints_date(self.tokenizer):
+                self.remarks.append(
+                    f"the chat template prints the date; in all rows it is {DATE:%d %B %Y}, so that the same "
+                    "command trains on the same text on every day"
+                )
+        self.used_fields = used_fields(fields, self.options)
+        return encoded
 
 
 def _encode(text: TrainingText, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example | None:

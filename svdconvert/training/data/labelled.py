@@ -34,6 +34,10 @@ class LabelledRowEncoder:
     options: TrainOptions
     labels: list[str] = field(default_factory=list)
     """The names of the classes, in order; empty for regression."""
+    used_fields: set[str] = field(default_factory=set)
+    """The fields of the rows encoded last that influence the result."""
+    remarks: list[str] = field(default_factory=list)
+    """Empty: there is nothing to say about these rows."""
 
     def __call__(self, rows: Iterable[Row]) -> list[Example | None]:
         """One example per row. Raises DataError, which names the row, if a text or label cannot be used."""
@@ -45,6 +49,7 @@ class LabelledRowEncoder:
                 parsed.append(([_text(row, name) for name in fields], self._label(row)))
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
+        self.used_fields = {*fields, self.options.label_field}
         if self.options.task == "classify" and not self.labels:
             self.labels = _sorted_labels({str(label) for _, label in parsed})
         return [self._example(texts, label, number) for number, (texts, label) in enumerate(parsed, start=1)]

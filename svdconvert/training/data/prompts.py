@@ -5,13 +5,23 @@ results carry over (PiSSA train.py, MiLoRA train.py and SORSA dataset.py all use
 directly after it).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.rows import FieldSet, Row, find_fields
+from svdconvert.training.data.chats import (
+    CHAT_FIELDS,
+    EXTRA_FIELDS,
+    Chat,
+    Span,
+    chat_of_prompt,
+    read_chat,
+    render_chat,
+    render_turns,
+)
+from svdconvert.training.data.rows import FieldSet, Row, find_fields, has_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +41,7 @@ ALPACA_WITH_INPUT = (
 # Alpaca's have text in addition to instruction. A single field is a text without a prompt, or a chat.
 FIELD_SETS: tuple[FieldSet, ...] = (
     ("messages",),
+    ("conversations",),
     ("question", "answer"),
     ("instruction", "output"),
     ("query", "response"),
@@ -44,8 +55,10 @@ class TrainingText:
     """One row as text."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     """(start, end) in characters: the tokens that begin in a span are in the loss."""
+    left_out: tuple[Span, ...] = ()
+    """The answers of a chat with weight 0, which are never in the loss."""
     is_chat: bool = False
     """True if a chat template rendered the text, special tokens included."""
 
@@ -60,21 +73,62 @@ def format_prompt(
     """
     if template == "chat":
         turns = [{"role": "user", "content": prompt}]
-        return _render_chat(turns, tokenizer, add_generation_prompt=True)
+        return render_turns(turns, tokenizer, add_generation_prompt=True)
     if template == "none":
         return prompt
     return (template or ALPACA).replace("{prompt}", prompt)
 
 
 def choose_fields(row: Row, options: TrainOptions) -> FieldSet:
-    """The fields to train on: (prompt, response), ("messages",) or ("text",).
+    """The fields to train on: (prompt, response), ("messages",), ("conversations",) or ("text",).
 
-    Raises DataError if the row has neither the fields that the options name nor a known set of fields.
+    Raises DataError if the row has neither the fields that the options name nor a known set of fields, if it
+    is a preference, or if an option would change nothing.
     """
     named = None
     if options.prompt_field is not None and options.response_field is not None:
         named = (options.prompt_field, options.response_field)
-    return find_fields(row, named, FIELD_SETS, "prompt_field and response_field")
+    else:
+        _refuse_preferences(row)
+    fields = find_fields(row, named, FIELD_SETS, "prompt_field and response_field")
+    if fields == ("prompt", "completion") and isinstance(row.get("label"), bool):
+        raise DataError(_PREFERENCES.format("label (good or bad)"))
+    if len(fields) == 1:
+        _refuse_options_of_prompts(fields[0], options)
+    return fields
+
+
+_PREFERENCES = (
+    "it is a preference, with the field {}, and train learns single answers; keep the good answers only, as "
+    "prompt and completion or as messages"
+)
+
+
+def _refuse_preferences(row: Row) -> None:
+    for name in has_values(row):
+        if name.startswith("rejected") or name == "non_preferred_output":
+            raise DataError(_PREFERENCES.format(name))
+
+
+def _refuse_options_of_prompts(field: str, options: TrainOptions) -> None:
+    """Raise DataError for an option that shapes a prompt and its response, which the rows do not have."""
+    own = (None, "none", "chat") if field in CHAT_FIELDS else (None, "none")
+    if options.template not in own:
+        raise DataError(
+            f"its {field} need no prompt template, so template would change nothing; leave template out"
+        )
+    if options.ending:
+        raise DataError(f"its {field} have no response that ending could be appended to; leave ending out")
+
+
+def used_fields(fields: FieldSet, options: TrainOptions) -> set[str]:
+    """The fields of rows that influence what is trained."""
+    used = set(fields)
+    if fields == ("instruction", "output"):
+        used.add("input")
+    if fields[0] in CHAT_FIELDS or (len(fields) == 2 and options.template == "chat"):
+        used.update(EXTRA_FIELDS)
+    return used
 
 
 def render_row(
@@ -83,15 +137,24 @@ def render_row(
     """The text of a row. Raises DataError if a field is missing or not text, or a chat cannot be rendered."""
     rendered = _render_fields(row, fields, options, tokenizer)
     if options.prompt_loss:
-        return replace(rendered, spans=((0, len(rendered.text)),))
+        return replace(rendered, spans=tuple(_gaps(rendered.left_out, len(rendered.text))))
     return rendered
+
+
+def _gaps(spans: tuple[Span, ...], end: int) -> Iterator[Span]:
+    """What of 0..`end` is outside `spans`, which are sorted."""
+    begin = 0
+    for start, stop in spans:
+        yield begin, start
+        begin = stop
+    yield begin, end
 
 
 def _render_fields(
     row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> TrainingText:
-    if fields == ("messages",):
-        return _chat_text(_messages(row), tokenizer)
+    if fields[0] in CHAT_FIELDS:
+        return _chat_text(read_chat(row, fields[0]), tokenizer)
     if len(fields) == 1:
         text = _text(row, fields[0])
         return TrainingText(text, ((0, len(text)),))
@@ -105,8 +168,7 @@ def _render_fields(
         prompt = f"{prompt}{heading}{_text(row, 'input')}"
         template = template or ALPACA_WITH_INPUT
     if template == "chat":
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return _chat_text(turns, tokenizer)
+        return _chat_text(chat_of_prompt(prompt, response, row), tokenizer)
     before = format_prompt(prompt, template)
     text = before + response + options.ending
     return TrainingText(text, ((len(before), len(text)),))
@@ -121,64 +183,6 @@ def _text(row: Row, field: str) -> str:
     raise DataError(f"{what}; its fields are {present}")
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
-    turns = row.get("messages")
-    if not isinstance(turns, Sequence) or not all(
-        isinstance(turn, Mapping) and turn.get("role") for turn in turns
-    ):
-        raise DataError("its messages are not a list of objects with role and content")
-    # Arrow gives every message the keys of all messages, but templates test whether a key is present.
-    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-
-
-def _chat_text(turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
-    """A chat up to its last assistant turn, with every assistant turn in the loss.
-
-    Whitespace after the end marker of the last turn is removed, so that nothing after it is trained on.
-    """
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
-        raise DataError("its messages have no answer of the assistant to another message")
-    text = _render_chat(turns[: answers[-1] + 1], tokenizer).rstrip()
-    spans = tuple(_answer_spans(text, turns, answers, tokenizer))
-    if not spans or spans[-1][1] != len(text):
-        raise DataError("its last answer cannot be separated from the prompt in the rendered chat template")
-    return TrainingText(text, spans, is_chat=True)
-
-
-def _answer_spans(
-    text: str, turns: list[dict[str, Any]], answers: list[int], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[int, int]]:
-    """(start, end) in `text` of the assistant turns, whose indices are `answers`.
-
-    Two kinds of turns are left out of the loss: a first turn, which answers nothing, and one that the
-    template renders differently if other turns follow (Qwen3 removes the thinking part), because the model
-    never generates it in that form.
-    """
-    for index in answers:
-        if index == 0:
-            continue
-        before = _render_chat(turns[:index], tokenizer, add_generation_prompt=True)
-        through = _render_chat(turns[: index + 1], tokenizer).rstrip()
-        if text.startswith(through) and through.startswith(before):
-            yield len(before), len(through)
-
-
-def _render_chat(
-    turns: list[dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase | None",
-    add_generation_prompt: bool = False,
-) -> str:
-    """The chat as text; with `add_generation_prompt`, up to where the assistant's answer begins."""
-    from jinja2 import TemplateError
-
-    if tokenizer is None or not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template: give a template with {prompt} in it")
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError, KeyError) as error:
-        raise DataError(f"the chat template refuses its messages: {error}") from error
-    assert isinstance(text, str)
-    return text
+def _chat_text(chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
+    rendered = render_chat(chat, tokenizer)
+    return TrainingText(rendered.text, rendered.learned, rendered.left_out, is_chat=True)

@@ -7,6 +7,8 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,33 @@ def read_rows(data: str, split: str = "train") -> Iterable[Row]:
         raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
     if len(rows) == 0:
         raise DataError(f"{data}: it has no rows")
-    return cast(Iterable[Row], rows)
+    return _iterate(data, cast(Iterable[Row], rows))
+
+
+def _iterate(data: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; an error of `datasets`, such as for an image without Pillow, becomes a DataError."""
+    iterator = iter(rows)
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise DataError(f"{data}: row {number} cannot be read: {_reason(error)}") from error
+        yield row
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of objects that are null, at any depth.
+
+    Arrow, in which `datasets` and Parquet keep rows, gives all objects of a column the same keys and fills up
+    with nulls, which a chat template would print.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def find_fields(row: Row, named: FieldSet | None, known: Sequence[FieldSet], option_names: str) -> FieldSet:
@@ -52,14 +80,32 @@ def find_fields(row: Row, named: FieldSet | None, known: Sequence[FieldSet], opt
             if field not in row:
                 raise DataError(f"there is no field {field}; {did_you_mean(field, row)}")
         return named
-    for fields in known:
-        if all(field in row for field in fields):
-            return fields
+    # A field that is null in this row was added by Arrow for other rows, so it comes last.
+    for names in (has_values(row), row):
+        for fields in known:
+            if all(field in names for field in fields):
+                return fields
     sets = ", ".join("/".join(fields) for fields in known)
     raise DataError(
         f"none of the known field sets ({sets}) is among the fields {', '.join(row)}: "
         f"name yours with {option_names}"
     )
+
+
+def has_values(row: Row) -> list[str]:
+    """The fields of a row that hold something."""
+    return [name for name, value in row.items() if value not in (None, "", [], {})]
+
+
+def row_text(row: Row) -> str:
+    """A row as text that is the same in every process, for a checksum."""
+    return json.dumps(row, default=_value_text)
+
+
+def _value_text(value: Any) -> str:
+    # The text of other objects, such as images, contains their address in memory.
+    is_plain = isinstance(value, bytes | date | time | timedelta | Decimal)
+    return str(value) if is_plain else type(value).__name__
 
 
 def _read_file(path: Path, split: str) -> Any:
@@ -75,9 +121,9 @@ def _read_file(path: Path, split: str) -> Any:
     with tempfile.TemporaryDirectory() as cache:
         # Rows are kept in memory: a local file must leave nothing in the user's cache of data sets.
         arguments = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
-        if READERS[path.suffix] == "csv":
-            arguments |= _csv_arguments(path)
         try:
+            if READERS[path.suffix] == "csv":
+                arguments |= _csv_arguments(path)
             return _load_dataset(str(path), READERS[path.suffix], **arguments)
         except DataError:
             if path.suffix == ".jsonl":
@@ -104,7 +150,12 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
         # The .tsv files of GLUE have unbalanced quotation marks in their texts, so quoting must be off.
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
-        header = next(csv.reader(lines, **style))
+        try:
+            header = next(csv.reader(lines, **style), [])
+        except csv.Error as error:
+            raise DataError(f"{path}: row 1: {error}") from error
+    if not header:
+        raise DataError(f"{path}: its first line names no column; begin the file with the names")
     return style | {
         "features": Features({column: Value("string") for column in header}),
         "keep_default_na": False,
@@ -120,18 +171,30 @@ def _read_hub(data: str, split: str) -> Any:
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
     """datasets.load_dataset without output; its errors become a DataError that starts with `description`."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
         with _datasets_silenced():
             return load_dataset(*args, **arguments)
-    except (DatasetsError, ValueError, OSError) as error:
-        # A DatasetGenerationError only says that reading failed; the reason is in its cause.
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-        reason = " ".join(str(cause or error).split())
-        # The message of `datasets` for an empty list.
-        reason = "it has no rows" if "corresponds to no data" in reason else reason
-        raise DataError(f"{description}: {reason}") from error
+    except Exception as error:  # the readers of `datasets` raise errors of many libraries
+        raise DataError(f"{description}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one sentence."""
+    from datasets.exceptions import DatasetGenerationError
+
+    # A DatasetGenerationError only says that reading failed; the reason is in its cause.
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+    reason = " ".join(str(cause or error).split()) or type(cause or error).__name__
+    # The message of `datasets` for an empty list.
+    if "corresponds to no data" in reason:
+        return "it has no rows"
+    if "scripts are no longer supported" in reason:
+        return (
+            "it is a data set with a loading script, which is never run; give one of its Parquet files "
+            "(many data sets have them in the branch refs/convert/parquet)"
+        )
+    return reason
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.config.execution import Run
 from svdconvert.errors import CheckpointError
 from svdconvert.layouts.base import Layout, LayoutFamily
+from svdconvert.training.model.compare import require_complete, require_complete_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,22 +24,28 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
-def load_network(
-    path: Path, layout: Layout, dtype: torch.dtype | None, *, trust_remote_code: bool = False
-) -> nn.Module:
+def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run | None = None) -> nn.Module:
     """The causal language model of a directory or file, in `dtype` or, if that is None, as it is stored.
 
-    Raises CheckpointError if it cannot be loaded.
+    Raises CheckpointError if it cannot be loaded, or if the checkpoint does not have all its weights.
     """
+    run = run or Run()
+    model: nn.Module
     if layout.family is not None:
         model = _family_module(layout.family).load(_family_tensors(path, layout.family), dtype)
-    else:
-        from transformers import AutoModelForCausalLM
+        return model
+    from transformers import AutoModelForCausalLM
 
-        model = _from_pretrained(
-            AutoModelForCausalLM, path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    with _load_report_silenced():
+        model, loaded = _from_pretrained(
+            AutoModelForCausalLM,
+            path,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=run.trust_remote_code,
         )
-    assert isinstance(model, nn.Module)
+    require_complete(path, model, loaded, run.notify)
     return model
 
 
@@ -46,14 +54,13 @@ def load_classifier(
     dtype: torch.dtype | None,
     labels: Sequence[str],
     seed: int,
-    *,
-    trust_remote_code: bool = False,
+    run: Run,
 ) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
     """The model of a directory with a head for the classes `labels`, or for one number if there are none.
 
     Also returns the shapes of the parameters that must be trained in full: those of the head, and all that
     the checkpoint lacks, which are drawn with `seed`. Raises CheckpointError if transformers cannot load
-    the model.
+    the model, or if the checkpoint lacks more than a pooler.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -68,8 +75,10 @@ def load_classifier(
             label2id={name: number for number, name in names.items()},
             problem_type="single_label_classification" if labels else "regression",
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=run.trust_remote_code,
         )
+    require_complete_body(directory, model, loaded, run.notify)
     body = f"{model.base_model_prefix}."
     new_parameters = {
         name: tuple(parameter.shape)
@@ -130,7 +139,7 @@ def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
     try:
         with _progress_bars_disabled():
             return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         what = "the tokenizer" if "Tokenizer" in auto_class.__name__ else "the model"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {what} of {directory}: {reason}") from error
@@ -138,7 +147,7 @@ def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
 
 @contextmanager
 def _load_report_silenced() -> Iterator[None]:
-    """Suppress the warning of transformers about newly initialised weights: the new head is intended."""
+    """Suppress the report of transformers on missing and other tensors: `compare` says what matters."""
     from transformers.utils import logging
 
     transformers_logging: Any = logging

@@ -1,6 +1,5 @@
 """Rows become training and held-out examples, and rows that are cut or left out are reported."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.dataset import DataSplits
 from svdconvert.training.data.dataset import read_dataset as read_with_encoder
-from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.encode import TextRowEncoder
 from tests.training.data.test_rows import ROWS, write
 from tests.training.encoding import learned
 
 
 def read_dataset(options: TrainOptions, tokenizer: Any) -> DataSplits:
-    return read_with_encoder(options, partial(encode_rows, tokenizer=tokenizer, options=options))
+    return read_with_encoder(options, TextRowEncoder(tokenizer, options))
 
 
 def test_the_last_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:

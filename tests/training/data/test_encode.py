@@ -6,7 +6,7 @@ import pytest
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import IGNORED
 from tests.training.encoding import PLAIN, learned, one, text
 
@@ -65,7 +65,7 @@ def test_a_template_that_writes_the_bos_token_gets_no_second_one(tokenizer: Any)
 def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
-        encode_rows([{"text": "a"}], tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)([{"text": "a"}])
 
 
 def test_a_truncated_response_has_no_end_token_in_the_loss(tokenizer: Any) -> None:
@@ -81,7 +81,7 @@ def test_a_row_without_a_token_in_the_loss_is_encoded_as_none(tokenizer: Any) ->
         {"prompt": "a", "completion": ""},
         {"prompt": "a", "completion": "f"},
     ]
-    first, second, third = encode_rows(rows, tokenizer, TrainOptions(template="none", max_length=6))
+    first, second, third = TextRowEncoder(tokenizer, TrainOptions(template="none", max_length=6))(rows)
     assert first is None
     assert second is None
     assert third is not None

@@ -6,7 +6,7 @@ import pytest
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.encode import encode_rows
+from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import IGNORED
 from svdconvert.training.data.prompts import ALPACA, ALPACA_WITH_INPUT, format_prompt
 from tests.training.encoding import PLAIN, learned, one, text
@@ -51,23 +51,23 @@ def test_fields_can_be_named_in_the_options(tokenizer: Any) -> None:
 def test_a_missing_field_is_named_with_the_most_similar_one(tokenizer: Any) -> None:
     options = TrainOptions(prompt_field="question", response_field="anser")
     with pytest.raises(DataError, match=r"row 1: there is no field anser.*did you mean answer\?"):
-        encode_rows([{"question": "a", "answer": "b"}], tokenizer, options)
+        TextRowEncoder(tokenizer, options)([{"question": "a", "answer": "b"}])
 
 
 def test_a_row_with_unknown_fields_only_is_refused_with_the_known_ones(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="question/answer.* fields foo, bar: name yours with prompt_field"):
-        encode_rows([{"foo": "a", "bar": "b"}], tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)([{"foo": "a", "bar": "b"}])
 
 
 def test_a_row_that_lacks_a_field_is_named_with_the_fields_it_has(tokenizer: Any) -> None:
     rows = [{"question": "a", "answer": "b", "id": "1"}, {"question": "a", "answer": None, "id": "2"}]
     with pytest.raises(DataError, match="row 2: it has no answer; its fields are question, id"):
-        encode_rows(rows, tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)(rows)
 
 
 def test_a_field_that_is_not_text_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="row 1: its answer is not text but int"):
-        encode_rows([{"question": "a", "answer": 3}], tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)([{"question": "a", "answer": 3}])
 
 
 @pytest.mark.parametrize("template", [None, "none", "chat", "{not a field} {prompt}:"])
@@ -142,7 +142,7 @@ def test_an_answer_that_later_turns_change_is_not_in_the_loss(tokenizer: Any) ->
 )
 def test_a_chat_without_an_answer_is_refused(row: dict[str, Any], complaint: str, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=f"row 1: .*{complaint}"):
-        encode_rows([row], tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)([row])
 
 
 def test_an_error_of_the_chat_template_is_reported(tokenizer: Any) -> None:
@@ -150,4 +150,4 @@ def test_an_error_of_the_chat_template_is_reported(tokenizer: Any) -> None:
     with pytest.raises(
         DataError, match="row 1: the chat template refuses its messages: roles must alternate"
     ):
-        encode_rows([chat("hi", "ho")], tokenizer, PLAIN)
+        TextRowEncoder(tokenizer, PLAIN)([chat("hi", "ho")])

@@ -1,6 +1,7 @@
 """Rows are read from every kind of file as they are, and errors name the file."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from svdconvert.errors import DataError
-from svdconvert.training.data.rows import read_rows
+from svdconvert.training.data import rows as reading
+from svdconvert.training.data.rows import read_rows, row_text
 
 ROWS = [{"question": f"q{n}", "answer": f"{n}"} for n in range(5)]
 
@@ -69,6 +71,51 @@ def test_an_unreadable_file_is_named_with_the_reason(
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=complaint) as raised:
-        read_rows(str(tmp_path / name))
+        list(read_rows(str(tmp_path / name)))
     assert str(raised.value).startswith(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+def test_a_loading_script_is_refused_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "piqa.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(DataError, match=r"^piqa: it is a data set with a loading script.*Parquet") as raised:
+        reading._load_dataset("piqa", str(tmp_path / "piqa"), split="train")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError, KeyError, ImportError])
+def test_every_error_of_the_reader_is_a_sentence(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def fail(*args: Any, **arguments: Any) -> None:
+        raise error("two\nlines")
+
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(DataError, match=r"rows\.jsonl: .*two.*lines"):
+            read_rows(data)
+    rows = read_rows(data)
+
+    def rows_until_the_second(dataset: Dataset) -> Iterator[Any]:
+        yield ROWS[0]
+        fail()
+
+    monkeypatch.setattr(Dataset, "__iter__", rows_until_the_second)
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 2 cannot be read: .*two"):
+        list(rows)
+
+
+@pytest.mark.parametrize("content", ["\ufeff", '"a' + "b" * 200_000 + '"\n1\n'], ids=["empty", "long"])
+def test_a_header_that_cannot_be_read_is_a_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(DataError, match=r"rows\.csv: "):
+        read_rows(str(tmp_path / "rows.csv"))
+
+
+def test_the_text_of_a_row_does_not_depend_on_addresses() -> None:
+    assert row_text({"image": object(), "a": b"x"}) == row_text({"image": object(), "a": b"x"})
+    assert row_text({"a": b"x"}) != row_text({"a": b"y"})
