@@ -97,6 +97,7 @@ def show_estimate(source: object, plan: "Estimate") -> None:
             "write": f"{size_text(plan.written)} in {len(plan.files)} files",
             "peak memory": f"about {size_text(plan.memory)}",
             "take": f"about {plan.seconds:.0f} s",
+            "note": "; ".join(plan.remarks) or None,
         },
     )
 
