@@ -170,16 +170,16 @@ def train(
     """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
-        from svdconvert.training.start import refuse_split_options
+        from svdconvert.training.start import split_for
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
         source = _needed(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        split = options(SplitOptions, shared, given)
+        asked = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
-        refuse_split_options(source, [f"--{name}" for name in given])
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
+        split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
                 manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
