@@ -63,7 +63,7 @@ _MODULES = {
     "TrainPlan": "config.train",
     "read_manifest": "manifest.schema",
 }
-"""Exported name -> its module; a command's function lies in the module of its name."""
+"""Exported name -> its module; a command's function is in the module of the same name."""
 
 
 def __getattr__(name: str) -> Any:

@@ -107,7 +107,7 @@ def test_a_base_with_other_values_is_refused(tensor: str, trained: Path, base: P
 
 def test_a_base_that_changed_in_place_is_refused(trained: Path, base: Path, tmp_path: Path) -> None:
     edit(base / "config.json", rms_norm_eps=0.5)
-    words = [base, "another config.json"]
+    words = [base, "its config.json differs"]
     refused("merge", trained, "-o", tmp_path / "out", "--from", "base", words=words)
 
 
@@ -143,7 +143,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "empty object": ("{}", ["is of the peft_type None"]),
     "rank that is a word": (
         '{"peft_type": "LORA", "lora_alpha": 4, "r": "four"}',
-        ["has r 'four', which must be a whole number", "restore the file"],
+        ["has r 'four', which must be an integer", "restore the file"],
     ),
 }
 

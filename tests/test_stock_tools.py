@@ -150,7 +150,7 @@ def test_an_adapter_that_does_not_say_where_it_started_is_refused(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
     lost = shutil.copytree(decomposed(checkpoint("llama")) / "pissa_init", tmp_path / "lost")
-    with pytest.raises(ArtifactError, match="does not say where it started.*--residual.*--init none"):
+    with pytest.raises(ArtifactError, match="does not record its initial state.*--residual.*--init none"):
         to_lora(lost, tmp_path / "lora")
     to_lora(lost, tmp_path / "lora", init="none")
     assert same_bytes(tensors(tmp_path / "lora"), tensors(lost))

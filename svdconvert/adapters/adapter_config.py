@@ -18,10 +18,10 @@ PER_EXPERT = "LORA_PER_EXPERT"
 """The peft_type of adapters with factors for single experts: transformers fuses experts at run time, and
 stock PEFT, which knows only the fused tensors, refuses the type instead of dropping such factors."""
 WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
-"""The peft_type of adapters with single parameters of modules that hold adapters, such as an RWKV's time
-parameters: stock PEFT, which would lose them, refuses the type."""
-MARK = "svdconvert"
-"""Key of our entry in `auto_mapping`, which PEFT keeps and does not read for models with a task type."""
+"""The peft_type of adapters that train single parameters of modules that contain adapters, such as the time
+parameters of RWKV: stock PEFT, which would lose them, refuses the type."""
+ENTRY = "svdconvert"
+"""Key of svdconvert's entry in `auto_mapping`, which PEFT keeps but ignores for models with a task type."""
 
 # Settings that change the meaning of the factors.
 _UNSUPPORTED = (
@@ -35,12 +35,12 @@ _LARGEST_RANK = 1 << 20
 _LARGEST_ALPHA = 1e9
 _LONGEST_NAME = 1000  # characters of a pattern or of a base's name
 _MOST_PATTERNS = 100_000
-_SECONDS = 1.0  # that matching one pattern with one module may take
+_TIMEOUT = 1.0  # seconds for matching one pattern with one module
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What adapter_config.json says, as far as the program needs it."""
+    """The values of adapter_config.json that svdconvert uses."""
 
     rank: int
     alpha: float
@@ -53,7 +53,7 @@ class AdapterConfig:
     dropout: float = 0.0
     initialised: str | bool = True
     task: str | None = "CAUSAL_LM"
-    """PEFT's name of what the model does; None fits any."""
+    """PEFT's task_type, such as CAUSAL_LM; None if it is not known."""
     modules_to_save: Sequence[str] = ()
     """Modules that are trained in full, as PEFT matches them."""
     bias: str = "none"
@@ -74,10 +74,10 @@ class AdapterConfig:
 
     def text(self) -> str:
         """The file's content, as PEFT writes it: sorted, no newline at the end."""
-        marked = self.base_is_residual is not None
+        has_entry = self.base_is_residual is not None
         content = {
             "alpha_pattern": dict(self.alpha_pattern or {}),
-            **({"auto_mapping": {MARK: {"base_is_residual": self.base_is_residual}}} if marked else {}),
+            **({"auto_mapping": {ENTRY: {"base_is_residual": self.base_is_residual}}} if has_entry else {}),
             "base_model_name_or_path": self.base,
             "bias": self.bias,
             "fan_in_fan_out": False,
@@ -105,7 +105,7 @@ def _match(patterns: Mapping[str, Any] | None, module: str, default: float) -> f
     """
     for key, value in (patterns or {}).items():
         try:
-            if regex.match(rf"(.*\.)?({key})$", module, timeout=_SECONDS):
+            if regex.match(rf"(.*\.)?({key})$", module, timeout=_TIMEOUT):
                 return float(value)
         except TimeoutError as error:
             raise ArtifactError(
@@ -125,20 +125,20 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     _refuse_unsupported(path, values)
     read = _Reader(path, values)
     return AdapterConfig(
-        rank=read.whole("r", values.get("r")),
+        rank=read.integer("r", values.get("r")),
         alpha=read.number("lora_alpha", values.get("lora_alpha")),
         targets=read.targets(),
         base=read.text("base_model_name_or_path"),
         peft_type=str(values.get("peft_type")),
         rslora=bool(values.get("use_rslora")),
-        rank_pattern=read.pattern("rank_pattern", read.whole),
+        rank_pattern=read.pattern("rank_pattern", read.integer),
         alpha_pattern=read.pattern("alpha_pattern", read.number),
         dropout=read.number("lora_dropout", values.get("lora_dropout") or 0.0),
         initialised=read.initialised(),
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
         bias=read.text("bias") or "none",
-        base_is_residual=read.mark(),
+        base_is_residual=read.base_is_residual(),
     )
 
 
@@ -150,11 +150,14 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
     if found := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
     if values.get("fan_in_fan_out"):
-        raise ArtifactError(f"{path} is for transposed layers (fan_in_fan_out), which no layout here has")
+        raise ArtifactError(
+            f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
+            "merge it with PEFT"
+        )
     known = {PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())}
     if values.get("peft_type") not in known:
         raise ArtifactError(
-            f"{path} is of the peft_type {_short(values.get('peft_type'))}, and svdconvert reads LORA; merge "
+            f"{path} is of the peft_type {_short(values.get('peft_type'))}, but svdconvert reads LORA; merge "
             "it with the program that wrote it"
         )
 
@@ -166,10 +169,10 @@ class _Reader:
         self._path = path
         self._values = values
 
-    def whole(self, name: str, value: object) -> int:
-        """A rank: a whole number from 1."""
+    def integer(self, name: str, value: object) -> int:
+        """A rank: an integer of at least 1."""
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-            raise self._wrong(name, value, "a whole number")
+            raise self._wrong(name, value, "an integer")
         if not 1 <= value <= _LARGEST_RANK:
             raise self._wrong(name, value, f"a number from 1 to {_LARGEST_RANK}")
         return int(value)
@@ -183,16 +186,16 @@ class _Reader:
         return float(value)
 
     def text(self, name: str) -> str | None:
-        """A text or null."""
+        """A string or null."""
         value = self._values.get(name)
         if value is not None and not isinstance(value, str):
-            raise self._wrong(name, value, "a text")
+            raise self._wrong(name, value, "a string")
         if value is not None and len(value) > _LONGEST_NAME:
-            raise self._wrong(name, value, f"a text of at most {_LONGEST_NAME} characters")
+            raise self._wrong(name, value, f"a string of at most {_LONGEST_NAME} characters")
         return value
 
     def names(self, name: str) -> tuple[str, ...]:
-        """A list of texts, or null."""
+        """A list of strings, or null."""
         value = self._values.get(name)
         if value is not None and (
             not isinstance(value, list) or not all(isinstance(one, str) for one in value)
@@ -201,7 +204,7 @@ class _Reader:
         return tuple(value or ())
 
     def targets(self) -> list[str]:
-        """The list of targets; empty if it alone does not tell which modules are adapted."""
+        """The adapted modules; empty if other settings change which modules target_modules selects."""
         value = self._values.get("target_modules")
         narrowed = self._values.get("layers_to_transform") is not None or self._values.get("exclude_modules")
         return (
@@ -227,16 +230,16 @@ class _Reader:
                 raise self._wrong(name, key, "names or regular expressions") from error
         return {key: read(name, number) for key, number in value.items()}
 
-    def mark(self) -> bool | None:
-        """Our entry, which says what the adapter belongs to."""
+    def base_is_residual(self) -> bool | None:
+        """svdconvert's entry; None if there is none."""
         mapping = self._values.get("auto_mapping")
-        mark = mapping.get(MARK) if isinstance(mapping, dict) else None
-        found = mark.get("base_is_residual") if isinstance(mark, dict) else None
+        entry = mapping.get(ENTRY) if isinstance(mapping, dict) else None
+        found = entry.get("base_is_residual") if isinstance(entry, dict) else None
         return found if isinstance(found, bool) else None
 
-    def _wrong(self, name: str, value: object, wanted: str) -> ArtifactError:
+    def _wrong(self, name: str, value: object, expected: str) -> ArtifactError:
         return ArtifactError(
-            f"{self._path} has {name} {_short(value)}, which must be {wanted}; restore the file, or fetch "
+            f"{self._path} has {name} {_short(value)}, which must be {expected}; restore the file, or fetch "
             "it again"
         )
 

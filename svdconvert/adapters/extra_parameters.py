@@ -1,7 +1,7 @@
-"""What is trained whole beside the factors: norms, biases, heads, under the names that PEFT gives them.
+"""Parameters trained in full in addition to the factors (norms, biases, heads), under PEFT's names.
 
-A parameter is named by its path at run time, as `model.norm.weight`. In an adapter's file PEFT writes it as
-it is (`modules_to_save`), or below `base_layer` where it is the bias of an adapted layer (`bias`).
+A parameter is named by its path at run time, such as `model.norm.weight`. In an adapter's file PEFT writes it
+under this name (`modules_to_save`) or, if it is the bias of an adapted layer, below `base_layer` (`bias`).
 """
 
 from collections.abc import Collection, Iterable
@@ -22,19 +22,21 @@ def parameter_of(key: str) -> str:
 
 
 def is_declared(key: str, modules_to_save: Iterable[str], bias: str) -> bool:
-    """True where a configuration with these entries says that `key` holds a whole trained tensor."""
+    """True if a configuration with these entries declares that `key` is a parameter trained in full."""
     if not key.startswith(PREFIX) or "lora_" in key:
         return False
     module, _, leaf = parameter_of(key).rpartition(".")
     if leaf == "bias" and bias != "none":
         return True
-    # PEFT takes an entry for the end of a module's path, though it begin in the middle of a word.
+    # PEFT matches an entry with the end of a module's path, even from the middle of a word.
     return any(f"{entry}." in f"{module}." for entry in modules_to_save)
 
 
-def beside_adapters(parameters: Iterable[str], adapted: Collection[str]) -> bool:
-    """True where a parameter belongs to a module that has adapted ones below it: PEFT could save only that
-    module as a whole, with the adapters in it."""
+def contains_adapters(parameters: Iterable[str], adapted: Collection[str]) -> bool:
+    """True if a parameter belongs to a module that contains adapted modules.
+
+    PEFT can save such a parameter only together with the entire module, including its adapters.
+    """
     holders = {f"{parameter.rpartition('.')[0]}." for parameter in parameters}
     return any(module.startswith(holder) for holder in holders for module in adapted)
 
@@ -42,12 +44,12 @@ def beside_adapters(parameters: Iterable[str], adapted: Collection[str]) -> bool
 def declaration(parameters: Iterable[str], adapted: Collection[str]) -> tuple[list[str], str]:
     """(modules_to_save, bias) of adapter_config.json for these parameters.
 
-    Whole paths, because PEFT takes an entry for the end of a path. A bias of an adapted layer cannot be
-    saved as a module, since that module is the adapter's.
+    Entries are full paths, because PEFT matches an entry with the end of a path. The bias of an adapted layer
+    is declared by `bias`, because PEFT does not accept an adapted layer in modules_to_save.
     """
     named = [parameter.rpartition(".") for parameter in parameters]
     modules = sorted({module for module, _, leaf in named if leaf != "bias"})
-    alone = [module for module, _, leaf in named if leaf == "bias" and module not in modules]
-    if not alone:
+    biases = [module for module, _, leaf in named if leaf == "bias" and module not in modules]
+    if not biases:
         return modules, "none"
-    return modules, "lora_only" if all(module in adapted for module in alone) else "all"
+    return modules, "lora_only" if all(module in adapted for module in biases) else "all"

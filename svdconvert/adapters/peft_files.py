@@ -1,7 +1,7 @@
-"""PEFT's adapter directory: adapter_config.json and adapter_model.safetensors, both ways.
+"""PEFT's adapter directory, read and written: adapter_config.json and adapter_model.safetensors.
 
-Conventions of PEFT 0.21: keys are `base_model.model.<module>.lora_A.weight`, one file only,
-metadata exactly {"format": "pt"}, configuration sorted by key.
+Conventions of PEFT 0.21: keys are `base_model.model.<module>.lora_A.weight`, there is only one file, its
+metadata is exactly {"format": "pt"}, and the configuration is sorted by key.
 """
 
 import re
@@ -21,31 +21,31 @@ from svdconvert.manifest.fingerprint import checksum
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-"""What older versions of PEFT wrote; read as tensors only, so that no code in it can run."""
+"""The file of older versions of PEFT. Only tensors are unpickled, so no code in it can run."""
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory, open: configuration and, one module at a time, factors."""
+    """An open adapter: its configuration, and its factors, which are read one module at a time."""
 
     directory: Path
     config: AdapterConfig
     source: TensorSource
     modules: Mapping[str, Mapping[str, str]]
-    """Module -> piece -> name in the file."""
+    """Module -> factor -> name in the file."""
     extras: Mapping[str, str] = field(default_factory=dict)
     """Parameter that is trained in full -> name in the file."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
 
     def factors(self, module: str) -> Factors:
-        """The factors of a module as stored. Raises ArtifactError if one changed, or holds NaN or Inf."""
+        """A module's factors as stored. Raises ArtifactError if one has changed, or contains NaN or Inf."""
         names = self.modules[module]
         return Factors.of({factor: self._checked(name) for factor, name in names.items()})
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter that was trained in full. Raises ArtifactError if it changed, or holds NaN or Inf."""
+        """A parameter trained in full. Raises ArtifactError if it has changed, or contains NaN or Inf."""
         return self._checked(self.extras[name])
 
     def _checked(self, name: str) -> Tensor:
@@ -63,12 +63,12 @@ class Adapter:
         return tensor
 
     def shape(self, module: str, piece: str) -> tuple[int, ...]:
-        """The shape of a piece, from the header."""
+        """The shape of a factor, from the header."""
         return self.source.infos[self.modules[module][piece]].shape
 
 
 def key(module: str, piece: str) -> str:
-    """The name of a module's piece in the adapter's file."""
+    """The name of a module's factor in the adapter's file."""
     return f"{PREFIX}{module}.{piece}.weight"
 
 
@@ -81,10 +81,10 @@ def is_adapter(directory: Path) -> bool:
 
 
 def open_adapter(directory: Path) -> Adapter:
-    """Open an adapter in PEFT's format: adapter_model.safetensors, or adapter_model.bin if that is alone.
+    """Open an adapter in PEFT's format: adapter_model.safetensors, else adapter_model.bin.
 
-    Raises ArtifactError where it is missing, incomplete, or holds what cannot be converted
-    (DoRA, trained biases, whole trained modules): nothing of an adapter is ever dropped.
+    Raises ArtifactError if it is missing or incomplete, or if it contains anything that cannot be converted
+    (DoRA, tensors that its configuration does not declare): no part of an adapter is ever dropped.
     """
     weights = _weights_file(directory)
     if not (directory / CONFIG).is_file() or not weights.is_file():
@@ -107,7 +107,7 @@ def open_adapter(directory: Path) -> Adapter:
     if others:
         raise ArtifactError(
             f"{weights} holds {others[0]}, which is neither a low-rank factor nor named as "
-            f"trained whole in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
+            f"trained in full in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
             "or merge with the program that wrote it"
         )
     check_factors(weights, source, modules)
@@ -123,9 +123,9 @@ def _weights_file(directory: Path) -> Path:
 
 
 def check_factors(file: Path, source: TensorSource, modules: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise ArtifactError for factors that are missing, empty, of a wrong shape or element type."""
+    """Raise ArtifactError for a factor that is missing, is empty, or has a wrong shape or element type."""
     if not modules:
-        raise ArtifactError(f"{file} holds no lora_A and lora_B; it is no LoRA adapter")
+        raise ArtifactError(f"{file} holds no lora_A and lora_B; it is not a LoRA adapter")
     for module, names in modules.items():
         if absent := {"lora_A", "lora_B"} - set(names):
             raise ArtifactError(f"{file} has no {min(absent)} for {module}; restore the file")
@@ -157,34 +157,35 @@ def _check_factor(file: Path, factor: str, info: TensorInfo) -> None:
         )
     if len(info.shape) != (1 if factor == "lora_S" else 2):
         raise ArtifactError(
-            f"{file}: {info.name} has the shape {info.shape} and is no factor; restore the file"
+            f"{file}: {info.name} has the shape {info.shape} and is not a factor; restore the file"
         )
 
 
 def _check_ranks(
     file: Path, config: AdapterConfig, source: TensorSource, modules: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Raise ArtifactError if a factor's rank is not the configuration's, which would scale it wrongly."""
+    """Raise ArtifactError if a factor's rank differs from the configuration's: its scale would be wrong."""
     for module, names in modules.items():
         stored = source.infos[names["lora_A"]].shape[0]
         if stored != (rank := config.rank_of(module)):
             raise ArtifactError(
-                f"{file}: the factors of {module} have rank {stored}, and {CONFIG} says {rank}; restore the "
-                "configuration that belongs to the file"
+                f"{file}: the factors of {module} have rank {stored}, but rank {rank} in {CONFIG}; restore "
+                "the configuration that belongs to the file"
             )
 
 
 def adapter_infos(module: str, pieces: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorInfo]:
-    """The plan of a module's tensors in an adapter's file."""
+    """The headers of a module's tensors in an adapter's file."""
     return [TensorInfo(key(module, piece), shape, dtype) for piece, shape in pieces.items()]
 
 
 def target_modules(chosen: Iterable[str], linears: Collection[str]) -> list[str]:
     """The shortest `target_modules` that selects exactly the modules `chosen` among `linears`.
 
-    A last component ("q_proj") where every module that ends in it is chosen, else whole paths.
+    A module's entry is its last component ("q_proj") if all modules that end in it are chosen, else its full
+    path.
     """
-    wanted = set(chosen)
-    last = {module: module.rsplit(".", 1)[-1] for module in {*wanted, *linears}}
-    partial = {last[module] for module in linears if module not in wanted}
-    return sorted({module if last[module] in partial else last[module] for module in wanted})
+    targets = set(chosen)
+    last = {module: module.rsplit(".", 1)[-1] for module in {*targets, *linears}}
+    partly_chosen = {last[module] for module in linears if module not in targets}
+    return sorted({module if last[module] in partly_chosen else last[module] for module in targets})

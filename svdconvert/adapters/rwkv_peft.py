@@ -1,8 +1,9 @@
-"""RWKV-PEFT's adapter files: one .pth, keys `blocks.0.att.key.lora_A`, no word about the scale.
+"""RWKV-PEFT's adapter files: one .pth with keys such as `blocks.0.att.key.lora_A`, and without the scale.
 
-A is (R, I) and B is (O, R), as PEFT has them, without `.weight`. Beside them lie the time and norm
-parameters, trained whole. PiSSA's start is a file of its own, `init_pissa.pth`, with `init_lora_A`; its
-scale is 1. The scale of a LoRA is alpha / R with an alpha that stands nowhere in the file.
+A is (R, I) and B is (O, R), as in PEFT, but without `.weight` in their names. The file also contains the time
+and norm parameters, which are trained in full. PiSSA's initial factors are in a separate file,
+`init_pissa.pth`, as `init_lora_A` and `init_lora_B`; their scale is 1. The scale of a LoRA is alpha / R, and
+the file does not store alpha.
 Source: github.com/JL-er/RWKV-PEFT, rwkvt/peft and merge/ of June 2025.
 """
 
@@ -17,26 +18,26 @@ from svdconvert.errors import ArtifactError
 
 ENDING = ".pth"
 LAYOUT = "rwkv6-blinkdl"
-"""Whose names the files use."""
+"""The layout whose names the files use."""
 FILE = "rwkv_lora.pth"
-"""What `to-lora` calls such a file."""
+"""The name of the file that `to-lora` writes."""
 _KEY = re.compile(r"(?P<module>.+)\.(?:init_)?(?P<piece>lora_[AB])")
 
 
 def file_key(module: str, piece: str) -> str:
-    """The name of a module's piece in a file."""
+    """The name of a module's factor in a file."""
     return f"{module}.{piece}"
 
 
 def is_adapter_file(path: Path) -> bool:
-    """True where a file can be of this kind."""
+    """True if `path` is a .pth file, which may be such an adapter."""
     return path.is_file() and path.suffix == ENDING
 
 
 def open_adapter_file(path: Path, alpha: float | None) -> Adapter:
-    """Open a file; `alpha` is that of the training, None for PiSSA's scale of 1.
+    """Open a file. `alpha` is the lora_alpha of its training; None is for PiSSA, whose scale is 1.
 
-    Raises ArtifactError where it holds no factors, or one without the other.
+    Raises ArtifactError if the file has no factors, or only one factor of a module.
     """
     source = open_file(path)
     modules: dict[str, dict[str, str]] = {}
@@ -50,8 +51,11 @@ def open_adapter_file(path: Path, alpha: float | None) -> Adapter:
     ranks = {module: source.infos[pieces["lora_A"]].shape[0] for module, pieces in modules.items()}
     rank = max(ranks.values())
     if alpha is not None and len({*ranks.values()}) > 1:
-        raise ArtifactError(f"{path} has factors of several ranks, for which one alpha is no scale")
-    # Without patterns the scale is the same for every module, whatever its rank.
+        raise ArtifactError(
+            f"{path} has factors of several ranks, so one --alpha does not give their scales; "
+            "merge it with RWKV-PEFT"
+        )
+    # Without patterns the scale is the same for every module, regardless of its rank.
     saved, bias = declaration(extras, modules)
     config = AdapterConfig(
         rank=rank,

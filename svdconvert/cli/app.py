@@ -1,4 +1,4 @@
-"""The command line: options in, one command called, one summary or one sentence out.
+"""The command line: each command reads its options, calls one function and prints one summary or error.
 
 Commands are imported when they run, so that `--help` imports no torch.
 """
@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back.",
+    help="Split a checkpoint into a residual base and an adapter, train the adapter, and merge it.",
     epilog="Start with: svdconvert decompose org/name -o DIR --plan",
 )
 
@@ -43,55 +43,58 @@ AdapterArg = Annotated[
     str,
     typer.Argument(
         metavar="ADAPTER",
-        help="What decompose or train wrote, or any LoRA in PEFT's format; here or on the Hub.",
+        help="A directory of decompose or train, or any LoRA in PEFT's format; local or on the Hub.",
     ),
 ]
 DirArg = Annotated[
-    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, here or on the Hub.")
+    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
 ]
 StreamOpt = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Keep no weights on disk: read them from the Hub, and with --push send every finished shard.",
+        help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
     ),
 ]
 OutOpt = Annotated[
-    Path | None, typer.Option("-o", "--out", help="The directory to write; it appears whole or not at all.")
+    Path | None,
+    typer.Option("-o", "--out", help="The directory to write; it appears complete or not at all."),
 ]
 RecipeOpt = Annotated[
-    Path | None, typer.Option("--recipe", help="A YAML file of options; what is typed here wins.")
+    Path | None,
+    typer.Option("--recipe", help="A YAML file of options; options on the command line override it."),
 ]
 PlanOpt = Annotated[
-    bool, typer.Option("--plan", help="Write nothing; print what would be done, from headers alone.")
+    bool, typer.Option("--plan", help="Write nothing; print what would be done, by reading headers only.")
 ]
 OverwriteOpt = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
 ]
 ThreadsOpt = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Threads of the arithmetic; bytes repeat at a fixed count."),
+    typer.Option("--threads", min=1, help="Number of threads; the same number gives the same bytes."),
 ]
 DeviceOpt = Annotated[
-    str | None, typer.Option("--device", help="Where the arithmetic runs: auto, cpu, cuda or cuda:N.")
+    str | None, typer.Option("--device", help="Device that computes: auto, cpu, cuda or cuda:N.")
 ]
 TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run the code that the model brings.")
+    bool, typer.Option("--trust-remote-code", help="Let transformers run the code in the model's repository.")
 ]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 BaseOpt = Annotated[
-    str | None, typer.Option("--base", help="Where the base is, if not where the manifest says.")
+    str | None, typer.Option("--base", help="The base's location, if it differs from the manifest's.")
 ]
 ResidualOpt = Annotated[
     str | None,
     typer.Option(
-        "--residual", help="What decompose wrote, or another residual, for an adapter trained elsewhere."
+        "--residual",
+        help="The decomposed directory, or another residual, of an adapter that was trained elsewhere.",
     ),
 ]
 InitOpt = Annotated[
     str | None,
-    typer.Option("--init", help="The adapter before training; none: it started at zero."),
+    typer.Option("--init", help="The adapter before training, or none if it started at zero."),
 ]
 
 
@@ -129,7 +132,7 @@ def decompose(
 
         shared = read_recipe(recipe)
         chosen = options(SplitOptions, shared, typed)
-        source = _needed(model or shared.get("model"), "a MODEL")
+        source = _required(model or shared.get("model"), "a MODEL")
         if plan:
             refuse_push_options(push, pushing)
             summaries.show_estimate(source, plan_decompose(source, chosen))
@@ -154,10 +157,10 @@ def train(
     model: ModelArg = None,
     out: OutOpt = None,
     method: Annotated[
-        str | None, typer.Option(help="How a plain MODEL is split first; pissa unless given.")
+        str | None, typer.Option(help="The method by which a plain MODEL is split first. Default: pissa.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of a plain MODEL's adapter; 64 unless given.")
+        int | None, typer.Option(min=1, help="The rank of a plain MODEL's adapter. Default: 64.")
     ] = None,
     base: BaseOpt = None,
     recipe: RecipeOpt = None,
@@ -167,14 +170,14 @@ def train(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Train the adapter of a DECOMPOSED directory on text, or one that is started on a plain MODEL."""
+    """Train the adapter of a decomposed directory, or a new adapter of a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
         from svdconvert.training.start import split_for
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
-        source = _needed(model or shared.get("model"), "a MODEL")
+        source = _required(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         asked = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
@@ -208,7 +211,7 @@ def merge(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Fold an adapter back into a plain checkpoint."""
+    """Merge an adapter into its base or residual, as a plain checkpoint."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
@@ -251,7 +254,7 @@ def to_lora(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Write what training changed as a standard LoRA for the untouched base."""
+    """Write the change made by training as a standard LoRA for the untouched base."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.to_lora import to_lora as command
 
@@ -282,13 +285,13 @@ def convert(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Write MODEL under the names of another layout: an RWKV-6 as .pth, for transformers, and back."""
+    """Write MODEL with the names of another layout, such as an RWKV-6 .pth for transformers, and back."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.convert import convert as command
 
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
-        source = _needed(model or shared.get("model"), "a MODEL")
+        source = _required(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("convert") as track:
                 run = _run(shared, track, overwrite, None, None)
@@ -302,16 +305,19 @@ def convert(
 def push(
     typed: Typed,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if need be.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="The repository; it is created if it does not exist.")
+    ],
     base: Annotated[
-        str | None, typer.Option("--base", help="The base's org/name, if it was read from a directory.")
+        str | None, typer.Option("--base", help="The base's org/name, if it was read from a local directory.")
     ] = None,
     residual: Annotated[
-        str | None, typer.Option("--residual", help="The residual base's org/name, likewise.")
+        str | None,
+        typer.Option("--residual", help="The residual's org/name, if it was read from a local directory."),
     ] = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Publish DIR with a card; what the Hub has already is not sent again."""
+    """Publish DIR with a card; files that the Hub already has are not sent again."""
     with report_errors(debug=debug, out=None):
         from svdconvert.commands.push import push as command
 
@@ -321,7 +327,7 @@ def push(
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
 def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
-    """Recompute the checksums and errors that DIR's manifest claims; exit status 1 where one is wrong."""
+    """Recompute the checksums and errors in DIR's manifest; the exit status is 1 if one is wrong."""
     with report_errors(debug=debug, out=None):
         from svdconvert.commands.verify import verify as command
 
@@ -338,7 +344,7 @@ def inspect(
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """Say what a directory is, which base it belongs to, and which command comes next."""
+    """Describe a directory: what it is, which base it belongs to, and which commands can follow."""
     with report_errors(debug=debug, out=None):
         from dataclasses import asdict
 
@@ -365,10 +371,10 @@ def list_(
 @app.callback(invoke_without_command=True)
 def start(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
     ] = False,
 ) -> None:
-    """Split a checkpoint into a residual base and an adapter, train the adapter, and bring it back."""
+    """Split a checkpoint into a residual base and an adapter, train the adapter, and merge it."""
     if version:
         from importlib.metadata import version as installed
 
@@ -377,7 +383,7 @@ def start(
         raise typer.Exit
 
 
-def _needed(value: T | None, what: str) -> T:
+def _required(value: T | None, what: str) -> T:
     if value is None:
         raise typer.BadParameter(f"{what} is missing")
     return value
@@ -386,13 +392,13 @@ def _needed(value: T | None, what: str) -> T:
 def _run(
     shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
 ) -> Run:
-    """The circumstances: what was typed, else what the recipe says."""
-    known = Run()
+    """The run's settings: from the command line, else from the recipe."""
+    defaults = Run()
     return Run(
         overwrite=overwrite,
         threads=threads or shared.get("threads"),
-        device=device or shared.get("device") or known.device,
+        device=device or shared.get("device") or defaults.device,
         ranks=find_ranks(),
-        track=track or known.track,
+        track=track or defaults.track,
         notify=notify,
     )

@@ -1,4 +1,4 @@
-"""Errors become one sentence and an exit status: 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
+"""Turns errors into one sentence and an exit status: 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from svdconvert.cli.signals import TerminatedError, raise_on_signals
 from svdconvert.cli.terminal import say
 from svdconvert.errors import SvdConvertError
 
-# How Typer ends a command; it prints these itself.
+# Exceptions by which Typer ends a command, and which it prints itself.
 _TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
-_LONGEST = 600  # characters of a library's own message that are shown
+_LONGEST = 600  # characters that are shown of a library's message
 
 
 @contextmanager
@@ -30,11 +30,11 @@ def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
         except _TYPER:
             raise
         except KeyboardInterrupt:
-            _stop(f"interrupted{_left(out)}", 130)
+            _stop(f"interrupted{_how_to_continue(out)}", 130)
         except TerminatedError:
-            _stop(f"terminated{_left(out)}", 143)
+            _stop(f"terminated{_how_to_continue(out)}", 143)
         except BrokenPipeError:
-            raise typer.Exit(0) from None  # the reader of our output has seen enough, as with `| head`
+            raise typer.Exit(0) from None  # the reader closed the pipe, as `| head` does
         except Exception as error:
             if debug:
                 raise
@@ -48,19 +48,19 @@ def _unexpected(error: Exception) -> str:
     message = " ".join(str(error).split())[:_LONGEST]
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}; mend that and run the same command again"
+        return f"{name}{error.strerror}; fix that and run the same command again"
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if "svdconvert" in Path(frame.filename).parts]
-    where = f" in {Path(own[-1].filename).name}, {own[-1].name}" if own else ""
+    location = f" in {Path(own[-1].filename).name}, {own[-1].name}" if own else ""
     return (
-        f"unexpected {type(error).__name__}{where}: {message or 'no message'}; "
+        f"unexpected {type(error).__name__}{location}: {message or 'no message'}; "
         "run the command with --debug to see the traceback, and please report it"
     )
 
 
-def _left(out: object) -> str:
-    here = out is not None and Path(f"{out}.partial").exists()
-    return f"; the same command continues from {out}.partial" if here else ""
+def _how_to_continue(out: object) -> str:
+    exists = out is not None and Path(f"{out}.partial").exists()
+    return f"; the same command continues from {out}.partial" if exists else ""
 
 
 def _stop(sentence: str, status: int) -> NoReturn:

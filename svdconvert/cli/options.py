@@ -1,4 +1,4 @@
-"""Options of a command, made from the fields of its options class: one place for each."""
+"""Makes a command's options from the fields of its options class, so that each is defined only once."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 Typed = Mapping[str, Any]
-"""What was typed; an option that was not is absent."""
+"""The options on the command line: name -> value, only those that were given."""
 
 
 class SingleOptions(TyperCommand):
@@ -35,7 +35,7 @@ _SPELLINGS = {"side": "--from"}  # options that Python does not allow as names
 def with_options(
     kind: type, into: str = "typed", panel: str = "Result"
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of `kind`; it receives those typed as its argument `into`."""
+    """Add one option per field of `kind` to a command, which gets the given ones as its argument `into`."""
     described: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -54,7 +54,7 @@ def with_options(
 
 
 def sign(call: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
-    """Let typer see these parameters."""
+    """Set the signature from which Typer makes the parameters of a command."""
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     call.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -81,7 +81,7 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
 
 
 def _plain(annotation: Any) -> Any:
-    """The simple type that a command line can read: pydantic checks the rest."""
+    """The simple type that Typer parses; pydantic checks the constraints."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

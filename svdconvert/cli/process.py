@@ -1,4 +1,4 @@
-"""Process-wide settings of the program. They are made by the command line only, never by the library."""
+"""Process-wide settings. Only the command line changes them, never the library."""
 
 import ctypes
 import os
@@ -28,14 +28,14 @@ def configure_libraries() -> None:
 
 
 def configure_streams() -> None:
-    """Have standard output and error escape what the terminal's encoding lacks."""
+    """Escape characters that the encoding of standard output or error cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def configure_malloc_for_streaming() -> None:
-    """Have glibc return large blocks to the system as soon as they are freed, and keep small ones.
+    """Make glibc return large blocks to the system as soon as they are freed, and keep small ones.
 
     By default glibc raises its threshold after the first large block that is freed, keeps such blocks in one
     heap per thread and fragments them: peak memory then grows with the length of the run. Other C libraries
@@ -45,10 +45,10 @@ def configure_malloc_for_streaming() -> None:
 
 
 def configure_malloc_for_training() -> None:
-    """Have glibc keep all freed memory.
+    """Make glibc keep all freed memory.
 
-    Every training step asks for the blocks that the previous one freed. Returning them costs a tenth of a CPU
-    step in page faults; keeping them raises the peak by their size.
+    Every training step allocates the blocks that the previous one freed. Returning them costs a tenth of a
+    CPU step in page faults; keeping them raises the peak by their size.
     """
     _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST_INT})
 

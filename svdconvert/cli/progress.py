@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; nothing if standard error is none."""
+"""Progress bars, which are shown only if standard error is a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def tensors(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
-    """A bar with tensor, shard, amount and remaining time; nothing where the output is no terminal."""
+    """A bar with tensor, shard, amount and remaining time; nothing if standard error is not a terminal."""
     if not leads() or not stderr.is_terminal:
         yield ignore_progress
         return
@@ -40,7 +40,7 @@ def tensors(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
 
 
 def _bar(amount: ProgressColumn) -> Bar:
-    """How much is done, the time that is left, and where it is: which gives way on a narrow terminal."""
+    """A bar with amount, remaining time and position; a narrow terminal shortens the position."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -55,7 +55,7 @@ def _bar(amount: ProgressColumn) -> Bar:
 
 @contextmanager
 def steps() -> Iterator[Callable[["Log", int], None]]:
-    """A bar with loss, tokens per second and remaining time; nothing where the output is no terminal."""
+    """A bar with loss, tokens per second and remaining time; nothing if standard error is not a terminal."""
     if not leads() or not stderr.is_terminal:
         yield lambda log, steps: None
         return

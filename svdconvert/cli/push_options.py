@@ -35,11 +35,11 @@ class Output:
 
     directory: Path
     shard_sink: "StreamingUpload | None" = None
-    """With --stream --push: where finished shards go, so that no directory stays on the disk."""
+    """With --stream --push, the upload that takes finished shards; no directory is kept on disk."""
 
     @property
     def place(self) -> object:
-        """What a summary calls it."""
+        """The output's name in a summary."""
         return self.shard_sink or self.directory
 
 
@@ -49,8 +49,8 @@ def published(
 ) -> Iterator[Output]:
     """The output of a command; leaving the context pushes it if `push` names a repository.
 
-    The repository is checked before any work. The push comes after the command is done: one that fails loses
-    nothing and can be repeated with `svdconvert push`.
+    The repository is checked before any work. The push follows when the command is done: if it fails, nothing
+    is lost, and it can be repeated with `svdconvert push`.
     """
     if push is None:
         refuse_push_options(push, pushing)
@@ -80,7 +80,7 @@ def refuse_push_options(push: str | None, pushing: Typed) -> None:
     """Raise BadParameter for options of a push without --push."""
     if push is None and pushing:
         option = f"--{next(iter(pushing)).replace('_', '-')}"
-        raise typer.BadParameter(f"{option} is for pushing; say where to with --push ORG/NAME")
+        raise typer.BadParameter(f"{option} is an option of --push; add --push ORG/NAME, or leave it out")
 
 
 def _streaming(destination: "Destination") -> "StreamingUpload":

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM raise exceptions, so that a command can close its files and say what it leaves."""
+"""SIGINT and SIGTERM raise exceptions, so that a command can close its files and report what it leaves."""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 class TerminatedError(BaseException):
-    """SIGTERM, as schedulers and launchers send it."""
+    """Raised on SIGTERM, which schedulers and launchers send."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a command prints when it is done: a short table and what to type next."""
+"""What a command prints when it is done: a short table and the commands that can follow."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,24 +16,24 @@ from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
     from svdconvert.commands.inspect import Inspection
-    from svdconvert.commands.verify import Report
     from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
     from svdconvert.pipeline.merge_plan import MergePlan
+    from svdconvert.pipeline.verify import Report
     from svdconvert.publish.upload import Published
 
 _MANY = 12  # entries of a mapping that a screen shows
 
 
 def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
-    """A short table that says what was done and where it is, and what to type next."""
+    """Print a short table of what was done, and the commands that can follow."""
     if not leads():
         return
     table = Table(title=Text(plain(title), style="bold"), show_header=False, box=None, pad_edge=False)
     table.title_justify = "left"
     table.add_column(style="dim")
-    table.add_column(overflow="fold")  # a link that is cut short leads nowhere
+    table.add_column(overflow="fold")  # a shortened link does not work
     for name, value in rows.items():
         if value is not None:
             table.add_row(Text(plain(name)), Text(plain(value)))
@@ -47,7 +47,7 @@ def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()
 
 
 def show_line(text: str) -> None:
-    """One line of text on standard output."""
+    """Print one line of text on standard output."""
     show(Text(plain(text)))
 
 
@@ -62,7 +62,7 @@ def _then(*commands: str) -> list[str]:
 
 
 def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table with a heading."""
+    """Print a table with headings."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text(plain(cell)) for cell in row))
@@ -70,7 +70,7 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
-    """Methods or layouts: name and summary on one line each, the rest below it."""
+    """Print methods or layouts: name and summary on one line each, the other columns below it."""
     width = max(len(str(next(iter(row.values())))) for row in rows) + 2
     for row in rows:
         (_, name), (_, what), *others = row.items()
@@ -82,7 +82,7 @@ def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def show_estimate(source: object, plan: "Estimate") -> None:
-    """What a decomposition would take."""
+    """Print the estimate of a decomposition."""
     listing(
         ("role", "shape", "rank", "matrices", "trained parameters"),
         [
@@ -103,7 +103,7 @@ def show_estimate(source: object, plan: "Estimate") -> None:
 
 
 def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
-    """What decompose did."""
+    """Print the result of decompose."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
     experts = LAYOUTS.get(manifest.layout).has_experts(manifest.matrices)
@@ -122,19 +122,19 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
 
 
 def _ranks(matrices: Sequence["Matrix"]) -> str:
-    """4, or 4 to 16 where patterns give several."""
+    """The rank, such as "4", or the range "4 to 16" if patterns give several ranks."""
     least = min(matrix.rank for matrix in matrices)
     most = max(matrix.rank for matrix in matrices)
     return str(most) if least == most else f"{least} to {most}"
 
 
 def show_merge_plan(adapter: object, plan: "MergePlan") -> None:
-    """What a merge would read and write."""
+    """Print what a merge would read and write."""
     weights = plan.weights
     summary(
         f"merge {adapter} would",
         {
-            "take": f"the {weights.side} {weights.model.snapshot.location}",
+            "weights": f"the {weights.side} {weights.model.snapshot.location}",
             "merge": f"{len(plan.modules)} matrices",
             "read": size_text(sum(info.nbytes for info in weights.model.source.infos.values())),
             "write": f"{size_text(plan.nbytes)} in {len(plan.shards)} files",
@@ -143,7 +143,7 @@ def show_merge_plan(adapter: object, plan: "MergePlan") -> None:
 
 
 def show_merged(out_dir: object, manifest: "Manifest") -> None:
-    """What merge did, and from which weights."""
+    """Print the result of merge."""
     from svdconvert.manifest.results import MergeResult
 
     assert isinstance(manifest.result, MergeResult)
@@ -161,7 +161,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
 
 
 def show_converted(out_dir: object, manifest: "Manifest") -> None:
-    """What convert did."""
+    """Print the result of convert."""
     files = manifest.files_of("model")
     summary(
         f"converted into {out_dir}",
@@ -181,20 +181,20 @@ def _update(update: "Update | None") -> str | None:
 
 
 def show_lora(out_dir: object, manifest: "Manifest") -> None:
-    """What to-lora did."""
+    """Print the result of to-lora."""
     from svdconvert.manifest.results import LoraResult
 
     result = manifest.result
     assert isinstance(result, LoraResult)
     base = manifest.base.location if manifest.base else "the base it was made for"
     cut = result.truncation
-    loss = f"leaves out {cut.error:.2e} of its norm" if cut else "exact"
+    loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
     scale = f"lora_alpha {result.rank}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
         {
             "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
-            "start": _recovery(result.recovered),
+            "initial adapter": _recovery(result.recovered),
             "for": base,
         },
         [
@@ -205,7 +205,7 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
 
 
 def show_published(out_dir: object, repository: str, done: "Published") -> None:
-    """Where a directory is published."""
+    """Print where a directory was published."""
     left = [*done.left[:3], *([f"{len(done.left) - 3} more"] if len(done.left) > 3 else [])]
     summary(
         f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",
@@ -228,35 +228,35 @@ def _recovery(recovered: "RecoveredFactors | None") -> str | None:
     if recovered is None:
         return None
     if recovered.by != "difference":
-        return f"computed again from the base, as {recovered.by}"
-    return f"recovered to {recovered.error:.1e} of itself, {recovered.of_base:.1e} of the base's weights"
+        return f"recomputed from the base, as {recovered.by}"
+    return f"recovered, with an error of {recovered.error:.1e} ({recovered.of_base:.1e} of the base's norm)"
 
 
 def show_report(report: "Report") -> None:
-    """What verify found."""
+    """Print the report of verify."""
     for fault in report.faults[:20]:
         say(fault)
     rows: dict[str, object] = {"stored tensors": f"{report.tensors} compared with their checksums"}
     if report.matrices:
         rows["base"] = report.base
         rows["matrices"] = f"{report.matrices} recomputed, largest relative error {report.worst:.2e}"
-        rows["come back exactly"] = f"{report.exact:.4f} of the entries, from the stored files alone"
+        rows["exactly reconstructed"] = f"{report.exact:.4f} of the entries, from the stored files alone"
     elif report.kind == "decomposed":
-        rows["base"] = "not at hand: only the checksums were compared; say where it is with --base"
-    state = "is as its manifest says" if report.passed else f"has {len(report.faults)} faults"
+        rows["base"] = "not found: only the checksums were compared; give its location with --base"
+    state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
     summary(f"{report.directory} {state}", rows)
 
 
 def show_inspection(found: "Inspection") -> None:
-    """What a directory is."""
+    """Print the description of a directory."""
     rows = {name.replace("_", " "): _readable(value) for name, value in found.details.items() if value}
     summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
 
 
 def _readable(value: object) -> str:
-    """A value of an inspection as people write it."""
+    """A value of an inspection, formatted for reading."""
     if isinstance(value, Mapping) and len(value) > _MANY:
-        return f"{len(value)} values, which --json shows"
+        return f"{len(value)} values, shown with --json"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -269,7 +269,7 @@ def _readable(value: object) -> str:
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:
-    """How the loss went."""
+    """Print the losses of a training run."""
     lines = [json.loads(line) for line in (Path(str(out_dir)) / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]

@@ -1,7 +1,7 @@
-"""The two streams, and the one place where text from files becomes safe to print.
+"""Standard output and error. Text from files is made safe to print here and nowhere else.
 
 Names of tensors, directories and models come from files that anybody may have written. `plain` makes control
-characters visible; markup is only ever interpreted in text of our own.
+characters visible; rich markup is only interpreted in svdconvert's own text.
 """
 
 import json
@@ -25,7 +25,7 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format, surrogate,
 
 
 def plain(value: object) -> str:
-    """`value` as text of one line: control and format characters as escapes, such as \\x1b and \\n."""
+    """`value` as one line of text: control and format characters as escapes, such as \\x1b and \\n."""
     return "".join(_visible(character) for character in str(value))
 
 
@@ -36,12 +36,12 @@ def _visible(character: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """One line on standard error, without a token of the Hub that a message may have repeated."""
+    """Print one line on standard error, without Hub tokens that the message may contain."""
     stderr.print(Text(f"svdconvert: {plain(scrub(sentence))}"))
 
 
 def notify(sentence: str) -> None:
-    """The same, from the leading rank only."""
+    """Print one line on standard error, from the leading rank only."""
     if leads():
         say(sentence)
 
@@ -52,7 +52,7 @@ def leads() -> bool:
 
 
 def as_json(value: Any) -> None:
-    """One JSON document on standard output. Raises OutputError if that is closed or full."""
+    """Print one JSON document on standard output. Raises OutputError if that is closed or full."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     with standard_output():
         if sys.stdout is None:
@@ -63,7 +63,7 @@ def as_json(value: Any) -> None:
 
 @contextmanager
 def standard_output() -> Iterator[None]:
-    """Around writing to standard output: raise OutputError if that is closed or full."""
+    """A context for writing to standard output. Raises OutputError if that is closed or full."""
     try:
         yield
     except BrokenPipeError:

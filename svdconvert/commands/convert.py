@@ -1,4 +1,4 @@
-"""svdconvert convert: the same tensors under the names of another layout."""
+"""svdconvert convert: write a checkpoint's tensors under the names of another layout."""
 
 from pathlib import Path
 

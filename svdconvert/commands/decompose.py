@@ -1,4 +1,4 @@
-"""svdconvert decompose: a checkpoint becomes a residual base and an initial adapter."""
+"""svdconvert decompose: split a checkpoint into a residual base and an initial adapter."""
 
 from pathlib import Path
 
@@ -27,6 +27,6 @@ def decompose(
 
 
 def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
-    """What `decompose` would write and take, from headers alone. Writes nothing."""
+    """Estimate the output, memory and time of `decompose` from headers alone. Writes nothing."""
     opened = open_headers(str(model), "decompose")
     return estimate_decompose(plan_decomposition(opened, options or SplitOptions()))

@@ -1,4 +1,4 @@
-"""svdconvert inspect: what a directory is, what it belongs to, and what to type next."""
+"""svdconvert inspect: describes a directory or model, and lists the commands that can follow."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -21,72 +21,72 @@ from svdconvert.methods.base import METHODS
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a directory is."""
+    """Description of a directory or model."""
 
     directory: str
     kind: str
-    """checkpoint, adapter, unfinished, or the kind of a manifest."""
+    """checkpoint, adapter, unfinished, or the kind in its manifest."""
     summary: str
-    """One sentence."""
+    """What it is, in one phrase."""
     next: list[str]
-    """Commands that make sense now."""
+    """Commands that can follow."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
 def inspect(model: str | Path) -> Inspection:
-    """Say what a directory (or a model of the Hub) is. Raises SvdConvertError where it is nothing known."""
+    """Describe a directory or a model of the Hub. Raises SvdConvertError if it is of no known kind."""
     path = Path(model)
     if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
-        return _unfinished(path)
+        return _inspect_unfinished(path)
     path = path if path.exists() else fetch(str(model), "adapter").path
     if has_manifest(path):
-        return _from_manifest(str(model), read_manifest(path))
+        return _inspect_manifest(str(model), read_manifest(path))
     if is_adapter(path):
-        return _adapter(path)
+        return _inspect_adapter(path)
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
-        return _adapter_file(path)
-    return _checkpoint(str(model))
+        return _inspect_adapter_file(path)
+    return _inspect_checkpoint(str(model))
 
 
-def _unfinished(path: Path) -> Inspection:
+def _inspect_unfinished(path: Path) -> Inspection:
     out = str(path).removesuffix(".partial")
     return Inspection(
         str(path),
         "unfinished",
-        f"what an unfinished run left for {out}",
-        [f"the command that was to write {out}"],
+        f"the unfinished output of a run that writes {out}",
+        [f"the same command again, which continues and writes {out}"],
     )
 
 
-def _from_manifest(path: str, manifest: Manifest) -> Inspection:
+def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
     details = {
         "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
         "layout": manifest.layout,
-        "base": _place(manifest.base),
-        "residual": _place(manifest.residual),
+        "base": _location(manifest.base),
+        "residual": _location(manifest.residual),
         "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
         **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
     }
-    return Inspection(path, manifest.kind, _what(manifest), _commands(path, manifest), details)
+    return Inspection(path, manifest.kind, _summary(manifest), _next_commands(path, manifest), details)
 
 
-def _what(manifest: Manifest) -> str:
+def _summary(manifest: Manifest) -> str:
     if manifest.kind == "finetuned":
-        return "a plain checkpoint of which every weight was trained, to be loaded as any other"
+        return "a plain checkpoint with all weights fine-tuned, which other programs can load"
     if manifest.kind in PLAIN:
-        return f"a {manifest.kind} plain checkpoint, to be loaded as any other"
+        return f"a {manifest.kind} plain checkpoint, which other programs can load"
     if manifest.kind == "lora":
         return "a plain LoRA for the untouched base"
     if manifest.kind == "trained":
         return f"a trained {manifest.method} adapter"
     if not manifest.checksums:
         return f"an initial {manifest.method} adapter for the untouched base"
-    return f"a residual base with its initial {manifest.method} adapter; not to be used without the adapter"
+    return f"a residual base with its initial {manifest.method} adapter; the base must not be used without it"
 
 
-def _commands(path: str, manifest: Manifest) -> list[str]:
+def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
     peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
     base = "" if manifest.base else " --base BASE"
@@ -100,12 +100,12 @@ def _commands(path: str, manifest: Manifest) -> list[str]:
     }[manifest.kind]
 
 
-def _place(origin: Origin | None) -> str | None:
+def _location(origin: Origin | None) -> str | None:
     if origin is None:
         return None
     if origin.revision:
         return f"{origin.location}@{origin.revision}"
-    return origin.location if Path(origin.location).exists() else f"{origin.location} (not there)"
+    return origin.location if Path(origin.location).exists() else f"{origin.location} (not found)"
 
 
 def _matrix_details(manifest: Manifest) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _adapter(path: Path) -> Inspection:
+def _inspect_adapter(path: Path) -> Inspection:
     adapter = open_adapter(path)
     config = adapter.config
     details = {
@@ -132,31 +132,33 @@ def _adapter(path: Path) -> Inspection:
         "rslora": config.rslora,
         "modules": len(adapter.modules),
         "base": config.base,
-        "started_as": config.initialised if isinstance(config.initialised, str) else None,
+        "initialised_as": config.initialised if isinstance(config.initialised, str) else None,
     }
     return Inspection(
         str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
     )
 
 
-def _adapter_file(path: Path) -> Inspection:
+def _inspect_adapter_file(path: Path) -> Inspection:
     adapter = open_adapter_file(path, None)
     details = {
         "rank": adapter.config.rank,
         "modules": len(adapter.modules),
-        "trained_whole": len(adapter.extras),
+        "fully_trained": len(adapter.extras),
     }
     commands = [
-        f"svdconvert merge {path} -o MERGED --base MODEL --init init_pissa.pth  (where it was PiSSA)",
-        f"svdconvert merge {path} -o MERGED --base MODEL --alpha LORA_ALPHA  (where it was LoRA)",
+        f"svdconvert merge {path} -o MERGED --base MODEL --init init_pissa.pth  (if it is PiSSA)",
+        f"svdconvert merge {path} -o MERGED --base MODEL --alpha LORA_ALPHA  (if it is LoRA)",
     ]
-    summary = f"an adapter of rank {adapter.config.rank} in RWKV-PEFT's format, which does not say its scale"
+    summary = (
+        f"an adapter of rank {adapter.config.rank} in RWKV-PEFT's format, which does not store its scale"
+    )
     return Inspection(str(path), "adapter", summary, commands, details)
 
 
 def _adapter_summary(config: AdapterConfig) -> str:
-    named = f"names {config.base} as its base" if config.base else "names no base"
-    return f"a {config.peft_type} adapter of rank {config.rank} in PEFT's format, which {named}"
+    base = f"for the base {config.base}" if config.base else "which names no base"
+    return f"a {config.peft_type} adapter of rank {config.rank} in PEFT's format, {base}"
 
 
 def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
@@ -172,17 +174,17 @@ def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
     ]
 
 
-def _checkpoint(model: str) -> Inspection:
-    home = open_headers(model)
-    infos = home.source.infos
+def _inspect_checkpoint(model: str) -> Inspection:
+    opened = open_headers(model)
+    infos = opened.source.infos
     details: dict[str, Any] = {
-        "model_type": home.config.get("model_type"),
+        "model_type": opened.config.get("model_type"),
         "tensors": len(infos),
         "size": size_text(sum(info.nbytes for info in infos.values())),
         "element_types": dict(Counter(info.dtype for info in infos.values())),
     }
     try:
-        name, layout = home.layout()
+        name, layout = opened.layout()
     except UnknownNameError as error:
         return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
     slots = layout.slots(infos)

@@ -1,4 +1,4 @@
-"""svdconvert list: which methods and layouts there are."""
+"""svdconvert list: the available methods and layouts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from svdconvert.methods.base import METHODS, Method
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row for each method, in the order of their names; one that cannot be loaded says why."""
+    """One row for each method, in the order of their names; for one that cannot be loaded, the reason."""
     return [_method_row(name) for name in METHODS.names()]
 
 
@@ -48,7 +48,7 @@ def _base(method: Method) -> str:
 
 
 def layouts() -> list[dict[str, Any]]:
-    """One row for each layout, in the order of their names; one that cannot be loaded says why."""
+    """One row for each layout, in the order of their names; for one that cannot be loaded, the reason."""
     return [_layout_row(name) for name in LAYOUTS.names()]
 
 

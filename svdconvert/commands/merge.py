@@ -1,4 +1,4 @@
-"""svdconvert merge: base or residual and adapter become a plain checkpoint."""
+"""svdconvert merge: merge an adapter into its base or residual, as a plain checkpoint."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from svdconvert.pipeline.merge import MergeJob
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
 
 
-def merge(  # noqa: PLR0913 (three places that override the manifest's)
+def merge(  # noqa: PLR0913 (three locations that override the manifest's)
     adapter: str | Path,
     out: str | Path,
     options: MergeOptions | None = None,
@@ -24,7 +24,7 @@ def merge(  # noqa: PLR0913 (three places that override the manifest's)
     residual: str | None = None,
     init: str | None = None,
 ) -> Manifest:
-    """Fold a trained (or untrained) adapter back into a plain checkpoint, in `out`.
+    """Merge a trained or untrained adapter into its base or residual, and write a plain checkpoint to `out`.
 
     `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA, local or on the Hub; `base`,
     `residual` and `init` override the locations in the manifest. Raises SvdConvertError with one sentence.

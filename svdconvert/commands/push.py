@@ -1,4 +1,4 @@
-"""svdconvert push: a finished directory becomes a repository of the Hub."""
+"""svdconvert push: publish a finished directory as a repository of the Hub."""
 
 from pathlib import Path
 
@@ -14,7 +14,9 @@ def push(
     base: str | None = None,
     residual: str | None = None,
 ) -> Published:
-    """Publish a directory that svdconvert wrote as org/name, with a card; what the Hub has is not sent again.
+    """Publish a directory that svdconvert wrote as org/name, with a card.
+
+    Files that the Hub already has are not sent again.
 
     `base` and `residual` are the repositories of models that were read from a local directory. Raises
     SvdConvertError with one sentence; the same push can be repeated.

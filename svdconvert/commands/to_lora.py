@@ -1,4 +1,4 @@
-"""svdconvert to-lora: what training changed, as a plain LoRA for the untouched base."""
+"""svdconvert to-lora: write the change made by training as a plain LoRA for the untouched base."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from svdconvert.pipeline.lora_plan import plan_lora
 from svdconvert.pipeline.to_lora import LoraJob
 
 
-def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
+def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     adapter: str | Path,
     out: str | Path,
     options: LoraOptions | None = None,
@@ -24,12 +24,12 @@ def to_lora(  # noqa: PLR0913 (three places that override the manifest's)
     residual: str | None = None,
     init: str | None = None,
 ) -> Manifest:
-    """Write what training changed as a standard PEFT LoRA for the untouched base in `out`.
+    """Write the change made by training to `out`, as a standard PEFT LoRA for the untouched base.
 
-    The delta s B A - s0 B0 A0 is a product of rank 2R, written exactly unless the options truncate it; the
-    manifest has what that loses, by module and in total. Only the two small adapters are read; a lost
-    initial adapter is recovered from `base` and `residual`, and the manifest says how exactly. Raises
-    SvdConvertError with one sentence.
+    The delta s B A - s0 B0 A0 is a product of rank 2R, which is written exactly unless the options truncate
+    it; the manifest then has the truncation errors, by module and in total. Only the two small adapters are
+    read. A lost initial adapter is recovered from `base` and `residual`, with its error in the manifest.
+    Raises SvdConvertError with one sentence.
     """
     run = run or Run()
     options = options or LoraOptions()

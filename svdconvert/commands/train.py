@@ -15,7 +15,7 @@ from svdconvert.training.run import Watch, ignore_log, load_training_job
 from svdconvert.training.start import open_training_start
 
 
-def train(  # noqa: PLR0913 (what to start from, how to train, and who watches)
+def train(  # noqa: PLR0913 (what to start from, how to train, and a callback)
     model: str | Path,
     out: str | Path,
     plan: TrainOptions,
@@ -25,7 +25,7 @@ def train(  # noqa: PLR0913 (what to start from, how to train, and who watches)
     base: str | None = None,
     watch: Watch = ignore_log,
 ) -> Manifest:
-    """Train the adapter of a DECOMPOSED directory, or one that `split` starts on a plain `model`.
+    """Train the adapter of a DECOMPOSED directory, or a new one, made with `split`, of a plain `model`.
 
     Writes the trained adapter, the unchanged initial adapter and metrics.jsonl to `out`; for the method
     "full" a plain checkpoint and metrics.jsonl. `base` overrides the location of the base, for methods that

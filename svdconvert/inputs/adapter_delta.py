@@ -1,4 +1,4 @@
-"""What training changed: the factors of an adapter before and after, matrix by matrix."""
+"""The change made by training: the factors of an adapter before and after it, matrix by matrix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,15 @@ class AdapterDelta:
     initial_adapter: Adapter | None
     """Before training; None if it was zero (a LoRA on the untouched base)."""
     manifest: Manifest | None
-    """Of the directory, or of the residual that was named; None for an adapter of unknown origin."""
+    """The manifest of the directory or of its residual; None for an adapter of unknown origin."""
     residual: Snapshot | None = None
     """The residual base that the user or the adapter names. Its weights may not be downloaded yet."""
     is_lost: bool = False
     """True if the adapter did not start at zero and its initial state is not stored."""
     is_assumed_zero: bool = False
-    """True if it is taken to have started at zero although no file says so: the weights are to be asked."""
+    """True if no file records the initial state: it is assumed to be zero until the weights are compared."""
     recovered: RecoveredInit | None = None
-    """The initial state, computed again from the weights."""
+    """The initial state as recovered from the weights."""
 
     @property
     def modules(self) -> list[str]:
@@ -49,7 +49,7 @@ class AdapterDelta:
 
     @property
     def has_residual(self) -> bool:
-        """True if there is a residual base that it was trained on."""
+        """True if the adapter was trained on a residual base."""
         if self.manifest is None:
             return self.residual is not None
         return self.manifest.kind != "lora" and self.manifest.base_is_residual
@@ -82,7 +82,7 @@ class AdapterDelta:
         ]
 
     def identity(self) -> dict[str, Any]:
-        """What must be unchanged for an interrupted run to continue."""
+        """Describes the adapter: an interrupted run continues only if this is unchanged."""
         start = self.initial_adapter.source.file_versions() if self.initial_adapter else {}
         if self.recovered:
             start = self.recovered.file_versions()

@@ -1,4 +1,7 @@
-"""Did an adapter start at zero, or as a part of the base?  Asked of the weights if no file says it."""
+"""Determines from the weights whether an adapter started at zero or as a part of its base.
+
+This is needed for adapters whose files do not record it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +13,19 @@ from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
 
-_SAMPLE = 16  # matrices that are looked at, spread over the layers
-_CLEAR = 0.5
-_UNCLEAR = 0.25
+_SAMPLE = 16  # matrices that are compared, spread over the layers
+_CLEAR = 0.5  # share and cosine above which the adapter started as a part of the base
+_UNCLEAR = 0.25  # share above which it may have
 
 
 @dataclass(frozen=True)
 class InitEvidence:
-    """How much an adapter looks like a part of its base.
+    """How similar an adapter is to a part of its base.
 
     With D = scale * B A and P W Q the projection of the base's matrix W on the column space of B and the row
-    space of A: share = <D, W> / ||D||^2 and cosine = <D, P W Q> / (||D|| ||P W Q||), over all matrices looked
-    at. Both are 1 for a slice of W (PiSSA, MiLoRA, OLoRA starts). For an adapter that started at zero the
-    cosine is near 0, and so is the share unless the update is tiny, which is why both are asked.
+    space of A: share = <D, W> / ||D||^2 and cosine = <D, P W Q> / (||D|| ||P W Q||), over all matrices
+    that are compared. Both are 1 for a slice of W (as PiSSA, MiLoRA and OLoRA start). For an adapter that
+    started at zero the cosine is near 0, and so is the share unless the update is tiny. So both are tested.
     """
 
     share: float
@@ -35,7 +38,7 @@ class InitEvidence:
 
     @property
     def is_unclear(self) -> bool:
-        """True if it may have."""
+        """True if the adapter may have started as a part of the base, but this is not certain."""
         return not self.is_slice and self.share > _UNCLEAR and self.cosine > _CLEAR
 
 
@@ -49,7 +52,7 @@ def measure_init(delta: AdapterDelta, base: OpenModel) -> InitEvidence:
         weight_OI = base.source.read(names[module]).float()
         left_OR, right_RI = factors.folded()
         if weight_OI.shape != (left_OR.shape[0], right_RI.shape[1]):
-            continue  # refused with a better sentence when the merge is planned
+            continue  # planning the merge reports it in more detail
         basis_OR, core_left = torch.linalg.qr(left_OR * scale)
         basis_IR, core_right = torch.linalg.qr(right_RI.T)
         core_RR = core_left @ core_right.T
@@ -63,16 +66,16 @@ def measure_init(delta: AdapterDelta, base: OpenModel) -> InitEvidence:
 
 
 def refuse_hidden_init(delta: AdapterDelta, base: OpenModel) -> None:
-    """Raise ArtifactError if an adapter that is taken to have started at zero did not, or may not have."""
+    """Raise ArtifactError if an adapter that is assumed to have started at zero did not, or may not have."""
     if not delta.is_assumed_zero:
         return
     evidence = measure_init(delta, base)
     if evidence.is_slice or evidence.is_unclear:
-        verb = "holds" if evidence.is_slice else "may hold"
+        verb = "contains" if evidence.is_slice else "may contain"
         raise ArtifactError(
-            f"{delta.directory} {verb} a part of {base.path} itself (share {evidence.share:.2f}), as PiSSA, "
-            "MiLoRA and OLoRA start: it belongs to a residual, and in the base that part would count "
-            "twice; name what it was trained on with --residual, or its initial adapter with --init, or say "
+            f"{delta.directory} {verb} a part of {base.path} itself (share {evidence.share:.2f}), as "
+            "PiSSA, MiLoRA and OLoRA start: it belongs to a residual, and merging it into the base would add "
+            "that part twice; give the residual with --residual, the initial adapter with --init, or "
             "--init none if it started at zero"
         )
 

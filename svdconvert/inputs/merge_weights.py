@@ -17,7 +17,7 @@ from svdconvert.manifest.schema import has_manifest
 
 @dataclass(frozen=True)
 class MergeWeights:
-    """Open weights, and the delta with all that merging into them needs."""
+    """The open weights, and the delta with the initial state that merging into them needs."""
 
     side: Side
     model: OpenModel
@@ -25,7 +25,7 @@ class MergeWeights:
 
     @property
     def expected(self) -> Mapping[str, str]:
-        """The checksums that the weights must have, by tensor, as far as the manifest knows them."""
+        """The checksums that the weights must have, by tensor; only of tensors that the manifest lists."""
         manifest = self.delta.manifest
         if manifest is None:
             return {}
@@ -33,7 +33,7 @@ class MergeWeights:
             return manifest.base.fingerprint.tensors if manifest.base else {}
         residual = self.delta.residual
         if self.delta.is_lost and residual is not None and not has_manifest(residual.path):
-            return {}  # a plain residual that somebody else wrote
+            return {}  # a plain residual that svdconvert did not write
         if manifest.kind == "decomposed":
             return manifest.checksums
         return manifest.residual.fingerprint.tensors if manifest.residual else {}
@@ -42,9 +42,9 @@ class MergeWeights:
 def choose_weights(
     delta: AdapterDelta, side: Literal["auto", "base", "residual"], sources: Sources
 ) -> MergeWeights:
-    """The base if it is given or found, else the residual; `side` other than "auto" insists.
+    """With `side` "auto" the base if it is given or found, else the residual; otherwise the given side.
 
-    An initial adapter that is lost is recovered if the base needs it. Raises ArtifactError if neither is
+    A lost initial adapter is recovered if merging into the base needs it. Raises ArtifactError if neither is
     found, CheckpointError if one is damaged or the Hub does not answer.
     """
     if side == "auto" and _needs_no_init(delta):
@@ -61,14 +61,14 @@ def choose_weights(
             raise _no_base(delta)
     if not delta.has_residual:
         raise ArtifactError(
-            f"{delta.directory} has no residual base: its method leaves the base as it is; use --from base"
+            f"{delta.directory} has no residual base: its method leaves the base unchanged; use --from base"
         )
     check_unused(delta, sources, base_used=False, residual_used=True)
     return MergeWeights("residual", _open_residual(delta, sources), delta)
 
 
 def _needs_no_init(delta: AdapterDelta) -> bool:
-    """True for a lost initial adapter with a residual at hand, from which merging works without it."""
+    """True if the initial adapter is lost and a residual is known, into which one can merge without it."""
     known = delta.manifest.residual if delta.manifest else None
     return delta.is_lost and (delta.residual is not None or known is not None)
 
@@ -77,8 +77,10 @@ def _no_base(delta: AdapterDelta) -> ArtifactError:
     if delta.is_lost:
         return lost_init(delta)
     origin = delta.manifest.base if delta.manifest else None
-    place = origin.location if origin else "unknown"
-    return ArtifactError(f"the base of {delta.directory} is not found ({place}); say where it is with --base")
+    location = origin.location if origin else "unknown"
+    return ArtifactError(
+        f"the base of {delta.directory} is not found ({location}); give its location with --base"
+    )
 
 
 def _open_residual(delta: AdapterDelta, sources: Sources) -> OpenModel:
@@ -88,9 +90,9 @@ def _open_residual(delta: AdapterDelta, sources: Sources) -> OpenModel:
     origin = delta.manifest.residual
     found = find_model(origin, sources.residual, stream=sources.stream)
     if found is None:
-        place = origin.location if origin else "none was written"
+        location = origin.location if origin else "none was written"
         raise ArtifactError(
-            f"neither the base nor the residual of {delta.directory} is found ({place}); "
-            "say where one is with --base or --residual"
+            f"neither the base nor the residual of {delta.directory} is found ({location}); "
+            "give the location of one with --base or --residual"
         )
     return found

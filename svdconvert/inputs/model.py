@@ -1,4 +1,4 @@
-"""Models: what the user typed or a manifest names becomes one open model."""
+"""Opens models that the user or a manifest names."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidec
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model whose headers are read."""
+    """A model whose headers have been read."""
 
     snapshot: Snapshot
     source: TensorSource
@@ -36,7 +36,7 @@ class OpenModel:
         return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
 
     def identity(self) -> dict[str, Any]:
-        """What must be unchanged for an interrupted run to continue."""
+        """Describes the model: an interrupted run continues only if this is unchanged."""
         return {
             "location": self.snapshot.location,
             "files": dict(self.source.file_versions()),
@@ -64,8 +64,8 @@ def open_model(model: str, *, stream: bool = False) -> OpenModel:
 def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenModel:
     """Open a model that `command` reads as a plain checkpoint.
 
-    Raises ArtifactError, before any weights are downloaded, for a directory of svdconvert whose weights are
-    only usable together with an adapter.
+    Raises ArtifactError, before any weights are downloaded, for a directory that svdconvert wrote and whose
+    weights are only usable together with an adapter.
     """
     sidecars = fetch(model, "sidecars")
     manifest = read_manifest(sidecars.path) if has_manifest(sidecars.path) else None
@@ -77,9 +77,9 @@ def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenM
 
 
 def open_headers(model: str, command: str | None = None) -> OpenModel:
-    """Open a model of which only headers are read; weights are downloaded only if headers need it.
+    """Open a model to read its headers only; weights are downloaded only if the headers cannot be read alone.
 
-    `command` asks for a plain checkpoint, as `open_plain_model`.
+    With `command`, the model must be a plain checkpoint, as in `open_plain_model`.
     """
     try:
         return open_plain_model(model, command, stream=True) if command else open_model(model, stream=True)
@@ -111,8 +111,8 @@ def require_model(origin: Origin | None, given: str | None, owner: object) -> Op
     """The base of `owner` as `find_model` finds it. Raises ArtifactError if it is absent."""
     found = find_model(origin, given)
     if found is None:
-        place = origin.location if origin else "unknown"
-        raise ArtifactError(f"the base of {owner} is not found ({place}); say where it is with --base")
+        location = origin.location if origin else "unknown"
+        raise ArtifactError(f"the base of {owner} is not found ({location}); give its location with --base")
     return found
 
 
@@ -128,7 +128,7 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     known_by_names = has_signature_tensor(source.infos)
     if snapshot.path.is_file() and not known_by_names:
         raise CheckpointError(
-            f"{snapshot.path} is no model that its tensors' names identify (it has "
+            f"{snapshot.path} has tensors of no known layout (such as "
             f"{next(iter(source.infos), 'none')}); give a model's directory, or an adapter to merge"
         )
     without_config = known_by_names and not (snapshot.path / CONFIG).exists()

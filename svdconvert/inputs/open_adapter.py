@@ -1,4 +1,4 @@
-"""Adapters: what the user typed becomes one AdapterDelta, whoever wrote the adapter."""
+"""Opens adapters in every supported format, each as an AdapterDelta."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def open_initial_adapter(directory: Path, manifest: Manifest) -> Adapter:
-    """The initial adapter of a directory as it is, whatever checksums the manifest has."""
+    """The initial adapter of a directory, without comparing it with the manifest's checksums."""
     return open_adapter(directory / init_folder(manifest.method))
 
 
@@ -33,19 +33,20 @@ def open_adapter_delta(
     does not fit.
     """
     sources = sources or Sources()
-    place = fetch(str(adapter), "adapter")
-    if is_adapter_file(place.path):
-        return _from_rwkv_file(place.path, sources.init, alpha)
+    snapshot = fetch(str(adapter), "adapter")
+    if is_adapter_file(snapshot.path):
+        return _from_rwkv_file(snapshot.path, sources.init, alpha)
     if alpha is not None:
-        raise ArtifactError(f"{place.path} stores its own alpha; --alpha is for files of RWKV-PEFT")
-    if not place.path.is_dir():
+        raise ArtifactError(f"{snapshot.path} stores its own alpha; --alpha is for files of RWKV-PEFT")
+    if not snapshot.path.is_dir():
         raise ArtifactError(
-            f"{place.path} is not a directory; give a directory that decompose or train wrote, or an adapter"
+            f"{snapshot.path} is not a directory; give a directory that decompose or train wrote, or an "
+            "adapter"
         )
     residual = fetch(sources.residual, "adapter") if sources.residual else None
     init = Path(sources.init) if sources.init not in (None, NO_INIT) else None
-    opened = _from_manifest if has_manifest(place.path) else _from_peft
-    delta = opened(place, residual, init)
+    open_directory = _from_manifest if has_manifest(snapshot.path) else _from_peft
+    delta = open_directory(snapshot, residual, init)
     if sources.init == NO_INIT:
         delta = replace(delta, is_assumed_zero=False)
     if delta.initial_adapter is not None:
@@ -76,13 +77,13 @@ def _from_rwkv_file(path: Path, init: str | None, alpha: float | None) -> Adapte
     return AdapterDelta(path, adapter, None, None)
 
 
-def _from_manifest(place: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
-    """A directory of svdconvert."""
-    directory = place.path
+def _from_manifest(snapshot: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+    """A directory that svdconvert wrote."""
+    directory = snapshot.path
     manifest = read_manifest(directory)
     if manifest.kind in PLAIN:
         raise ArtifactError(
-            f"{directory} is {manifest.kind} already: a plain checkpoint, to be loaded as it is"
+            f"{directory} is {manifest.kind} already: it is a plain checkpoint and needs no merge"
         )
     if manifest.kind == "lora":
         file = directory / FILE
@@ -95,19 +96,19 @@ def _from_manifest(place: Snapshot, residual: Snapshot | None, init: Path | None
         if residual is not None:
             return _on_residual(directory, open_adapter(directory), residual, None, manifest)
         raise ArtifactError(
-            f"{start} is missing, and without the initial adapter the delta is not known; copy it from the "
-            "decomposed directory, name another with --init, or give --base and --residual to recover it"
+            f"{start} is missing, and without the initial adapter the delta is unknown; copy it from the "
+            "decomposed directory, give another one with --init, or give --base and --residual to recover it"
         )
     initial = _of_manifest(open_adapter(start), manifest, init_folder(manifest.method))
     if manifest.kind == "decomposed":
-        return AdapterDelta(directory, initial, initial, manifest, residual or place)
+        return AdapterDelta(directory, initial, initial, manifest, residual or snapshot)
     adapter = _of_manifest(open_adapter(directory), manifest, "")
     return AdapterDelta(directory, adapter, initial, manifest)
 
 
-def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+def _from_peft(snapshot: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
     """An adapter in PEFT's format that svdconvert did not write."""
-    directory = place.path
+    directory = snapshot.path
     if not is_adapter(directory):
         raise ArtifactError(
             f"{directory} is neither a directory of svdconvert nor an adapter: there is no svdconvert.json "
@@ -115,7 +116,7 @@ def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) ->
         )
     adapter = open_adapter(directory)
     if residual is None and init is None and (owner := _owner(directory)) is not None:
-        # An untrained initial adapter, named by its own directory.
+        # An untrained initial adapter, given by its own directory.
         return AdapterDelta(directory, adapter, adapter, read_manifest(owner), None)
     residual = residual or _named_residual(adapter)
     if residual is not None:
@@ -131,7 +132,7 @@ def _from_peft(place: Snapshot, residual: Snapshot | None, init: Path | None) ->
 
 
 def _owner(directory: Path) -> Path | None:
-    """The directory of svdconvert whose initial adapter `directory` is."""
+    """The directory whose manifest lists `directory` as its initial adapter; None if there is none."""
     parent = directory.absolute().parent
     if has_manifest(parent) and read_manifest(parent).init_directory == directory.name:
         return parent
@@ -139,7 +140,7 @@ def _owner(directory: Path) -> Path | None:
 
 
 def _init_below(directory: Path) -> Path | None:
-    """The one initial adapter below a directory, by the names that svdconvert and PEFT users give it."""
+    """The only subdirectory named *_init with an adapter; None if there are none or several."""
     found = [path for path in sorted(directory.glob("*_init")) if is_adapter(path)]
     return found[0] if len(found) == 1 else None
 
@@ -159,10 +160,10 @@ def _local_base(adapter: Adapter) -> Path | None:
 
 
 def _on_residual(
-    directory: Path, adapter: Adapter, residual: Snapshot, init: Path | None, own: Manifest | None
+    directory: Path, adapter: Adapter, residual: Snapshot, init: Path | None, known: Manifest | None
 ) -> AdapterDelta:
-    """An adapter that was trained on `residual`, whose directory has the initial adapter, or it is lost."""
-    manifest = own
+    """An adapter that was trained on `residual`. Without `init`, its initial adapter is there or lost."""
+    manifest = known
     initial = open_adapter(init) if init is not None and is_adapter(init) else None
     if has_manifest(residual.path):
         found = read_manifest(residual.path)
@@ -171,7 +172,7 @@ def _on_residual(
                 f"{residual.path} is a {found.kind} directory; --residual needs what decompose wrote, or a "
                 "plain residual"
             )
-        manifest = own or found
+        manifest = known or found
         folder = init_folder(found.method)
         if initial is None and is_adapter(residual.path / folder):
             initial = open_adapter(residual.path / folder)
@@ -192,7 +193,7 @@ def _of_manifest(adapter: Adapter, manifest: Manifest, folder: str) -> Adapter:
     if known is not None and file_checksum(path) != known:
         raise ArtifactError(
             f"{path} is not the configuration that the manifest lists, and another scale or rank would give "
-            "another model; restore the file that belongs to the directory"
+            "a different model; restore the file that belongs to the directory"
         )
     return replace(adapter, expected=manifest.files.get(prefix + WEIGHTS, {}))
 
@@ -201,7 +202,7 @@ def _refuse_misfit(adapter: Adapter, initial: Adapter) -> None:
     if absent := sorted(set(adapter.modules) ^ set(initial.modules)):
         raise ArtifactError(
             f"{initial.directory} is not the initial adapter of {adapter.directory}: {absent[0]} is in one "
-            f"only ({len(absent)} such modules); name the right one with --init"
+            f"only ({len(absent)} such modules); give the right one with --init"
         )
     for module in adapter.modules:
         for factor, side in (("lora_A", 1), ("lora_B", 0)):
@@ -210,5 +211,5 @@ def _refuse_misfit(adapter: Adapter, initial: Adapter) -> None:
             if now[side] != before[side]:
                 raise ArtifactError(
                     f"{initial.directory} is not the initial adapter of {adapter.directory}: "
-                    f"{module}.{factor} has the shape {before} and {now}; name the right one with --init"
+                    f"{module}.{factor} has the shape {before} and {now}; give the right one with --init"
                 )

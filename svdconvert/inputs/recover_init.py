@@ -1,4 +1,4 @@
-"""A lost initial adapter: which weights it can be computed from."""
+"""Recovers a lost initial adapter: finds the weights from which it can be computed."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,9 +15,9 @@ from svdconvert.inputs.unused_sources import check_unused
 
 
 def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
-    """The delta with a known initial adapter: stored, recovered, or zero as the weights confirm.
+    """The delta with a known initial adapter: stored, recovered, or confirmed by the weights to be zero.
 
-    Raises ArtifactError if it is not known and the base, which would tell, is not found.
+    Raises ArtifactError if it is unknown and the base, which is needed to determine it, is not found.
     """
     needs_weights = delta.is_lost or delta.is_assumed_zero
     check_unused(delta, sources, base_used=needs_weights)
@@ -26,9 +26,9 @@ def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
     base = _find_base(delta, sources.base)
     if base is None:
         raise ArtifactError(
-            f"{delta.directory} does not say where it started; name its base with --base to find out, what "
-            "decompose wrote with --residual, its initial adapter with --init, or say --init none if it "
-            "started at zero"
+            f"{delta.directory} does not record its initial state; give its base with --base to determine "
+            "it, the decomposed directory with --residual, its initial adapter with --init, or --init none "
+            "if it started at zero"
         )
     refuse_hidden_init(delta, base)
     return delta
@@ -37,14 +37,15 @@ def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
 def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None = None) -> AdapterDelta:
     """The delta with its initial adapter recovered if that is lost, else unchanged.
 
-    `base` is the base if it is open already; otherwise it is looked for at `given`, or where the manifest or
-    the adapter's configuration says. Raises ArtifactError if the weights do not suffice.
+    `base` is the base if it is open already; otherwise it is opened at `given` or, by default, at the
+    location in the manifest or in the adapter's configuration. Raises ArtifactError if the weights do not
+    suffice.
     """
     if not delta.is_lost:
         return delta
     base = base or _find_base(delta, given)
-    started = str(delta.adapter.config.initialised)
-    if base is None or (delta.residual is None and started not in REPEATABLE):
+    method = str(delta.adapter.config.initialised)
+    if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
     names = _tensor_names(delta, base)
     ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
@@ -52,10 +53,10 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
     if delta.residual is not None:
         residual = open_model(delta.residual.name).source
         _refuse_other_shapes(base, residual.infos, list(names.values()), delta.residual.path)
-    # PEFT's OLoRA subtracts scale * Q R; its PiSSA divides by the scale first, and a difference has none.
-    scaled = residual is None and started == "olora"
+    # PEFT's OLoRA subtracts scale * Q R. Its PiSSA divides by the scale first, and a difference has no scale.
+    scaled = residual is None and method == "olora"
     scales = {module: delta.adapter.config.scale(module) if scaled else 1.0 for module in delta.modules}
-    return replace(delta, recovered=RecoveredInit(base.source, residual, names, ranks, scales, started))
+    return replace(delta, recovered=RecoveredInit(base.source, residual, names, ranks, scales, method))
 
 
 def lost_init(delta: AdapterDelta) -> ArtifactError:
@@ -63,9 +64,9 @@ def lost_init(delta: AdapterDelta) -> ArtifactError:
     started = delta.adapter.config.initialised
     how = f"as {started}" if isinstance(started, str) else "as a part of its base"
     return ArtifactError(
-        f"{delta.directory} was started {how}, which changes the base, "
-        "and its start is not known; name its initial adapter with --init, what decompose wrote with "
-        "--residual, or both --base and --residual, to recover it from their difference"
+        f"{delta.directory} was initialised {how}, which changes the "
+        "base, and its initial state is unknown; give its initial adapter with --init, the decomposed "
+        "directory with --residual, or both --base and --residual, to recover it from their difference"
     )
 
 
@@ -89,10 +90,10 @@ def _tensor_names(delta: AdapterDelta, base: OpenModel) -> dict[str, str]:
 
 
 def _refuse_other_shapes(
-    base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], place: Path
+    base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], residual: Path
 ) -> None:
     for name in names:
         if name not in infos or infos[name].shape != base.source.infos[name].shape:
             raise ArtifactError(
-                f"{place} has no {name} of the shape that {base.path} has; give the residual of this base"
+                f"{residual} has no {name} of the shape that {base.path} has; give the residual of this base"
             )

@@ -1,8 +1,8 @@
-"""A start that was not kept, found again from the weights.  O: out features, I: in features, R: rank.
+"""A lost initial adapter, computed from the weights.  O: out features, I: in features, R: rank.
 
-What an adapter took out of its base is s0 B0 A0 = W - W_res, a matrix of rank R up to the rounding of the
-residual: base and residual together say what it was, though no initial adapter was kept or another one was
-drawn since. PiSSA's and OLoRA's starts follow from the base alone, as PEFT computes them again on loading.
+The part that was taken out of the base is s0 B0 A0 = W - W_res, a matrix of rank R except for the rounding of
+the residual. So base and residual together determine it. The initial adapters of PiSSA and OLoRA are
+determined by the base alone, from which PEFT also recomputes them on loading.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
 
 REPEATABLE = ("pissa", "olora")
-"""What PEFT calls the starts that the base alone decides; pissa_niter_4 is drawn by chance."""
-_HOPELESS = 0.5  # of the difference: no start is left in it
-_FLOAT32 = 1e-5  # what float32 arithmetic may lose, as a share of the base
+"""PEFT's names of the initialisations that the base alone determines; pissa_niter_4 is random."""
+_LARGEST_ERROR = 0.5  # relative; above it the difference is mostly rounding
+_FLOAT32 = 1e-5  # error of float32 arithmetic, as a share of the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +31,37 @@ class Loss:
     """Frobenius norms over one matrix."""
 
     rest: float
-    """Of what the factors do not say."""
+    """||W - W_res - s0 B0 A0||."""
     start: float
-    """Of W - W_res."""
+    """||W - W_res||."""
     base: float
-    """Of W."""
+    """||W||."""
 
     @property
     def error(self) -> float:
-        """What is left over, as a share of the start."""
+        """||W - W_res - s0 B0 A0|| / ||W - W_res||."""
         return self.rest / self.start
 
 
 @dataclass(frozen=True)
 class RecoveredInit:
-    """The starts of an adapter's modules, computed when they are asked for."""
+    """The initial factors of an adapter's modules, each computed when it is needed."""
 
     base: TensorSource
     residual: TensorSource | None
-    """None where the method repeats the start from the base."""
+    """None if the factors are recomputed from the base alone."""
     names: Mapping[str, str]
     """Module -> tensor."""
     ranks: Mapping[str, int]
-    """By module."""
+    """Module -> rank."""
     scales: Mapping[str, float]
-    """By module: what the factors were taken out with."""
+    """Module -> the scale of its initial factors."""
     method: str = "pissa"
     losses: dict[str, Loss] = field(default_factory=dict)
-    """By module, of those that were computed so far."""
+    """Module -> loss, for the modules that have been computed so far."""
 
     def factors(self, module: str) -> Factors:
-        """The start without its scale. Raises ArtifactError where the weights do not say it."""
+        """The initial factors without their scale. Raises ArtifactError if they cannot be determined."""
         name = self.names[module]
         rank = self.ranks[module]
         weight_OI = self.base.read(name).float()
@@ -69,46 +69,48 @@ class RecoveredInit:
             split = METHODS.get(self.method).split
             assert split is not None
             return split(weight_OI, rank, 1.0, Solver(name, svd="exact")).factors
-        whole = _norm(weight_OI)
-        gap_OI = weight_OI - self.residual.read(name).float()
-        start = _norm(gap_OI)
+        norm = _norm(weight_OI)
+        difference_OI = weight_OI - self.residual.read(name).float()
+        start = _norm(difference_OI)
         if start == 0.0:
             raise ArtifactError(
                 f"{name} is the same in base and residual, so nothing was taken out of it; if the adapter "
-                "started at zero, say --init none"
+                "started at zero, give --init none"
             )
-        top = Solver(name, tol=1e-4).top(gap_OI, rank)
+        top = Solver(name, tol=1e-4).top(difference_OI, rank)
         root_R = top.sigma_R.sqrt()
         found = Factors(top.left_OR * root_R, root_R[:, None] * top.right_RI)
-        rest = _norm(gap_OI.addmm_(found.left_OR, found.right_RI, alpha=-1.0))
-        self.losses[module] = Loss(rest, start, whole)
-        self._refuse(name, rank, self.losses[module], torch_dtype(self.residual.infos[name].dtype))
+        rest = _norm(difference_OI.addmm_(found.left_OR, found.right_RI, alpha=-1.0))
+        self.losses[module] = Loss(rest, start, norm)
+        self._check(name, rank, self.losses[module], torch_dtype(self.residual.infos[name].dtype))
         return found
 
-    def _refuse(self, name: str, rank: int, loss: Loss, dtype: torch.dtype) -> None:
-        # One rounding moves an entry by half an eps of itself at most; some more for detours of others.
+    def _check(self, name: str, rank: int, loss: Loss, dtype: torch.dtype) -> None:
+        # One rounding changes an entry by at most half an eps; the factor 4 allows for several roundings.
         if loss.rest > (4.0 * torch.finfo(dtype).eps / 2 + _FLOAT32) * loss.base:
             raise ArtifactError(
-                f"{name} of base and residual differ by no matrix of rank {rank} ({loss.error:.0%} of it is "
-                "left over): they do not belong together; give the base and the residual of this adapter"
+                f"{name} of base and residual do not differ by a matrix of rank {rank} ({loss.error:.0%} of "
+                "the difference remains): they do not belong together; give the base and the residual of "
+                "this adapter"
             )
-        if loss.error > _HOPELESS:
+        if loss.error > _LARGEST_ERROR:
             raise ArtifactError(
-                f"{name} of the residual is rounded too coarsely to tell its start ({loss.error:.0%} of what "
-                "it differs by is rounding); merge from the residual, or name the start with --init"
+                f"{name} of the residual is rounded too coarsely to recover the initial adapter "
+                f"({loss.error:.0%} of the difference is rounding); use merge --from residual, or give the "
+                "initial adapter with --init"
             )
 
     @property
     def way(self) -> str:
-        """How it is found: difference, or the method that repeats it."""
+        """How it is computed: "difference", or the method by which it is recomputed from the base."""
         return self.method if self.residual is None else "difference"
 
     def file_versions(self) -> dict[str, Any]:
-        """What must be unchanged for an interrupted run to continue."""
+        """Describes the weights: an interrupted run continues only if this is unchanged."""
         return {**self.base.file_versions(), **(self.residual.file_versions() if self.residual else {})}
 
     def result(self) -> RecoveredFactors:
-        """How exact it is, for the manifest."""
+        """The errors of the factors computed so far, for the manifest."""
         if self.residual is None:
             return RecoveredFactors(by=self.way)
         rest = hypot(*(loss.rest for loss in self.losses.values()))

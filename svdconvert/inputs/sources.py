@@ -1,16 +1,16 @@
-"""Where the user says that the parts of an adapter are."""
+"""Locations of an adapter's base, residual and initial adapter, as given by the user."""
 
 from dataclasses import dataclass
 
 NO_INIT = "none"
-"""What `--init` says of an adapter that started at zero, on the untouched base."""
+"""Value of `--init` for an adapter that started at zero, on the untouched base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Overrides of the locations in a manifest; None leaves the manifest's own.
+    """Locations that override those in a manifest; None keeps the manifest's.
 
-    They override a location, never the identity of the weights found there.
+    The weights at a given location must still be those that the manifest identifies.
     """
 
     base: str | None = None

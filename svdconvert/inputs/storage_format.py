@@ -1,4 +1,4 @@
-"""Weights that are stored as codes of a quantisation: recognised and refused by name."""
+"""Recognises and refuses quantised weights, which are stored as integer codes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from svdconvert.checkpoint.tensors import REAL, TensorInfo
 from svdconvert.errors import TargetError
 
-# Endings of tensors that accompany the codes of a matrix called <path>.weight.
+# Endings of the tensors that are stored with the codes of a matrix <path>.weight.
 _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight.absmax", "SCB", "qweight", "weight_packed")
 
 
 def refuse_codes(
     model: object, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], names: Iterable[str]
 ) -> None:
-    """Raise TargetError if one of the matrices `names` is stored as codes instead of its own values."""
+    """Raise TargetError if one of the matrices `names` is stored as quantised codes."""
     for name in names:
         info = infos[name]
         if info.dtype not in REAL:
             method = _method_text(config, infos, name)
             raise TargetError(
-                f"{name} of {model} is stored as {info.dtype}{method}, which is not read; "
+                f"{name} of {model} is stored as {info.dtype}{method}, which is not supported; "
                 "convert the checkpoint to bfloat16, float16 or float32 first"
             )
 

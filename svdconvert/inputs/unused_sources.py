@@ -1,4 +1,4 @@
-"""Locations that the user gave and the work does not need: compared with the manifest, or refused."""
+"""Locations that the user gave but that are not needed: they are compared with the manifest, or refused."""
 
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
@@ -15,7 +15,7 @@ def check_unused(
     A wrong model is an error even if the command does not read its weights.
     """
     manifest = delta.manifest
-    # An adapter without a manifest takes it, and where it started, from its residual's directory.
+    # An adapter without a manifest uses the manifest and the initial adapter of its residual's directory.
     residual_used = residual_used or delta.is_lost or not has_manifest(delta.directory)
     if sources.base and not base_used:
         _confirm("--base", sources.base, manifest.base if manifest else None, delta)

@@ -1,7 +1,7 @@
 """What a model family calls its matrices: as tensors in its files, and as modules at run time.
 
 A layout is data. `roles` maps a role ("attn.q") to the pattern of its tensors' names in the files, with
-{layer} in place of the layer's number and {expert} in place of an expert's. `modules` says how the module
+{layer} in place of the layer's number and {expert} in place of an expert's. `modules` lists how the module
 paths at run time differ from the names in the files, if they do.
 """
 
@@ -55,7 +55,7 @@ class Layout:
     summary: str = ""
     """One line for `svdconvert list layouts`."""
     signature_tensor: str | None = None
-    """A tensor that only checkpoints of this layout have: it decides, whatever config.json says."""
+    """A tensor that only checkpoints of this layout have. It takes precedence over config.json."""
     known_unsupported: Sequence["KnownUnsupported"] = ()
     """Models that could be mistaken for this layout, and are refused by name."""
     family: "LayoutFamily | None" = None
@@ -125,13 +125,13 @@ class Layout:
         slots = self.slots(infos)
         if not slots:
             raise TargetError("no tensor of the checkpoint has a name of this layout; give another --layout")
-        wanted: set[str] = set()
+        selected: set[str] = set()
         for target in targets:
             names = {name for name, slot in slots.items() if _matches(target, slot)}
             if not names:
                 raise TargetError(self._no_match(target, infos))
-            wanted |= names
-        return {name: slot for name, slot in slots.items() if name in wanted}
+            selected |= names
+        return {name: slot for name, slot in slots.items() if name in selected}
 
     def _no_match(self, target: str, infos: Iterable[str]) -> str:
         others = [name for name in infos if fnmatchcase(name, target)]
@@ -161,7 +161,7 @@ class KnownUnsupported:
     present: tuple[str, ...]
     """Names that it has."""
     absent: tuple[str, ...] = ()
-    """Names that it lacks, if `present` alone does not tell."""
+    """Names that it lacks, if `present` alone does not identify it."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class LayoutFamily:
     file: str | None = None
     """The only file of a plain checkpoint, such as model.pth; None for safetensors in shards."""
     config: Callable[[TensorSource], dict[str, Any]] | None = None
-    """Makes config.json from the family's tensors; None if readers want none."""
+    """Makes config.json from the family's tensors; None if readers of the layout need none."""
     loading: str = ""
     """The expression that loads a plain checkpoint, with {path} in place of its directory."""
     advice: str = ""

@@ -30,12 +30,12 @@ def find_layout(
     raise UnknownNameError(
         f"{directory} has the model type {model_type!r}, which no layout covers "
         f"({did_you_mean(str(model_type), types)}); if its tensors are named as in {', '.join(known)}, "
-        f"say so with --layout{_and_failed(failed)}"
+        f"give one of them with --layout{_and_failed(failed)}"
     )
 
 
 def has_signature_tensor(infos: Container[str]) -> bool:
-    """True if the tensors' names alone tell a checkpoint's layout, or that it is known to be unsupported."""
+    """True if the tensors' names alone identify a layout, or a model that is known to be unsupported."""
     known, _ = LAYOUTS.load_all()
     return any(
         (layout.signature_tensor is not None and layout.signature_tensor in infos)

@@ -1,4 +1,4 @@
-"""Mixtral: experts w1 (gate), w3 (up), w2 (down), each a separate tensor; the router is left as it is."""
+"""Mixtral: experts w1 (gate), w3 (up), w2 (down), each a separate tensor; the router is not adapted."""
 
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.blocks import attention

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: each expert's matrices are separate tensors; the router is left as it is."""
+"""Qwen3-MoE: each expert's matrices are separate tensors; the router is not adapted."""
 
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.blocks import gated_decoder

@@ -41,6 +41,6 @@ LAYOUT = Layout(
         states=states,
         groups=GROUPS,
         file="model.st",
-        advice="its readers want float16: add --dtype float16 if the source has another element type",
+        advice="its readers need float16: add --dtype float16 if the source has another element type",
     ),
 )

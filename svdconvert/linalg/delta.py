@@ -38,7 +38,7 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
 def as_lora(after: Factors, scale: float, before: Factors, scale0: float) -> tuple[Tensor, Tensor]:
     """(B, A) of rank 2R with B @ A = scale * after - scale0 * before: a LoRA of scale 1.
 
-    B = [sB - s0B0, s0B0] and A = [A; A - A0]: no large terms cancel in the product, whatever dtype it is
+    B = [sB - s0B0, s0B0] and A = [A; A - A0]: no large terms cancel in the product, in any dtype that it is
     rounded to, and what did not change is exactly zero. The rank is R if the start was zero, or if A did
     not change (the change is then in B alone).
     """

@@ -14,7 +14,7 @@ def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     A neighbour's probability falls linearly with its distance; a number that `dtype` represents is kept.
     """
     nearest = exact.to(dtype)
-    # As integers, the bits of a magnitude count the steps from zero, whatever the sign.
+    # As integers, the bits of a magnitude count the steps from zero, regardless of the sign.
     past = (nearest.float().abs() > exact.abs()).to(torch.int16)
     below = (nearest.view(torch.int16) - past).view(dtype)
     above = (below.view(torch.int16) + 1).view(dtype)

@@ -1,4 +1,4 @@
-"""Which engine computes the triplets that a method asks for, and with which random numbers."""
+"""Chooses the engine that computes the triplets of a method, and seeds its random numbers."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,7 @@
-"""Is this the base that the adapter was made for?  Config, headers, and a checksum per tensor."""
+"""Fingerprints of checkpoints: checksums of the configuration, the headers and every tensor.
+
+They tell whether a model is the one that an adapter was made for.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,24 +14,24 @@ import xxhash
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 
 CHUNK = 4 << 20
-"""Bytes of a tensor that pass at a time: read, noted and written."""
+"""Bytes of a tensor that are read, hashed and written at a time."""
 
-# What loaders and savers rewrite without changing the model.
+# Entries of config.json that programs rewrite without changing the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What identifies a checkpoint's content."""
+    """Identifies the content of a checkpoint."""
 
     config: str
     headers: str
     tensors: Mapping[str, str]
-    """Checksum per tensor; only of those that were read."""
+    """Checksum of every tensor that was read, by name."""
 
 
 class Checksum:
-    """xxh3 of one tensor's bytes, which are given chunk by chunk."""
+    """xxh3 of the bytes of one tensor, computed chunk by chunk."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_64()
@@ -38,12 +41,12 @@ class Checksum:
         self._state.update(chunk)
 
     def text(self) -> str:
-        """Sixteen hexadecimal digits."""
+        """The checksum as sixteen hexadecimal digits."""
         return str(self._state.hexdigest())
 
 
 def checksum(data: memoryview) -> str:
-    """xxh3 of a tensor's bytes."""
+    """xxh3 of the bytes of a tensor, as sixteen hexadecimal digits."""
     return str(xxhash.xxh3_64_hexdigest(data))
 
 
@@ -56,12 +59,12 @@ def tensor_checksum(source: TensorSource, name: str) -> str:
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """Of the configuration without what changes from one save to the next."""
+    """Checksum of a configuration, without the entries that programs rewrite."""
     return digest(_stable(config))
 
 
 def headers_checksum(infos: Iterable[TensorInfo]) -> str:
-    """Of all names, shapes and element types, whatever the shards."""
+    """Checksum of all names, shapes and element types. How the tensors are sharded does not matter."""
     return digest(sorted((info.name, list(info.shape), info.dtype) for info in infos))
 
 
@@ -72,7 +75,7 @@ def _stable(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """Checksum of what JSON can hold."""
+    """Checksum of a value that JSON can represent."""
     return str(xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()))
 
 

@@ -1,4 +1,4 @@
-"""Manifests of format 1, up to version 0.1: options and results stood in one mapping.
+"""Manifests of format 1, written up to version 0.1, with options and results in one mapping.
 
 `upgraded` turns the JSON of a format 1 manifest into that of format 2.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 FORMAT = 1
 FULL = "full"
-"""The method whose directories format 1 called merged."""
+"""The method whose directories have the kind "merged" in format 1."""
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,9 +21,9 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "merged" and values.get("method") == FULL:
         values["kind"] = "finetuned"
     elif isinstance(options, Mapping) and (move := _MOVES.get(str(kind))):
-        asked = dict(options)
-        values["result"] = move(asked)
-        values["options"] = asked
+        remaining = dict(options)
+        values["result"] = move(remaining)
+        values["options"] = remaining
     return values | {"format": 2}
 
 
@@ -45,7 +45,7 @@ def _lora(options: dict[str, Any]) -> dict[str, Any]:
     truncation = options.pop("truncation", None)
     rank = options.get("rank")
     if truncation is None:
-        options["rank"] = None  # format 1 wrote the rank that came out over the one that was asked for
+        options["rank"] = None  # format 1 replaced the requested rank with the resulting one
     return {
         "rank": rank or 0,
         "truncation": truncation,
@@ -55,3 +55,4 @@ def _lora(options: dict[str, Any]) -> dict[str, Any]:
 
 
 _MOVES = {"trained": _trained, "merged": _merged, "lora": _lora}
+"""Kind -> the function that removes the results from the options, and returns them."""

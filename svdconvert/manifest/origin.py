@@ -1,4 +1,4 @@
-"""Which model a directory belongs to, and whether the one at hand is it."""
+"""Fingerprints a model, and checks that a model is the one that a directory belongs to."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,30 +11,33 @@ from svdconvert.manifest.schema import Origin
 
 
 def fingerprint(config: Mapping[str, Any], source: TensorSource, tensors: Mapping[str, str]) -> Fingerprint:
-    """Of a model with the checksums `tensors`."""
+    """The fingerprint of a model; `tensors` are the checksums of its tensors."""
     return Fingerprint(config_checksum(config), headers_checksum(source.infos.values()), tensors)
 
 
 def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], source: TensorSource) -> None:
-    """Raise ArtifactError where `directory` is not the model of `origin`, as far as a glance can tell.
+    """Raise ArtifactError if `directory` is not the model of `origin`, by a quick comparison.
 
-    Compares configuration, headers and the smallest known tensor; the others are compared when they
-    are read.
+    Compares the configuration, the headers and the smallest matrix with a known checksum. The other tensors
+    are compared when they are read.
     """
     known = origin.fingerprint
     if known.headers != headers_checksum(source.infos.values()):
-        raise ArtifactError(_other(directory, origin, "it has other tensor names, shapes or element types"))
+        raise ArtifactError(
+            _other_model(directory, origin, "its tensor names, shapes or element types differ")
+        )
     if known.config != config_checksum(config):
-        raise ArtifactError(_other(directory, origin, "it has another config.json"))
+        raise ArtifactError(_other_model(directory, origin, "its config.json differs"))
     matrices = [name for name in known.tensors if len(source.infos[name].shape) == 2]
     if matrices:
         name = min(matrices, key=lambda name: source.infos[name].nbytes)
         if tensor_checksum(source, name) != known.tensors[name]:
-            raise ArtifactError(_other(directory, origin, f"it has other values in {name}"))
+            raise ArtifactError(_other_model(directory, origin, f"the values of {name} differ"))
 
 
-def _other(directory: Path, origin: Origin, difference: str) -> str:
-    at = f"{origin.location}@{origin.revision}" if origin.revision else origin.location
+def _other_model(directory: Path, origin: Origin, difference: str) -> str:
+    model = f"{origin.location}@{origin.revision}" if origin.revision else origin.location
     return (
-        f"{directory} is not the model that the adapter was made for ({at}): {difference}; give the right one"
+        f"{directory} is not the model that the adapter was made for ({model}): {difference}; "
+        "give the right one"
     )

@@ -1,6 +1,6 @@
-"""What a command found or measured: one result class for each kind of directory that has one.
+"""What a command determined or measured: one class for each kind of directory that has such a result.
 
-Options say what was asked for (`Manifest.options`); these classes say what came out.
+`Manifest.options` has what the user requested; these classes have what resulted from it.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class KeptUpdate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The same over all matrices together, and by tensor."""
+    """How much of the update the rounded weights hold, over all matrices together and by tensor."""
 
     cosine: float
     kept: float
@@ -34,21 +34,21 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoveredFactors:
-    """How a missing initial adapter was computed again from the weights."""
+    """How a missing initial adapter was recovered from the weights."""
 
     by: str
-    """"difference" (base minus residual), or the method that repeats it from the base."""
+    """"difference" (base minus residual), or the method by which it was recomputed from the base."""
     error: float | None = None
-    """||W - W_res - s0 B0 A0|| / ||W - W_res|| over all matrices; None if the method repeats it."""
+    """||W - W_res - s0 B0 A0|| / ||W - W_res|| over all matrices; None if it was recomputed."""
     of_base: float | None = None
-    """The same remainder relative to ||W||."""
+    """||W - W_res - s0 B0 A0|| / ||W|| over all matrices."""
     modules: Mapping[str, float] = field(default_factory=dict)
     """`error` by module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TruncatedModule:
-    """One matrix of a truncated LoRA."""
+    """Rank and error of one matrix of a truncated LoRA."""
 
     rank: int
     error: float
@@ -57,7 +57,7 @@ class TruncatedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TruncatedLora:
-    """What the truncation of a LoRA loses."""
+    """The error of a LoRA's truncation."""
 
     error: float
     """||change - kept||_F / ||change||_F over all matrices."""
@@ -66,7 +66,7 @@ class TruncatedLora:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """Of a trained adapter."""
+    """Result of a trained adapter."""
 
     head: Mapping[str, Any] | None = None
     """The entries of config.json that describe a head trained with the adapter; None without one."""
@@ -74,10 +74,10 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeResult:
-    """Of a merged checkpoint."""
+    """Result of a merged checkpoint."""
 
     side: Side = "base"
-    """The weights that were merged into."""
+    """The weights that the adapter was merged into."""
     update: Update | None = None
     """None if no matrix was changed, or if the intended update is not known."""
     recovered: RecoveredFactors | None = None
@@ -86,10 +86,10 @@ class MergeResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraResult:
-    """Of a LoRA for the untouched base."""
+    """Result of a LoRA for the untouched base."""
 
     rank: int = 0
-    """The rank in its configuration: the largest of its matrices."""
+    """The rank in its configuration: the largest rank of a matrix."""
     truncation: TruncatedLora | None = None
     """None if the LoRA is exact."""
     recovered: RecoveredFactors | None = None
@@ -103,4 +103,4 @@ RESULT_OF_KIND: Mapping[str, type[Result]] = {
     "merged": MergeResult,
     "lora": LoraResult,
 }
-"""Kind -> the class of its result. Other kinds have none: their matrices say all."""
+"""Kind -> the class of its result. Other kinds have no result in addition to `Manifest.matrices`."""

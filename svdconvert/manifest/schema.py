@@ -1,7 +1,7 @@
-"""svdconvert.json: what a directory is, where it came from, and how exact it is.
+"""The manifest, svdconvert.json: what a directory contains, what it was made from, and how exact it is.
 
-Written last, so that its presence means the directory is complete. The schema is described in
-docs/manifest.md.
+It is written last, so its presence means that the directory is complete. docs/manifest.md describes the
+schema.
 """
 
 import json
@@ -28,12 +28,12 @@ from svdconvert.output.sidecars import read_json_object
 FORMAT = 2
 Kind = Literal["decomposed", "trained", "finetuned", "merged", "lora", "converted"]
 PLAIN = ("finetuned", "merged", "converted")
-"""The kinds that are plain checkpoints, which any program loads."""
+"""The kinds that are plain checkpoints, which other programs can load."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """A model that a directory belongs to."""
+    """The model that a directory was made from, or belongs to."""
 
     location: str
     """An absolute path, or org/name on the Hub."""
@@ -44,7 +44,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """One adapted matrix: names, shape and measured errors. None where it does not apply."""
+    """One adapted matrix: names, shape and measurements. A measurement that does not apply is None."""
 
     module: str
     role: str
@@ -53,13 +53,13 @@ class Matrix:
     """Element type in the base."""
     rank: int
     scale: float
-    """Of the initial adapter: W = W_res + scale * B A."""
+    """The scale of the initial adapter: W = W_res + scale * B A."""
     sigma_first: float | None = None
     sigma_last: float | None = None
     energy: float | None = None
     """Share of ||W||_F^2 in the factors."""
     excess: float | None = None
-    """Estimated excess of the residual's norm over the optimum; 0 where the SVD is exact."""
+    """Estimated excess of the residual's norm over the optimum; 0 if the SVD is exact."""
     engine: str | None = None
     error: float = 0.0
     """||W_res + scale * B A - W||_F / ||W||_F as stored."""
@@ -74,19 +74,19 @@ class Manifest:
     method: str
     base: Origin | None
     residual: Origin | None = None
-    """The residual base; None if the method leaves the base as it is."""
+    """The residual base; None if the method leaves the base unchanged."""
     base_is_residual: bool = False
     """True if the adapter belongs to a residual W - scale * B A, False if it belongs to the base itself."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What was asked for: every option that shapes the result, defaults included."""
+    """Every option that affects the result, as requested, defaults included."""
     result: Result | None = None
-    """What came out; None for the kinds whose matrices say all."""
+    """What resulted from the options; None for kinds without such a result."""
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     """By the tensor's name in the base."""
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Checksum of every stored tensor, by file."""
     roles: Mapping[str, FileRole] = field(default_factory=dict)
-    """What each file is."""
+    """Role of every file of tensors."""
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Checksum of every other file: configuration, tokenizer, metrics."""
     threads: int = 0
@@ -131,14 +131,14 @@ class Manifest:
 
 
 def _inferred_role(kind: Kind, file: str) -> FileRole:
-    """The role of a file that the manifest gives none, as in format 1."""
+    """The role of a file that has none in the manifest, as in format 1."""
     if "/" in file:
         return "initial_adapter"
     return "adapter" if kind in ("trained", "lora") else "model"
 
 
 def sidecar_checksums(directory: Path, files: Sequence[PlannedFile]) -> dict[str, str]:
-    """Checksum of every file below `directory` that is neither planned nor part of the staging itself."""
+    """Checksum of every file below `directory` except planned files and those of the staging itself."""
     planned = {file.path for file in files} | {MANIFEST_NAME, UPLOADS}
     planned |= {path.name for path in journals(directory)}
     found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
@@ -146,12 +146,12 @@ def sidecar_checksums(directory: Path, files: Sequence[PlannedFile]) -> dict[str
 
 
 def roles_of(files: Sequence[PlannedFile]) -> dict[str, FileRole]:
-    """The roles of planned files, as a manifest has them."""
+    """The role of every planned file, for the manifest."""
     return {file.path: file.role for file in files}
 
 
 def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """What must be the same when an interrupted run goes on: anything that could change its bytes."""
+    """Everything that could change the output's bytes: a run is only continued if it is the same."""
     import torch
 
     return {
@@ -164,15 +164,15 @@ def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[st
 
 
 def has_manifest(directory: Path) -> bool:
-    """True where a complete directory of svdconvert stands."""
+    """True if `directory` is a complete directory that svdconvert wrote."""
     return (directory / MANIFEST_NAME).is_file()
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory.
 
-    Raises ArtifactError if it is missing, damaged or of another format, or names a file outside the
-    directory, a hidden one, or one that is not of a model's kinds.
+    Raises ArtifactError if it is missing, damaged or of an unknown format, or if it lists a file that is
+    outside the directory, is hidden, or is not of a kind that belongs to a model.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -181,7 +181,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ArtifactError(f"{directory} {what}; give a directory that svdconvert wrote")
         if directory.name.endswith(".partial"):
             raise ArtifactError(
-                f"{directory} is what an unfinished run left; repeat that command to finish it"
+                f"{directory} was left by an unfinished run; repeat that command to finish it"
             )
         raise ArtifactError(f"{directory} was not written by svdconvert: it holds no {MANIFEST_NAME}")
     values = read_json_object(path)
@@ -189,7 +189,7 @@ def read_manifest(directory: Path) -> Manifest:
         values = format1.upgraded(values)
     if values.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} has format {values.get('format')!r} and this svdconvert reads formats 1 to {FORMAT}; "
+            f"{path} has format {values.get('format')!r}, and this svdconvert reads formats 1 to {FORMAT}; "
             "use the version that wrote it"
         )
     if absent := [name for name in _REQUIRED if name not in values]:
@@ -201,8 +201,8 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = _reader().validate_python(values | {"result": result})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; restore the file") from error
+        location = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path} is damaged at {location}: {first['msg']}; restore the file") from error
     _refuse_names(path, manifest)
     return manifest
 
@@ -211,7 +211,7 @@ def _refuse_names(path: Path, manifest: Manifest) -> None:
     """Raise ArtifactError if the manifest names a file that must not be read or published with it."""
     if manifest.method and ("/" in manifest.method or name_fault(manifest.method)):
         raise ArtifactError(
-            f"{path} is damaged at method: {manifest.method!r} is no name of a method; restore the file"
+            f"{path} is damaged at method: {manifest.method!r} is not a method's name; restore the file"
         )
     for name in (*manifest.files, *manifest.roles, *manifest.sidecars):
         fault = name_fault(name)

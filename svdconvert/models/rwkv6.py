@@ -187,11 +187,11 @@ class Rwkv6(nn.Module):
         return self.head
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
-        """Keep only the layers' inputs, and recompute everything else in the backward pass."""
+        """Store only the layers' inputs, and recompute everything else in the backward pass."""
         self.recomputes = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything for the backward pass."""
+        """Store all activations for the backward pass."""
         self.recomputes = False
 
     def forward(
@@ -203,13 +203,13 @@ class Rwkv6(nn.Module):
     ) -> Output:
         """Logits of `input_ids` (B, T), continuing from `state`.
 
-        Padding must be on the right, where nothing depends on it, so the mask is ignored. Wherever
-        `position_ids` restart at 0 within a row, the state is reset.
+        Padding must be on the right; no other token depends on it there, so the mask is ignored. The state
+        is reset at every token of a row whose position id is 0.
         """
         starts = None if position_ids is None else (position_ids == 0)
         after: list[Memory] = []
         if starts is not None and starts[:, 1:].any():
-            hidden = self._several(input_ids, starts)
+            hidden = self._hidden_of_packed(input_ids, starts)
         else:
             hidden, after = self._hidden(input_ids, state or self.first_state(len(input_ids)))
         return Output(self.head(self.ln_out(hidden)), after)
@@ -225,7 +225,7 @@ class Rwkv6(nn.Module):
             after.append(memory)
         return h_BTC, after
 
-    def _several(self, ids_BT: Tensor, starts_BT: Tensor) -> Tensor:
+    def _hidden_of_packed(self, ids_BT: Tensor, starts_BT: Tensor) -> Tensor:
         """The hidden states of rows that hold several texts, computed with one row per text."""
         starts_BT = starts_BT.clone()
         starts_BT[:, 0] = True
@@ -310,6 +310,6 @@ def load(family: TensorSource, dtype: torch.dtype | None = None) -> Rwkv6:
     return model.eval()
 
 
-def load_tokenizer(place: Path, family: TensorSource) -> WorldTokenizer:
+def load_tokenizer(path: Path, family: TensorSource) -> WorldTokenizer:
     """The tokenizer in a model's directory or next to its file; see `world_tokenizer`."""
-    return world_tokenizer.load_tokenizer(place, family.infos["emb.weight"].shape[0])
+    return world_tokenizer.load_tokenizer(path, family.infos["emb.weight"].shape[0])

@@ -120,11 +120,11 @@ class Sizes:
             decay_rank=size("blocks.0.att.time_decay_w1", 1),
             feed_forward=size("blocks.0.ffn.key.weight", 0),
         )
-        wanted = sizes.shapes()
+        expected = sizes.shapes()
         for name, info in infos.items():
-            if info.shape != wanted[name]:
+            if info.shape != expected[name]:
                 raise CheckpointError(
-                    f"{name} has the shape {info.shape} but the other tensors imply {wanted[name]}; "
+                    f"{name} has the shape {info.shape} but the other tensors imply {expected[name]}; "
                     "restore the checkpoint"
                 )
         return sizes

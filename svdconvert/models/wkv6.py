@@ -130,7 +130,7 @@ def doubled(r: Tensor, k: Tensor, a: Tensor) -> Inside:
             reads = torch.cat([r1, r2 * d1], 1)
             writes = torch.cat([k1 * d2, k2], 1)
         else:
-            # In place, a sixth faster: no gradient needs the old values, and they are not the caller's.
+            # In place, a sixth faster: no gradient needs the old values, and no caller holds these tensors.
             r2.mul_(d1)
             k1.mul_(d2)
             reads, writes = (x.view(-1, run, channels) for x in (reads, writes))

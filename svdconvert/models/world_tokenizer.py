@@ -58,7 +58,7 @@ class WorldTokenizer:
         """`input_ids`, and in `offset_mapping` the characters (from, to) of each."""
         data = text.encode()
         # The character that each byte belongs to.
-        characters = [place for place, letter in enumerate(text) for _ in letter.encode()]
+        characters = [index for index, letter in enumerate(text) for _ in letter.encode()]
         parts = list(self._split(data))
         begins = [characters[begin] for _, begin in parts] + [len(text)]
         offsets = list(pairwise(begins))
@@ -78,7 +78,7 @@ class WorldTokenizer:
                 raise DataError(f"the vocabulary has no token for the byte {data[at : at + 1]!r}")
 
 
-def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
+def load_tokenizer(path: Path, vocabulary: int) -> WorldTokenizer:
     """The tokenizer of a model (a directory or a .pth file) with `vocabulary` entries.
 
     Bytes if there are at most 256, else the vocabulary next to the model, else the one in the rwkv package.
@@ -87,17 +87,17 @@ def load_tokenizer(place: Path, vocabulary: int) -> WorldTokenizer:
     """
     if vocabulary <= BYTES:
         return WorldTokenizer({bytes([number]): number for number in range(vocabulary)})
-    file = next(iter(vocabularies(place if place.is_dir() else place.parent)), None) or _packaged()
+    file = next(iter(vocabularies(path if path.is_dir() else path.parent)), None) or _packaged()
     if file is None:
         raise MissingPackageError(
-            f"{place} has no vocabulary next to it; put {WORLD} there, or install the "
+            f"{path} has no vocabulary next to it; put {WORLD} there, or install the "
             "package that contains it: pip install 'svdconvert[rwkv]'"
         )
     tokens = _read(file)
     # World's vocabulary would be accepted for a larger model, and be wrong.
     if max(tokens.values()) >= vocabulary or (len(tokens) == WORLD_TOKENS and vocabulary != WORLD_SIZE):
         raise CheckpointError(
-            f"{file} has tokens up to {max(tokens.values())}, the model in {place} has {vocabulary} entries; "
+            f"{file} has tokens up to {max(tokens.values())}, the model in {path} has {vocabulary} entries; "
             "put the vocabulary of this model next to it"
         )
     if file.name == WORLD and vocabulary == WORLD_SIZE and len(tokens) < WORLD_TOKENS:

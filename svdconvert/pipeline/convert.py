@@ -1,4 +1,4 @@
-"""convert: a checkpoint under the names of another layout, copied one tensor at a time."""
+"""convert: a checkpoint is written with the names of another layout, one tensor at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,28 +22,28 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, stream
 
 _CODE = ("config.json", "configuration_*.py", "modeling_*.py")
-"""What belongs to the names, and is another's in another layout."""
+"""Files of the source that describe its own layout and are not copied to another one."""
 
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """What will be written, known from headers alone."""
+    """What will be written, planned from headers alone."""
 
     name: str
-    """Of the layout."""
+    """The name of the layout."""
     view: RenamedSource
-    """The source as the layout has it."""
+    """The source's tensors under the names of the layout."""
     files: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
-    """Element type of every tensor that gets another one."""
+    """New element type of every tensor that is cast."""
     config: Mapping[str, Any] | None
     left_out: tuple[str, ...]
-    """Patterns of files beside the source that do not fit the layout."""
+    """Patterns of the source's sidecars that do not fit the layout."""
     advice: str
 
 
 def plan_conversion(model: OpenModel, options: ConvertOptions) -> ConvertPlan:
-    """Plan from headers. Raises CheckpointError if a tensor is missing, unknown or has no place."""
+    """Plan from headers. Raises CheckpointError if a tensor is missing, or has no name in the new layout."""
     own_name, layout = model.layout()
     name, target = in_family(own_name, layout, options.layout)
     source = model.source
@@ -79,12 +79,12 @@ def plan_conversion(model: OpenModel, options: ConvertOptions) -> ConvertPlan:
 
 def _states(layout: Layout, family: RenamedSource, name: str) -> Sequence[TensorInfo]:
     if layout.family is None or layout.family.states is None:
-        raise TargetError(f"models of layout {name} have no state to be tuned; leave --state out")
+        raise TargetError(f"models of layout {name} have no initial states; leave out --state")
     return layout.family.states(family.infos)
 
 
 def convert_work(plan: ConvertPlan, origin: str) -> TensorJob:
-    """How each tensor is copied, or cast."""
+    """How each tensor is copied or cast."""
     copies = {info.name: file.path for file in plan.files for info in file.infos}
     return TensorJob(
         order=list(copies),
@@ -125,13 +125,13 @@ class ConvertJob:
         stream(convert_work(self.plan, str(self.model.path)), self.plan.view, staged, run)
 
     def write_sidecars(self, directory: Path) -> None:
-        """The model's sidecars as far as they fit the layout, and the layout's configuration."""
+        """Copy the sidecars that fit the layout, and write the layout's configuration."""
         if self.plan.config is not None:
             write_config(directory, self.plan.config)
         complete_checkpoint(self.model.path, directory, self.plan.files, exclude=self.plan.left_out)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
-        """Of the converted checkpoint; the number of threads does not shape it."""
+        """The manifest of the converted checkpoint, without the number of threads: it changes no bytes."""
         return Manifest(
             kind="converted",
             layout=self.plan.name,
@@ -143,5 +143,5 @@ class ConvertJob:
         )
 
     def remarks(self, manifest: Manifest) -> list[str]:
-        """What a user of the new layout has to know."""
+        """What the user has to know to load the new layout."""
         return [self.plan.advice] if self.plan.advice else []

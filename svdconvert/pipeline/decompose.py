@@ -47,7 +47,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class DecomposePlan:
-    """What will be written, known from headers alone."""
+    """What will be written, planned from headers alone."""
 
     method: Method
     layout: str
@@ -83,7 +83,7 @@ class DecomposePlan:
 
     @property
     def files(self) -> list[PlannedFile]:
-        """Every file of tensors that is written."""
+        """All files of tensors that are written."""
         return [*self.shards, self.adapter]
 
     def residual_dtype(self, name: str) -> str:
@@ -113,8 +113,8 @@ class DecomposePlan:
 
 
 def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan:
-    """Plan from headers. Raises TargetError for what cannot be decomposed."""
-    name, layout = model.layout(options.layout)
+    """Plan from headers. Raises TargetError if a target cannot be decomposed."""
+    layout_name, layout = model.layout(options.layout)
     source = model.source
     method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
@@ -125,9 +125,9 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     refuse_idle_options(method, options)
     slots = layout.select(source.infos, options.targets)
     if options.layout is not None:
-        _refuse_half_a_layout(name, layout, source)
+        _refuse_partial_layout(layout_name, layout, source)
     scaled = scalings(layout, source.infos, slots, options)
-    _refuse_unfit(source.infos, scaled)
+    _refuse_unsuitable(source.infos, scaled)
     outputs = [
         replace(info, dtype=_residual_code(options, method, info))
         if name in slots and method.residual
@@ -144,7 +144,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
     without_role = _matrices_without_role(model, layout)
     return DecomposePlan(
-        method, name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
+        method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
     )
 
 
@@ -156,7 +156,7 @@ def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> s
     return info.dtype
 
 
-def _refuse_half_a_layout(name: str, layout: Layout, source: TensorSource) -> None:
+def _refuse_partial_layout(name: str, layout: Layout, source: TensorSource) -> None:
     """Refuse a given layout of whose roles the checkpoint lacks one.
 
     In a mixture of experts either an expert's matrix or that of a dense layer is enough.
@@ -184,7 +184,7 @@ def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_NUMBER.sub(".*.", name) for name in left))
 
 
-def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
+def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
     chosen = [infos[name] for name in scaled]
     if unreal := [info for info in chosen if info.dtype not in REAL]:
         raise TargetError(
@@ -194,7 +194,8 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]
         )
     if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
         raise TargetError(
-            f"{shapeless[0].name} has the shape {shapeless[0].shape} and is no matrix; choose other targets"
+            f"{shapeless[0].name} has the shape {shapeless[0].shape} and is not a matrix; "
+            "choose other targets"
         )
     if small := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
         rank = max(scaled[info.name].rank for info in small)
@@ -207,7 +208,7 @@ def _refuse_unfit(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]
 
 
 def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
-    """How each tensor of the source is split, copied or only noted."""
+    """How each tensor of the source is processed: split, copied, or only read for its checksum."""
     copies = {info.name: file.path for file in plan.shards for info in file.infos}
     order = list(copies) or list(plan.infos)
     count = matrices_at_once(plan, device)
@@ -219,7 +220,7 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
         }
         if name in copies:
             tensors[copies[name], name] = base_OI
-        return TensorResult({place: tensor.cpu() for place, tensor in tensors.items()}, asdict(matrix))
+        return TensorResult({target: tensor.cpu() for target, tensor in tensors.items()}, asdict(matrix))
 
     return TensorJob(
         order=order,
@@ -231,19 +232,19 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
 
 
 def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
-    """How many matrices are split at the same time; one by LAPACK, which takes the memory of several."""
+    """How many matrices are split at the same time; one with LAPACK, which needs the memory of several."""
     return parallel_matrices(device) if plan.method.parallel and plan.options.svd == "fast" else 1
 
 
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor, Matrix]:
-    """The factors as stored, the base's matrix or its residual, and what was measured.
+    """(factors as stored, the base's matrix (O, I) or its residual, measurements) of the matrix `name`.
 
-    If the dtype stays the same, the residual overwrites `stored`, which must not be used afterwards.
+    If the dtype stays the same, the residual overwrites `stored` (O, I), which must not be used afterwards.
 
-    The factors are rounded first and the residual is computed from the rounded factors, so only the single
-    rounding of the residual is lost. Raises TargetError for a matrix that holds NaN or Inf.
+    The factors are rounded first and the residual is computed from the rounded factors, so the only error is
+    the single rounding of the residual. Raises TargetError if the matrix contains NaN or Inf.
     """
     slot = plan.slots[name]
     info = plan.infos[name]
@@ -284,9 +285,9 @@ def _measured(spectrum: Spectrum) -> dict[str, Any]:
 
 
 def _finite_norm(name: str, weight_OI: Tensor) -> float:
-    """Frobenius norm. Raises TargetError for a matrix that holds NaN or Inf."""
+    """The Frobenius norm of a matrix. Raises TargetError if it contains NaN or Inf."""
     norm = sqrt(total_energy(weight_OI))
-    # The norm takes one cheap pass; the values are examined only if it is not finite.
+    # The norm needs one cheap pass; the values are only examined if it is not finite.
     if not isfinite(norm) and not weight_OI.isfinite().all():
         count = int((~weight_OI.isfinite()).sum())
         raise TargetError(
@@ -306,7 +307,7 @@ class DecomposeJob:
 
     @property
     def options(self) -> SplitOptions:
-        """As it was asked for."""
+        """The options as the user gave them."""
         return self.plan.options
 
     @property
@@ -335,7 +336,7 @@ class DecomposeJob:
         (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
-        """Of the decomposed directory."""
+        """The manifest of the decomposed directory."""
         measured = notes(staged, self.plan.slots)
         return Manifest(
             kind="decomposed",

@@ -1,4 +1,4 @@
-"""Options that would change nothing are refused: an option that is given changes the result."""
+"""Refuses options without an effect: an option that is given must change the result."""
 
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
@@ -11,7 +11,7 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
     """Raise RecipeError for an option of `decompose` that has no effect with the others."""
     name = options.method
     if not method.residual and options.residual_dtype != "auto":
-        raise _idle("--residual-dtype", f"{name} leaves the base as it is")
+        raise _idle("--residual-dtype", f"{name} leaves the base unchanged")
     if method.residual and options.copy_base:
         raise _idle("--copy-base", f"{name} writes a residual base in any case")
     if method.work == "thin" and options.svd != _DEFAULT.svd:
@@ -21,7 +21,10 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
 
 
 def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
-    """The same for `merge`; `dtypes` are the element types of the merged matrices."""
+    """Raise RecipeError for an option of `merge` that has no effect.
+
+    `dtypes` are the element types of the merged matrices.
+    """
     if options.rounding == "stochastic" and not dtypes & {"BF16", "F16"}:
         raise _idle("--rounding stochastic", "the merged matrices are not stored in half precision")
     if options.seed and options.rounding == "nearest":

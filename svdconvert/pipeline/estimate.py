@@ -1,4 +1,4 @@
-"""What a decomposition would cost, from headers alone and one short measurement of the machine."""
+"""Size, memory and time of a decomposition, estimated from headers and a short speed measurement."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from svdconvert.linalg.truncated import POWERS
 from svdconvert.methods.base import Work
 from svdconvert.pipeline.decompose import DecomposePlan, matrices_at_once
 
-_GROWN = 2  # blocks that the fast engine adds to its first space for trained weights, approximately
-_DISK = 500e6  # bytes per second, a modest disk
-_START = 2.5  # seconds to import torch
-_BARE = 170_000_000  # bytes of the program with torch, before it reads anything
+_ADDED_BLOCKS = 2  # that the fast engine adds to its first space for trained weights, approximately
+_DISK_SPEED = 500e6  # bytes per second, of a slow SSD
+_IMPORT_SECONDS = 2.5  # to import torch
+_BASE_MEMORY = 170_000_000  # bytes of the process with torch imported, before it reads anything
 
 
 @dataclass(frozen=True)
 class Row:
-    """The matrices of one role."""
+    """The matrices of one role, shape and rank."""
 
     role: str
     shape: tuple[int, int]
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A decomposition before it is done. Sizes in bytes, time in seconds."""
+    """What a decomposition will read, write and need. Sizes in bytes, time in seconds."""
 
     rows: list[Row]
     read: int
@@ -45,7 +45,7 @@ class Estimate:
 
 
 def estimate_decompose(plan: DecomposePlan) -> Estimate:
-    """Sizes are exact, memory and time are estimates."""
+    """Estimate a decomposition: sizes are exact, memory and time approximate."""
     groups = Counter(
         (slot.role, _shape(plan, name), plan.scalings[name].rank) for name, slot in plan.slots.items()
     )
@@ -63,25 +63,25 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
         read=read,
         written=written,
         files=[file.path for file in plan.files],
-        memory=_BARE + _matrices_in_memory(plan, work),
-        seconds=_START + flops / _speed(plan) + (read + written) / _DISK,
+        memory=_BASE_MEMORY + _matrices_in_memory(plan, work),
+        seconds=_IMPORT_SECONDS + flops / _speed(plan) + (read + written) / _DISK_SPEED,
         remarks=plan.remarks,
     )
 
 
 def _work(plan: DecomposePlan) -> Work:
-    """What a split costs; without the fast engine a search is a full SVD."""
-    searched = plan.method.work == "search" and plan.options.svd != "fast"
-    return "full" if searched else plan.method.work
+    """What a split costs; LAPACK computes a full SVD instead of searching for the triplets."""
+    full_svd = plan.method.work == "search" and plan.options.svd != "fast"
+    return "full" if full_svd else plan.method.work
 
 
 def _matrices_in_memory(plan: DecomposePlan, work: Work) -> int:
-    """Bytes of the matrices that are read, split and written at a time, and of the copies of a split."""
+    """Bytes of the matrices that are in memory at the same time, and of the working copies of a split."""
     stored = max(plan.infos[name].nbytes for name in plan.slots)
-    wide = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
-    wide *= 8 if plan.options.svd == "exact64" else 4
+    largest = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
+    copy = largest * (8 if plan.options.svd == "exact64" else 4)
     count = matrices_at_once(plan, torch.device("cpu"))
-    return (count + 2) * stored + (9 * wide if work == "full" else count * wide)
+    return (count + 2) * stored + (9 * copy if work == "full" else count * copy)
 
 
 def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:
@@ -90,6 +90,7 @@ def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:
 
 
 def _flops(rows: int, columns: int, rank: int, work: Work) -> float:
+    """Approximate floating-point operations of one split in float32."""
     long = max(rows, columns)
     short = min(rows, columns)
     if work == "full":
@@ -97,19 +98,20 @@ def _flops(rows: int, columns: int, rank: int, work: Work) -> float:
     if work == "thin":
         return 4.0 * rows * columns * rank
     block = block_width(rank)
-    searched = first_width(rank) + (POWERS + _GROWN) * block
-    return 4.0 * rows * columns * (searched + rank)  # the last: the factors and the residual
+    columns_of_space = first_width(rank) + (POWERS + _ADDED_BLOCKS) * block
+    # The second term is for the factors and the residual.
+    return 4.0 * rows * columns * (columns_of_space + rank)
 
 
 def _speed(plan: DecomposePlan) -> float:
-    """Floating-point operations per second of the matrices that are split at the same time, together."""
+    """Floating-point operations per second, summed over the matrices that are split at the same time."""
     count = matrices_at_once(plan, torch.device("cpu"))
     with worker_pool(count) as pool:
         return count * pool.submit(_flops_per_second).result()
 
 
 def _flops_per_second() -> float:
-    """By the fastest of some thin float32 products, a few milliseconds each."""
+    """Measured as the fastest of six thin float32 products of a few milliseconds each."""
     wide = torch.ones(1024, 1024)
     thin = torch.ones(1024, 64)
     seconds = []

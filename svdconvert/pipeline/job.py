@@ -20,16 +20,16 @@ from svdconvert.output.staging import StagedOutput, recorded
 
 
 class Job(Protocol):
-    """What one command will write, known from headers alone."""
+    """What one command will write, planned from headers alone."""
 
     @property
     def command(self) -> str:
-        """The command's name, as it is typed."""
+        """The command's name on the command line."""
         ...
 
     @property
     def options(self) -> Any:
-        """The command's options class, as it was asked for."""
+        """The options as the user gave them, defaults included."""
         ...
 
     @property
@@ -39,15 +39,15 @@ class Job(Protocol):
 
     @property
     def inputs(self) -> Sequence[Path]:
-        """Directories and files that are read, which the output must not overlap."""
+        """Directories and files that are read; the output must not overlap them."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What of the inputs must be unchanged for an interrupted run to continue."""
+        """Describes the inputs: an interrupted run continues only if this is unchanged."""
         ...
 
     def write(self, staged: StagedOutput, run: Run) -> None:
-        """Write every tensor that is not finished yet; with several ranks, this rank's share."""
+        """Write all tensors that are not finished yet or, with several ranks, this rank's share of them."""
         ...
 
     def write_sidecars(self, directory: Path) -> None:
@@ -59,14 +59,14 @@ class Job(Protocol):
         ...
 
     def remarks(self, manifest: Manifest) -> Iterable[str]:
-        """Sentences that the user should read now that the work is done."""
+        """Sentences to show to the user when the work is done."""
         ...
 
 
 def run_job(job: Job, out: Path, run: Run) -> Manifest:
-    """Do the job, or continue it, so that `out` appears complete or not at all.
+    """Run a job, or continue an interrupted one; `out` appears complete or not at all.
 
-    Raises OutputError if `out` is taken, overlaps an input, or was begun by another run.
+    Raises OutputError if `out` exists already, overlaps an input, or was started by another run.
     """
     check_apart(out, *job.inputs)
     threads = use_threads(run.threads or recorded(out, "threads"))

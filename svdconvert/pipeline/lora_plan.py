@@ -1,4 +1,4 @@
-"""to-lora: which factors will be written, at which ranks, under which names."""
+"""to-lora: which factors will be written, with which ranks and names."""
 
 import re
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ _RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is kept of the changes, and how much is lost."""
+    """The ranks of a truncated LoRA, and the errors of the truncation."""
 
     ranks: Mapping[str, int]
-    """By module."""
+    """The rank of each module."""
     errors: Mapping[str, float]
     """||change - kept||_F / ||change||_F by module, exact."""
     error: float
@@ -49,7 +49,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Keys:
-    """What the tensors are called in the file."""
+    """The names of the tensors in the file."""
 
     pieces: Mapping[tuple[str, str], str]
     """(module, piece) -> name."""
@@ -64,18 +64,18 @@ class LoraPlan:
     delta: AdapterDelta
     options: LoraOptions
     rank: int
-    """The largest of the modules; the others are padded with zeros."""
+    """The largest rank of a module; factors of smaller ranks are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
-    keys: "Keys"
+    keys: Keys
     truncation: Truncation | None = None
-    """None where the LoRA is exact."""
+    """None if the LoRA is exact."""
 
 
 def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
-    """Find the ranks by a first pass over the small factors, and plan the file.
+    """Determine the ranks in a first pass over the factors, and plan the file.
 
-    Raises ArtifactError for an adapter of single experts.
+    Raises ArtifactError if the adapter has factors for single experts.
     """
     if delta.adapter.config.peft_type == PER_EXPERT:
         raise ArtifactError(
@@ -113,7 +113,7 @@ def _peft_keys(delta: AdapterDelta) -> Keys:
 
 
 def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
-    """The names of a .pth. Raises ArtifactError for what has none there."""
+    """The names in RWKV-PEFT's format. Raises ArtifactError if a module or parameter has none there."""
     known = delta.manifest
     layout = LAYOUTS.get(known.layout) if known and known.layout else None
     paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
@@ -123,7 +123,8 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
     }
     if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
         raise ArtifactError(
-            f"{delta.directory} adapts {odd[0]}, and the format rwkv-peft is for RWKV-6 alone"
+            f"{delta.directory} adapts {odd[0]}, but the format rwkv-peft is for RWKV-6 only; "
+            "use --format peft"
         )
     extras = {}
     for parameter in delta.adapter.extras:
@@ -139,7 +140,7 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
 
 
 def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
-    """The ranks that the options ask for: one module's factors in memory at a time."""
+    """The ranks that follow from the options; one module's factors are in memory at a time."""
     if options.rank is options.tol is options.rank_budget is None:
         return None
     sigmas = {
@@ -153,10 +154,10 @@ def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
     else:
         ranks = {module: min(options.rank or 1, len(sigma)) for module, sigma in sigmas.items()}
     lost = {module: truncation_error(sigma, ranks[module]) for module, sigma in sigmas.items()}
-    whole = {module: truncation_error(sigma, 0) for module, sigma in sigmas.items()}
-    errors = {module: lost[module] / whole[module] if whole[module] else 0.0 for module in sigmas}
-    all_of_it = hypot(*whole.values())
-    return Truncation(ranks, errors, hypot(*lost.values()) / all_of_it if all_of_it else 0.0)
+    norms = {module: truncation_error(sigma, 0) for module, sigma in sigmas.items()}
+    errors = {module: lost[module] / norms[module] if norms[module] else 0.0 for module in sigmas}
+    total = hypot(*norms.values())
+    return Truncation(ranks, errors, hypot(*lost.values()) / total if total else 0.0)
 
 
 def exact_factors(delta: AdapterDelta, module: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""merge: an adapter is folded into the base or its residual, one tensor at a time."""
+"""merge: an adapter is merged into the base or its residual, one tensor at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ from svdconvert.pipeline.runner import (
 )
 
 FAITHFUL = 0.95
-"""The cosine between intended and realised update below which a merge warns."""
+"""A merge warns if the cosine between intended and realised update is below this."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MergeJob:
 
     @property
     def options(self) -> MergeOptions:
-        """As it was asked for."""
+        """The options as the user gave them."""
         return self.plan.options
 
     @property
@@ -57,7 +57,7 @@ class MergeJob:
 
     @property
     def inputs(self) -> list[Path]:
-        """The weights, and all that the adapter was read from."""
+        """The weights, and every directory that the adapter was read from."""
         return [self.plan.weights.model.path, *self.plan.weights.delta.input_paths()]
 
     def identity(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class MergeJob:
             write_config(directory, read_config(directory) | dict(manifest.head))
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
-        """Of the merged checkpoint."""
+        """The manifest of the merged checkpoint."""
         weights = self.plan.weights
         known = weights.delta.manifest
         origin = weights.model.origin(source_checksums(staged))
@@ -145,7 +145,7 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     return TensorJob(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
-        compute=lambda name, stored: _merge_one(plan, name, copies[name], stored.to(device)),
+        compute=lambda name, stored: _merge_tensor(plan, name, copies[name], stored.to(device)),
         copies=copies,
         parallelism=parallel_matrices(device),
         expected=plan.weights.expected,
@@ -153,7 +153,7 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     )
 
 
-def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
+def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
     dtype = torch_dtype(plan.dtypes[name])
     delta = plan.weights.delta
     if name in plan.extras:
@@ -173,7 +173,9 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorR
         product = left * scale, right
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator() if stochastic else None
-    merged, realised = merged_(stored, _on(product, stored), dtype, update and _on(update, stored), generator)
+    merged, realised = merged_(
+        stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
+    )
     if (realised is None or not isfinite(realised.cosine)) and not merged.isfinite().all():
         raise TargetError(
             f"merging {name} gives values that are NaN or Inf: {plan.weights.model.path} holds such values, "
@@ -183,12 +185,12 @@ def _merge_one(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorR
     return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and is_known else {})
 
 
-def _on(product: Product, like: Tensor) -> Product:
+def _to_device_of(product: Product, like: Tensor) -> Product:
     return product[0].to(like.device), product[1].to(like.device)
 
 
 def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
-    """Write the tensors of a trained head that no tensor of the model becomes."""
+    """Write the tensors of a trained head that the model does not have."""
     files = {info.name: file.path for file in plan.shards for info in file.infos}
     for name, parameter in plan.added.items():
         tensor = plan.weights.delta.parameter(parameter)
@@ -199,7 +201,7 @@ def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
 def measured_update(notes: Mapping[str, Mapping[str, Any]]) -> Update | None:
     """How much of the intended update the merged matrices hold, over all of them and by tensor.
 
-    None if no matrix was meant to change, or if the intended update is not known.
+    None if no matrix was to be changed, or if the intended update is not known.
     """
     found = {name: KeptUpdate(**note) for name, note in notes.items() if note}
     if not found:

@@ -1,4 +1,4 @@
-"""merge: what will be written, known from headers alone."""
+"""merge: what will be written, planned from headers alone."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -21,24 +21,24 @@ from svdconvert.pipeline.effects import refuse_idle_merge_options
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be written, known from headers alone."""
+    """What will be written, planned from headers alone."""
 
     weights: MergeWeights
     layout: str
     options: MergeOptions
     modules: Mapping[str, str]
-    """Tensor -> module, of the adapted matrices."""
+    """Tensor -> module, for the adapted matrices."""
     extras: Mapping[str, str]
-    """Tensor -> parameter, of those that were trained whole and are replaced."""
+    """Tensor -> parameter, for tensors that are replaced by parameters trained in full."""
     added: Mapping[str, str]
-    """Tensor -> parameter, of a head that was trained on top and is new to the model."""
+    """Tensor -> parameter, for the tensors of a trained head that the model does not have."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
-    """Element type of every merged matrix."""
+    """Element type of every tensor that is merged or replaced."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensors that are written."""
+        """Bytes of all tensors that are written."""
         return sum(shard.nbytes for shard in self.shards)
 
 
@@ -48,13 +48,13 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     source = weights.model.source
     name, layout = weights.model.layout(delta.layout_name)
     slots = layout.slots(source.infos)
-    # An adapter for another layout of the family speaks of modules as the family's network does.
+    # An adapter made for another layout of the family has the module names of the family's network.
     by_module = {layout.network_path(tensor): tensor for tensor in slots} if layout.family else {}
     by_module |= {slot.module: tensor for tensor, slot in slots.items()}
-    if lost := [module for module in delta.modules if module not in by_module]:
+    if unknown := [module for module in delta.modules if module not in by_module]:
         raise ArtifactError(
-            f"{delta.directory} adapts {lost[0]}, which the model does not have as a matrix of its layers "
-            f"({len(lost)} such modules); give the model that it was made for"
+            f"{delta.directory} adapts {unknown[0]}, which the model does not have as a matrix of its layers "
+            f"({len(unknown)} such modules); give the model that it was made for"
         )
     modules = {by_module[module]: module for module in delta.modules}
     refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
@@ -71,8 +71,11 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
 
 
 def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
-    """The files of the plain checkpoint, with the tensors in the order of the source or, where that is a
-    residual in an order of its own, of the layout."""
+    """The files of the plain checkpoint.
+
+    The tensors are in the source's order. If that is a residual, whose order differs, they are in the
+    layout's.
+    """
     limit = parse_size(options.max_shard_size)
     if layout.family is None:
         return plan_model(outputs, limit)
@@ -83,7 +86,7 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
 
 
 def _added(delta: AdapterDelta, source: TensorSource, layout: Layout) -> dict[str, str]:
-    """Tensor -> parameter, for what a head brings that the model does not have."""
+    """Tensor -> parameter, for the parameters of a trained head that the model does not have."""
     if not (delta.manifest and delta.manifest.head):
         return {}
     stored = {layout.runtime_name(name) for name in source.infos}
@@ -102,15 +105,15 @@ def _new(delta: AdapterDelta, name: str, parameter: str) -> TensorInfo:
 def _replaced(
     delta: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
-    """Tensor -> parameter, for what the adapter trained whole of what the model has."""
+    """Tensor -> parameter, for tensors of the model that the adapter trained in full."""
     by_parameter = {layout.runtime_name(name): name for name in source.infos}
     replaced = {parameter: key for parameter, key in delta.adapter.extras.items() if parameter not in added}
     for parameter, key in replaced.items():
         shape = delta.adapter.source.infos[key].shape
         if parameter not in by_parameter:
             raise ArtifactError(
-                f"{delta.directory} trained {parameter} whole, which the model does not store (its head may "
-                "be tied to the embeddings); merge it with PEFT into a model that has it"
+                f"{delta.directory} trained {parameter} in full, which the model does not store (its head "
+                "may be tied to the embeddings); merge it with PEFT into a model that has it"
             )
         if shape != (known := source.infos[by_parameter[parameter]].shape):
             raise ArtifactError(
@@ -119,7 +122,7 @@ def _replaced(
             )
         if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in source.infos):
             raise ArtifactError(
-                f"{delta.directory} trained {parameter} whole, which the model ties to its head: merging "
+                f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
                 "would change the head too; untie them first, or train without it"
             )
     return {by_parameter[parameter]: parameter for parameter in replaced}

@@ -1,8 +1,8 @@
-"""One tensor after the other from a source into a staged output: the whole scheduler.
+"""The scheduler: processes a source tensor by tensor, from reading to writing.
 
-Reading, computing and writing go on at once, each in threads of its own: torch and the operating
-system let go of the interpreter meanwhile. Memory is a matrix being read,
-those in work and one being written, in rooms that are used again and again.
+Reading, computing and writing run in separate threads, which overlap because torch and system calls release
+the GIL. At any time one matrix is read, `parallelism` matrices are computed and one is written; their buffers
+are allocated once and reused.
 """
 
 from collections import Counter, deque
@@ -27,190 +27,199 @@ from svdconvert.output.staging import StagedOutput
 Place = tuple[str, str]
 """(file, name) of an output tensor."""
 
-_UNSYNCED = 256 << 20  # bytes of a file that may wait for the disk
-_COPIES = 4  # untouched tensors that may wait for the writer, while matrices are read and computed
-_WINDOW = 4  # shards per rank that are shared out together, so that finished shards come early
+_UNSYNCED = 256 << 20  # bytes of a file after which it is synced to the disk
+_COPIES = 4  # copies that may wait for the writer while matrices are read and computed
+_WINDOW = 4  # shards per rank that are distributed together, so that the first shards are finished early
 
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """What became of one matrix."""
+    """What one matrix was turned into."""
 
     tensors: Mapping[Place, Tensor]
     note: Mapping[str, Any] = field(default_factory=dict)
-    """For the manifest."""
+    """Measurements for the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorJob:
-    """What is to be done with each tensor of a source."""
+    """What to do with each tensor of a source."""
 
     order: Sequence[str]
-    """Names, in the order of the output's shards."""
+    """The names of the tensors, in the order of the output's shards."""
     matrices: Mapping[str, Any]
-    """The names that are computed; all others are copied."""
+    """The names of the tensors that are computed; all others are copied."""
     compute: Callable[[str, Tensor], TensorResult]
-    """(name, tensor as stored) -> outcome. The tensor may be worked on in place, and be the outcome."""
+    """(name, tensor as stored) -> result. The tensor may be overwritten, and may be part of the result."""
     copies: Mapping[str, str]
-    """Name -> file of the output; what has none is only noted."""
+    """Name -> file of the output; a tensor without a file is read for its checksum only."""
     parallelism: int = 1
-    """Matrices that may be computed at once."""
+    """How many matrices may be computed at the same time."""
     expected: Mapping[str, str] = field(default_factory=dict)
-    """Checksums that the source must have."""
+    """The checksums that tensors of the source must have, by name."""
     origin: str = ""
-    """What to call the source in a complaint."""
+    """The name of the source in error messages."""
 
 
-Ahead = Callable[[str], tuple[Tensor, str]]
+ReadNext = Callable[[], tuple[Tensor, str]]
+"""() -> the next matrix and its checksum."""
 Compute = Callable[[str, Tensor], Future[TensorResult]]
 
 
-def stream(work: TensorJob, source: TensorSource, staged: StagedOutput, run: Run) -> None:
-    """Do this rank's share of the work, from where an earlier run left it.
+def stream(job: TensorJob, source: TensorSource, staged: StagedOutput, run: Run) -> None:
+    """Process this rank's share of the tensors, without those that an earlier run has finished.
 
-    What is noted about each tensor ends in `staged.finished`, of all ranks. Raises CheckpointError where
-    the source changed under the run, ArtifactError where a tensor is not the expected one.
+    Afterwards `staged.finished` has the records of all ranks. Raises CheckpointError if the source was
+    changed during the run, ArtifactError if a tensor does not have the expected checksum.
     """
     file_versions = source.file_versions()
-    mine = _share(work, source, staged.ranks.count)[staged.ranks.index]
-    left = [name for name in mine if name not in staged.finished]
-    if len(left) < len(mine):
-        run.notify(f"going on from {staged.path}: {len(mine) - len(left)} of {len(mine)} tensors are done")
-    sizes = {name: source.infos[name].nbytes for name in mine}
-    done = sum(sizes.values()) - sum(sizes[name] for name in left)
+    own_names = _share(job, source, staged.ranks.count)[staged.ranks.index]
+    remaining = [name for name in own_names if name not in staged.finished]
+    finished = len(own_names) - len(remaining)
+    if finished:
+        run.notify(f"going on from {staged.path}: {finished} of {len(own_names)} tensors are done")
+    sizes = {name: source.infos[name].nbytes for name in own_names}
     total = sum(sizes.values())
-    rooms = BufferPool(work, source, left)
+    done = total - sum(sizes[name] for name in remaining)
+    buffers = BufferPool(job, source, remaining)
     with (
-        _writing(work, source, staged, left, rooms) as behind,
-        _reading(work, source, left, rooms) as ahead,
-        _computing(work) as compute,
+        _writing(job, source, staged, remaining, buffers) as writer,
+        _reading(job, source, remaining, buffers) as read_next,
+        _computing(job) as compute,
     ):
-        for name in _finishing(work, left, ahead, compute, behind):
+        for name in _process(job, remaining, read_next, compute, writer):
             done += sizes[name]
-            run.track(Progress(name, work.copies.get(name, ""), done, total))
+            run.track(Progress(name, job.copies.get(name, ""), done, total))
     if source.file_versions() != file_versions:
-        raise CheckpointError(f"{work.origin} was changed while it was read; restore it and use --overwrite")
+        raise CheckpointError(f"{job.origin} was changed while it was read; restore it and use --overwrite")
     staged.gather()
 
 
-def _finishing(
-    work: TensorJob, names: Iterable[str], ahead: Ahead, compute: Compute, behind: "BackgroundWriter"
+def _process(
+    job: TensorJob, names: Iterable[str], read_next: ReadNext, compute: Compute, writer: "BackgroundWriter"
 ) -> Iterator[str]:
-    """Yield every name when its outcome, or its copy, is handed to the writer."""
+    """Yield every name once its result, or its copy, is queued for writing."""
     computing: dict[Future[TensorResult], tuple[str, str]] = {}
 
-    def hand_over(most: int) -> Iterator[str]:
-        while len(computing) > most:
+    def write_results(limit: int) -> Iterator[str]:
+        """Queue results for writing until at most `limit` matrices are being computed."""
+        while len(computing) > limit:
             for future in wait(computing, return_when=FIRST_COMPLETED).done:
-                name, mark = computing.pop(future)
-                behind.matrix(name, mark, future.result())
-                del future  # and the outcome with it, as soon as it is written
+                name, checksum = computing.pop(future)
+                writer.write(name, checksum, future.result())
+                del future  # so that the result is freed as soon as it is written
                 yield name
 
     for name in names:
-        if name in work.matrices:
-            tensor, mark = ahead(name)
-            computing[compute(name, tensor)] = (name, mark)
+        if name in job.matrices:
+            tensor, checksum = read_next()
+            computing[compute(name, tensor)] = (name, checksum)
             del tensor
-            yield from hand_over(work.parallelism - 1)
+            yield from write_results(job.parallelism - 1)
         else:
-            behind.copy(name)
+            writer.copy(name)
             yield name
-    yield from hand_over(0)
+    yield from write_results(0)
 
 
-def _share(work: TensorJob, source: TensorSource, ranks: int) -> list[list[str]]:
-    """Each rank's names: largest first to the least loaded, within a window of shards; else in order."""
+def _share(job: TensorJob, source: TensorSource, ranks: int) -> list[list[str]]:
+    """The names that each rank processes, each list in the order of the job.
+
+    Within a window of shards the most expensive tensors are assigned first, each to the rank with the least
+    load.
+    """
     if ranks == 1:
-        return [list(work.order)]
-    files = list(dict.fromkeys(work.copies.get(name, "") for name in work.order))
-    window = {file: place // (_WINDOW * ranks) for place, file in enumerate(files)}
-    groups: dict[int, list[str]] = {}
-    for name in work.order:
-        groups.setdefault(window[work.copies.get(name, "")], []).append(name)
+        return [list(job.order)]
+    files = list(dict.fromkeys(job.copies.get(name, "") for name in job.order))
+    window_of_file = {file: index // (_WINDOW * ranks) for index, file in enumerate(files)}
+    windows: dict[int, list[str]] = {}
+    for name in job.order:
+        windows.setdefault(window_of_file[job.copies.get(name, "")], []).append(name)
     shares: list[list[str]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
-    for names in groups.values():
-        place = {name: at for at, name in enumerate(names)}
-        chosen: list[list[str]] = [[] for _ in range(ranks)]
-        for name in sorted(names, key=lambda name: -_cost(work, source, name)):
+    for names in windows.values():
+        position = {name: index for index, name in enumerate(names)}
+        assigned: list[list[str]] = [[] for _ in range(ranks)]
+        for name in sorted(names, key=lambda name: -_cost(job, source, name)):
             rank = load.index(min(load))
-            load[rank] += _cost(work, source, name)
-            chosen[rank].append(name)
+            load[rank] += _cost(job, source, name)
+            assigned[rank].append(name)
         for rank in range(ranks):
-            shares[rank] += sorted(chosen[rank], key=place.__getitem__)
+            shares[rank] += sorted(assigned[rank], key=position.__getitem__)
     return shares
 
 
-def _cost(work: TensorJob, source: TensorSource, name: str) -> float:
-    """Bytes; a matrix is computed, which takes many times as long as copying it."""
-    return source.infos[name].nbytes * (10.0 if name in work.matrices else 1.0)
+def _cost(job: TensorJob, source: TensorSource, name: str) -> float:
+    """Bytes of a tensor, times ten for a matrix: computing it takes much longer than copying it."""
+    return source.infos[name].nbytes * (10.0 if name in job.matrices else 1.0)
 
 
 @contextmanager
 def _reading(
-    work: TensorJob, source: TensorSource, names: Iterable[str], rooms: "BufferPool"
-) -> Iterator[Ahead]:
-    """Yield a function that returns (matrix, checksum) and has the next one read meanwhile."""
-    matrices = deque(name for name in names if name in work.matrices)
-    waiting: deque[Future[tuple[Tensor, str]]] = deque()
+    job: TensorJob, source: TensorSource, names: Iterable[str], buffers: "BufferPool"
+) -> Iterator[ReadNext]:
+    """Yield a function that returns the next matrix and starts to read the one after it."""
+    matrices = deque(name for name in names if name in job.matrices)
+    pending: deque[Future[tuple[Tensor, str]]] = deque()
 
-    def read(name: str, room: Tensor) -> tuple[Tensor, str]:
-        passing = Checksum()
-        tensor = read_whole(source, name, room, passing.update, CHUNK)
-        return tensor, _expected(work, name, passing.text())
+    def read(name: str, buffer: Tensor) -> tuple[Tensor, str]:
+        hasher = Checksum()
+        tensor = read_whole(source, name, buffer, hasher.update, CHUNK)
+        return tensor, _checked(job, name, hasher.text())
 
     with ThreadPoolExecutor(1, "read") as pool:
 
-        def begin() -> None:
+        def start_reading() -> None:
             name = matrices.popleft()
-            waiting.append(pool.submit(read, name, rooms.take(name)))
+            pending.append(pool.submit(read, name, buffers.take(name)))
 
-        def take(name: str) -> tuple[Tensor, str]:
-            found = waiting.popleft().result()
+        def read_next() -> tuple[Tensor, str]:
+            found = pending.popleft().result()
             if matrices:
-                begin()
+                start_reading()
             return found
 
         if matrices:
-            begin()
-        yield take
+            start_reading()
+        yield read_next
 
 
 class BufferPool:
-    """Memory for matrices, each the size of the largest: taken to read one, given back when it is written.
+    """Buffers of the size of the largest matrix: taken to read a matrix, returned once it is written.
 
-    One more than are read, in work and being written is never asked for, because a matrix is only handed
-    to the writer when the one before it is written.
+    `parallelism` + 2 are enough, because a result is only queued for writing once the one before it is
+    written: one matrix is read, `parallelism` are computed and one is written.
     """
 
-    def __init__(self, work: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
-        nbytes = max((source.infos[name].nbytes for name in names if name in work.matrices), default=0)
-        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(work.parallelism + 2))
+    def __init__(self, job: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
+        nbytes = max((source.infos[name].nbytes for name in names if name in job.matrices), default=0)
+        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(job.parallelism + 2))
         self._taken: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        """Room for a matrix."""
+        """A buffer for the matrix `name`."""
         self._taken[name] = self._free.popleft()
         return self._taken[name]
 
     def give_back(self, name: str) -> None:
-        """The matrix is written."""
+        """Free the buffer of the matrix `name`."""
         self._free.append(self._taken.pop(name))
 
 
 @contextmanager
-def _computing(work: TensorJob) -> Iterator[Compute]:
-    """Yield what starts to compute a matrix: several side by side, with their share of the threads."""
-    if work.parallelism == 1:
-        yield partial(_now, work.compute)
+def _computing(job: TensorJob) -> Iterator[Compute]:
+    """Yield a function that computes a matrix, in this thread or in one of several that share the cores."""
+    if job.parallelism == 1:
+        yield partial(_compute_now, job.compute)
         return
-    with worker_pool(work.parallelism) as pool:
-        yield lambda name, tensor: pool.submit(work.compute, name, tensor)
+    with worker_pool(job.parallelism) as pool:
+        yield lambda name, tensor: pool.submit(job.compute, name, tensor)
 
 
-def _now(compute: Callable[[str, Tensor], TensorResult], name: str, tensor: Tensor) -> Future[TensorResult]:
-    """One at a time is computed in this thread, which may use settings of the whole process."""
+def _compute_now(
+    compute: Callable[[str, Tensor], TensorResult], name: str, tensor: Tensor
+) -> Future[TensorResult]:
+    """Compute in the calling thread, alone, so that process-wide settings may be changed meanwhile."""
     done: Future[TensorResult] = Future()
     done.set_result(compute(name, tensor))
     return done
@@ -218,116 +227,118 @@ def _now(compute: Callable[[str, Tensor], TensorResult], name: str, tensor: Tens
 
 @contextmanager
 def _writing(
-    work: TensorJob, source: TensorSource, staged: StagedOutput, names: Iterable[str], rooms: BufferPool
+    job: TensorJob, source: TensorSource, staged: StagedOutput, names: Iterable[str], buffers: BufferPool
 ) -> Iterator["BackgroundWriter"]:
-    """Yield what writes behind; leaving waits for it, and raises what went wrong there."""
-    with ThreadPoolExecutor(1, "write") as pool, ThreadPoolExecutor(1, "sync") as syncing:
-        open_items = Counter(work.copies.get(name, "") for name in names)
-        for file in {*work.copies.values()} - open_items.keys():
-            if staged.is_uploaded_early(file):  # an earlier run finished it, but could not send it any more
+    """Yield a writer; leaving the context waits for it and raises the errors of its threads."""
+    with ThreadPoolExecutor(1, "write") as write_pool, ThreadPoolExecutor(1, "sync") as sync_pool:
+        unfinished = Counter(job.copies.get(name, "") for name in names)
+        for file in {*job.copies.values()} - unfinished.keys():
+            if staged.is_uploaded_early(file):  # an earlier run finished it and was stopped before the upload
                 staged.upload(file)
-        behind = BackgroundWriter(work, source, staged, pool, syncing, open_items, rooms)
-        yield behind
-        behind.finish()
+        writer = BackgroundWriter(
+            job=job,
+            source=source,
+            staged=staged,
+            buffers=buffers,
+            unfinished=unfinished,
+            write_pool=write_pool,
+            sync_pool=sync_pool,
+        )
+        yield writer
+        writer.finish()
 
 
+@dataclass(kw_only=True)
 class BackgroundWriter:
-    """Writes, notes and syncs in the background, one tensor at a time."""
+    """Writes tensors, records them as finished and syncs their files, in background threads."""
 
-    def __init__(  # noqa: PLR0913 (everything that a write touches)
-        self,
-        work: TensorJob,
-        source: TensorSource,
-        staged: StagedOutput,
-        pool: ThreadPoolExecutor,
-        syncing: ThreadPoolExecutor,
-        open_items: Counter[str],
-        rooms: BufferPool,
-    ) -> None:
-        self._work = work
-        self._source = source
-        self._staged = staged
-        self._pool = pool
-        self._syncing = syncing
-        self._open_items = open_items
-        self._rooms = rooms
-        self._pending: deque[Future[Any]] = deque()
-        self._syncs: list[Future[None]] = []
-        self._unsynced: Counter[str] = Counter()
+    job: TensorJob
+    source: TensorSource
+    staged: StagedOutput
+    buffers: BufferPool
+    unfinished: Counter[str]
+    """How many tensors of each file are still to be written."""
+    write_pool: ThreadPoolExecutor
+    """One thread, so that one tensor is written at a time."""
+    sync_pool: ThreadPoolExecutor
+    _pending: deque[Future[None]] = field(default_factory=deque, init=False)
+    _syncs: list[Future[None]] = field(default_factory=list, init=False)
+    _unsynced: Counter[str] = field(default_factory=Counter, init=False)
 
-    def matrix(self, name: str, mark: str, outcome: TensorResult) -> None:
-        """Have a computed matrix written, once nothing else waits: one outcome at most is in memory."""
+    def write(self, name: str, checksum: str, result: TensorResult) -> None:
+        """Queue the result of a matrix once nothing else is waiting: at most one result is in memory."""
         self.drain(0)
-        self._pending.append(self._pool.submit(self._write, name, mark, outcome))
+        self._pending.append(self.write_pool.submit(self._write, name, checksum, result))
 
     def copy(self, name: str) -> None:
-        """Have an untouched tensor copied; a few may wait, which take no memory."""
+        """Queue the copy of a tensor; a few may wait, because a waiting copy takes no memory."""
         self.drain(_COPIES)
-        self._pending.append(self._pool.submit(self._copy, name))
+        self._pending.append(self.write_pool.submit(self._copy, name))
 
-    def drain(self, most: int) -> None:
-        """Wait until at most `most` tasks are under way; raises what went wrong in one."""
-        while len(self._pending) > most:
+    def drain(self, limit: int) -> None:
+        """Wait until at most `limit` tensors are queued. Raises the error of one that failed."""
+        while len(self._pending) > limit:
             self._pending.popleft().result()
 
     def finish(self) -> None:
-        """Wait for everything; raises what went wrong."""
+        """Wait until everything is written and synced. Raises the error of what failed."""
         self.drain(0)
         for sync in self._syncs:
             sync.result()
 
-    def _write(self, name: str, mark: str, outcome: TensorResult) -> None:
+    def _write(self, name: str, source_checksum: str, result: TensorResult) -> None:
         files: dict[str, dict[str, str]] = {}
-        for (file, key), piece in outcome.tensors.items():
-            passing = Checksum()
-            self._staged.write(file, key, piece, passing.update)
-            files.setdefault(file, {})[key] = passing.text()
-            self._sync_behind(file, piece.nbytes)
-        self._rooms.give_back(name)
-        self._finish(name, {"source": mark, "files": files, "note": dict(outcome.note)})
+        for (file, key), tensor in result.tensors.items():
+            hasher = Checksum()
+            self.staged.write(file, key, tensor, hasher.update)
+            files.setdefault(file, {})[key] = hasher.text()
+            self._sync_sometimes(file, tensor.nbytes)
+        self.buffers.give_back(name)
+        self._finish(name, {"source": source_checksum, "files": files, "note": dict(result.note)})
 
     def _copy(self, name: str) -> None:
-        passing = Checksum()
-        chunks = self._source.chunks(name, CHUNK)
-        file = self._work.copies.get(name)
+        hasher = Checksum()
+        chunks = self.source.chunks(name, CHUNK)
+        file = self.job.copies.get(name)
         if file is None:
             for chunk in chunks:
-                passing.update(chunk)
+                hasher.update(chunk)
         else:
-            self._staged.write_bytes(file, name, chunks, passing.update)
-            self._sync_behind(file, self._source.infos[name].nbytes)
-        mark = _expected(self._work, name, passing.text())
-        self._finish(name, {"source": mark, "files": {file: {name: mark}} if file else {}})
+            self.staged.write_bytes(file, name, chunks, hasher.update)
+            self._sync_sometimes(file, self.source.infos[name].nbytes)
+        checksum = _checked(self.job, name, hasher.text())
+        self._finish(name, {"source": checksum, "files": {file: {name: checksum}} if file else {}})
 
-    def _sync_behind(self, file: str, nbytes: int) -> None:
-        """Keep the disk busy all the time, so that the end does not wait for it."""
+    def _sync_sometimes(self, file: str, nbytes: int) -> None:
+        """Sync a file after every 256 MiB, so that little is left to be synced at the end."""
         self._unsynced[file] += nbytes
-        if self._unsynced[file] > _UNSYNCED and not self._staged.is_uploaded_early(file):
+        if self._unsynced[file] > _UNSYNCED and not self.staged.is_uploaded_early(file):
             self._unsynced[file] = 0
-            self._syncs.append(self._syncing.submit(self._staged.sync, file))
+            self._syncs.append(self.sync_pool.submit(self.staged.sync, file))
 
     def _finish(self, name: str, record: dict[str, Any]) -> None:
-        self._staged.finish(name, record)
-        file = self._work.copies.get(name, "")
-        self._open_items[file] -= 1
-        if file and not self._open_items[file] and self._staged.is_uploaded_early(file):
-            self._staged.upload(file)  # in this thread, so that nothing of the next file is written meanwhile
-        elif file and not self._open_items[file]:
-            self._syncs.append(self._syncing.submit(self._staged.sync, file))
+        self.staged.finish(name, record)
+        file = self.job.copies.get(name, "")
+        self.unfinished[file] -= 1
+        if file and not self.unfinished[file] and self.staged.is_uploaded_early(file):
+            self.staged.upload(file)  # in this thread, so that nothing of the next file is written meanwhile
+        elif file and not self.unfinished[file]:
+            self._syncs.append(self.sync_pool.submit(self.staged.sync, file))
 
 
-def _expected(work: TensorJob, name: str, mark: str) -> str:
-    wanted = work.expected.get(name, mark)
-    if wanted != mark:
+def _checked(job: TensorJob, name: str, checksum: str) -> str:
+    """The checksum of a tensor. Raises ArtifactError if it is not the expected one."""
+    expected = job.expected.get(name, checksum)
+    if expected != checksum:
         raise ArtifactError(
-            f"{name} of {work.origin} is not the tensor that the adapter was made for (checksum {mark}, "
-            f"not {wanted}); give the right model"
+            f"{name} of {job.origin} is not the tensor that the adapter was made for (checksum {checksum}, "
+            f"not {expected}); give the right model"
         )
-    return mark
+    return checksum
 
 
 def source_checksums(staged: StagedOutput) -> dict[str, str]:
-    """Checksum of every source tensor that passed, by name."""
+    """Checksum of every source tensor that was read, by name."""
     read = sorted(item for item in staged.finished.items() if "source" in item[1])
     return {name: record["source"] for name, record in read}
 
@@ -336,11 +347,11 @@ def file_checksums(staged: StagedOutput) -> dict[str, dict[str, str]]:
     """Checksum of every tensor written, by file and name."""
     files: dict[str, dict[str, str]] = {}
     for record in staged.finished.values():
-        for file, marks in record["files"].items():
-            files.setdefault(file, {}).update(marks)
+        for file, checksums in record["files"].items():
+            files.setdefault(file, {}).update(checksums)
     return {file: dict(sorted(files[file].items())) for file in sorted(files)}
 
 
 def notes(staged: StagedOutput, order: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What was noted about every matrix, in the given order."""
+    """The measurements of every matrix, in the given order."""
     return {name: staged.finished[name]["note"] for name in order}

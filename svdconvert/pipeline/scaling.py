@@ -1,4 +1,4 @@
-"""Rank and scale of every adapted matrix, from the options and as adapter_config.json says them."""
+"""Rank and scale of every adapted matrix: computed from the options, written to adapter_config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Of one matrix."""
+    """Rank and alpha of one matrix."""
 
     rank: int
     alpha: float
@@ -30,9 +30,9 @@ class Scaling:
 def scalings(
     layout: Layout, infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], options: SplitOptions
 ) -> dict[str, Scaling]:
-    """Rank and alpha of the tensors in `slots`. Raises TargetError where a pattern fits none of them."""
-    ranks = _spread(layout, infos, slots, options.rank_pattern or {})
-    alphas = _spread(layout, infos, slots, options.alpha_pattern or {})
+    """Rank and alpha of the tensors in `slots`. Raises TargetError if a pattern matches none."""
+    ranks = _values_by_tensor(layout, infos, slots, options.rank_pattern or {})
+    alphas = _values_by_tensor(layout, infos, slots, options.alpha_pattern or {})
     found = {}
     for name in slots:
         rank = ranks.get(name, options.rank)
@@ -40,16 +40,16 @@ def scalings(
     return found
 
 
-def _spread(
+def _values_by_tensor(
     layout: Layout, infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], pattern: Mapping[str, T]
 ) -> dict[str, T]:
-    """A pattern's values by tensor; the last entry that fits holds."""
+    """The values of a pattern by tensor; if several entries match a tensor, the last one is used."""
     values: dict[str, T] = {}
     for target, value in pattern.items():
         names = layout.select(infos, [target]).keys() & slots.keys()
         if not names:
             raise TargetError(
-                f"a pattern names {target!r}, of which no matrix is decomposed; "
+                f"a pattern names {target!r}, which matches none of the decomposed matrices; "
                 "leave it out, or add it to the targets"
             )
         values |= dict.fromkeys(names, value)
@@ -57,9 +57,10 @@ def _spread(
 
 
 def as_pattern(values: Mapping[str, T], default: T) -> dict[str, T]:
-    """PEFT's rank_pattern or alpha_pattern for values by module: those that are not the default.
+    """PEFT's rank_pattern or alpha_pattern: the values that differ from the default.
 
-    A key is a module's last component where all that end in it agree, else the whole path.
+    `values` are by module. A key is a module's last component if all modules that end in it have the same
+    value, else the full path.
     """
     by_last: dict[str, set[T]] = {}
     for module, value in values.items():

@@ -1,6 +1,6 @@
-"""to-lora: what training changed, as a LoRA for the untouched base.
+"""to-lora: the change made by training is written as a LoRA for the untouched base.
 
-It has scale 1, one rank and no patterns, so that every engine reads it the same way.
+It has scale 1, one rank and no patterns, so that every inference engine reads it the same way.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
 from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
-from svdconvert.adapters.extra_parameters import beside_adapters
+from svdconvert.adapters.extra_parameters import contains_adapters
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
@@ -37,7 +37,7 @@ class LoraJob:
 
     @property
     def options(self) -> LoraOptions:
-        """As it was asked for."""
+        """The options as the user gave them."""
         return self.plan.options
 
     @property
@@ -47,7 +47,7 @@ class LoraJob:
 
     @property
     def inputs(self) -> list[Path]:
-        """All that the adapter was read from."""
+        """Every directory that the adapter was read from."""
         return self.plan.delta.input_paths()
 
     def identity(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class LoraJob:
             copy_tokenizer(self.plan.delta.directory, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
-        """Of the LoRA."""
+        """The manifest of the LoRA."""
         delta = self.plan.delta
         known = delta.manifest
         return Manifest(
@@ -119,7 +119,7 @@ def _config(plan: LoraPlan) -> AdapterConfig:
     """Scale 1 (alpha is the rank), no rslora, no patterns; the base is named if it is on the Hub."""
     own = plan.delta.adapter.config
     base = plan.delta.manifest.base if plan.delta.manifest else None
-    mixed = beside_adapters(plan.delta.adapter.extras, plan.delta.modules)
+    mixed = contains_adapters(plan.delta.adapter.extras, plan.delta.modules)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,
@@ -133,5 +133,5 @@ def _config(plan: LoraPlan) -> AdapterConfig:
 
 
 def _layout_of_file(path: Path) -> str:
-    """The layout of an adapter without a manifest, if its format tells."""
+    """The layout of an adapter without a manifest; empty if its format does not determine it."""
     return rwkv_peft.LAYOUT if rwkv_peft.is_adapter_file(path) else ""

@@ -1,7 +1,7 @@
-"""Recompute what a manifest claims, file by file and matrix by matrix."""
+"""verify: the checksums and errors in a manifest are recomputed, file by file and matrix by matrix."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from pathlib import Path
 
@@ -9,50 +9,107 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.peft_files import Adapter
-from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
+from svdconvert.config.execution import Run
+from svdconvert.config.progress import Progress
+from svdconvert.inputs.model import OpenModel
+from svdconvert.inputs.open_adapter import open_initial_adapter
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.low_rank import singular_values
+from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.schema import Manifest, Matrix
 from svdconvert.output.file_kinds import is_named_as_weights
 
 _ROUNDING = 2e-6
-"""What float32 may differ by between two computations of one error."""
+"""Difference that float32 may cause between two computations of the same error."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    directory: Path
+    kind: str
+    tensors: int
+    """Stored tensors whose checksums were compared."""
+    matrices: int
+    """Matrices that were compared with the base; 0 if it was not found."""
+    base: str | None
+    """The base's location; None if it was not found."""
+    worst: float
+    """Largest relative reconstruction error."""
+    exact: float | None
+    """Share of the entries of adapted matrices that are reconstructed bit for bit from the stored files."""
+    faults: list[str] = field(default_factory=list)
+    """Differences from the manifest, one sentence each."""
+
+    @property
+    def passed(self) -> bool:
+        """True if everything agrees with the manifest."""
+        return not self.faults
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixCheck:
-    """One matrix, recomputed."""
+    """What was recomputed for one matrix."""
 
     name: str
     error: float
     """||W_res + scale * B A - W||_F / ||W||_F."""
     exact: int
-    """Entries that come back bit for bit when residual and adapter are merged in the base's dtype."""
+    """Entries that equal the base's bit for bit when residual and adapter are merged in its dtype."""
     entries: int
     faults: tuple[str, ...]
+    """Differences from the manifest."""
+
+
+def check_directory(directory: Path, manifest: Manifest, base: OpenModel | None, run: Run) -> Report:
+    """Compare every file with the manifest and, if there is a `base`, every adapted matrix with it."""
+    faults = []
+    tensors = 0
+    total = sum(len(checksums) for checksums in manifest.files.values())
+    for file, name, fault in check_files(directory, manifest):
+        tensors += 1
+        run.track(Progress(name, file, tensors, total))
+        if fault:
+            faults.append(f"{directory / file}: {name} {fault}")
+    faults += [f"{directory / name} {fault}" for name, fault in check_sidecars(directory, manifest)]
+    checks = list(check_matrices(directory, manifest, base.source, run)) if base else []
+    faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
+    entries = sum(check.entries for check in checks)
+    return Report(
+        directory=directory,
+        kind=manifest.kind,
+        tensors=tensors,
+        matrices=len(checks),
+        base=base.snapshot.location if base else None,
+        worst=max((check.error for check in checks), default=0.0),
+        exact=sum(check.exact for check in checks) / entries if entries else None,
+        faults=faults,
+    )
 
 
 def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str, str | None]]:
-    """(file, tensor, fault or None) for every stored tensor."""
-    for file, marks in manifest.files.items():
+    """(file, tensor, fault or None) for every tensor that is stored or listed."""
+    for file, checksums in manifest.files.items():
         source = open_file(directory / file)
-        for name in [*marks, *(name for name in source.infos if name not in marks)]:
+        for name in [*checksums, *(name for name in source.infos if name not in checksums)]:
             if name not in source.infos:
                 yield file, name, "is missing"
-            elif name not in marks:
+            elif name not in checksums:
                 yield file, name, "is not in the manifest"
-            elif tensor_checksum(source, name) != marks[name]:
+            elif tensor_checksum(source, name) != checksums[name]:
                 yield file, name, "has changed since it was written"
             else:
                 yield file, name, None
 
 
 def check_sidecars(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """(file, fault) for every other file that changed, and for weights that the manifest does not know."""
+    """(file, fault) for every sidecar that has changed, and every file of weights that is not listed."""
     for name, known in manifest.sidecars.items():
         path = directory / name
         if not path.is_file():
@@ -65,10 +122,29 @@ def check_sidecars(directory: Path, manifest: Manifest) -> Iterator[tuple[str, s
             yield name, "holds weights that are not in the manifest"
 
 
+def check_matrices(
+    directory: Path, manifest: Manifest, base: TensorSource, run: Run
+) -> Iterator[MatrixCheck]:
+    """Compare every adapted matrix with the base, several at the same time."""
+    initial = open_initial_adapter(directory, manifest)
+    residual = open_checkpoint(directory) if manifest.base_is_residual else None
+    total = sum(base.infos[name].nbytes for name in manifest.matrices)
+    done = 0
+    # check_files has reported residuals that are missing.
+    names = [name for name in manifest.matrices if residual is None or name in residual.infos]
+    with worker_pool(parallel_matrices(torch.device("cpu"))) as pool:
+        for check in pool.map(
+            lambda name: check_matrix(initial, manifest.matrices[name], name, base, residual), names
+        ):
+            yield check
+            done += base.infos[check.name].nbytes
+            run.track(Progress(check.name, "base", done, total))
+
+
 def check_matrix(
     initial: Adapter, matrix: Matrix, name: str, base: TensorSource, residual: TensorSource | None
 ) -> MatrixCheck:
-    """Compare one matrix with its base. `residual` is None if the method leaves the base as it is."""
+    """Compare one matrix with its base. `residual` is None if the method leaves the base unchanged."""
     rows = rows_at_once(*matrix.shape)
     weights = blocks_of_rows(base, name, rows)
     pairs = (
@@ -79,17 +155,17 @@ def check_matrix(
     factors = initial.factors(matrix.module)
     scale = initial.config.scale(matrix.module)
     sums = _compare(pairs, factors, scale, torch_dtype(matrix.dtype))
-    error = sqrt(sums.lost / sums.whole) if sums.whole else float(sums.lost > 0)
+    error = sqrt(sums.error / sums.base) if sums.base else float(sums.error > 0)
     faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]
     if residual is not None:
-        faults += _energy_fault(matrix, 1.0 - sums.rest / sums.whole if sums.whole else 1.0)
+        faults += _energy_fault(matrix, 1.0 - sums.residual / sums.base if sums.base else 1.0)
     return MatrixCheck(name, error, sums.exact, prod(matrix.shape), tuple(faults))
 
 
 def _slice_sigma(factors: Factors, scale: float) -> Tensor:
-    """The singular values of the slice that the factors were made of.
+    """The singular values of the part of the matrix that the factors hold.
 
-    A trained core between frozen sides (LoRA-XS) is no part of it.
+    The core of LoRA-XS, which is zero at the start, is not included.
     """
     if factors.core is not None and factors.core.dim() == 2:
         return singular_values(factors.left_OR.float(), factors.right_RI.float())
@@ -98,31 +174,31 @@ def _slice_sigma(factors: Factors, scale: float) -> Tensor:
 
 @dataclass(slots=True)
 class _Sums:
-    """Squared norms over a matrix, and how many entries come back exactly."""
+    """Squared norms over a matrix, and the number of entries that are reconstructed exactly."""
 
-    lost: float = 0.0
-    rest: float = 0.0
-    whole: float = 0.0
+    error: float = 0.0
+    residual: float = 0.0
+    base: float = 0.0
     exact: int = 0
 
 
 def _compare(
     pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
 ) -> _Sums:
-    """Merge and compare in blocks of rows of the base and the residual: no matrix is whole in memory."""
+    """Merge and compare one block of rows at a time, so that no entire matrix is in memory."""
     sums = _Sums()
     start = 0
     left, right = factors.folded()
     left = left * scale
     for weight, residual in pairs:
-        wanted = weight.float()
-        stored = residual.float()
+        base_part = weight.float()
+        residual_part = residual.float()
         rows = slice(start, start := start + len(weight))
-        merged = matmul_f32(left[rows], right).add_(stored)
+        merged = matmul_f32(left[rows], right).add_(residual_part)
         sums.exact += int((merged.to(dtype) == weight).sum())
-        sums.lost += float(torch.linalg.vector_norm(merged.sub_(wanted))) ** 2
-        sums.rest += float(torch.linalg.vector_norm(stored)) ** 2
-        sums.whole += float(torch.linalg.vector_norm(wanted)) ** 2
+        sums.error += float(torch.linalg.vector_norm(merged.sub_(base_part))) ** 2
+        sums.residual += float(torch.linalg.vector_norm(residual_part)) ** 2
+        sums.base += float(torch.linalg.vector_norm(base_part)) ** 2
     return sums
 
 

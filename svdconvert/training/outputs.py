@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
-from svdconvert.adapters.extra_parameters import beside_adapters, declaration, extra_key
+from svdconvert.adapters.extra_parameters import contains_adapters, declaration, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
@@ -149,7 +149,7 @@ class TrainedAdapter:
     def _trained_config(self) -> AdapterConfig:
         start = self.start
         modules, bias = declaration(start.fully_trained, start.factors)
-        needs_own_type = beside_adapters(start.fully_trained, start.factors)
+        needs_own_type = contains_adapters(start.fully_trained, start.factors)
         config = replace(
             start.config,
             base=_hub_repository(start),

@@ -97,9 +97,9 @@ def test_a_pattern_that_takes_too_long_is_refused(
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"r": 2}, "have rank 4, and adapter_config.json says 2"),
-        ({"r": 8}, "have rank 4, and adapter_config.json says 8"),
-        ({"rank_pattern": {"q_proj": 2}}, "have rank 4, and adapter_config.json says 2"),
+        ({"r": 2}, "have rank 4, but rank 2 in adapter_config.json"),
+        ({"r": 8}, "have rank 4, but rank 8 in adapter_config.json"),
+        ({"rank_pattern": {"q_proj": 2}}, "have rank 4, but rank 2 in adapter_config.json"),
     ],
 )
 def test_a_rank_that_the_factors_do_not_have_is_refused_as_peft_does(
@@ -117,12 +117,12 @@ def test_a_rank_that_the_factors_do_not_have_is_refused_as_peft_does(
     ("tensors", "complaint"),
     [
         ({"lora_B": torch.ones(32, 3)}, "does not fit the rank 4"),
-        ({"lora_A": torch.ones(32)}, "is no factor"),
-        ({"lora_A": torch.ones(4, 32, 1)}, "is no factor"),
+        ({"lora_A": torch.ones(32)}, "is not a factor"),
+        ({"lora_A": torch.ones(4, 32, 1)}, "is not a factor"),
         ({"lora_A": torch.ones(0)}, "is empty"),
         ({"lora_A": torch.ones(4, 32, dtype=torch.uint8)}, "is stored as U8"),
         ({"lora_A": torch.ones(4, 32, dtype=torch.complex64)}, "is stored as C64"),
-        ({"lora_S": torch.ones(3, 3, 3)}, "is no factor"),
+        ({"lora_S": torch.ones(3, 3, 3)}, "is not a factor"),
         ({"lora_R": torch.ones(7, 7)}, "does not fit the rank 4"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_base_that_is_gone_is_called_so(checkpoint: Build, tmp_path: Path) -> 
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     decompose(model, tmp_path / "out", SplitOptions(rank=4))
     model.rename(tmp_path / "elsewhere")
-    assert inspect(tmp_path / "out").details["base"] == f"{model} (not there)"
+    assert inspect(tmp_path / "out").details["base"] == f"{model} (not found)"
 
 
 def test_what_merge_and_to_lora_wrote(checkpoint: Build, decomposed: Build, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_is_known_of_every_matrix_is_left_to_json(
     lora = tmp_path / "lora"
     succeeded("to-lora", decomposed(checkpoint("llama")), "-o", lora, "--rank", 2)
     shown = succeeded("inspect", lora).out
-    assert "14 values, which --json shows" in shown
+    assert "14 values, shown with --json" in shown
     assert "q_proj" not in shown
     assert "q_proj" in succeeded("inspect", lora, "--json").out
 
@@ -106,7 +106,7 @@ def test_what_an_unfinished_run_left(checkpoint: Build, tmp_path: Path) -> None:
         decompose(checkpoint("llama"), tmp_path / "out", SplitOptions(rank=4), Run(track=stop))
     found = inspect(tmp_path / "out.partial")
     assert found.kind == "unfinished"
-    assert found.next == [f"the command that was to write {tmp_path / 'out'}"]
+    assert found.next == [f"the same command again, which continues and writes {tmp_path / 'out'}"]
 
 
 def test_as_json_and_as_text_it_says_the_same(checkpoint: Build, decomposed: Build) -> None:

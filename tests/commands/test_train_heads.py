@@ -204,7 +204,7 @@ def test_a_resumed_run_continues_with_its_head(
 def test_verify_accepts_the_head_and_the_manifest_describes_it(chain: Callable[[str, str], Path]) -> None:
     home = chain("roberta", "classify")
     for name in ("trained", "merged", "lora"):
-        assert "is as its manifest says" in succeeded("verify", home / name).out
+        assert "agrees with its manifest" in succeeded("verify", home / name).out
     head = read_manifest(home / "trained").head
     assert head["id2label"] == {"0": "large", "1": "small"}
     stored = load_file(home / "trained" / "adapter_model.safetensors")
@@ -300,5 +300,5 @@ def test_a_foreign_head_is_refused_by_name(chain: Callable[[str, str], Path], tm
         AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2), home / "lora"
     )
     stock.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(ArtifactError, match=r"trained \S+ whole, which the model does not store"):
+    with pytest.raises(ArtifactError, match=r"trained \S+ in full, which the model does not store"):
         merge(tmp_path / "foreign", tmp_path / "out", base=str(home / "base"), init="none")

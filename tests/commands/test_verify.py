@@ -105,7 +105,7 @@ def test_without_the_base_it_compares_the_sums_and_says_so(checkpoint: Build, tm
     report = verify(tmp_path / "out")
     assert (report.passed, report.matrices, report.base, report.exact) == (True, 0, None, None)
     shown = succeeded("verify", tmp_path / "out").out
-    assert "not at hand" in shown
+    assert "not found" in shown
     assert "--base" in shown
     assert verify(tmp_path / "out", base=str(tmp_path / "moved")).matrices == 14
 

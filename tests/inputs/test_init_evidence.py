@@ -39,7 +39,7 @@ def test_a_slice_of_the_base_is_not_merged_into_it_twice(
     adapter = without_marks(tmp_path / "split" / f"{method}_init", tmp_path / "elsewhere")
     for command in ("merge", "to-lora"):
         words = [command, adapter, "-o", tmp_path / "out", "--base", base]
-        refused(*words, words=["holds a part of", "--residual", "--init none"])
+        refused(*words, words=["contains a part of", "--residual", "--init none"])
     assert not (tmp_path / "out").exists()
 
 
@@ -50,7 +50,7 @@ def test_the_mark_in_the_configuration_says_it_without_the_base(
     base = checkpoint("llama", dtype=torch.float32)
     decompose(base, tmp_path / "split", SplitOptions(method=method, rank=8), RUN)
     adapter = Path(shutil.copytree(tmp_path / "split" / f"{method}_init", tmp_path / "elsewhere"))
-    refused("to-lora", adapter, "-o", tmp_path / "out", words=["its start is not known"])
+    refused("to-lora", adapter, "-o", tmp_path / "out", words=["its initial state is unknown"])
 
 
 def test_the_initial_adapter_itself_is_merged_as_untrained(checkpoint: Build, tmp_path: Path) -> None:

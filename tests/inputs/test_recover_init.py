@@ -77,7 +77,7 @@ def test_the_error_of_the_recovery_is_reported(checkpoint: Build, decomposed: Bu
     assert note.of_base == pytest.approx(np.sqrt(rest / whole), rel=1e-2)
     assert 1e-4 < note.error < 0.02, "a bfloat16 residual is neither exact nor far from it"
     typed = ("to-lora", trained, "-o", tmp_path / "again", "--base", base, "--residual", residual)
-    assert "recovered to" in succeeded(*typed).out
+    assert "recovered, with an error of" in succeeded(*typed).out
 
 
 def test_weights_that_do_not_belong_together_are_refused(
@@ -128,7 +128,7 @@ def test_a_residual_that_is_too_coarse_is_refused(tmp_path: Path) -> None:
     for name, tensor in (("base", weight), ("residual", (weight - start).bfloat16())):
         save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
     base, residual = (SafetensorsSource([tmp_path / f"{name}.safetensors"]) for name in ("base", "residual"))
-    with pytest.raises(ArtifactError, match="rounded too coarsely .* merge from the residual, .* --init"):
+    with pytest.raises(ArtifactError, match="rounded too coarsely .* merge --from residual, .* --init"):
         RecoveredInit(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
 
 

@@ -100,9 +100,7 @@ def test_a_model_is_recognised_and_another_is_not(model: tuple[Path, Origin], ch
         checkpoint("llama", dtype=torch.float32),
         checkpoint("llama", tied=True),
     ):
-        with pytest.raises(
-            ArtifactError, match=r"is not the model .*\(here\): it has other tensor names, shapes"
-        ):
+        with pytest.raises(ArtifactError, match=r"is not the model .*\(here\): its tensor names, shapes"):
             recognised(other, origin)
 
 
@@ -110,7 +108,7 @@ def test_another_config_is_noticed(model: tuple[Path, Origin]) -> None:
     directory, origin = model
     config = read_config(directory)
     (directory / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    with pytest.raises(ArtifactError, match="another config.json"):
+    with pytest.raises(ArtifactError, match="its config.json differs"):
         recognised(directory, origin)
 
 
@@ -118,5 +116,5 @@ def test_other_weights_of_the_same_shapes_are_noticed(model: tuple[Path, Origin]
     directory, origin = model
     weights = load_file(directory / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in weights.items()}, directory / "model.safetensors")
-    with pytest.raises(ArtifactError, match="other values in "):
+    with pytest.raises(ArtifactError, match=r"the values of \S+ differ"):
         recognised(directory, origin)

@@ -118,7 +118,7 @@ def test_a_manifest_that_json_cannot_hold_is_not_written(tmp_path: Path, value: 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 3}, "has format 3 and this svdconvert reads formats 1 to 2"),
+        ({"format": 3}, "has format 3, and this svdconvert reads formats 1 to 2"),
         ({"format": None}, "has format None"),
         ({"base": {"location": "x"}}, "is damaged"),
         ({"matrices": {"w": {"module": "m"}}}, "is damaged"),

@@ -112,4 +112,4 @@ def test_an_adapter_and_a_base_of_the_hub_are_merged_into_a_third_repository(
     )
     assert merged.history() == ["Upload merged with svdconvert", "initial commit"]
     assert [name for name in alice.cached() if name.startswith("model-")] == []
-    assert alice.succeeds("verify", "alice/merged").out.startswith("alice/merged is as its manifest says")
+    assert alice.succeeds("verify", "alice/merged").out.startswith("alice/merged agrees with its manifest")

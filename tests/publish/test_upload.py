@@ -268,7 +268,7 @@ def test_training_checkpoints_are_not_pushed(
 def test_push_options_without_a_repository_are_refused(tmp_path: Path) -> None:
     ended = svdconvert("decompose", "org/name", "-o", tmp_path / "out", "--pull-request")
     assert ended.status == 2
-    assert "--pull-request is for pushing" in ended.err
+    assert "--pull-request is an option of --push" in ended.err
 
 
 @pytest.mark.parametrize(
