@@ -126,7 +126,8 @@ def test_a_missing_base_is_asked_for(trained: Path, base: Path, tmp_path: Path) 
 def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Build, tmp_path: Path) -> None:
     other = checkpoint("gemma3")
     words = [adapter, "adapts model.layers.0", "does not have", "give the model"]
-    refused("merge", adapter, "-o", tmp_path / "out", "--base", other, words=words)
+    start = tmp_path / "pissa" / "pissa_init"
+    refused("merge", adapter, "-o", tmp_path / "out", "--base", other, "--init", start, words=words)
 
 
 def test_an_adapter_that_changed_its_base_needs_its_initial_adapter(adapter: Path, tmp_path: Path) -> None:
@@ -139,8 +140,11 @@ def test_an_adapter_that_changed_its_base_needs_its_initial_adapter(adapter: Pat
 CONFIGS: dict[str, tuple[str, list[str]]] = {
     "not JSON": ("{oops", ["is not readable JSON", "restore the file"]),
     "a list": ("[]", ["is not a JSON object", "restore the file"]),
-    "empty object": ("{}", ["is not the configuration of a LoRA adapter", "'r'"]),
-    "rank that is a word": ('{"r": "four"}', ["is not the configuration of a LoRA adapter"]),
+    "empty object": ("{}", ["is of the peft_type None"]),
+    "rank that is a word": (
+        '{"peft_type": "LORA", "lora_alpha": 4, "r": "four"}',
+        ["has r 'four', which must be a whole number", "restore the file"],
+    ),
 }
 
 
@@ -284,7 +288,7 @@ def test_after_a_failed_write_the_same_command_finishes_the_output(base: Path, t
     assert len(done.stderr.splitlines()) == 1
     assert f"{tmp_path / 'out.partial'}" in done.stderr
     assert "cannot be written: File too large" in done.stderr
-    assert "run the same command again" in done.stderr
+    assert "correct that and repeat the command" in done.stderr
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "journal.jsonl").stat().st_size > 1000
     succeeded(*command, tmp_path / "out")

@@ -112,7 +112,7 @@ def test_stock_peft_reads_the_configuration_that_is_written(alpha: float, tmp_pa
 
 
 def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
-    directory = saved()
+    directory = saved(rank_pattern={"q_proj": 2})
     written = AdapterConfig(
         rank=4, alpha=2.5, targets=["q_proj"], base="x", rslora=True, rank_pattern={"q_proj": 2},
         alpha_pattern={"v_proj": 1.0}, dropout=0.2, initialised="pissa",
@@ -215,9 +215,9 @@ def test_targets_are_module_suffixes_if_these_select_exactly_the_chosen_modules(
     assert target_modules(chosen, LINEARS) == targets
 
 
-@pytest.mark.parametrize("regex", [r".*layers\.1\..*(q|up)_proj", "all-linear"])
+@pytest.mark.parametrize("regex", [r".*layers\.1\..*(q|up)_proj", "all-linear", None])
 def test_targets_that_are_not_a_list_become_the_modules_of_the_file(
-    regex: str, checkpoint: Build, saved: Callable[..., Path]
+    regex: str | None, checkpoint: Build, saved: Callable[..., Path]
 ) -> None:
     adapter = open_adapter(edit(saved(), target_modules=regex))
     assert adapter.config.targets == sorted(adapter.modules)
