@@ -4,9 +4,8 @@ Commands are imported when they run, so that `--help` imports no torch.
 """
 
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -96,13 +95,6 @@ InitOpt = Annotated[
     str | None,
     typer.Option("--init", help="The adapter before training, or none if it started at zero."),
 ]
-
-
-class Listing(str, Enum):
-    """What `list` can list."""
-
-    methods = "methods"
-    layouts = "layouts"
 
 
 @app.command(
@@ -356,15 +348,15 @@ def inspect(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    what: Annotated[Literal["methods", "layouts"], typer.Argument(help="What to list.")],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """List the methods or the layouts."""
     with report_errors(debug=debug):
-        from svdconvert.commands.list_plugins import layouts, methods
+        from svdconvert.commands.list_plugins import list_plugins
 
-        rows = methods() if what is Listing.methods else layouts()
+        rows = list_plugins(what)
         as_json(rows) if json else summaries.catalogue(rows)
 
 

@@ -15,7 +15,7 @@ from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
-    from svdconvert.commands.inspect import Inspection
+    from svdconvert.inputs.inspection import Inspection
     from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
