@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.inspect import inspect
+    from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
     from svdconvert.commands.push import push
     from svdconvert.commands.to_lora import to_lora
@@ -42,6 +43,7 @@ __all__ = [
     "convert",
     "decompose",
     "inspect",
+    "list_plugins",
     "merge",
     "push",
     "read_manifest",

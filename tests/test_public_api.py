@@ -24,6 +24,7 @@ NAMES = [
     "convert",
     "decompose",
     "inspect",
+    "list_plugins",
     "merge",
     "push",
     "read_manifest",
@@ -40,6 +41,7 @@ PARAMETERS = {
     "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "verify": ["directory", "run", "*base"],
     "inspect": ["model"],
+    "list_plugins": ["what"],
     "push": ["directory", "repository", "options", "*base", "*residual"],
     "read_manifest": ["directory"],
 }

@@ -21,6 +21,7 @@ from svdconvert.layouts.detect import find_layout
 from svdconvert.pipeline.decompose import SplitOptions
 from svdconvert.pipeline.merge import MergeOptions
 from svdconvert.pipeline.to_lora import LoraOptions
+from tests.inputs.test_init_evidence import without_marks
 from tests.stock import TOKENS, WEIGHTS, adapted, logits, plain, same_bytes, tensors, trained_from
 from tests.tiny import PEFT_MODEL_TYPES, SHARDED
 
@@ -149,7 +150,12 @@ def test_any_lora_of_peft_becomes_one_of_scale_one_and_merges(
 def test_an_adapter_that_does_not_say_where_it_started_is_refused(
     checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:
-    lost = shutil.copytree(decomposed(checkpoint("llama")) / "pissa_init", tmp_path / "lost")
+    initial = decomposed(checkpoint("llama")) / "pissa_init"
+    marked = shutil.copytree(initial, tmp_path / "marked")
+    for init in (None, "none"):
+        with pytest.raises(ArtifactError, match="its initial state is unknown.*--residual"):
+            to_lora(marked, tmp_path / "lora", init=init)
+    lost = without_marks(initial, tmp_path / "lost")
     with pytest.raises(ArtifactError, match="does not record its initial state.*--residual.*--init none"):
         to_lora(lost, tmp_path / "lora")
     to_lora(lost, tmp_path / "lora", init="none")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_of
-from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import FACTOR_AXES, Factors
@@ -73,8 +73,11 @@ def key(module: str, piece: str) -> str:
 
 
 def is_adapter(directory: Path) -> bool:
-    """True if `directory` contains an adapter in PEFT's format."""
-    return (directory / CONFIG).is_file()
+    """True for an adapter in PEFT's format, also without its weights.
+
+    A model's directory with a stray adapter_config.json is none.
+    """
+    return (directory / CONFIG).is_file() and ((directory / WEIGHTS).exists() or not holds_model(directory))
 
 
 def open_adapter(directory: Path) -> Adapter:

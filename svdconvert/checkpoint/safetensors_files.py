@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
+from svdconvert.checkpoint.regular_file import open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
 from svdconvert.errors import CheckpointError, ModelNotFoundError
 
@@ -19,6 +20,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
+
+# Model types whose config.json ties the head to the embeddings if it does not say otherwise.
+_TIED_BY_DEFAULT = ("gemma", "gpt2", "opt", "bloom")
 
 ENDINGS = (".pth", ".st")
 """Suffixes of files that are a checkpoint by themselves."""
@@ -39,19 +43,24 @@ def open_checkpoint(directory: Path) -> TensorSource:
                 f"file that ends in {' or '.join(ENDINGS)}"
             )
         return open_file(directory)
+    if (directory / SINGLE).exists():  # transformers reads a single file that is next to an index
+        return SafetensorsSource([directory / SINGLE])
     if (directory / INDEX).exists():
         return SafetensorsSource.indexed(directory)
-    if (directory / SINGLE).exists():
-        return SafetensorsSource([directory / SINGLE])
-    pickled = [directory / name for name in (PICKLED_INDEX, PICKLED_SINGLE) if (directory / name).exists()]
+    pickled = [directory / name for name in (PICKLED_SINGLE, PICKLED_INDEX) if (directory / name).exists()]
     if not pickled:
         return open_file(_lone_file(directory))
     from svdconvert.checkpoint.torch_files import PickledSource
 
     if pickled[0].name == PICKLED_SINGLE:
-        return PickledSource(pickled)
+        return PickledSource(pickled[:1])
     weight_map = _local_index(pickled[0])
     return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
+
+
+def holds_model(directory: Path) -> bool:
+    """True if a directory has weights of a model under the names that loaders look for."""
+    return any((directory / name).is_file() for name in (SINGLE, INDEX, PICKLED_SINGLE, PICKLED_INDEX))
 
 
 def open_file(path: Path) -> TensorSource:
@@ -132,12 +141,25 @@ def locate_tensors(
 
 
 def refuse_misplaced(weight_map: Mapping[str, str], known: Collection[str], index: Path) -> None:
-    """Raise CheckpointError if a shard lacks a tensor that the index places in it."""
+    """Raise CheckpointError if a shard lacks a tensor that the index places in it.
+
+    A head that is tied to the embeddings may be absent: loaders take the embeddings for it.
+    """
     for name, file in weight_map.items():
-        if name not in known:
+        if name not in known and not (name.endswith("lm_head.weight") and _ties_head(index.parent)):
             raise CheckpointError(
                 f"{index} places {name} in {file}, which does not hold it; fetch them again"
             )
+
+
+def _ties_head(directory: Path) -> bool:
+    """True if config.json, or the default of its model type, ties the head to the embeddings."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        default = str(config.get("model_type")).startswith(_TIED_BY_DEFAULT)
+        return config.get("tie_word_embeddings", default) is True
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 class SafetensorsSource:
@@ -203,7 +225,7 @@ class SafetensorsSource:
     def _descriptor(self, path: Path) -> int:
         with self._opening:  # two threads may read the first tensor of a file at the same time
             if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[path] = open_regular(path)
             return self._open[path]
 
     def close(self) -> None:
@@ -218,8 +240,8 @@ class SafetensorsSource:
 def read_header(file: Path) -> list[Extent]:
     """The tensors of one safetensors file, ordered by offset. Raises CheckpointError if it is damaged."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = header_length(stream.read(8), str(file), size)
             return parse_header(stream.read(length), str(file), size)
     except OSError as error:

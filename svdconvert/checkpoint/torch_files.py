@@ -1,18 +1,27 @@
 """PyTorch's files (.bin, .pth): memory-mapped, and nothing but tensors is unpickled."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from pickletools import genops
 from warnings import catch_warnings, simplefilter
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
+from svdconvert.checkpoint.regular_file import open_regular
+from svdconvert.checkpoint.safetensors_files import PICKLED_INDEX, refuse_misplaced
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, in_chunks, tensor_bytes, versions_of_files
 from svdconvert.errors import CheckpointError
 
 # Lightning puts "model." before every tensor name of an RWKV.
 _WRAPPED = ("model.emb.", "model.blocks.", "model.ln_out.", "model.head.")
+# What the words of torch's errors say if a pickle names a function or class that is not allowed.
+_SIGNS_OF_CODE = ("unsupported global", "unsupported class", "unrecognized function", "not an allowed global")
+# Allowed by `weights_only`, needed by no state dict, and able to allocate any size.
+_ALLOCATING = (" bytearray", "torch Tensor", " Parameter")
 
 
 class PickledSource:
@@ -25,20 +34,28 @@ class PickledSource:
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._files = files
+        self._sizes: dict[Path, int] = {}
         for file in files:
             self._tensors.update(_load(file))
-        for name, file_name in (weight_map or {}).items():
-            if name not in self._tensors:
-                raise CheckpointError(
-                    f"the index places {name} in {file_name}, which does not hold it; fetch both again"
-                )
+            self._sizes[file] = file.stat().st_size
+        if weight_map is not None:
+            refuse_misplaced(weight_map, self._tensors, files[0].parent / PICKLED_INDEX)
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
             for name, tensor in self._tensors.items()
         }
 
+    def _refuse_truncated(self) -> None:
+        """Raise CheckpointError if a file has become shorter: reading the mapping would end the process."""
+        for file, size in self._sizes.items():
+            if not file.is_file() or file.stat().st_size < size:
+                raise CheckpointError(
+                    f"{file} was truncated or removed while it was read; restore the file and run again"
+                )
+
     def read(self, name: str) -> Tensor:
         """A copy of the mapped tensor: writing to the mapping would keep its pages in memory."""
+        self._refuse_truncated()
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
     def file_versions(self) -> Mapping[str, list[int]]:
@@ -47,35 +64,81 @@ class PickledSource:
 
     def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`: views of the mapped file or of `buffer`."""
-        return in_chunks(tensor_bytes(self._tensors[name]), size, buffer)
+        self._refuse_truncated()
+        for chunk in in_chunks(tensor_bytes(self._tensors[name]), size, buffer):
+            yield chunk
+            self._refuse_truncated()
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    size = _checked_archive(file)
     try:
         with catch_warnings():
             simplefilter("ignore")  # torch warns that checking sparse tensors is slow; they are refused below
             loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors and was not unpickled, because that can run code; "
-            "save it as safetensors with the program that wrote it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or in PyTorch's format from before 1.6; fetch it again or save it "
-            "with a newer PyTorch"
-        ) from error
+    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+        if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
+            raise CheckpointError(_holds_more_than_tensors(file)) from error
+        raise CheckpointError(_is_damaged(file)) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(_is_dense(value) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and _is_dense(value) for name, value in loaded.items()
+    ):
         raise CheckpointError(
             f"{file} is not a state dict (a mapping from names to dense tensors); "
             "save the model's state_dict()"
+        )
+    if large := [name for name, tensor in loaded.items() if tensor.numel() * tensor.element_size() > size]:
+        raise CheckpointError(
+            f"{file}: {large[0]} is larger than the file; save its values, not a view of one"
         )
     if all(name.startswith(_WRAPPED) for name in loaded):
         return {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
     return loaded
 
 
+def _checked_archive(file: Path) -> int:
+    """The size of a .pth in bytes, after a look at its pickle without running it.
+
+    Raises CheckpointError if it is not PyTorch's archive, or if its pickle calls what can take more memory
+    than the file has bytes, which `weights_only` allows.
+    """
+    try:
+        with open(open_regular(file), "rb") as stream, ZipFile(stream) as archive:
+            size = os.fstat(stream.fileno()).st_size
+            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+            if any(entry.file_size > size for entry in pickles):
+                raise CheckpointError(_is_damaged(file))
+            for entry in pickles:
+                for code, argument, _ in genops(archive.read(entry)):
+                    if code.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
+                        raise CheckpointError(_holds_more_than_tensors(file))
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and pickletools raise many kinds of errors for damaged files
+        raise CheckpointError(_is_damaged(file)) from error
+    return size
+
+
+def _holds_more_than_tensors(file: Path) -> str:
+    return (
+        f"{file} holds more than tensors and was not unpickled, because that can run code; "
+        "save it as safetensors with the program that wrote it"
+    )
+
+
+def _is_damaged(file: Path) -> str:
+    return (
+        f"{file} is damaged or in PyTorch's format from before 1.6; fetch it again or save it "
+        "with a newer PyTorch"
+    )
+
+
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_nested or value.is_conj() or value.is_neg())
+    )

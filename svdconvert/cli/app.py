@@ -4,9 +4,8 @@ Commands are imported when they run, so that `--help` imports no torch.
 """
 
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -98,13 +97,6 @@ InitOpt = Annotated[
 ]
 
 
-class Listing(str, Enum):
-    """What `list` can list."""
-
-    methods = "methods"
-    layouts = "layouts"
-
-
 @app.command(
     cls=SingleOptions,
     epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down",
@@ -173,16 +165,16 @@ def train(
     """Train the adapter of a decomposed directory, or a new adapter of a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
-        from svdconvert.training.start import refuse_split_options
+        from svdconvert.training.start import split_for
 
         configure_malloc_for_training()
         shared = read_recipe(recipe)
         source = _required(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        split = options(SplitOptions, shared, given)
+        asked = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
-        refuse_split_options(source, [f"--{name}" for name in given])
         run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
+        split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
                 manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
@@ -356,15 +348,15 @@ def inspect(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    what: Annotated[Literal["methods", "layouts"], typer.Argument(help="What to list.")],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """List the methods or the layouts."""
     with report_errors(debug=debug):
-        from svdconvert.commands.list_plugins import layouts, methods
+        from svdconvert.commands.list_plugins import list_plugins
 
-        rows = methods() if what is Listing.methods else layouts()
+        rows = list_plugins(what)
         as_json(rows) if json else summaries.catalogue(rows)
 
 

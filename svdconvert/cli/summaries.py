@@ -15,7 +15,7 @@ from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading
 
 if TYPE_CHECKING:
-    from svdconvert.commands.inspect import Inspection
+    from svdconvert.inputs.inspection import Inspection
     from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
@@ -97,6 +97,7 @@ def show_estimate(source: object, plan: "Estimate") -> None:
             "write": f"{size_text(plan.written)} in {len(plan.files)} files",
             "peak memory": f"about {size_text(plan.memory)}",
             "take": f"about {plan.seconds:.0f} s",
+            "note": "; ".join(plan.remarks) or None,
         },
     )
 

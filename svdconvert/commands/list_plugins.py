@@ -1,11 +1,16 @@
 """svdconvert list: the available methods and layouts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from svdconvert.errors import PluginError
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.methods.base import METHODS, Method
+
+
+def list_plugins(what: Literal["methods", "layouts"]) -> list[dict[str, Any]]:
+    """One row for each method or layout, including those of installed packages."""
+    return methods() if what == "methods" else layouts()
 
 
 def methods() -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md",
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED_ADAPTER = "adapter_model.bin"
 _FOLDERS = ("*_init", "additional_chat_templates")
+_MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20
 _ATTEMPTS = 2  # downloads of a revision that moves to another commit meanwhile
@@ -195,6 +196,8 @@ def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, 
 
 def _is_sidecar(name: str) -> bool:
     folder, _, file = name.rpartition("/")
+    if fnmatchcase(folder, _MODULES):
+        return True
     known = not folder or any(fnmatchcase(folder, pattern) for pattern in _FOLDERS)
     return known and any(fnmatchcase(file, pattern) for pattern in _SIDECARS)
 
@@ -215,11 +218,11 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
 
 def _own_weights(repository: str, commit: str, files: Collection[str]) -> list[str]:
     """The files of the model itself, in the order of preference of `open_checkpoint`."""
-    for index, single in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED_SINGLE)):
-        if index in files:
-            return [name for name in _shards(repository, commit, index) if name in files]
+    for single, index in ((SINGLE, INDEX), (PICKLED_SINGLE, PICKLED_INDEX)):  # transformers' order
         if single in files:
             return [single]
+        if index in files:
+            return [name for name in _shards(repository, commit, index) if name in files]
     found = [name for name in files if name.endswith(ENDINGS) and "/" not in name]
     if len(found) > 1:
         raise CheckpointError(
@@ -266,7 +269,8 @@ def weight_files(snapshot: Snapshot) -> tuple[list[str], Mapping[str, str] | Non
 
     Raises CheckpointError if its index is damaged.
     """
-    if not (snapshot.path / INDEX).exists():
-        return [SINGLE], None
-    weight_map = read_index(snapshot.path / INDEX)
+    index = snapshot.path / INDEX
+    if not index.exists() or hub_api().file_exists(snapshot.location, SINGLE, revision=snapshot.revision):
+        return [SINGLE], None  # transformers reads a single file that is next to an index
+    weight_map = read_index(index)
     return shard_names(weight_map), weight_map

@@ -64,9 +64,9 @@ def lost_init(delta: AdapterDelta) -> ArtifactError:
     started = delta.adapter.config.initialised
     how = f"as {started}" if isinstance(started, str) else "as a part of its base"
     return ArtifactError(
-        f"{delta.directory} was initialised {how}, which changes the "
-        "base, and its initial state is unknown; give its initial adapter with --init, the decomposed "
-        "directory with --residual, or both --base and --residual, to recover it from their difference"
+        f"{delta.directory} was initialised {how}, so it belongs to a residual, and its initial state is "
+        "unknown; give its initial adapter with --init, the decomposed directory with --residual, or both "
+        "--base and --residual, to recover it from their difference"
     )
 
 

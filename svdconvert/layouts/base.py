@@ -65,7 +65,7 @@ class Layout:
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
         before = f"(?:{re.escape(self.prefix)})?"
         return [
-            (role, re.compile(before + _NUMBER.sub(r"(?P<\1>\\d+)", re.escape(pattern))))
+            (role, re.compile(before + _NUMBER.sub(r"(?P<\1>[0-9]{1,6})", re.escape(pattern))))
             for role, pattern in self.roles.items()
         ]
 

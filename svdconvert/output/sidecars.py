@@ -11,25 +11,16 @@ from svdconvert.checkpoint.file_names import refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.checkpoint.tensors import ELEMENTS
 from svdconvert.errors import CheckpointError
+from svdconvert.output.file_kinds import file_kind, sidecar_folders
 from svdconvert.output.plan import PlannedFile, index_text
 
 CONFIG = "config.json"
-WEIGHT_ENDINGS = (
-    ".safetensors",
-    ".bin",
-    ".pth",
-    ".pt",
-    ".st",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
-_OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
-_FOLDERS = ("additional_chat_templates",)
-# Widest first. bfloat16 precedes float16, which cannot hold its range.
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_TIED = "tie_word_embeddings"
+# What transformers ties: the matrix that ends in a row for each word, and the one that begins with them.
+_HEADS = ("lm_head.weight", "lm_head.decoder.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight", "shared.weight",
+)  # fmt: skip
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -98,17 +89,14 @@ def _sidecars(source: Path) -> list[Path]:
     """The sidecars of a model, sorted. Links to files are followed, links to folders are not entered."""
     if not source.is_dir():
         return vocabularies(source.parent)
-    found: list[Path] = []
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name in _FOLDERS:
-            found += [file for file in _files_below(path) if is_sidecar(file, source)]
-        elif path.is_file() and path.name not in _OURS and is_sidecar(path, source):
-            found.append(path)
-    return found
+    folders = [folder for folder in sidecar_folders(source) if (source / folder).is_dir()]
+    paths = [path for path in source.iterdir() if path.is_file()]
+    paths += [path for folder in folders for path in _files_below(source / folder)]
+    return sorted({path for path in paths if is_sidecar(path, source)})
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files below a folder of templates. Raises CheckpointError for a link to a folder."""
+    """The files below a folder of sidecars. Raises CheckpointError for a link to a folder."""
     linked = [path for path in (folder, *sorted(folder.rglob("*"))) if path.is_symlink() and path.is_dir()]
     if linked:
         raise CheckpointError(
@@ -119,11 +107,8 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def is_sidecar(path: Path, directory: Path) -> bool:
-    """True for a file of a model's `directory` that is not hidden and holds no weights."""
-    parts = path.relative_to(directory).parts
-    here = len(parts) == 1 or parts[0] in _FOLDERS
-    hidden = any(part.startswith(".") for part in parts)
-    return here and not hidden and not path.name.endswith(WEIGHT_ENDINGS)
+    """True for a file of a model's `directory` that a loader may need in addition to the weights."""
+    return file_kind(path.relative_to(directory).as_posix(), sidecar_folders(directory)) == "sidecar"
 
 
 def vocabularies(directory: Path) -> list[Path]:
@@ -132,31 +117,74 @@ def vocabularies(directory: Path) -> list[Path]:
 
 
 def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
-    """Make config.json name the widest float element type of `dtypes` (safetensors codes).
+    """Make config.json name a float type that holds every value of `dtypes` (safetensors codes).
 
     transformers loads in that dtype, so float32 residuals would be rounded if it said "bfloat16". The file is
     not rewritten if it names that type already, or if no tensor is of a float type. A model that is a single
     file has no config.json.
     """
-    stored = set(dtypes)
-    widest = next((code for code in _FLOATS if code in stored), None)
+    name = _common_float(set(dtypes))
     path = directory / CONFIG
-    if not path.exists():
+    if name is None or not path.exists():
         return
     config = read_json_object(path)
-    if widest is None or not _rename_dtype(config, ELEMENTS[widest][1]):
-        return
-    write_config(directory, config)
+    if _rename_dtype(config, name):
+        write_config(directory, config)
+
+
+def _common_float(stored: set[str]) -> str | None:
+    """The narrowest float type that holds all values of the `stored` types; None if none is a float."""
+    if {"BF16", "F16"} <= stored:
+        stored = stored | {"F32"}
+    return next((ELEMENTS[code][1] for code in ("F64", "F32", "BF16", "F16") if code in stored), None)
 
 
 def _rename_dtype(config: dict[str, Any], name: str) -> bool:
-    """Set the dtype in `config` and in nested model configurations; True if that changed anything."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config]
-    changed = [key for key in keys if config[key] != name]
+    """Set the dtype in `config` and in the configurations inside it; True if that changed anything."""
+    keys = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    if not keys and "model_type" in config:
+        keys = ["dtype"]
+    changed = _set_named(config, keys, name)
+    return any([changed, *(_rename_inner(inner, name) for inner in _inner_configs(config))])
+
+
+def _rename_inner(config: dict[str, Any], name: str) -> bool:
+    changed = _set_named(config, [key for key in ("dtype", "torch_dtype") if config.get(key)], name)
+    return any([changed, *(_rename_inner(inner, name) for inner in _inner_configs(config))])
+
+
+def _set_named(config: dict[str, Any], keys: Sequence[str], name: str) -> bool:
+    changed = [key for key in keys if config.get(key) != name]
     config.update(dict.fromkeys(changed, name))
-    nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
-    inner = [_rename_dtype(value, name) for value in nested if "dtype" in value or "torch_dtype" in value]
-    if not keys and "model_type" in config and not any(inner):
-        config["dtype"] = name
-        return True
-    return bool(changed) or any(inner)
+    return bool(changed)
+
+
+def _inner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configurations of a model's parts; a quantisation's own types are no such part."""
+    return [
+        value
+        for key, value in config.items()
+        if isinstance(value, dict)
+        and (key.endswith("_config") or "model_type" in value)
+        and key not in ("quantization_config", "compression_config")
+    ]
+
+
+def untie_different(directory: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Say in config.json that the head has its own matrix, if one that differs from the embeddings is stored.
+
+    `files` has the checksum of every tensor, by file and name. If only one of the two matrices is stored, or
+    both are equal, config.json stays as it is.
+    """
+    path = directory / CONFIG
+    stored = {name: value for tensors in files.values() for name, value in tensors.items()}
+    heads = [value for name, value in stored.items() if name.endswith(_HEADS)]
+    embeddings = [value for name, value in stored.items() if name.endswith(_EMBEDDINGS)]
+    if not heads or not embeddings or set(heads) & set(embeddings) or not path.exists():
+        return
+    config = read_json_object(path)
+    parts = [part for part in _inner_configs(config) if part.get(_TIED) is True]
+    if config.get(_TIED) is not False or parts:
+        for part in (config, *parts):
+            part[_TIED] = False
+        write_config(directory, config)

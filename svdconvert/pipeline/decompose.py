@@ -1,5 +1,6 @@
 """decompose: every target matrix becomes a residual and initial factors, one tensor at a time."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, sqrt
@@ -41,6 +42,8 @@ from svdconvert.pipeline.runner import (
 )
 from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
 
+_NUMBER = re.compile(r"\.\d+\.")
+
 
 @dataclass(frozen=True)
 class DecomposePlan:
@@ -55,6 +58,18 @@ class DecomposePlan:
     infos: Mapping[str, TensorInfo]
     shards: tuple[PlannedFile, ...]
     adapter: PlannedFile
+    without_role: tuple[str, ...] = ()
+    """Matrices of the repeated blocks that the layout does not know and that stay as they are."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the plan."""
+        if not self.without_role:
+            return ()
+        return (
+            f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
+            f"({len(self.without_role)} such names): these matrices stay as they are",
+        )
 
     @property
     def folder(self) -> str:
@@ -127,7 +142,10 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         rows, columns = source.infos[tensor].shape
         pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
-    return DecomposePlan(method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter)
+    without_role = _matrices_without_role(model, layout)
+    return DecomposePlan(
+        method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
+    )
 
 
 def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
@@ -139,13 +157,31 @@ def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> s
 
 
 def _refuse_partial_layout(name: str, layout: Layout, source: TensorSource) -> None:
-    """Refuse an explicit --layout that matches in part, because matrices would be silently left out."""
-    known = {slot.role for slot in layout.slots(source.infos).values()}
-    if missing := [role for role in layout.roles if role not in known]:
+    """Refuse a given layout of whose roles the checkpoint lacks one.
+
+    In a mixture of experts either an expert's matrix or that of a dense layer is enough.
+    """
+    known = {slot.role.rpartition(".")[2] for slot in layout.slots(source.infos).values()}
+    if missing := [role for role in layout.roles if role.rpartition(".")[2] not in known]:
         raise TargetError(
             f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
             "add a layout for this family, which is one file (see the README)"
         )
+
+
+def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
+    """Matrices of the repeated blocks that a layout of other models does not know; "*" for numbers."""
+    infos = model.source.infos
+    if model.config.get("model_type") in layout.model_types or layout.signature_tensor in infos:
+        return ()
+    slots = layout.slots(infos)
+    blocks = {name.partition(f".{slot.layer}.")[0] for name, slot in slots.items()}
+    left = [
+        info.name
+        for info in infos.values()
+        if len(info.shape) == 2 and info.name not in slots and _NUMBER.split(info.name)[0] in blocks
+    ]
+    return tuple(dict.fromkeys(_NUMBER.sub(".*.", name) for name in left))
 
 
 def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
@@ -316,5 +352,5 @@ class DecomposeJob:
         )
 
     def remarks(self, manifest: Manifest) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """Which matrices a borrowed layout left out."""
+        return self.plan.remarks

@@ -40,6 +40,8 @@ class Estimate:
     files: list[str]
     memory: int
     seconds: float
+    remarks: tuple[str, ...] = ()
+    """What the user should know of the plan."""
 
 
 def estimate_decompose(plan: DecomposePlan) -> Estimate:
@@ -63,6 +65,7 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
         files=[file.path for file in plan.files],
         memory=_BASE_MEMORY + _matrices_in_memory(plan, work),
         seconds=_IMPORT_SECONDS + flops / _speed(plan) + (read + written) / _DISK_SPEED,
+        remarks=plan.remarks,
     )
 
 

@@ -15,6 +15,7 @@ from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest, run_identity, sidecar_checksums
 from svdconvert.output.ownership import check_apart
 from svdconvert.output.plan import PlannedFile
+from svdconvert.output.sidecars import untie_different
 from svdconvert.output.staging import StagedOutput, recorded
 
 
@@ -75,6 +76,7 @@ def run_job(job: Job, out: Path, run: Run) -> Manifest:
         manifest = job.manifest(staged, threads)
         if run.ranks.leads:
             job.write_sidecars(staged.path)
+            untie_different(staged.path, manifest.files)
             manifest = replace(manifest, sidecars=sidecar_checksums(staged.path, job.files))
             manifest.write(staged.path)
     if run.ranks.leads:

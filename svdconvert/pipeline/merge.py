@@ -23,6 +23,7 @@ from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
+from svdconvert.output.tokenizer_files import copy_tokenizer, tokenizer_changes
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -81,9 +82,11 @@ class MergeJob:
             _write_added(self.plan, staged)
 
     def write_sidecars(self, directory: Path) -> None:
-        """Copy the model's sidecars, and add the entries of a trained head to config.json."""
-        complete_checkpoint(self.plan.weights.model.path, directory, self.plan.shards)
-        manifest = self.plan.weights.delta.manifest
+        """The model's sidecars, the adapter's own tokenizer, and the head's entries of config.json."""
+        weights = self.plan.weights
+        complete_checkpoint(weights.model.path, directory, self.plan.shards)
+        copy_tokenizer(weights.delta.directory, directory)
+        manifest = weights.delta.manifest
         if manifest is not None and manifest.head:
             write_config(directory, read_config(directory) | dict(manifest.head))
 
@@ -113,7 +116,13 @@ class MergeJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if rounding to nearest loses too much of the update in some matrices."""
+        """Which tokenizer was taken; a warning if rounding to nearest lost too much of some updates."""
+        weights = self.plan.weights
+        if taken := tokenizer_changes(weights.delta.directory, weights.model.path):
+            yield (
+                f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
+                "differ from the model's"
+            )
         assert isinstance(manifest.result, MergeResult)
         update = manifest.result.update
         if update is None or self.options.rounding != "nearest":

@@ -23,6 +23,7 @@ from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
+from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.lora_plan import LoraPlan, exact_factors
 from svdconvert.pipeline.runner import file_checksums
 
@@ -68,9 +69,10 @@ class LoraJob:
                 staged.finish(name, {"files": {self.plan.file.path: checksums}})
 
     def write_sidecars(self, directory: Path) -> None:
-        """The configuration, if the format has one."""
+        """The configuration, if the format has one, and the adapter's own tokenizer."""
         if self.options.format == "peft":
             (directory / CONFIG).write_text(_config(self.plan).text())
+            copy_tokenizer(self.plan.delta.directory, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the LoRA."""

@@ -22,7 +22,7 @@ from svdconvert.linalg.low_rank import singular_values
 from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.schema import Manifest, Matrix
-from svdconvert.output.sidecars import WEIGHT_ENDINGS
+from svdconvert.output.file_kinds import is_named_as_weights
 
 _ROUNDING = 2e-6
 """Difference that float32 may cause between two computations of the same error."""
@@ -118,11 +118,7 @@ def check_sidecars(directory: Path, manifest: Manifest) -> Iterator[tuple[str, s
             yield name, "has changed since it was written"
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if (
-            path.name.endswith(WEIGHT_ENDINGS)
-            and name not in manifest.files
-            and name not in manifest.sidecars
-        ):
+        if is_named_as_weights(path.name) and name not in manifest.files and name not in manifest.sidecars:
             yield name, "holds weights that are not in the manifest"
 
 

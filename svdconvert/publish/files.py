@@ -65,7 +65,7 @@ class UploadFiles:
 def resolve_source_repos(manifest: Manifest, base: str | None, residual: str | None) -> SourceRepos:
     """The repositories of a manifest; `base` and `residual` name those that were read from a local place.
 
-    Raises ArtifactError where what is named is another model, CheckpointError where it is not there.
+    Raises ArtifactError if what is named is another model, CheckpointError if it does not exist.
     """
     return SourceRepos(_confirmed(manifest.base, base), _confirmed(manifest.residual, residual))
 
@@ -149,7 +149,7 @@ def _without_path(value: Any) -> Any:
 
 
 def _with_base(config: Mapping[str, Any], named: str | None) -> bytes:
-    """An adapter's configuration that names the weights it belongs to, where it did not."""
+    """An adapter's configuration that names the weights it belongs to."""
     base = config.get("base_model_name_or_path") or named
     return _as_bytes({**config, "base_model_name_or_path": base}, indent=2)
 

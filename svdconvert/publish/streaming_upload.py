@@ -1,4 +1,4 @@
-"""The door out for what does not fit on this disk: shards leave as they are finished.
+"""Upload what does not fit on this disk: every shard is sent as soon as it is finished.
 
 They are committed to a work branch, which is named after the run. At the end one commit on the branch
 that was asked for takes them over, on the Hub's own side, together with everything else; then the work
@@ -29,13 +29,13 @@ class StreamingUpload:
         self._branch = ""
         self._sent: dict[str, int] = {}
         self.published: Published | None = None
-        """What became of it, in the end."""
+        """The result, once `finish` has run."""
 
     def __str__(self) -> str:
         return self._destination.repository
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Make the repository and the work branch. Raises HubError where that may not be."""
+        """Create the repository and the work branch. Raises HubError if that is not allowed."""
         name, text = self._destination.repository, json.dumps(identity, sort_keys=True)
         self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
         with hub_errors_as(HubError, name, self._branch):
@@ -63,14 +63,14 @@ class StreamingUpload:
         return record
 
     def holds(self, file: str, record: Mapping[str, Any]) -> bool:
-        """True where the work branch has the file, byte for byte."""
+        """True if the work branch has the file, byte for byte."""
         if self._stored(file) != record:
             return False
         self._sent[file] = int(record["size"])
         return True
 
     def finish(self, directory: Path) -> None:
-        """One commit with everything, and no work branch any more."""
+        """Commit everything at once, and delete the work branch."""
         destination = self._destination
         with hub_errors_as(HubError, destination.repository, destination.options.revision):
             copies = dict.fromkeys(self._sent, self._branch)

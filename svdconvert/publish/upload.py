@@ -1,4 +1,4 @@
-"""The door out: a finished directory becomes one commit of a repository."""
+"""Upload a finished directory as one commit of a repository."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Destination:
     repository: str
     options: PushOptions = field(default_factory=PushOptions)
     base: str | None = None
-    """The base's org/name, where it was read from a local directory."""
+    """The base's org/name, if it was read from a local directory."""
     residual: str | None = None
     """The residual base's, likewise."""
 
@@ -63,7 +63,7 @@ class Published:
     left: list[str]
     """Files of the directory that were not sent."""
     changed: bool
-    """False where the repository held all of it already."""
+    """False if the repository held all of it already."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BranchState:
 def check_destination(destination: Destination) -> None:
     """Refuse, before any work, what could not be pushed when it is done. Changes nothing.
 
-    Raises HubError where nobody is logged in, the token may only read, or the repository holds what
+    Raises HubError if nobody is logged in, the token may only read, or the repository holds what
     svdconvert did not write.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -93,7 +93,7 @@ def check_destination(destination: Destination) -> None:
         try:
             look(destination)
         except (RepositoryNotFoundError, RevisionNotFoundError):
-            return  # which is made when the time has come
+            return  # they are created when the work is done
 
 
 def upload(directory: Path, destination: Destination) -> Published:
@@ -108,7 +108,7 @@ def upload(directory: Path, destination: Destination) -> Published:
 
 
 def open_repository(destination: Destination) -> None:
-    """Make the repository and the branch, where they are not there."""
+    """Create the repository and the branch if they do not exist."""
     name, branch = destination.repository, destination.branch
     private = destination.options.private or None
     with_retries(lambda: hub_api().create_repo(name, private=private, exist_ok=True))
@@ -119,7 +119,7 @@ def open_repository(destination: Destination) -> None:
 def deliver(
     directory: Path, manifest: Manifest, destination: Destination, copies: Mapping[str, str]
 ) -> Published:
-    """Commit all of `directory` at once. `copies` are files that have left it: file -> branch they are on."""
+    """Commit all of `directory` at once. `copies` are uploaded already: file -> its branch."""
     repos = resolve_source_repos(manifest, destination.base, destination.residual)
     manifest = for_others(manifest, repos)
     upload_files = pack(directory, manifest, destination.repository, repos)
@@ -171,7 +171,7 @@ def _operations(
 
 
 def look(destination: Destination) -> BranchState:
-    """The branch as it stands. Raises HubError where a push would mix with another's weights."""
+    """The branch as it is. Raises HubError if a push would mix with another's weights."""
     name, branch = destination.repository, destination.branch
     info = with_retries(lambda: hub_api().model_info(name, revision=branch))
     assert info.sha is not None
@@ -218,7 +218,7 @@ def _json_of(path: Path) -> Mapping[str, Any]:
 
 
 def _licence(repos: SourceRepos) -> Mapping[str, Any]:
-    """Of the base, from its card, where there is one."""
+    """The base's licence, from its card if there is one."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     if repos.base is None:
@@ -228,7 +228,7 @@ def _licence(repos: SourceRepos) -> Mapping[str, Any]:
         card = _download(repos.base_id, CARD, repos.base.revision) if repos.base_id else local
         return licence_of(card.read_text(encoding="utf-8"))
     except (EntryNotFoundError, HfHubHTTPError, OSError, UnicodeDecodeError):
-        return {}  # a base without a card, or one that is not to be had now
+        return {}  # a base without a card, or one that cannot be read now
 
 
 def _download(repository: str, file: str, commit: str | None) -> Path:

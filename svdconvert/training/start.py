@@ -1,7 +1,7 @@
 """What training starts from: an adapter with the weights that it belongs to, or an entire checkpoint."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -127,7 +127,8 @@ def _open_decomposed(
         raise ArtifactError(
             f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
         )
-    _refuse_other_split(snapshot.path, manifest, split)
+    if others := _other_options(manifest, split):
+        raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
     _require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         opened = open_model(model)
@@ -140,30 +141,39 @@ def _open_decomposed(
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
 
 
-def refuse_split_options(model: str, names: Collection[str]) -> None:
-    """Raise RecipeError if `names`, options of plain models, are given and `model` is a decomposed one."""
-    if not names:
-        return
+def split_for(
+    model: str, split: SplitOptions, typed: Collection[str], notify: Callable[[str], None]
+) -> SplitOptions | None:
+    """`split` for a plain model, None for a decomposed directory, whose split is fixed.
+
+    `typed` are the options that were typed: for a decomposed directory they are refused with a RecipeError.
+    If only a recipe, which may hold the options of all commands, differs from the directory, `notify` is
+    called with a sentence.
+    """
+    if not typed and replace(split, seed=SplitOptions().seed) == SplitOptions():
+        return split
     path = fetch(model, "sidecars").path
-    if has_manifest(path) and (manifest := read_manifest(path)).kind not in PLAIN:
-        raise RecipeError(_other_split(path, manifest, ", ".join(names)))
+    if not has_manifest(path) or (manifest := read_manifest(path)).kind in PLAIN:
+        return split
+    if typed:
+        raise RecipeError(_other_split(path, manifest, ", ".join(typed)))
+    if others := _other_options(manifest, split):
+        notify(f"{path} keeps its own split: {', '.join(others)} of the recipe would need another decompose")
+    return None
 
 
-def _refuse_other_split(directory: Path, manifest: Manifest, split: SplitOptions) -> None:
-    """Raise RecipeError if `split` asks for another decomposition than the directory has.
+def _other_options(manifest: Manifest, split: SplitOptions) -> list[str]:
+    """The options with which `split` asks for another decomposition than the directory has.
 
-    A recipe may hold the options of all commands, so options that agree are accepted. The seed of a recipe
-    belongs to the training too.
+    The seed of a recipe belongs to the training too, so it may differ.
     """
     asked = json.loads(json.dumps(asdict(split)))
     usual = json.loads(json.dumps(asdict(SplitOptions())))
-    others = [
+    return [
         name
         for name, value in asked.items()
         if name != "seed" and value != usual[name] and value != manifest.options.get(name, value)
     ]
-    if others:
-        raise RecipeError(_other_split(directory, manifest, ", ".join(others)))
 
 
 def _other_split(directory: Path, manifest: Manifest, names: str) -> str:

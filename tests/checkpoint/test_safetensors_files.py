@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from svdconvert.checkpoint.safetensors_files import INDEX, SafetensorsSource, open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
@@ -81,6 +83,41 @@ def test_the_index_decides_where_a_tensor_stands_twice(shards: Path) -> None:
     source = open_checkpoint(shards)
     assert float(source.read("a")[0, 0]) == 1.0
     assert float(source.read("b")[0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_single_file_next_to_an_index_is_read_as_transformers_does(
+    checkpoint: Callable[..., Path], tmp_path: Path, pickled: bool
+) -> None:
+    shutil.copytree(checkpoint("llama", shard=SHARDED, pickled=pickled), tmp_path / "both")
+    late = {name: tensor + 1 for name, tensor in load_file(checkpoint("llama") / "model.safetensors").items()}
+    if pickled:
+        torch.save(late, tmp_path / "both" / "pytorch_model.bin")
+    else:
+        save_file(late, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
+    taken = AutoModelForCausalLM.from_pretrained(tmp_path / "both").state_dict()["model.norm.weight"]
+    assert torch.equal(open_checkpoint(tmp_path / "both").read("model.norm.weight"), taken)
+    assert torch.equal(taken, late["model.norm.weight"])
+
+
+@pytest.mark.parametrize("config", ['{"tie_word_embeddings": true}', '{"model_type": "gemma2"}'])
+def test_a_tied_head_that_no_shard_holds_is_not_missed(shards: Path, config: str) -> None:
+    (shards / "config.json").write_text(config)
+    weight_map = json.loads((shards / INDEX).read_text())["weight_map"]
+    write_index(shards, weight_map | {"lm_head.weight": weight_map["a"]})
+    assert set(open_checkpoint(shards).infos) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "config", [None, "{", "[]", "{}", '{"tie_word_embeddings": false}', '{"model_type": "llama"}']
+)
+def test_a_head_of_its_own_that_no_shard_holds_is_refused(shards: Path, config: str | None) -> None:
+    if config is not None:
+        (shards / "config.json").write_text(config)
+    weight_map = json.loads((shards / INDEX).read_text())["weight_map"]
+    write_index(shards, weight_map | {"lm_head.weight": weight_map["a"]})
+    with pytest.raises(CheckpointError, match="places lm_head.weight"):
+        open_checkpoint(shards)
 
 
 def test_shards_that_are_links_are_followed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import random
+import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +98,88 @@ def test_safetensors_are_preferred(checkpoint: Callable[..., Path], tmp_path: Pa
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"rubbish")
     assert contents(open_checkpoint(tmp_path)) == contents(open_checkpoint(source))
+
+
+def archive(path: Path, code: bytes) -> Path:
+    """A .pth whose pickle is `code`, without its frame."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", b"\x80\x02" + code + b".")
+        file.writestr("x/byteorder", "little")
+        file.writestr("x/version", "3\n")
+    return path
+
+
+EIGHT_GIGABYTES = b"\x8a\x05\x00\x00\x00\x00\x02\x85R"
+ODD = {
+    "a bytearray of eight gigabytes": b"cbuiltins\nbytearray\n" + EIGHT_GIGABYTES,
+    "the same under its old name": b"c__builtin__\nbytearray\n" + EIGHT_GIGABYTES,
+    "a tensor of eight gigabytes": b"ctorch\nTensor\n" + EIGHT_GIGABYTES,
+    "a memo that is not there": b"h\x05",
+    "an empty stack": b"",
+    "a key that is a list": b"}]]s",
+    "a key that is a number": b"}K\x01]s",
+    "a mark that is not there": b"t",
+    "code": b"cos\ngetcwd\n)R",
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_pickle_is_refused_without_taking_memory(tmp_path: Path, what: str) -> None:
+    file = archive(tmp_path / "pytorch_model.bin", ODD[what])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), hard))
+    try:
+        with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+            open_checkpoint(file.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_only_a_pickle_that_names_code_is_said_to_hold_code(tmp_path: Path) -> None:
+    for what, complaint in (("code", "can run code"), ("a memo that is not there", "damaged")):
+        archive(tmp_path / "pytorch_model.bin", ODD[what])
+        with pytest.raises(CheckpointError, match=complaint):
+            open_checkpoint(tmp_path)
+
+
+def test_damaged_pickles_are_sentences(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(4).bfloat16()}, file)
+    good = file.read_bytes()
+    chance = random.Random(7)  # noqa: S311 (a fixed sequence)
+    refused = 0
+    for _ in range(300):
+        raw = bytearray(good)
+        raw[chance.randrange(60, 320)] = chance.randrange(256)
+        file.write_bytes(raw)
+        try:
+            contents(open_checkpoint(tmp_path))
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_view_that_is_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(1 << 40)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="w is larger than the file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex64).conj()])
+def test_a_tensor_without_values_of_its_own_is_refused(tmp_path: Path, value: torch.Tensor) -> None:
+    torch.save({"w": value}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["read", "chunks"])
+@pytest.mark.parametrize("change", [lambda file: os.truncate(file, 100), os.unlink], ids=["cut", "removed"])
+def test_a_file_that_is_cut_during_the_run_is_a_sentence(
+    tmp_path: Path, how: str, change: Callable[[Path], None]
+) -> None:
+    torch.save({"w": torch.ones(100_000)}, tmp_path / "pytorch_model.bin")
+    source = open_checkpoint(tmp_path)
+    change(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="truncated or removed"):
+        source.read("w") if how == "read" else list(source.chunks("w", 1000))

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests import tiny
 from tests.conftest import Build
@@ -239,3 +241,31 @@ def test_a_private_model_is_fetched_with_a_token_from_any_source(
     assert alice.runs(FETCH.format("alice/private"))[1] == wanted
     assert {seen.token for seen in published.asked("GET", "/api/models/alice/private")} == {"hf_alice"}
     assert {seen.token for seen in published.seen if seen.host == "localhost"} == {None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_single_file_next_to_an_index_is_what_is_read(
+    published: Hub, alice: Visitor, tmp_path: Path, stream: bool
+) -> None:
+    late = {"model.norm.weight": torch.full((32,), 3.0)}
+    save_file(late, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
+    published.create("org/both", tmp_path / "published")
+    read = (
+        "from svdconvert.inputs.model import open_model\n"
+        f"source = open_model('org/both', stream={stream}).source\n"
+    )
+    assert alice.runs(read + "result = [[*source.infos], float(source.read('model.norm.weight')[0])]") == [
+        ["model.norm.weight"],
+        3.0,
+    ]
+    assert not any(name.startswith("model-") for name in alice.cached())
+
+
+def test_a_sentence_encoders_own_layers_are_fetched(published: Hub, alice: Visitor, tmp_path: Path) -> None:
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors"):
+        (tmp_path / "published" / name).parent.mkdir()
+        (tmp_path / "published" / name).write_text("{}")
+    published.create("org/encoder", tmp_path / "published")
+    path, _ = alice.runs(FETCH.format("org/encoder"))
+    assert (Path(path) / "1_Pooling" / "config.json").is_file()
+    assert (Path(path) / "2_Dense" / "model.safetensors").is_file()

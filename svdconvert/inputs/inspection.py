@@ -1,0 +1,200 @@
+"""What a directory, file or model is, and which commands can follow."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.peft_files import is_adapter, open_adapter
+from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
+from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.config.recipe import COMMAND_OF_KIND, non_default_options
+from svdconvert.config.sizes import size_text
+from svdconvert.errors import UnknownNameError
+from svdconvert.hub.download import fetch
+from svdconvert.inputs.model import open_headers
+from svdconvert.layouts.loading import is_transformers, loading
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
+from svdconvert.methods.base import METHODS
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Description of a directory or model."""
+
+    directory: str
+    kind: str
+    """checkpoint, adapter, unfinished, or the kind in its manifest."""
+    summary: str
+    """What it is, in one phrase."""
+    next: list[str]
+    """Commands that can follow."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(model: str | Path) -> Inspection:
+    """Describe a directory or a model of the Hub. Raises SvdConvertError if it is of no known kind."""
+    path = Path(model)
+    if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
+        return _inspect_unfinished(path)
+    path = path if path.exists() else fetch(str(model), "adapter").path
+    if has_manifest(path):
+        return _inspect_manifest(str(model), read_manifest(path))
+    if is_adapter(path):
+        return _inspect_adapter(path)
+    if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
+        return _inspect_adapter_file(path)
+    return _inspect_checkpoint(str(model))
+
+
+def _inspect_unfinished(path: Path) -> Inspection:
+    out = str(path).removesuffix(".partial")
+    return Inspection(
+        str(path),
+        "unfinished",
+        f"the unfinished output of a run that writes {out}",
+        [f"the same command again, which continues and writes {out}"],
+    )
+
+
+def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
+    details = {
+        "written_by": f"svdconvert {manifest.svdconvert}",
+        "method": manifest.method,
+        "layout": manifest.layout,
+        "base": _location(manifest.base),
+        "residual": _location(manifest.residual),
+        "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
+        **({} if manifest.result is None else asdict(manifest.result)),
+        **_matrix_details(manifest),
+    }
+    return Inspection(path, manifest.kind, _summary(manifest), _next_commands(path, manifest), details)
+
+
+def _summary(manifest: Manifest) -> str:
+    if manifest.kind == "finetuned":
+        return "a plain checkpoint with all weights fine-tuned, which other programs can load"
+    if manifest.kind in PLAIN:
+        return f"a {manifest.kind} plain checkpoint, which other programs can load"
+    if manifest.kind == "lora":
+        return "a plain LoRA for the untouched base"
+    if manifest.kind == "trained":
+        return f"a trained {manifest.method} adapter"
+    if not manifest.checksums:
+        return f"an initial {manifest.method} adapter for the untouched base"
+    return f"a residual base with its initial {manifest.method} adapter; the residual base is not a usable model without it"
+
+
+def _next_commands(path: str, manifest: Manifest) -> list[str]:
+    plain = [line for line in [loading(manifest.layout, path)] if line]
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    base = "" if manifest.base else " --base BASE"
+    return {
+        "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
+        "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        "finetuned": [*plain, f"svdconvert verify {path}"],
+        "merged": [*plain, f"svdconvert verify {path}"],
+        "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],
+        "lora": [*peft, f"svdconvert merge {path} -o MERGED{base}"],
+    }[manifest.kind]
+
+
+def _location(origin: Origin | None) -> str | None:
+    if origin is None:
+        return None
+    if origin.revision:
+        return f"{origin.location}@{origin.revision}"
+    return origin.location if Path(origin.location).exists() else f"{origin.location} (not found)"
+
+
+def _matrix_details(manifest: Manifest) -> dict[str, Any]:
+    matrices = manifest.matrices.values()
+    if not matrices:
+        return {}
+    method = METHODS.get(manifest.method)
+    energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
+    return {
+        "matrices": len(matrices),
+        "roles": dict(Counter(matrix.role for matrix in matrices)),
+        "trained_parameters": sum(method.trained_values(*matrix.shape, matrix.rank) for matrix in matrices),
+        "mean_energy": sum(energies) / len(energies) if energies else None,
+        "largest_error": max(matrix.error for matrix in matrices),
+    }
+
+
+def _inspect_adapter(path: Path) -> Inspection:
+    adapter = open_adapter(path)
+    config = adapter.config
+    details = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.rslora,
+        "modules": len(adapter.modules),
+        "base": config.base,
+        "initialised_as": config.initialised if isinstance(config.initialised, str) else None,
+    }
+    return Inspection(
+        str(path), "adapter", _adapter_summary(config), _adapter_commands(path, config), details
+    )
+
+
+def _inspect_adapter_file(path: Path) -> Inspection:
+    adapter = open_adapter_file(path, None)
+    details = {
+        "rank": adapter.config.rank,
+        "modules": len(adapter.modules),
+        "fully_trained": len(adapter.extras),
+    }
+    commands = [
+        f"svdconvert merge {path} -o MERGED --base MODEL --init init_pissa.pth  (if it is PiSSA)",
+        f"svdconvert merge {path} -o MERGED --base MODEL --alpha LORA_ALPHA  (if it is LoRA)",
+    ]
+    summary = (
+        f"an adapter of rank {adapter.config.rank} in RWKV-PEFT's format, which does not store its scale"
+    )
+    return Inspection(str(path), "adapter", summary, commands, details)
+
+
+def _adapter_summary(config: AdapterConfig) -> str:
+    base = f"for the base {config.base}" if config.base else "which names no base"
+    return f"a {config.peft_type} adapter of rank {config.rank} in PEFT's format, {base}"
+
+
+def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
+    base = config.base if config.base and Path(config.base).is_dir() else "MODEL"
+    if config.base and has_manifest(Path(config.base)):
+        return [
+            f"svdconvert to-lora {path} -o LORA --residual {base}",
+            f"svdconvert merge {path} -o MERGED --residual {base}",
+        ]
+    return [
+        f"svdconvert merge {path} -o MERGED --base {base}",
+        f"svdconvert to-lora {path} -o LORA --residual DECOMPOSED  (if it was trained against a residual)",
+    ]
+
+
+def _inspect_checkpoint(model: str) -> Inspection:
+    opened = open_headers(model)
+    infos = opened.source.infos
+    details: dict[str, Any] = {
+        "model_type": opened.config.get("model_type"),
+        "tensors": len(infos),
+        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "element_types": dict(Counter(info.dtype for info in infos.values())),
+    }
+    try:
+        name, layout = opened.layout()
+    except UnknownNameError as error:
+        return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
+    slots = layout.slots(infos)
+    details |= {
+        "layout": name,
+        "matrices": len(slots),
+        "roles": dict(Counter(slot.role for slot in slots.values())),
+    }
+    commands = [
+        f"svdconvert decompose {model} -o DECOMPOSED --plan",
+        f"svdconvert decompose {model} -o DECOMPOSED",
+    ]
+    return Inspection(model, "checkpoint", f"a plain checkpoint of the {name} layout", commands, details)

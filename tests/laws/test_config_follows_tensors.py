@@ -1,0 +1,144 @@
+"""After every command a bare `from_pretrained` gives exactly the values that the files hold.
+
+The oracle is stock transformers: what it loads without options is saved again under the names of the
+files, and compared with the files, tensor by tensor. Older versions of transformers tie two different
+matrices if the flag says so; this one does not, so the flag is compared too.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from svdconvert import MergeOptions, Run, SplitOptions, TrainOptions, decompose, merge, train
+from tests.conftest import Build
+from tests.reading import readable, write_sums
+from tests.stock import adapted, start_of, tensors, trained_from
+from tests.tiny import SHARDED
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+def assert_loads_what_it_holds(directory: Path, scratch: Path) -> None:
+    """Every value in the files is that of the model which transformers makes of the directory."""
+    config = AutoConfig.from_pretrained(directory)
+    kind = AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
+    kind.from_pretrained(directory).save_pretrained(scratch / "saved")
+    held, loaded = tensors(directory), tensors(scratch / "saved")
+    assert held
+    for name, tensor in held.items():
+        if name not in loaded:  # tied: it must be the matrix that it is tied to
+            assert config.tie_word_embeddings and name.endswith("lm_head.weight"), name
+            assert any(torch.equal(tensor, other) for other in held.values() if other is not tensor), name
+        else:
+            assert torch.equal(loaded[name].double(), tensor.double()), f"{name} is loaded with other values"
+    assert loaded.keys() <= held.keys()
+    head, embeddings = held.get("lm_head.weight"), held.get("model.embed_tokens.weight")
+    if head is not None and embeddings is not None and not torch.equal(head, embeddings):
+        assert config.tie_word_embeddings is False
+
+
+def two_matrices(stored: dict[str, Tensor]) -> None:
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] * 2
+
+
+def one_matrix_twice(stored: dict[str, Tensor]) -> None:
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+
+
+def wide_norms(stored: dict[str, Tensor]) -> None:
+    stored.update({name: tensor.float() + 1e-4 for name, tensor in stored.items() if tensor.dim() == 1})
+
+
+def two_halves(stored: dict[str, Tensor]) -> None:
+    stored.update(
+        {name: (tensor.float() + 1e-4).half() for name, tensor in stored.items() if tensor.dim() == 1}
+    )
+
+
+SOURCES: dict[str, tuple[str, Mapping[str, object], Change | None]] = {
+    "tied": ("llama", {"tied": True}, None),
+    "tied shards": ("qwen2", {"tied": True, "shard": SHARDED}, None),
+    "untied": ("llama", {"tied": False, "shard": SHARDED}, None),
+    "tied by default": ("gemma2", {}, None),
+    "a wrong flag": ("llama", {"tied": True}, two_matrices),
+    "one matrix twice": ("llama", {"tied": True}, one_matrix_twice),
+    "wide norms": ("llama", {}, wide_norms),
+    "two kinds of halves": ("llama", {}, two_halves),
+    "float16": ("llama", {"dtype": torch.float16}, None),
+    "parts": ("gemma3", {}, None),
+    "parts in float32": ("gemma3", {"dtype": torch.float32}, None),
+}
+every_source = pytest.mark.parametrize("source", SOURCES)
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a source, with its change in the first file."""
+    found: dict[str, Path] = {}
+
+    def make(source: str) -> Path:
+        family, options, change = SOURCES[source]
+        if source not in found:
+            found[source] = tmp_path_factory.mktemp("source") / "base"
+            shutil.copytree(checkpoint(family, **options), found[source])
+            if change is not None:
+                stored = load_file(found[source] / "model.safetensors")
+                change(stored)
+                save_file(stored, found[source] / "model.safetensors", metadata={"format": "pt"})
+        return found[source]
+
+    return make
+
+
+@every_source
+@pytest.mark.parametrize("options", [{}, {"method": "milora"}, {"residual_dtype": "float32"}], ids=str)
+def test_what_decompose_writes(
+    source: str, options: dict[str, str], made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    decompose(made(source), tmp_path / "out", SplitOptions(rank=4, max_shard_size="8KB", **options), Run())
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("source", [name for name, (family, *_) in SOURCES.items() if family != "gemma3"])
+def test_what_stock_peft_loads_is_the_files_and_the_adapter(
+    source: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    decompose(made(source), out, SplitOptions(rank=4), Run())
+    loaded = adapted(out, start_of(out)).base_model.model.state_dict()
+    plain_names = {name.replace(".base_layer", ""): tensor for name, tensor in loaded.items()}
+    for name, tensor in tensors(out).items():
+        assert torch.equal(plain_names[name].double(), tensor.double()), name
+
+
+@every_source
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"side": "residual"}, {"dtype": "float32"}, {"rounding": "stochastic"}],
+    ids=str,
+)
+def test_what_merge_writes(
+    source: str, options: dict[str, str], made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    decompose(made(source), tmp_path / "split", SplitOptions(rank=4), Run())
+    trained = trained_from(tmp_path / "split", tmp_path / "trained")
+    if source == "parts in float32" and "rounding" in options:  # it is refused for what is not rounded
+        options = {**options, "dtype": "bfloat16"}
+    chosen = MergeOptions(max_shard_size="8KB", **options)
+    merge(trained, tmp_path / "out", chosen, Run(), base=str(made(source)), residual=str(tmp_path / "split"))
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["tied", "a wrong flag", "one matrix twice", "wide norms", "float16"])
+def test_what_full_training_writes(source: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = write_sums(tmp_path / "sums.jsonl")
+    base = readable(made(source), tmp_path / "base")
+    options = TrainOptions(data=str(rows), steps=1, batch_size=2, max_length=32, lr=1e-3)
+    train(base, tmp_path / "out", options, Run(), split=SplitOptions(method="full"))
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path)
