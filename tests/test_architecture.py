@@ -107,6 +107,19 @@ def test_functions_are_short() -> None:
     assert [(file.name, node.name) for file, node in functions if node.end_lineno - node.lineno > 60] == []
 
 
+def test_every_value_has_a_line_of_its_own() -> None:
+    """`a, b = x, y` packs unrelated values; `rows, columns = matrix.shape` takes one value apart."""
+    nodes = [(file, node) for file in FILES for node in ast.walk(ast.parse(file.read_text()))]
+    packed = [
+        (file.name, node.lineno)
+        for file, node in nodes
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    ]
+    assert packed == []
+
+
 def test_the_library_never_prints() -> None:
     nodes = [(file, node) for file in FILES for node in ast.walk(ast.parse(file.read_text()))]
     names = [

@@ -124,7 +124,8 @@ def _refuse_constant(text: str) -> None:
 
 def _depth(value: Any) -> int:
     """How many objects and arrays contain each other."""
-    depth, level = 0, [value]
+    depth = 0
+    level = [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]

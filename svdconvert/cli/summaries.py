@@ -206,13 +206,13 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
 
 def show_published(out_dir: object, repository: str, done: "Published") -> None:
     """Print where a directory was published."""
-    left = [*done.left[:3], *([f"{len(done.left) - 3} more"] if len(done.left) > 3 else [])]
+    unsent = [*done.unsent[:3], *([f"{len(done.unsent) - 3} more"] if len(done.unsent) > 3 else [])]
     summary(
         f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",
         {
             "see": done.url,
             "files": f"{done.files}, {size_text(done.nbytes)}",
-            "left here": ", ".join(left) or None,
+            "left here": ", ".join(unsent) or None,
         },
         [f"svdconvert inspect {repository}"],
     )

@@ -59,7 +59,7 @@ class Ranks:
 def find_ranks() -> Ranks:
     """This process's rank among those that the launcher started.
 
-    Raises RecipeError if fewer ranks run than `accelerate launch` was told to start.
+    Raises RecipeError if fewer ranks run than `accelerate launch` should start.
     """
     _refuse_missing(int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

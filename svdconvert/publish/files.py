@@ -1,4 +1,4 @@
-"""What is sent of a directory: everything that its manifest knows and that loaders read, nothing else."""
+"""Which files of a directory are uploaded: those that its manifest lists and that loaders read."""
 
 import json
 from collections.abc import Mapping
@@ -47,11 +47,11 @@ def _repository(origin: Origin | None) -> str | None:
 
 @dataclass(frozen=True)
 class UploadFiles:
-    """What is sent: path in the repository -> a file here, or its content."""
+    """The files to upload: path in the repository -> a local file, or its content."""
 
     files: Mapping[str, Path | bytes]
-    left: list[str]
-    """What stays here."""
+    unsent: list[str]
+    """Files of the directory that are not uploaded."""
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +80,8 @@ def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
     return replace(origin, location=home.snapshot.location, revision=home.snapshot.revision)
 
 
-def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepos) -> UploadFiles:
-    """Everything of `directory` that goes into `repository`, except a card; the manifest is `for_others`.
+def collect_files(directory: Path, manifest: Manifest, repository: str, repos: SourceRepos) -> UploadFiles:
+    """Everything of `directory` that goes into `repository`, except a card.
 
     Raises ArtifactError if the manifest names a file that is hidden, outside the directory or of an unknown
     kind, CheckpointError for a symbolic link that ends outside the directory.
@@ -91,7 +91,7 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
     weights_of = repository if manifest.kind == "decomposed" else repos.residual_id
     named = weights_of if manifest.base_is_residual else repos.base_id
     homes = {Path(name).parent for name in manifest.files} | {Path()}
-    left = []
+    unsent = []
     # Folders that are links are not entered; a linked folder of the manifest is refused below.
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         place = path.relative_to(directory)
@@ -101,12 +101,12 @@ def pack(directory: Path, manifest: Manifest, repository: str, repos: SourceRepo
         elif place.as_posix() == INDEX or is_sidecar(path, directory):
             files.setdefault(place.as_posix(), path)
         elif place.as_posix() not in files:
-            left.append(place.as_posix())
+            unsent.append(place.as_posix())
     for path in (*journals(directory), directory / UPLOADS):  # of a directory that is still being made
         files.pop(path.name, None)
     files[MANIFEST_NAME] = _as_bytes(asdict(replace(manifest, sidecars=_sent_sidecars(manifest, files))))
     refuse_links_outside([content for content in files.values() if isinstance(content, Path)], directory)
-    return UploadFiles(files, left)
+    return UploadFiles(files, unsent)
 
 
 def _own_files(directory: Path, manifest: Manifest) -> dict[str, Path | bytes]:
@@ -120,7 +120,7 @@ def _own_files(directory: Path, manifest: Manifest) -> dict[str, Path | bytes]:
 
 
 def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dict[str, str]:
-    """The checksums of the sidecars as they are sent: some stay here, some are changed for others."""
+    """The checksums of the sidecars as uploaded: some are not, some name the base's repository instead."""
     return {
         name: xxhash.xxh3_64_hexdigest(content) if isinstance(content, bytes) else manifest.sidecars[name]
         for name, content in files.items()
@@ -128,8 +128,8 @@ def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dic
     }
 
 
-def for_others(manifest: Manifest, repos: SourceRepos) -> Manifest:
-    """The manifest as others may read it: no path of this machine in it."""
+def without_local_paths(manifest: Manifest, repos: SourceRepos) -> Manifest:
+    """The manifest without the paths of this machine."""
     return replace(
         manifest,
         base=_elsewhere(repos.base),

@@ -18,14 +18,15 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import read_manifest
-from svdconvert.publish.upload import Destination, Published, deliver, open_repository
+from svdconvert.publish.upload import Destination, Published, commit_directory, open_repository
 
 
 class StreamingUpload:
-    """A Shipment to a repository of the Hub."""
+    """A ShardSink that uploads to a repository of the Hub."""
 
     def __init__(self, destination: Destination, notify: Callable[[str], None] = ignore_message) -> None:
-        self._destination, self._say = destination, notify
+        self._destination = destination
+        self._say = notify
         self._branch = ""
         self._sent: dict[str, int] = {}
         self.published: Published | None = None
@@ -36,7 +37,8 @@ class StreamingUpload:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Create the repository and the work branch. Raises HubError if that is not allowed."""
-        name, text = self._destination.repository, json.dumps(identity, sort_keys=True)
+        name = self._destination.repository
+        text = json.dumps(identity, sort_keys=True)
         self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
         with hub_errors_as(HubError, name, self._branch):
             open_repository(self._destination)
@@ -46,7 +48,8 @@ class StreamingUpload:
         """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them."""
         from huggingface_hub import CommitOperationAdd
 
-        name, nbytes = self._destination.repository, path.stat().st_size
+        name = self._destination.repository
+        nbytes = path.stat().st_size
         with hub_errors_as(HubError, name, self._branch):
             with_retries(
                 lambda: hub_api().create_commit(
@@ -74,7 +77,7 @@ class StreamingUpload:
         destination = self._destination
         with hub_errors_as(HubError, destination.repository, destination.options.revision):
             copies = dict.fromkeys(self._sent, self._branch)
-            done = deliver(directory, read_manifest(directory), destination, copies)
+            done = commit_directory(directory, read_manifest(directory), destination, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
             try:
                 hub_api().delete_branch(destination.repository, branch=self._branch)

@@ -19,9 +19,9 @@ from svdconvert.publish.files import (
     METRICS,
     SourceRepos,
     UploadFiles,
-    for_others,
-    pack,
+    collect_files,
     resolve_source_repos,
+    without_local_paths,
 )
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ _SETTINGS = ".gitattributes"
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where a directory goes, and what is said of it there."""
+    """The repository that a directory is pushed to."""
 
     repository: str
     options: PushOptions = field(default_factory=PushOptions)
     base: str | None = None
     """The base's org/name, if it was read from a local directory."""
     residual: str | None = None
-    """The residual base's, likewise."""
+    """The residual base's org/name, if it was read from a local directory."""
 
     @property
     def branch(self) -> str:
@@ -53,14 +53,14 @@ class Destination:
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a push."""
+    """The result of a push."""
 
     url: str
-    """Of the commit, or of the pull request."""
+    """The address of the commit, or of the pull request."""
     commit: str
     files: int
     nbytes: int
-    left: list[str]
+    unsent: list[str]
     """Files of the directory that were not sent."""
     changed: bool
     """False if the repository held all of it already."""
@@ -72,14 +72,14 @@ class BranchState:
 
     commit: str
     files: frozenset[str]
-    ours: frozenset[str]
-    """The files with tensors that svdconvert wrote into it."""
+    own: frozenset[str]
+    """The files with tensors that svdconvert uploaded earlier."""
     card: str | None
-    """The card that somebody has edited, or written."""
+    """A model card that a user wrote or edited; None for one of ours, or none."""
 
 
 def check_destination(destination: Destination) -> None:
-    """Refuse, before any work, what could not be pushed when it is done. Changes nothing.
+    """Refuse a destination that cannot be pushed to, before any work is done. Changes nothing.
 
     Raises HubError if nobody is logged in, the token may only read, or the repository holds what
     svdconvert did not write.
@@ -91,50 +91,51 @@ def check_destination(destination: Destination) -> None:
         if role == "read":
             raise HubError("the token may only read; log in with one that may write")
         try:
-            look(destination)
+            inspect_branch(destination)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return  # they are created when the work is done
 
 
 def upload(directory: Path, destination: Destination) -> Published:
-    """Send a finished directory as one commit; what the Hub has already is not sent again.
+    """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
     Raises HubError with one sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         open_repository(destination)
-        return deliver(directory, manifest, destination, copies={})
+        return commit_directory(directory, manifest, destination, copies={})
 
 
 def open_repository(destination: Destination) -> None:
     """Create the repository and the branch if they do not exist."""
-    name, branch = destination.repository, destination.branch
+    name = destination.repository
+    branch = destination.branch
     private = destination.options.private or None
     with_retries(lambda: hub_api().create_repo(name, private=private, exist_ok=True))
     if branch != _MAIN and not destination.options.pull_request:
         with_retries(lambda: hub_api().create_branch(name, branch=branch, exist_ok=True))
 
 
-def deliver(
+def commit_directory(
     directory: Path, manifest: Manifest, destination: Destination, copies: Mapping[str, str]
 ) -> Published:
     """Commit all of `directory` at once. `copies` are uploaded already: file -> its branch."""
     repos = resolve_source_repos(manifest, destination.base, destination.residual)
-    manifest = for_others(manifest, repos)
-    upload_files = pack(directory, manifest, destination.repository, repos)
-    state = look(destination)
+    manifest = without_local_paths(manifest, repos)
+    upload_files = collect_files(directory, manifest, destination.repository, repos)
+    state = inspect_branch(destination)
     files = dict(upload_files.files)
     if state.card is None:
         files.setdefault(CARD, _card(directory, manifest, destination, repos).encode())
-    upload_files = UploadFiles(files, upload_files.left)
+    upload_files = UploadFiles(files, upload_files.unsent)
     made = _commit(upload_files, copies, state, destination)
     return Published(
         url=scrub(made.pr_url or made.commit_url),
         commit=made.oid,
         files=len(files) + len(copies),
         nbytes=upload_files.nbytes,
-        left=upload_files.left,
+        unsent=upload_files.unsent,
         changed=made.oid != state.commit,
     )
 
@@ -142,15 +143,16 @@ def deliver(
 def _commit(
     upload_files: UploadFiles, copies: Mapping[str, str], state: BranchState, destination: Destination
 ) -> "CommitInfo":
-    """One commit upon the one that was looked at: what has come in between is never overwritten."""
-    options, name = destination.options, destination.repository
+    """Commit on top of the inspected state, so that a commit made in the meantime is never overwritten."""
+    options = destination.options
+    name = destination.repository
     wanted = {*upload_files.files, *copies}
 
     def attempt() -> "CommitInfo":
         # Anew each time: an attempt whose answer was lost may have been carried out.
         return hub_api().create_commit(
             name,
-            operations=_operations(upload_files, copies, look(destination).ours - wanted),
+            operations=_operations(upload_files, copies, inspect_branch(destination).own - wanted),
             commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
             revision=destination.branch,
             parent_commit=state.commit,
@@ -170,29 +172,31 @@ def _operations(
     return [*adds, *moved, *(CommitOperationDelete(path) for path in sorted(stale))]
 
 
-def look(destination: Destination) -> BranchState:
-    """The branch as it is. Raises HubError if a push would mix with another's weights."""
-    name, branch = destination.repository, destination.branch
+def inspect_branch(destination: Destination) -> BranchState:
+    """The state of the branch. Raises HubError if it holds weights that svdconvert did not upload."""
+    name = destination.repository
+    branch = destination.branch
     info = with_retries(lambda: hub_api().model_info(name, revision=branch))
     assert info.sha is not None
     files = frozenset(file.rfilename for file in info.siblings or [])
-    ours = frozenset[str]()
+    own = frozenset[str]()
     if MANIFEST_NAME in files:
         manifest = read_json_object(_download(name, MANIFEST_NAME, info.sha))
         listed = manifest.get("files")
-        ours = frozenset(listed if isinstance(listed, dict) else ()) & files
-    others = sorted(path for path in files - ours if path.endswith(_WEIGHTS))
+        own = frozenset(listed if isinstance(listed, dict) else ()) & files
+    others = sorted(path for path in files - own if path.endswith(_WEIGHTS))
     if others and not destination.options.pull_request:
         raise HubError(
             f"{name} holds {others[0]}, which svdconvert did not write ({len(others)} such files); choose "
             "another name, or propose it with --pull-request"
         )
     card = _download(name, CARD, info.sha).read_text(encoding="utf-8") if CARD in files else None
-    return BranchState(info.sha, files, ours, None if card is None or is_untouched(card) else card)
+    return BranchState(info.sha, files, own, None if card is None or is_untouched(card) else card)
 
 
 def _card(directory: Path, manifest: Manifest, destination: Destination, repos: SourceRepos) -> str:
-    metrics, homes = directory / METRICS, sorted({Path(name).parent for name in manifest.files})
+    metrics = directory / METRICS
+    homes = sorted({Path(name).parent for name in manifest.files})
     config = _json_of(directory / CONFIG)
     context = CardContext(
         repository=destination.repository,

@@ -36,7 +36,7 @@ def test_what_decompose_wrote(checkpoint: Build, tmp_path: Path) -> None:
     decompose(model, out, SplitOptions(rank=4, targets=("attn",)))
     found = inspect(out)
     assert (found.kind, found.details["base"]) == ("decomposed", str(model))
-    assert "not a usable model without it" in found.summary
+    assert "not a usable model without the initial pissa adapter" in found.summary
     assert found.details["options"] == {"rank": 4, "targets": ["attn"]}
     assert found.details["trained_parameters"] == 4 * 2 * (2 * (32 + 32) + 2 * (16 + 32))
     assert 0 < found.details["mean_energy"] < 1

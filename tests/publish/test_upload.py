@@ -23,7 +23,7 @@ result = []
 for directory, name, options, places in {pushes!r}:
     try:
         done = push(directory, name, PushOptions(**options), **places)
-        result.append([done.url, done.commit, done.changed, done.left])
+        result.append([done.url, done.commit, done.changed, done.unsent])
     except SvdConvertError as error:
         result.append(str(error))
 """

@@ -158,7 +158,8 @@ def _render_fields(
     if len(fields) == 1:
         text = _text(row, fields[0])
         return TrainingText(text, ((0, len(text)),))
-    prompt, response = _text(row, fields[0]), _text(row, fields[1])
+    prompt = _text(row, fields[0])
+    response = _text(row, fields[1])
     template = options.template
     if template is None and fields == ("prompt", "completion"):
         template = "none"

@@ -107,7 +107,7 @@ def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradient too, because the softmax is at hand."""
+    """The forward pass computes the gradient too, because it has the softmax."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
