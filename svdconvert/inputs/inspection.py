@@ -83,7 +83,10 @@ def _summary(manifest: Manifest) -> str:
         return f"a trained {manifest.method} adapter"
     if not manifest.checksums:
         return f"an initial {manifest.method} adapter for the untouched base"
-    return f"a residual base with its initial {manifest.method} adapter; the residual base is not a usable model without it"
+    return (
+        f"a residual base with its initial {manifest.method} adapter; the residual base is not a usable model "
+        "without it"
+    )
 
 
 def _next_commands(path: str, manifest: Manifest) -> list[str]:

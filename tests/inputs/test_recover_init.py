@@ -89,9 +89,7 @@ def test_weights_that_do_not_belong_together_are_refused(
     residual = plain_residual(out, tmp_path / "residual")
     typed = ("to-lora", trained, "-o", tmp_path / "lora", "--base", other, "--residual", residual)
     refused(*typed, words=["do not differ by a matrix of rank 4", "do not belong together"])
-    refused(
-        *typed[:4], "--residual", residual, words=["is unknown", "--init", "both --base and --residual"]
-    )
+    refused(*typed[:4], "--residual", residual, words=["is unknown", "--init", "both --base and --residual"])
     far = checkpoint("gemma3", dtype=torch.float32)
     refused(
         *typed[:4], "--base", base, "--residual", far, words=["of the shape", "the residual of this base"]
