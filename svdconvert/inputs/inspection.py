@@ -84,8 +84,8 @@ def _summary(manifest: Manifest) -> str:
     if not manifest.checksums:
         return f"an initial {manifest.method} adapter for the untouched base"
     return (
-        f"a residual base with its initial {manifest.method} adapter; the residual base is not a usable model "
-        "without it"
+        f"a residual base with its initial {manifest.method} adapter; the residual base is not a usable "
+        "model without it"
     )
 
 
