@@ -133,7 +133,7 @@ def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Buil
 def test_an_adapter_that_changed_its_base_needs_its_initial_adapter(adapter: Path, tmp_path: Path) -> None:
     edit(adapter / "adapter_config.json", init_lora_weights="pissa_niter_4")
     for command in ("merge", "to-lora"):
-        words = [adapter, "started as pissa_niter_4", "not known", "--residual", "--init"]
+        words = [adapter, "initialised as pissa_niter_4", "is unknown", "--residual", "--init"]
         refused(command, adapter, "-o", tmp_path / "out", words=words)
 
 

@@ -47,7 +47,7 @@ def choose_weights(
     A lost initial adapter is recovered if merging into the base needs it. Raises ArtifactError if neither is
     found, CheckpointError if one is damaged or the Hub does not answer.
     """
-    if side == "auto" and _needs_no_init(delta):
+    if side == "auto" and not sources.base and _needs_no_init(delta):
         side = "residual"
     if side != "residual":
         base = find_model(

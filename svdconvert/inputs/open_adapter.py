@@ -99,10 +99,13 @@ def _from_manifest(snapshot: Snapshot, residual: Snapshot | None, init: Path | N
             f"{start} is missing, and without the initial adapter the delta is unknown; copy it from the "
             "decomposed directory, give another one with --init, or give --base and --residual to recover it"
         )
-    initial = _of_manifest(open_adapter(start), manifest, init_folder(manifest.method))
+    initial = open_adapter(start)
+    adapter = initial if manifest.kind == "decomposed" else open_adapter(directory)
+    _refuse_misfit(adapter, initial)
+    initial = _of_manifest(initial, manifest, init_folder(manifest.method))
     if manifest.kind == "decomposed":
         return AdapterDelta(directory, initial, initial, manifest, residual or snapshot)
-    adapter = _of_manifest(open_adapter(directory), manifest, "")
+    adapter = _of_manifest(adapter, manifest, "")
     return AdapterDelta(directory, adapter, initial, manifest)
 
 

@@ -119,7 +119,7 @@ def test_parameters_that_the_base_does_not_store_are_refused(checkpoint: Build, 
     tied = checkpoint("llama", dtype=torch.float32, tied=True)
     for number, (name, words) in enumerate(
         [
-            ("lm_head", "lm_head.weight whole, which the model does not store"),
+            ("lm_head", "lm_head.weight in full, which the model does not store"),
             ("embed_tokens", "ties to its head"),
         ]
     ):
