@@ -115,7 +115,7 @@ def test_as_json_and_as_text_it_says_the_same(checkpoint: Build, decomposed: Bui
     assert found["kind"] == "decomposed"
     assert found["details"]["matrices"] == 14
     text = succeeded("inspect", out).out
-    assert f"{out} is a residual base with its initial pissa adapter" in text
+    assert f"{out} is a residual base, not a usable model without" in text
     assert f"{found['details']['trained_parameters']:,}" in text
     assert all(command in text for command in found["next"])
     assert "None" not in text
