@@ -133,7 +133,7 @@ ODD: dict[str, tuple[list[str], list[str]]] = {
     "a pattern with a word": (["--rank-pattern", "attn=x"], ["rank_pattern", "'x'", "valid integer"]),
     "a pattern for nothing": (
         ["--targets", "attn", "--alpha-pattern", "mlp=2"],
-        ["'mlp'", "no matrix is decomposed", "targets"],
+        ["'mlp'", "none of the decomposed matrices", "targets"],
     ),
     "a rank above a matrix's": (
         ["--rank-pattern", "attn.k=17"],

@@ -96,8 +96,11 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     written = {**shared, **recipe.sections.get(section, {})}
     if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
         written = {key: value for key, value in written.items() if key not in rivals}
+    values = {**written, **given}
+    if section == "merge" and values.get("rounding") != "stochastic":
+        _drop_shared_seed(values, recipe, given)
     try:
-        return TypeAdapter(kind).validate_python({**written, **given})
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
@@ -106,6 +109,12 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
         wrong = f"{key} is {first['input']!r}: {message}" if key else message
         raise RecipeError(f"{source}: {wrong}") from error
+
+
+def _drop_shared_seed(values: dict[str, Any], recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """A recipe's seed serves all commands; a merge that draws no random numbers does not take it."""
+    if "seed" not in given and "seed" not in recipe.sections.get("merge", {}):
+        values.pop("seed", None)
 
 
 def non_default_options(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

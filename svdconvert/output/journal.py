@@ -108,6 +108,11 @@ def journals(directory: Path) -> list[Path]:
     return sorted(directory.glob("journal*.jsonl"))
 
 
+def other_journals(directory: Path) -> list[Path]:
+    """Those of all ranks but the leading one."""
+    return [path for path in journals(directory) if path.name != "journal.jsonl"]
+
+
 def read_journal(path: Path) -> tuple[Mapping[str, Any], dict[str, Record]]:
     """(identity, item -> record) of a journal; both are empty if there is none."""
     if not path.exists():

@@ -21,7 +21,7 @@ from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_ch
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
-from svdconvert.output.journal import Journal, Record, journals, read_journal
+from svdconvert.output.journal import Journal, Record, journals, other_journals, read_journal
 from svdconvert.output.ownership import (
     JOURNAL,
     check_free,
@@ -102,7 +102,7 @@ class StagedOutput:
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.path / JOURNAL, self._identity, discard=self._overwrite)
         uploaded = self._take_over(self._journal)
-        for path in journals(self.path)[1:]:
+        for path in other_journals(self.path):
             for item, record in read_journal(path)[1].items():
                 self._journal.finish(item, record)
                 self._journal.unsynced.add(item)
@@ -296,7 +296,7 @@ class StagedOutput:
         sync_tree(self.path)
         check_free(self.out, overwrite=self._overwrite)
         # The leading rank's journal stays locked until the directory has its name.
-        for path in journals(self.path)[1:]:
+        for path in other_journals(self.path):
             path.unlink()
         (self.path / JOURNAL).unlink()
         sync_directory(self.path)

@@ -147,7 +147,12 @@ def test_missing_options_are_asked_for(files: Files, tmp_path: Path) -> None:
     for scale in (["--alpha", 3], []):
         refused("merge", files.base, *out, *base, *scale, words=["base.pth holds no lora_A"])
     for file in (files.start, files.end):
-        refused("decompose", file, *out, words=[f"{file} is no model", "lora_A", "adapter to merge"])
+        refused(
+            "decompose",
+            file,
+            *out,
+            words=[f"{file} has tensors of no known layout", "lora_A", "adapter to merge"],
+        )
     tensors = read(files.end)
     tensors.popitem(last=False)
     torch.save(tensors, tmp_path / "half.pth")
@@ -168,5 +173,5 @@ def test_an_adapter_of_another_family_is_not_written_in_this_format(
     llama = checkpoint("llama")  # type: ignore[operator]
     succeeded("decompose", llama, "-o", tmp_path / "out", "--rank", 4)
     command = ("to-lora", tmp_path / "out", "-o", tmp_path / "lora", "--format", "rwkv-peft")
-    refused(*command, words=["model.layers.0", "RWKV-6 alone"])
+    refused(*command, words=["model.layers.0", "RWKV-6 only"])
     refused("merge", tmp_path / "out", "-o", tmp_path / "m", "--alpha", 3, words=["stores its own alpha"])

@@ -64,7 +64,7 @@ def test_from_the_command_line(checkpoint: Build, tmp_path: Path) -> None:
     shown = succeeded(*typed, tmp_path / "full").out
     assert "from_pretrained" in shown and "to-lora" not in shown
     assert read_manifest(tmp_path / "full").options["lr"] == 1e-5
-    assert "of which every weight was trained" in succeeded("inspect", tmp_path / "full").out
+    assert "with all weights fine-tuned" in succeeded("inspect", tmp_path / "full").out
     succeeded("verify", tmp_path / "full")
     refused(
         "decompose", base, "-o", tmp_path / "out", "--method", "full", words=["nothing to decompose", "train"]
