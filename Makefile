@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # docs: build the pages of docs/ as a site in build/site; a warning is an error
 docs: $(DOCS_STAMP)
+	SVDCONVERT_DOCS=1 $(BIN)/python -m pytest -q tests/test_docs.py -k matches_the_registry
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # 60 MB that nothing else needs, so they are not part of the extra `all`.

@@ -1,5 +1,6 @@
 """The documents are correct: commands parse, examples run, tables match the registry, links resolve."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -127,10 +128,13 @@ def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:
 def test_a_table_matches_the_registry(document: str, name: str) -> None:
     shown = (ROOT / document).read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
     heads = [head.strip() for head in shown.splitlines()[0].strip("|").split("|")]
-    wanted = table(TABLES[name], heads)
-    missing = [line for line in wanted.splitlines() if line not in shown]
-    assert not missing, f"the table of {name} in {document} needs these lines:\n" + "\n".join(missing)
-    assert shown == wanted
+    wanted = table(TABLES[name], heads).splitlines()
+    rows = shown.splitlines()
+    assert len(rows) > 2
+    assert [line for line in wanted if line in rows] == rows, "a row differs from what svdconvert list says"
+    if "SVDCONVERT_DOCS" in os.environ:  # set by make docs: a published table lists everything
+        missing = [line for line in wanted if line not in rows]
+        assert not missing, f"the table of {name} in {document} needs these lines:\n" + "\n".join(missing)
     if document != "README.md":
         assert heads == list(TABLES[name][0])
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     Gemma2Config,
@@ -100,7 +101,7 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "roberta": RobertaConfig,
     "xlm-roberta": XLMRobertaConfig,
 }
-"""model_type -> the configuration of a tiny model of it."""
+"""model_type -> the configuration of a tiny model of it, if transformers' own class does not suffice."""
 
 MODEL_TYPES = sorted(kind for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types)
 PEFT_MODEL_TYPES = sorted(
@@ -110,6 +111,13 @@ PEFT_MODEL_TYPES = sorted(
     if not any("{expert}" in pattern for pattern in layout.roles.values())
 )
 """Those without mixtures of experts, whose single experts stock PEFT cannot adapt."""
+
+
+def configuration(model_type: str, **values: Any) -> PretrainedConfig:
+    """The configuration of a tiny model: from CONFIGS, else of transformers' own class for the type."""
+    if model_type in CONFIGS:
+        return CONFIGS[model_type](**values)
+    return AutoConfig.for_model(model_type, **values)
 
 
 def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint may differ)
@@ -126,7 +134,7 @@ def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint ma
     `tied` is as the family does it unless given; `pickled` writes pytorch_model.bin instead.
     """
     values = _TEXT if tied is None else _TEXT | {"tie_word_embeddings": tied}
-    config = CONFIGS[model_type](**values)
+    config = configuration(model_type, **values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(model_type.encode()))
         model = AutoModelForCausalLM.from_config(config)
