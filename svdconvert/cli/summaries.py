@@ -205,7 +205,7 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
 
 
 def show_published(out_dir: object, repository: str, done: "Published") -> None:
-    """Print where a directory was published."""
+    """Print the address of a published directory, its size and what was not sent."""
     unsent = [*done.unsent[:3], *([f"{len(done.unsent) - 3} more"] if len(done.unsent) > 3 else [])]
     summary(
         f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",

@@ -130,7 +130,7 @@ def _check_staging(path: Path) -> None:
         )
     if not is_own_journal(path / JOURNAL) and any(path.iterdir()):
         raise OutputError(
-            f"{path}, where this command would write, was not left by svdconvert; move it away, or choose "
+            f"{path} was not left by svdconvert, and this command needs that name; move it away, or choose "
             "another -o"
         )
 

@@ -206,7 +206,7 @@ def render_turns(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Turns as text; with `add_generation_prompt`, up to where the assistant's answer begins."""
+    """Turns as text; with `add_generation_prompt`, up to the start of the assistant's answer."""
     from jinja2 import TemplateError
 
     if tokenizer is None or not tokenizer.chat_template:

@@ -15,7 +15,7 @@ def require_trackers(options: TrainOptions) -> None:
     """Raise MissingPackageError if a tracker that the options name is not installed."""
     for name in options.trackers:
         spec = find_spec(name)
-        # A mere folder of that name has a spec without an origin; wandb creates one where it has run.
+        # A run of wandb leaves a directory `wandb`; Python finds it as a package, but without an origin.
         if spec is None or spec.origin is None:
             raise MissingPackageError(f'{name} is not installed: pip install "svdconvert[{name}]"')
 

@@ -20,8 +20,8 @@ _SHORT = 512  # tokens; from 1024 on eager is no faster, and its scores dominate
 def chosen_attention(model: nn.Module, options: TrainOptions, accelerator: "Accelerator") -> Iterator[None]:
     """Use the attention that the options name, and restore the model's own afterwards.
 
-    "auto" replaces sdpa by eager for short rows in bfloat16 on a CPU, where torch's fused attention takes
-    half as long again (docs/training.md). The decision depends on the options and not on the rows,
+    "auto" replaces sdpa by eager for short rows in bfloat16 on a CPU, because torch's fused attention
+    takes 1.5 times as long there (docs/training.md). The decision depends on the options and not on the rows,
     so that a resumed run computes as it began. Raises RecipeError if an attention is named for a model that
     is not one of transformers' or does not have that attention.
     """
