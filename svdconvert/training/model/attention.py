@@ -21,7 +21,7 @@ def chosen_attention(model: nn.Module, options: TrainOptions, accelerator: "Acce
     """Use the attention that the options name, and restore the model's own afterwards.
 
     "auto" replaces sdpa by eager for short rows in bfloat16 on a CPU, because torch's fused attention
-    takes 1.5 times as long there (docs/training.md). The decision depends on the options and not on the rows,
+    is slower there. The decision depends on the options and not on the rows,
     so that a resumed run computes as it began. Raises RecipeError if an attention is named for a model that
     is not one of transformers' or does not have that attention.
     """
