@@ -9,13 +9,18 @@ import pytest
 
 from svdconvert.cli.signals import TerminatedError, raise_on_signals
 
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+    """Python's own handlers, also if the tests run in the background of a shell, which ignores SIGINT."""
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     yield
-    assert [signal.getsignal(number) for number in numbers] == before
+    left = {number: signal.getsignal(number) for number in HANDLERS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert left == HANDLERS
 
 
 @pytest.mark.parametrize(
