@@ -34,15 +34,16 @@ class Measured:
     """What it printed."""
 
 
-def run(command: Sequence[object], threads: int | None = None) -> Measured:
+def run(command: Sequence[object], threads: int | None = None, settling: float = _SETTLING) -> Measured:
     """Run a command to its end, and read its memory meanwhile.
 
-    The clock starts after files of earlier runs are on the disk and their memory is returned to the system.
+    The clock starts after files of earlier runs are on the disk and, after `settling` seconds, their memory
+    is returned to the system.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # so that bytecode is cached as in an installed program
     os.sync()
-    time.sleep(_SETTLING)
+    time.sleep(settling)
     words = [str(word) for word in command]
     started = time.perf_counter()
     process = subprocess.Popen(

@@ -12,11 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+_LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "num_key_value_heads": 32,
+}
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 2000},
     "300m": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    **{f"7b{layers}": _LLAMA_7B | {"num_hidden_layers": layers} for layers in (1, 2, 8)},
 }
+"""7b1, 7b2 and 7b8 have that many layers of a model of seven billion parameters."""
 HEADS = 32
 GROUPS = 4
 
@@ -26,19 +34,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="300m")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    print(ensure_model(arguments.out, arguments.size))
+    print(ensure_model(arguments.out, arguments.size, device=arguments.device))
 
 
-def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
-    """The model at `out`, which is written if it does not exist."""
+def ensure_model(out: Path, size: str, seed: int = 0, device: str = "cpu") -> Path:
+    """The model at `out`, which is written if it does not exist. Its numbers depend on the device."""
     if (out / "config.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
     values = SIZES[size]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(_shards(values, generator)):
+        shard = {name: tensor.cpu() for name, tensor in shard.items()}
         file = f"model-{number + 1:05}-of-{values['num_hidden_layers'] + 1:05}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
@@ -49,7 +59,7 @@ def ensure_model(out: Path, size: str, seed: int = 0) -> Path:
         "model_type": "llama",
         "dtype": "bfloat16",
         "num_attention_heads": heads,
-        "num_key_value_heads": GROUPS,
+        "num_key_value_heads": values.get("num_key_value_heads", GROUPS),
         "tie_word_embeddings": False,
         "max_position_embeddings": 2048,
     }
@@ -62,7 +72,8 @@ def _shards(values: dict[str, int], generator: torch.Generator) -> Iterator[dict
     hidden = values["hidden_size"]
     wide = values["intermediate_size"]
     vocabulary = values["vocab_size"]
-    narrow = hidden // (HEADS if hidden >= 2048 else 8) * GROUPS
+    groups = values.get("num_key_value_heads", GROUPS)
+    narrow = hidden // (HEADS if hidden >= 2048 else 8) * groups
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden)}
     shapes |= {"self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden)}
     shapes |= {
@@ -86,15 +97,16 @@ def _shards(values: dict[str, int], generator: torch.Generator) -> Iterator[dict
 
 
 def _bulk(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator) * 0.02
+    return torch.randn(rows, columns, generator=generator, device=generator.device) * 0.02
 
 
 def trained_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A flat bulk and, above it, singular values that fall as 1 / sqrt(k)."""
     rank = min(rows, columns, 512)
-    sigma = 0.06 * (rows**0.5 + columns**0.5) * torch.arange(1, rank + 1).float().pow(-0.5)
-    left = torch.randn(rows, rank, generator=generator) / rows**0.5
-    right = torch.randn(rank, columns, generator=generator) / columns**0.5
+    device = generator.device
+    sigma = 0.06 * (rows**0.5 + columns**0.5) * torch.arange(1, rank + 1, device=device).float().pow(-0.5)
+    left = torch.randn(rows, rank, generator=generator, device=device) / rows**0.5
+    right = torch.randn(rank, columns, generator=generator, device=device) / columns**0.5
     return torch.addmm(_bulk(rows, columns, generator), left * sigma, right).to(torch.bfloat16)
 
 

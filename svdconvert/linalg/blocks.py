@@ -87,6 +87,11 @@ def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
     return sum_SB
 
 
+def low_gram(low_LS: Tensor) -> Tensor:
+    """W^T W in float32, (S, S), of a matrix in bfloat16 on a GPU: exact products, sums in float32."""
+    return torch.mm(low_LS.T, low_LS, out_dtype=torch.float32)
+
+
 def gram(matrix_LS: Tensor, dtype: torch.dtype) -> Tensor:
     """W^T W in float32 or float64, (S, S)."""
     sum_SS = matrix_LS.new_zeros(matrix_LS.shape[1], matrix_LS.shape[1], dtype=dtype)

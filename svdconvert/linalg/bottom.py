@@ -19,6 +19,7 @@ from svdconvert.linalg.krylov import (
     Ritz,
     Search,
     block_width,
+    first_blocks,
     most_columns,
     warm_start,
 )
@@ -99,7 +100,8 @@ class _Bottom:
         """The truncation, or None if the estimate stayed above the tolerance."""
         limit = most_columns(self.weight_LS.shape[1], self.rank)
         krylov = Krylov(self.apply, warm_start(self.apply, start_SB, _POWERS), limit)
-        return Search(self.rank, tol, self.estimate, self.finish).run(krylov)
+        first = first_blocks(self.rank, krylov.block)
+        return Search(self.rank, tol, self.estimate, self.finish, first).run(krylov)
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """||W||^2 (W^T W)^-1: its eigenvalues are inverse shares of the energy."""

@@ -31,10 +31,15 @@ def block_width(rank: int) -> int:
     return min(16 * ceil(3 * rank / 128), 48)
 
 
+def first_blocks(rank: int, block: int) -> int:
+    """Blocks of this many columns in the space when it is first examined."""
+    return ceil(rank / block) + (3 if block == 16 else 2)
+
+
 def first_width(rank: int) -> int:
     """Columns of the space when it is first examined."""
     block = block_width(rank)
-    return block * (ceil(rank / block) + (3 if block == 16 else 2))
+    return block * first_blocks(rank, block)
 
 
 def space_needed(rank: int) -> int:
@@ -47,11 +52,14 @@ def most_columns(order: int, rank: int) -> int:
     return min(3 * order // 4, max(1024, 12 * rank))
 
 
-def warm_start(apply: Apply, start_NB: Tensor, powers: int) -> Tensor:
-    """The start after `powers` applications: as good as that many blocks, but they need not be stored."""
-    block = svqb(start_NB)
+def warm_start(apply: Apply, start_NB: Tensor, powers: int, basis: Apply = svqb) -> Tensor:
+    """The start after `powers` applications: as good as that many blocks, but they need not be stored.
+
+    `basis` orthonormalises a block.
+    """
+    block = basis(start_NB)
     for _ in range(powers):
-        block = svqb(apply(block))
+        block = basis(apply(block))
     return block
 
 
@@ -72,13 +80,24 @@ class Ritz:
 class Krylov:
     """A growing orthonormal basis and the operator's restriction to it."""
 
-    def __init__(self, apply: Apply, start_NB: Tensor, limit: int, core: torch.dtype = torch.float64) -> None:
-        """`limit` is the most columns, `core` the dtype of the small eigenvalue problems."""
+    def __init__(
+        self,
+        apply: Apply,
+        start_NB: Tensor,
+        limit: int,
+        core: torch.dtype = torch.float64,
+        basis: Apply = svqb,
+    ) -> None:
+        """`limit` is the most columns, `core` the dtype of the small eigenvalue problems.
+
+        `basis` orthonormalises a block.
+        """
         order, self.block = start_NB.shape
         self.limit = limit // self.block * self.block
         self.width = 0
         self._seen = (0, start_NB.new_empty(0))
         self._apply = apply
+        self._orthonormalise = basis
         self._basis_KN = start_NB.new_empty(self.limit, order)
         self._core_KK = start_NB.new_empty(self.limit, self.limit, dtype=core)
         self._rest_NB = start_NB
@@ -88,7 +107,9 @@ class Krylov:
         for _ in range(blocks):
             old = self.width
             new = self.width + self.block
-            block_NB = complement(self._rest_NB, self._basis_KN[:old]) if old else self._rest_NB
+            block_NB = self._rest_NB
+            if old:
+                block_NB = complement(self._orthonormalise(block_NB), self._basis_KN[:old])
             self._basis_KN[old:new] = block_NB.T
             basis_KN = self._basis_KN[:new]
             image_NB = self._apply(block_NB)
@@ -192,14 +213,14 @@ class Search:
     estimate: Callable[[Ritz], ErrorEstimate]
     finish: Callable[[Tensor, ErrorEstimate], tuple[Triplets, ErrorEstimate]]
     """(vectors_NR, estimate) -> the factors, and the estimate with the cost measured on them."""
-    extra_blocks: int = 0
-    """Blocks that are added before the space is first examined."""
+    first: int
+    """Blocks before the space is first examined."""
 
     def run(self, krylov: Krylov) -> Triplets | None:
         """The truncation, or None if the space was full before it was good enough."""
-        first = first_width(self.rank) // krylov.block
-        most = krylov.limit // krylov.block
-        blocks = min(first + self.extra_blocks, max(first, most))
+        blocks = min(self.first, krylov.limit // krylov.block)
+        if blocks * krylov.block < self.rank:
+            return None
         missed = [inf, inf]
         while krylov.width + blocks * krylov.block <= krylov.limit:
             krylov.grow(blocks)

@@ -97,14 +97,13 @@ def newton_schulz_step(block_NB: Tensor) -> Tensor:
     return matmul_f32(block_NB, step_BB)
 
 
-def complement(rest_NB: Tensor, basis_KN: Tensor) -> Tensor:
-    """An orthonormal block, orthogonal to the rows of `basis_KN`, from the result of a first projection.
+def complement(block_NB: Tensor, basis_KN: Tensor) -> Tensor:
+    """An orthonormal block, orthogonal to the rows of `basis_KN`.
 
-    The smaller the result, the larger the components along the basis that rounding has left in it. So the
-    block is projected again ("twice is enough"), and once more if those components were large. If nothing
-    remains, the columns are arbitrary.
+    `block_NB` is an orthonormal basis of what a first projection left. The smaller that was, the larger the
+    components along the basis that rounding has left in it. So the block is projected again ("twice is
+    enough"), and once more if those components were large. If nothing remains, the columns are arbitrary.
     """
-    block_NB = svqb(rest_NB)
     for _ in range(3):
         shares_KB = matmul_f32(basis_KN, block_NB)
         block_NB = block_NB - matmul_f32(basis_KN.T, shares_KB)

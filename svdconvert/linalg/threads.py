@@ -10,6 +10,8 @@ from torch import Tensor
 
 from svdconvert.errors import RecipeError
 
+CPU = torch.device("cpu")
+
 
 def pick_device(name: str, local: int = 0) -> torch.device:
     """The device called `name`; "auto" is the GPU of this host's rank `local`, else the CPU.
@@ -35,21 +37,26 @@ def use_threads(count: int | None) -> int:
 
 
 def parallel_matrices(device: torch.device) -> int:
-    """How many matrices are processed at the same time on a device: two on a CPU with several threads.
+    """How many matrices are processed at the same time on a device: two on a GPU, or with several threads.
 
     Half of the threads for each of two matrices wait for each other less than all threads on one matrix,
-    and much less if another program uses a core.
+    and much less if another program uses a core. A GPU copies one matrix while it computes another.
     """
-    return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
+    return 2 if device.type == "cuda" or torch.get_num_threads() > 1 else 1
 
 
 @contextmanager
-def worker_pool(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `count` workers, each with an equal share of this process's threads."""
+def worker_pool(count: int, device: torch.device = CPU) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` workers, each with an equal share of this process's threads and its own stream."""
     threads = torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(max(1, threads // count))
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
     try:
-        share = max(1, threads // count)
-        with ThreadPoolExecutor(count, "compute", torch.set_num_threads, (share,)) as pool:
+        with ThreadPoolExecutor(count, "compute", start) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)  # part of the setting belongs to the process, not to the thread
@@ -72,6 +79,17 @@ def _fast_bfloat16(device: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Multiply float32 numbers in float32, even if the program that called us has allowed TF32 for itself."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -214,19 +214,20 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
     count = matrices_at_once(plan, device)
 
     def compute(name: str, stored: Tensor) -> TensorResult:
-        factors, base_OI, matrix = split_tensor(plan, name, stored.to(device), alone=count == 1)
+        factors, base_OI, matrix = split_tensor(plan, name, stored, alone=count == 1)
         tensors = {
             (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
         }
         if name in copies:
             tensors[copies[name], name] = base_OI
-        return TensorResult({target: tensor.cpu() for target, tensor in tensors.items()}, asdict(matrix))
+        return TensorResult(tensors, asdict(matrix))
 
     return TensorJob(
         order=order,
         matrices=plan.slots,
         compute=compute,
         copies=copies,
+        device=device,
         parallelism=count,
     )
 

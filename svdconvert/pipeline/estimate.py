@@ -8,8 +8,8 @@ import torch
 
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.krylov import block_width, first_width
+from svdconvert.linalg.operators import POWERS
 from svdconvert.linalg.threads import worker_pool
-from svdconvert.linalg.truncated import POWERS
 from svdconvert.methods.base import Work
 from svdconvert.pipeline.decompose import DecomposePlan, matrices_at_once
 

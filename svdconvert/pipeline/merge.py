@@ -145,8 +145,9 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     return TensorJob(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
-        compute=lambda name, stored: _merge_tensor(plan, name, copies[name], stored.to(device)),
+        compute=lambda name, stored: _merge_tensor(plan, name, copies[name], stored),
         copies=copies,
+        device=device,
         parallelism=parallel_matrices(device),
         expected=plan.weights.expected,
         origin=str(plan.weights.model.path),
@@ -182,7 +183,7 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
             f"or the result is too large for {str(dtype).removeprefix('torch.')}; check the model, or choose "
             "another --dtype"
         )
-    return TensorResult({(file, name): merged.cpu()}, asdict(realised) if realised and is_known else {})
+    return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
 
 
 def _to_device_of(product: Product, like: Tensor) -> Product:

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from svdconvert.checkpoint.tensors import TensorSource, read_whole
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, CheckpointError
-from svdconvert.linalg.threads import worker_pool
+from svdconvert.linalg.threads import CPU, float32_products, worker_pool
 from svdconvert.manifest.fingerprint import CHUNK, Checksum
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.transfers import host_buffer, to_device, to_host
 
 Place = tuple[str, str]
 """(file, name) of an output tensor."""
@@ -50,9 +51,14 @@ class TensorJob:
     matrices: Mapping[str, Any]
     """The names of the tensors that are computed; all others are copied."""
     compute: Callable[[str, Tensor], TensorResult]
-    """(name, tensor as stored) -> result. The tensor may be overwritten, and may be part of the result."""
+    """(name, tensor as stored, on `device`) -> result, on any device.
+
+    The tensor may be overwritten, and may be part of the result.
+    """
     copies: Mapping[str, str]
     """Name -> file of the output; a tensor without a file is read for its checksum only."""
+    device: torch.device = CPU
+    """Where matrices are computed."""
     parallelism: int = 1
     """How many matrices may be computed at the same time."""
     expected: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +91,8 @@ def stream(job: TensorJob, source: TensorSource, staged: StagedOutput, run: Run)
     with (
         _writing(job, source, staged, remaining, buffers) as writer,
         _reading(job, source, remaining, buffers) as read_next,
-        _computing(job) as compute,
+        float32_products(),
+        _computing(job, buffers) as compute,
     ):
         for name in _process(job, remaining, read_next, compute, writer):
             done += sizes[name]
@@ -193,12 +200,16 @@ class BufferPool:
 
     def __init__(self, job: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
         nbytes = max((source.infos[name].nbytes for name in names if name in job.matrices), default=0)
-        self._free = deque(torch.empty(nbytes, dtype=torch.uint8) for _ in range(job.parallelism + 2))
+        self._free = deque(host_buffer(nbytes, job.device) for _ in range(job.parallelism + 2))
         self._taken: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
         """A buffer for the matrix `name`."""
         self._taken[name] = self._free.popleft()
+        return self._taken[name]
+
+    def of(self, name: str) -> Tensor:
+        """The buffer that was taken for the matrix `name`."""
         return self._taken[name]
 
     def give_back(self, name: str) -> None:
@@ -207,13 +218,18 @@ class BufferPool:
 
 
 @contextmanager
-def _computing(job: TensorJob) -> Iterator[Compute]:
+def _computing(job: TensorJob, buffers: BufferPool) -> Iterator[Compute]:
     """Yield a function that computes a matrix, in this thread or in one of several that share the cores."""
+
+    def compute(name: str, stored: Tensor) -> TensorResult:
+        result = job.compute(name, to_device(stored, job.device))
+        return replace(result, tensors=to_host(result.tensors, job.device, buffers.of(name)))
+
     if job.parallelism == 1:
-        yield partial(_compute_now, job.compute)
+        yield partial(_compute_now, compute)
         return
-    with worker_pool(job.parallelism) as pool:
-        yield lambda name, tensor: pool.submit(job.compute, name, tensor)
+    with worker_pool(job.parallelism, job.device) as pool:
+        yield lambda name, stored: pool.submit(compute, name, stored)
 
 
 def _compute_now(

@@ -37,7 +37,7 @@ def searched(promised: ErrorEstimate, measured: list[ErrorEstimate]) -> tuple[Tr
     eigenvalues = (1.0 / torch.arange(1, 401))[:, None]
     space = Krylov(lambda x: eigenvalues * x, torch.linalg.qr(torch.randn(400, 16)).Q, 320)
     left = iter(measured)
-    search = Search(16, 1e-3, lambda ritz: promised, lambda vectors, estimate: (NOTHING, next(left)))
+    search = Search(16, 1e-3, lambda ritz: promised, lambda vectors, estimate: (NOTHING, next(left)), 4)
     found = search.run(space)
     return found, len(measured) - len(list(left)), space.width
 

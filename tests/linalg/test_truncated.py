@@ -7,6 +7,7 @@ import torch
 from svdconvert.linalg import threads, truncated
 from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import space_needed
+from svdconvert.linalg.operators import LowSweeps, Sweeps
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import fast_top, gram_top
@@ -56,9 +57,9 @@ def test_the_space_is_built_in_bfloat16_if_that_loses_nothing(
     spaces = []
     real = truncated._Top.search
     monkeypatch.setattr(
-        truncated._Top, "search", lambda self, *args: spaces.append(self.coarse) or real(self, *args)
+        truncated._Top, "search", lambda self, *args: spaces.append(type(self.operator)) or real(self, *args)
     )
-    low, high = True, False
+    low, high = LowSweeps, Sweeps
     fast(matrix("trained", 640, 512), 1e-3)
     fast(matrix("random", 300, 200), 1e-3)
     assert spaces == [low if bfloat16 else high, high]
