@@ -50,7 +50,7 @@ test-processors: install
 # gpu: test and measure on a CUDA GPU, with the Python of PYTHON=...; installs and downloads nothing
 gpu:
 	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/gpu
-	$(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py
 
 # soak: kill every command twenty times, at random moments, and compare the bytes
 soak: install

@@ -7,6 +7,8 @@ instant.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose

@@ -13,6 +13,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # From the bottom up. A package (or a loose module) imports those below it and itself.
 LEVELS = (
+    "version",
     "errors",
     "plugins",
     "checkpoint",

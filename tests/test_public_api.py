@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,10 @@ def test_the_exported_names_are_these() -> None:
         assert exported.__name__ == ALIASES.get(name, name)
         assert exported.__module__.startswith("svdconvert.")
         assert exported.__doc__
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert svdconvert.__version__ == version("svdconvert")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -21,6 +21,7 @@ from svdconvert.config.progress import Track
 from svdconvert.config.ranks import find_ranks
 from svdconvert.config.recipe import Recipe, options, read_recipe
 from svdconvert.config.train import TrainOptions
+from svdconvert.version import __version__
 
 T = TypeVar("T")
 
@@ -368,10 +369,8 @@ def start(
 ) -> None:
     """Split a checkpoint into a residual base and an adapter, train the adapter, and merge it."""
     if version:
-        from importlib.metadata import version as installed
-
         with report_errors(debug=False):
-            summaries.show_line(f"svdconvert {installed('svdconvert')}")
+            summaries.show_line(f"svdconvert {__version__}")
         raise typer.Exit
 
 

@@ -19,6 +19,7 @@ from svdconvert.linalg.krylov import (
     Ritz,
     Search,
     block_width,
+    drawn,
     first_blocks,
     most_columns,
     warm_start,
@@ -38,7 +39,8 @@ def fast_bottom(
 ) -> Triplets | None:
     """The `rank` smallest triplets of a float32 matrix, or None if `tol` was not reached.
 
-    `tol` bounds the estimated excess of their norm over the smallest possible one. `alone` is True if no
+    `tol` bounds the estimated excess of their norm over the smallest possible one. The generator is on the
+    matrix's device. `alone` is True if no
     other thread of the process multiplies matrices, so that process-wide settings may be changed.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
@@ -47,7 +49,7 @@ def fast_bottom(
     total = total_energy(weight_OI)
     if total == 0.0:
         return None
-    start_SB = torch.randn(weight_OI.shape[1], block_width(rank), generator=generator).to(weight_OI.device)
+    start_SB = drawn((weight_OI.shape[1], block_width(rank)), generator)
     if 2 * weight_OI.shape[0] >= 3 * weight_OI.shape[1] and multiplies_bfloat16(weight_OI):
         factor = Triangular.cholesky(_gram(weight_OI, alone).div_(total))
         found = _Bottom(weight_OI, factor, rank, total).search(start_SB, tol) if factor else None

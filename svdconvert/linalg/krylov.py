@@ -52,6 +52,11 @@ def most_columns(order: int, rank: int) -> int:
     return min(3 * order // 4, max(1024, 12 * rank))
 
 
+def drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Normal random numbers on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
 def warm_start(apply: Apply, start_NB: Tensor, powers: int, basis: Apply = svqb) -> Tensor:
     """The start after `powers` applications: as good as that many blocks, but they need not be stored.
 

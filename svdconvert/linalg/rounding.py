@@ -11,7 +11,8 @@ from torch import Tensor
 def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A float32 tensor in bfloat16 or float16, each entry rounded to one of its two neighbours.
 
-    A neighbour's probability falls linearly with its distance; a number that `dtype` represents is kept.
+    A neighbour's probability falls linearly with its distance; a number that `dtype` represents is kept. The
+    generator is on the tensor's device.
     """
     nearest = exact.to(dtype)
     # As integers, the bits of a magnitude count the steps from zero, regardless of the sign.
@@ -21,5 +22,5 @@ def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     low = below.float().abs()
     high = above.float().abs()
     share = (exact.abs() - low) / (high - low)
-    drawn = torch.rand(exact.shape, generator=generator).to(exact.device)
+    drawn = torch.rand(exact.shape, generator=generator, device=exact.device)
     return torch.where(drawn < share, above, below)

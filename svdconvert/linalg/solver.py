@@ -10,6 +10,7 @@ from torch import Tensor
 from svdconvert.linalg.bottom import fast_bottom
 from svdconvert.linalg.exact import exact_bottom, exact_middle, exact_random, exact_top
 from svdconvert.linalg.krylov import space_needed
+from svdconvert.linalg.threads import CPU
 from svdconvert.linalg.triplets import Triplets
 from svdconvert.linalg.truncated import fast_top, gram_top
 
@@ -27,10 +28,10 @@ class Solver:
     alone: bool = False
     """True if no other thread multiplies matrices meanwhile, so that process-wide settings may be changed."""
 
-    def generator(self) -> torch.Generator:
-        """A fresh generator seeded by (seed, name)."""
+    def generator(self, device: torch.device = CPU) -> torch.Generator:
+        """A fresh generator seeded by (seed, name); a GPU draws other numbers than a CPU, but faster."""
         digest = xxhash.xxh3_64_intdigest(f"{self.seed}:{self.name}".encode())
-        return torch.Generator().manual_seed(digest >> 1)
+        return torch.Generator(device).manual_seed(digest >> 1)
 
     def top(self, weight_OI: Tensor, rank: int) -> Triplets:
         """The `rank` largest singular triplets.
@@ -42,7 +43,7 @@ class Solver:
         if self.svd == "fast":
             if min(weight_OI.shape) <= space_needed(rank):
                 return gram_top(weight_OI, rank)
-            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator())
+            found = fast_top(weight_OI, rank, tol=self.tol, generator=self.generator(weight_OI.device))
         return found or exact_top(weight_OI, rank, self._dtype)
 
     def bottom(self, weight_OI: Tensor, rank: int) -> Triplets:
@@ -50,7 +51,11 @@ class Solver:
         found = None
         if self.svd == "fast" and min(weight_OI.shape) > space_needed(rank):
             found = fast_bottom(
-                weight_OI.float(), rank, tol=self.tol, generator=self.generator(), alone=self.alone
+                weight_OI.float(),
+                rank,
+                tol=self.tol,
+                generator=self.generator(weight_OI.device),
+                alone=self.alone,
             )
         return found or exact_bottom(weight_OI, rank, self._dtype)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.blocks import energy_outside, gram, held_by_float32, total_energy
-from svdconvert.linalg.krylov import ErrorEstimate, Krylov, Ritz, Search, most_columns, warm_start
+from svdconvert.linalg.krylov import ErrorEstimate, Krylov, Ritz, Search, drawn, most_columns, warm_start
 from svdconvert.linalg.operators import GramMatrix, LowSweeps, Operator, Sweeps
 from svdconvert.linalg.threads import multiplies_bfloat16
 from svdconvert.linalg.triplets import Triplets, project, spectrum_of
@@ -52,7 +52,8 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
 def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
     """The `rank` largest triplets of a matrix of any float dtype, or None if `tol` was not reached.
 
-    `tol` bounds the estimated excess of the residual's norm over the optimal one.
+    `tol` bounds the estimated excess of the residual's norm over the optimal one. The generator is on the
+    matrix's device.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         found = fast_top(weight_OI.T, rank, tol=tol, generator=generator)
@@ -94,7 +95,7 @@ class _Top:
         apply = self.operator.apply
         basis = self.operator.basis
         steps = self.operator.steps(self.rank, tol)
-        start_SB = torch.randn(order, steps.block, generator=generator).to(self.weight_LS.device)
+        start_SB = drawn((order, steps.block), generator)
         start_SB = warm_start(apply, start_SB, steps.powers, basis)
         krylov = Krylov(apply, start_SB, most_columns(order, self.rank), self.operator.core, basis)
         return Search(self.rank, tol, self.estimate, self.finish, steps.blocks).run(krylov)

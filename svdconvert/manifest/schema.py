@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import FileRole, PlannedFile
 from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import read_json_object
+from svdconvert.version import __version__
 
 FORMAT = 2
 Kind = Literal["decomposed", "trained", "finetuned", "merged", "lora", "converted"]
@@ -90,7 +90,7 @@ class Manifest:
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Checksum of every other file: configuration, tokenizer, metrics."""
     threads: int = 0
-    svdconvert: str = field(default_factory=lambda: version("svdconvert"))
+    svdconvert: str = __version__
     format: int = FORMAT
 
     def write(self, directory: Path) -> "Manifest":
@@ -156,7 +156,7 @@ def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[st
 
     return {
         "verb": verb,
-        "svdconvert": version("svdconvert"),
+        "svdconvert": __version__,
         "torch": torch.__version__,
         "options": dict(options),
         "threads": threads,

@@ -173,7 +173,7 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
         left, right = factors.folded()
         product = left * scale, right
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
-    generator = Solver(name, seed=plan.options.seed).generator() if stochastic else None
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
     merged, realised = merged_(
         stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
     )
