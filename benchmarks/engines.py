@@ -1,15 +1,16 @@
 """Ways to find the top slice of one matrix at equal accuracy: columns, flops, milliseconds, error.
 
-    python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1]
+    python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1] [--shapes]
 
 Every way runs until its residual is within --tol of the optimum (computed here from eigenvalues), so that all
 have the same accuracy; the last line is the engine of svdconvert, which estimates its own error. The time is
-CPU time (of one thread by default), which other processes hardly change.
+CPU time (of one thread by default), which other processes hardly change. --shapes instead prints what a
+decomposition costs per element and unit of rank for matrices of many shapes, each followed by its transpose.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from models import trained_matrix
@@ -18,8 +19,14 @@ from rich.table import Table
 from torch import Tensor
 
 from svdconvert.linalg.blocks import gram_times, low_gram_times
+from svdconvert.linalg.delta import merged_, residual_
 from svdconvert.linalg.krylov import Krylov, warm_start
+from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.truncated import fast_top
+from svdconvert.methods.base import split_sigma_evenly
+
+SHAPES = ((11008, 4096), (4096, 4096), (14336, 4096), (5632, 2048), (2048, 2048), (8192, 1024), (1536, 576))
+STEPS = ("top slice", "minor slice", "residual", "merge")
 
 
 def main() -> None:
@@ -32,8 +39,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--tol", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.shapes:
+        shapes(arguments.rank)
+        return
     weight = trained_matrix(arguments.rows, arguments.columns, torch.Generator().manual_seed(0)).float()
     trial = Trial(weight, arguments.rank, arguments.tol)
     table = Table(title=f"{arguments.rows} x {arguments.columns}, rank {arguments.rank}")
@@ -42,6 +53,45 @@ def main() -> None:
     for row in trial.rows():
         table.add_row(*row)
     Console().print(table)
+
+
+def shapes(rank: int) -> None:
+    """Print the CPU time of each step, and its ratio to that of the transposed shape."""
+    table = Table(title=f"rank {rank}: picoseconds per element and unit of rank (ratio to the transpose)")
+    for head in ("shape", *STEPS):
+        table.add_column(head, justify="right")
+    for shape in SHAPES:
+        sides = (shape,) if shape[0] == shape[1] else (shape, shape[::-1])
+        found = [cost(rows, columns, rank) for rows, columns in sides]
+        for place, each in enumerate(found):
+            other = found[-1 - place]
+            cells = [f"{each[step]:.0f} ({each[step] / other[step]:.2f})" for step in STEPS]
+            table.add_row(" x ".join(map(str, sides[place])), *cells)
+    Console().print(table)
+
+
+def cost(rows: int, columns: int, rank: int) -> dict[str, float]:
+    """By step: the fastest of three, in picoseconds per element and unit of rank."""
+    weight = trained_matrix(rows, columns, torch.Generator().manual_seed(0))
+    solver = Solver("weight", tol=6e-3)
+    factors = split_sigma_evenly(solver.top(weight, rank), 1.0).factors.to(torch.float32)
+    dtype = torch.bfloat16
+    steps: dict[str, Callable[[Tensor], object]] = {
+        "top slice": lambda matrix: solver.top(matrix, rank),
+        "minor slice": lambda matrix: solver.bottom(matrix, rank),
+        "residual": lambda matrix: residual_(matrix, factors, 1.0, dtype),
+        "merge": lambda matrix: merged_(matrix, factors.folded(), dtype),
+    }
+    found = {}
+    for name in STEPS:
+        seconds = []
+        for _ in range(3):
+            copy = weight.clone()
+            started = time.thread_time()
+            steps[name](copy)
+            seconds.append(time.thread_time() - started)
+        found[name] = min(seconds) * 1e12 / weight.numel() / rank
+    return found
 
 
 class Trial:

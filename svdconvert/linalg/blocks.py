@@ -15,6 +15,7 @@ from svdconvert.linalg.gemm import matmul_f32
 # Elements per block: 1.5 MB in float32. A block of 2 MB or more would be allocated in separate huge pages,
 # and the gaps between them make the heap grow during a run.
 _BLOCK = 3 << 17
+_PANEL = 1024  # columns
 _TINY = 1e-30
 _LOW_BLOCK = 1 << 21  # elements per block in bfloat16: no copies are made, and larger products are faster
 
@@ -63,11 +64,17 @@ def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
 
 
 def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
-    """stored^T X, summed over blocks of rows as stored, because contiguous rows are quicker to convert."""
-    sum_BL = thin_SB.new_zeros(thin_SB.shape[1], stored_SL.shape[1])
-    for rows in row_blocks(stored_SL):
-        sum_BL += matmul_f32(stored_SL[rows].float().T, thin_SB[rows]).T
-    return sum_BL.T
+    """stored^T X, summed over blocks of rows as stored, because contiguous rows are quicker to convert.
+
+    One panel of columns after another, so that a block has many rows and the sum stays in the cache.
+    """
+    product_BL = thin_SB.new_zeros(thin_SB.shape[1], stored_SL.shape[1])
+    width = _PANEL if stored_SL.device.type == "cpu" else stored_SL.shape[1]
+    panels = zip(torch.split(stored_SL, width, 1), torch.split(product_BL, width, 1), strict=True)
+    for stored_SP, sum_BP in panels:
+        for rows in row_blocks(stored_SP):
+            sum_BP += matmul_f32(stored_SP[rows].float().T, thin_SB[rows]).T
+    return product_BL.T
 
 
 def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:

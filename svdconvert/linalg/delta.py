@@ -23,6 +23,7 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     """
     left, right = factors.folded()
     left = left * scale
+    right = right.contiguous()  # it multiplies every block of rows: 0.6 s instead of 0.2 s for 4096 x 11008
     residual_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
 
     def rounded_off() -> Iterator[Tensor]:
@@ -81,7 +82,7 @@ def merged_(
     `generator` the rounding is stochastic. Overwrites the weight if the dtype is the same. An entry whose
     change is zero keeps its bits, including the sign of a zero; without any change the second value is None.
     """
-    left_OR, right_RI = adapter
+    left_OR, right_RI = (factor.contiguous() for factor in adapter)
     merged_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     if not left_OR.any():
         return merged_OI.copy_(weight_OI), None
