@@ -72,6 +72,9 @@ class Outcome:
 
 
 def _serve() -> None:
+    import transformers
+
+    transformers.logging.get_logger()  # bound to this process's standard error, which forks replace
     for line in sys.stdin:
         request = json.loads(line)
         words = request["words"]
