@@ -1,8 +1,12 @@
-"""Open files that hold weights without waiting for a named pipe or a device in their place."""
+"""Files that hold weights: opened without waiting for a named pipe, read without being mapped.
+
+A mapped file that is truncated during a run ends the process by SIGBUS; a read ends in an error message.
+"""
 
 import os
 import stat
 from pathlib import Path
+from threading import Lock
 
 from svdconvert.errors import CheckpointError
 
@@ -21,3 +25,45 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path} is no regular file (but a pipe, a device or a directory); give a file")
     return descriptor
+
+
+class OpenFiles:
+    """Files that are opened when they are read for the first time, and stay open."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._opening = Lock()
+
+    def fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
+        """Fill `buffer` with the bytes of a file from `offset` on; `name` is the tensor that they belong to.
+
+        Raises CheckpointError if the file has become shorter or cannot be read.
+        """
+        try:
+            descriptor = self._descriptor(path)
+            while len(buffer):
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{path} was truncated while {name} was read; restore the file and run again"
+                    )
+                buffer = buffer[count:]
+                offset += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {name} cannot be read: {error.strerror}; restore the file"
+            ) from error
+
+    def _descriptor(self, path: Path) -> int:
+        with self._opening:  # two threads may read the first tensor of a file at the same time
+            if path not in self._open:
+                self._open[path] = open_regular(path)
+            return self._open[path]
+
+    def close(self) -> None:
+        """Close the files. A later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()

@@ -4,12 +4,11 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
-from svdconvert.checkpoint.regular_file import open_regular
+from svdconvert.checkpoint.regular_file import OpenFiles, open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
 from svdconvert.errors import CheckpointError, ModelNotFoundError
 
@@ -163,15 +162,10 @@ def _ties_head(directory: Path) -> bool:
 
 
 class SafetensorsSource:
-    """A TensorSource over safetensors files.
-
-    Files are read with pread and not mapped, so that a file that is truncated during a run ends in an error
-    message and not in a SIGBUS.
-    """
+    """A TensorSource over safetensors files."""
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
-        self._open: dict[Path, int] = {}
-        self._opening = Lock()
+        self._open = OpenFiles()
         self._files = files
         self._extents = locate_tensors(((file, read_header(file)) for file in files), weight_map)
         self.infos: Mapping[str, TensorInfo] = {
@@ -198,43 +192,16 @@ class SafetensorsSource:
         for start in range(0, total, size):
             stop = min(start + size, total)
             chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
-            self._fill(path, chunk, extent.begin + start, name)
+            self._open.fill(path, chunk, extent.begin + start, name)
             yield chunk
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of the last change of every file."""
         return versions_of_files(self._files)
 
-    def _fill(self, path: Path, buffer: memoryview, offset: int, name: str) -> None:
-        """Fill `buffer` with the bytes of a file from `offset` on."""
-        try:
-            descriptor = self._descriptor(path)
-            while len(buffer):
-                count = os.preadv(descriptor, [buffer], offset)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{path} was truncated while {name} was read; restore the file and run again"
-                    )
-                buffer = buffer[count:]
-                offset += count
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: {name} cannot be read: {error.strerror}; restore the file"
-            ) from error
-
-    def _descriptor(self, path: Path) -> int:
-        with self._opening:  # two threads may read the first tensor of a file at the same time
-            if path not in self._open:
-                self._open[path] = open_regular(path)
-            return self._open[path]
-
     def close(self) -> None:
         """Close the files. A later read opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+        self._open.close()
 
 
 def read_header(file: Path) -> list[Extent]:

@@ -1,19 +1,30 @@
-"""PyTorch's files (.bin, .pth): memory-mapped, and nothing but tensors is unpickled."""
+"""PyTorch's files (.bin, .pth): nothing but tensors is unpickled, and they are read from where they are."""
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
+from struct import unpack
+from typing import IO
 from warnings import catch_warnings, simplefilter
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.regular_file import open_regular
+from svdconvert.checkpoint.regular_file import OpenFiles, open_regular
 from svdconvert.checkpoint.safetensors_files import PICKLED_INDEX, refuse_misplaced
-from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, in_chunks, tensor_bytes, versions_of_files
+from svdconvert.checkpoint.tensors import (
+    TensorInfo,
+    dtype_code,
+    in_chunks,
+    read_whole,
+    tensor_bytes,
+    torch_dtype,
+    versions_of_files,
+)
 from svdconvert.errors import CheckpointError
 
 # Lightning puts "model." before every tensor name of an RWKV.
@@ -22,60 +33,93 @@ _WRAPPED = ("model.emb.", "model.blocks.", "model.ln_out.", "model.head.")
 _SIGNS_OF_CODE = ("unsupported global", "unsupported class", "unrecognized function", "not an allowed global")
 # Allowed by `weights_only`, needed by no state dict, and able to allocate any size.
 _ALLOCATING = (" bytearray", "torch Tensor", " Parameter")
+# Of a zip entry's local header: its size, and the offset of the lengths of the name and of the extra field.
+_LOCAL_HEADER = 30
+_NAME_LENGTH = 26
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """The elements of a tensor in a file: as in torch, strides are counted in elements."""
+
+    file: Path
+    begin: int
+    """Offset of the first element's first byte."""
+    info: TensorInfo
+    strides: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Number of bytes from the first element to the end of the last one."""
+        if not self.info.nbytes:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.info.shape, self.strides, strict=True))
+        return (last + 1) * torch_dtype(self.info.dtype).itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True if the bytes in the file are those of the tensor, in their order."""
+        expected = 1
+        for size, stride in zip(reversed(self.info.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
 
 class PickledSource:
-    """A TensorSource over PyTorch files, loaded with `weights_only` and `mmap`.
+    """A TensorSource over PyTorch files, whose pickles are loaded with `weights_only`.
 
     Raises CheckpointError if a file is damaged, holds more than tensors, or lacks a tensor of `weight_map`
     (tensor -> file).
     """
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
-        self._tensors: dict[str, Tensor] = {}
+        self._open = OpenFiles()
         self._files = files
-        self._sizes: dict[Path, int] = {}
+        self._extents: dict[str, _Extent] = {}
         for file in files:
-            self._tensors.update(_load(file))
-            self._sizes[file] = file.stat().st_size
+            self._extents.update(_load(file))
         if weight_map is not None:
-            refuse_misplaced(weight_map, self._tensors, files[0].parent / PICKLED_INDEX)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
-            for name, tensor in self._tensors.items()
-        }
-
-    def _refuse_truncated(self) -> None:
-        """Raise CheckpointError if a file has become shorter: reading the mapping would end the process."""
-        for file, size in self._sizes.items():
-            if not file.is_file() or file.stat().st_size < size:
-                raise CheckpointError(
-                    f"{file} was truncated or removed while it was read; restore the file and run again"
-                )
+            refuse_misplaced(weight_map, self._extents, files[0].parent / PICKLED_INDEX)
+        self.infos: Mapping[str, TensorInfo] = {name: extent.info for name, extent in self._extents.items()}
 
     def read(self, name: str) -> Tensor:
-        """A copy of the mapped tensor: writing to the mapping would keep its pages in memory."""
-        self._refuse_truncated()
-        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+        """The tensor in its stored dtype, contiguous, in newly allocated memory."""
+        extent = self._extents[name]
+        if extent.is_contiguous:
+            return read_whole(self, name)
+        raw = torch.empty(extent.span, dtype=torch.uint8)
+        self._open.fill(extent.file, raw.numpy().data, extent.begin, name)
+        return raw.view(torch_dtype(extent.info.dtype)).as_strided(extent.info.shape, extent.strides).clone()
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of the last change of every file."""
         return versions_of_files(self._files)
 
     def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in chunks of at most `size`: views of the mapped file or of `buffer`."""
-        self._refuse_truncated()
-        for chunk in in_chunks(tensor_bytes(self._tensors[name]), size, buffer):
+        """The tensor's bytes in chunks of at most `size`; see TensorSource."""
+        extent = self._extents[name]
+        if not extent.is_contiguous:
+            yield from in_chunks(tensor_bytes(self.read(name)), size, buffer)
+            return
+        total = extent.info.nbytes
+        reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
+            self._open.fill(extent.file, chunk, extent.begin + start, name)
             yield chunk
-            self._refuse_truncated()
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    size = _checked_archive(file)
+def _load(file: Path) -> dict[str, _Extent]:
+    storages = _checked_archive(file)
+    size = max(storages.values(), default=0)
     try:
         with catch_warnings():
             simplefilter("ignore")  # torch warns that checking sparse tensors is slow; they are refused below
-            loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            # On the device "meta" no values are read, and each storage knows where in the file they are.
+            loaded = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its instructions lead to
         if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
             raise CheckpointError(_holds_more_than_tensors(file)) from error
@@ -93,13 +137,34 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file}: {large[0]} is larger than the file; save its values, not a view of one"
         )
-    if all(name.startswith(_WRAPPED) for name in loaded):
-        return {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
-    return loaded
+    prefix = "model." if all(name.startswith(_WRAPPED) for name in loaded) else ""
+    return {
+        name.removeprefix(prefix): _extent(file, name.removeprefix(prefix), tensor, storages)
+        for name, tensor in loaded.items()
+    }
 
 
-def _checked_archive(file: Path) -> int:
-    """The size of a .pth in bytes, after a look at its pickle without running it.
+def _extent(file: Path, name: str, tensor: Tensor, storages: Mapping[int, int]) -> _Extent:
+    """A tensor's place in a file with `storages` (first byte -> end).
+
+    Raises CheckpointError if the file does not hold its values.
+    """
+    first = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if first is None:
+        raise CheckpointError(
+            f"{file}: torch {torch.__version__} finds no values of {name}; save the model with them, or "
+            "install a newer torch"
+        )
+    info = TensorInfo(name, tuple(tensor.shape), dtype_code(tensor.dtype))
+    begin = first + tensor.storage_offset() * tensor.element_size()
+    extent = _Extent(file, begin, info, tuple(tensor.stride()))
+    if info.nbytes and begin + extent.span > storages.get(first, 0):
+        raise CheckpointError(_is_damaged(file))
+    return extent
+
+
+def _checked_archive(file: Path) -> dict[int, int]:
+    """The first byte and the end of each entry of a .pth, after a look at its pickle without running it.
 
     Raises CheckpointError if it is not PyTorch's archive, or if its pickle calls what can take more memory
     than the file has bytes, which `weights_only` allows.
@@ -114,11 +179,19 @@ def _checked_archive(file: Path) -> int:
                 for code, argument, _ in genops(archive.read(entry)):
                     if code.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
                         raise CheckpointError(_holds_more_than_tensors(file))
+            return dict(_stored(entry, stream) for entry in archive.infolist() if not entry.compress_type)
     except CheckpointError:
         raise
     except Exception as error:  # zipfile and pickletools raise many kinds of errors for damaged files
         raise CheckpointError(_is_damaged(file)) from error
-    return size
+
+
+def _stored(entry: ZipInfo, stream: IO[bytes]) -> tuple[int, int]:
+    """(offset of the first byte, offset of the end) of an entry that is not compressed."""
+    stream.seek(entry.header_offset + _NAME_LENGTH)
+    name, extra = unpack("<2H", stream.read(4))
+    begin = entry.header_offset + _LOCAL_HEADER + name + extra
+    return begin, begin + entry.file_size
 
 
 def _holds_more_than_tensors(file: Path) -> str:
@@ -139,6 +212,5 @@ def _is_dense(value: object) -> bool:
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
-        and value.device.type == "cpu"
         and not (value.is_nested or value.is_conj() or value.is_neg())
     )

@@ -11,7 +11,7 @@ import typer
 
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.errors import report_errors
-from svdconvert.cli.options import SingleOptions, Typed, with_options
+from svdconvert.cli.options import Commands, SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.cli.terminal import as_json, notify
@@ -26,6 +26,7 @@ from svdconvert.version import __version__
 T = TypeVar("T")
 
 app = typer.Typer(
+    cls=Commands,
     name="svdconvert",
     no_args_is_help=True,
     add_completion=False,

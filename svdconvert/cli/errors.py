@@ -11,6 +11,7 @@ import typer
 from svdconvert.cli.signals import TerminatedError, raise_on_signals
 from svdconvert.cli.terminal import say
 from svdconvert.errors import SvdConvertError
+from svdconvert.hub.auth import scrub_exception
 
 # Exceptions by which Typer ends a command, and which it prints itself.
 _TYPER = (typer.Exit, typer.Abort, typer.BadParameter)
@@ -37,6 +38,7 @@ def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
             raise typer.Exit(0) from None  # the reader closed the pipe, as `| head` does
         except Exception as error:
             if debug:
+                scrub_exception(error)
                 raise
             _stop(str(error) if isinstance(error, SvdConvertError) else _unexpected(error), 1)
 

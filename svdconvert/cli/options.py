@@ -3,16 +3,45 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from svdconvert.cli.terminal import plain
+
+# Typer does not export its UsageError, the class above this one.
+_USAGE_ERRORS = cast(tuple[type[Exception], ...], typer.BadParameter.__bases__)
 Typed = Mapping[str, Any]
 """The options on the command line: name -> value, only those that were given."""
+
+
+class Commands(TyperGroup):
+    """The commands, whose usage errors repeat what was typed without its control characters."""
+
+    def make_context(self, *words: Any, **named: Any) -> Any:
+        """As usual, with errors that are safe to print."""
+        with _plain_usage_errors():
+            return super().make_context(*words, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As usual, with errors that are safe to print."""
+        with _plain_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _plain_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERRORS as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            vars(error)["message"] = plain(message)
+        raise
 
 
 class SingleOptions(TyperCommand):

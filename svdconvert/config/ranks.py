@@ -1,13 +1,20 @@
 """The processes (ranks) that share one output, started by torchrun or accelerate launch."""
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from svdconvert.errors import RecipeError, SvdConvertError
 
+_LONGEST_START = 600.0  # seconds within which all ranks must have started
+_NEVER = timedelta(days=7)
+_POLL = 0.02  # seconds between two looks at something that torch would wait for without heeding signals
 _LOST = "another rank died, so this one stops; run the same command again to continue"
 
 
@@ -40,7 +47,10 @@ class Ranks:
         import torch
 
         try:
-            torch.distributed.barrier()
+            work = torch.distributed.barrier(async_op=True)
+            while not work.is_completed():
+                time.sleep(_POLL)
+            work.wait()
         except RuntimeError as error:
             raise SvdConvertError(_LOST) from error
 
@@ -59,19 +69,70 @@ class Ranks:
 def find_ranks() -> Ranks:
     """This process's rank among those that the launcher started.
 
-    Raises RecipeError if fewer ranks run than `accelerate launch` should start.
+    Raises RecipeError if fewer ranks run than `accelerate launch` should start or if the launcher's variables
+    are incomplete, SvdConvertError if the other ranks do not start within ten minutes.
     """
-    _refuse_missing(int(os.environ.get("WORLD_SIZE", "1")))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = _number("WORLD_SIZE", 1)
+    _refuse_missing(count)
+    if count == 1:
         return Ranks()
-    from datetime import timedelta
-
     import torch
     from accelerate import PartialState
 
+    for variable in ("RANK", "MASTER_PORT"):
+        _number(variable)
+    store = None if torch.distributed.is_initialized() else _meet(_number("RANK"), count)
     # A rank may wait long for a slower one. The death of a rank closes its connection and is noticed at once.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_NEVER)
+    del store  # rank 0 serves it, and the process group connects to the same one
     return Ranks(state.process_index, state.num_processes, state.local_process_index)
+
+
+def _number(variable: str, default: int | None = None) -> int:
+    """The number in a variable of the launcher. Raises RecipeError if it is none."""
+    text = os.environ.get(variable, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise RecipeError(
+            f"WORLD_SIZE announces several processes, but {variable} is {text or 'not set'!r}; start them "
+            "with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    return int(text)
+
+
+def _meet(rank: int, count: int) -> Any:
+    """Wait until all ranks have started; the store through which they know that.
+
+    torch's own wait heeds no signal, so it is left to a thread. Raises SvdConvertError after ten minutes.
+    """
+    found: list[Any] = []
+    deadline = time.monotonic() + _LONGEST_START
+    thread = Thread(target=_connect, args=(found,), daemon=True)
+    thread.start()
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(_POLL)
+    store = found[0] if found else None
+    keys = [f"svdconvert/{number}" for number in range(count)]
+    try:
+        if store is not None:
+            store.set(keys[rank], "here")
+        while time.monotonic() < deadline and store is not None:
+            if store.check(keys):
+                return store
+            time.sleep(_POLL)
+    except RuntimeError as error:
+        raise SvdConvertError(_LOST) from error
+    raise SvdConvertError(
+        f"rank {rank} of {count} waited {_LONGEST_START:.0f} seconds for the others, which did not start; "
+        "check the launcher's command on every machine, and that MASTER_ADDR and MASTER_PORT can be reached"
+    )
+
+
+def _connect(found: list[Any]) -> None:
+    """Connect to the store that the launcher or rank 0 serves, and put it into `found`."""
+    from torch.distributed.rendezvous import rendezvous
+
+    with suppress(RuntimeError):  # the launcher ended
+        found.append(next(rendezvous("env://", timeout=_NEVER))[0])
 
 
 def _refuse_missing(running: int) -> None:

@@ -102,7 +102,8 @@ class Manifest:
                 f"{directory} has no valid manifest: a measured value is NaN or infinite; check that "
                 "the input weights are finite"
             ) from error
-        (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        # In JSON, the escape of a byte of a path that is no UTF-8 is what backslashreplace writes.
+        (directory / MANIFEST_NAME).write_bytes(text.encode("utf-8", "backslashreplace"))
         return self
 
     def files_of(self, role: FileRole) -> list[str]:

@@ -21,7 +21,8 @@ _WEIGHTS = (
     "consolidated*", "*.index.json",
 )  # fmt: skip
 _ADAPTER = ("adapter_config.json", "adapter_model.*")
-_OURS = ("README.md", "svdconvert.json", "metrics.jsonl")
+# A copy of a journal would replace that of the run that copies.
+_OURS = ("README.md", "svdconvert.json", "metrics.jsonl", "journal.jsonl", "journal-*.jsonl", "sent.jsonl")
 
 
 def file_kind(name: str, folders: Collection[str] = ()) -> FileKind:
@@ -35,7 +36,7 @@ def file_kind(name: str, folders: Collection[str] = ()) -> FileKind:
         return "hidden"
     if len(path.parts) > 1:
         return "sidecar" if any(path.is_relative_to(folder) for folder in folders) else "foreign"
-    if path.name in _OURS:
+    if any(fnmatchcase(path.name, pattern) for pattern in _OURS):
         return "ours"
     if any(fnmatchcase(path.name, pattern) for pattern in _ADAPTER):
         return "adapter"

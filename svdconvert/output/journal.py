@@ -81,11 +81,14 @@ class Journal:
         self.resumed = False
         self._append(self._identity)
 
-    def close(self) -> None:
-        """Sync the journal to disk, close it and release the lock."""
+    def sync(self) -> None:
+        """Wait until the journal is on the disk, if it is open. Raises OSError."""
         if not self._stream.closed:
             os.fsync(self._stream.fileno())
-            self._stream.close()
+
+    def close(self) -> None:
+        """Close the journal and release the lock."""
+        self._stream.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps({"checksum": _checksum(line), "line": line}).encode()

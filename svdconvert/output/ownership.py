@@ -1,13 +1,13 @@
 """Whose a directory is: nothing that svdconvert did not write is overwritten, emptied or removed.
 
 An output directory is ours if its manifest can be read, and a file in it if the manifest lists it. A staging
-directory is ours if its journal begins with a line of ours.
+directory is ours if its journal begins with a line of ours, or if its manifest lists all its files.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ def foreign_files(directory: Path) -> Iterator[Path]:
 def install(staged: Path, out: Path) -> None:
     """Give the complete directory `staged` the name `out`, which `check_free` has allowed.
 
-    An existing `out` is moved aside first and removed afterwards, its own files only. Raises OutputError if
-    something appeared at `out` in the meantime; `staged` then stays as it is.
+    An existing `out` is moved aside first and removed afterwards, its own files only, together with what
+    killed runs left aside. Raises OutputError if something appeared at `out` in the meantime; `staged` then
+    stays as it is.
     """
     aside = None
     if out.is_dir() and not out.is_symlink():
@@ -87,15 +88,18 @@ def install(staged: Path, out: Path) -> None:
             out.rmdir()
     try:
         rename_to_free_name(staged, out)
-    except FileExistsError as error:
+    except OSError as error:
         if aside is not None and not os.path.lexists(out):
             rename_to_free_name(aside, out)
+        if not isinstance(error, FileExistsError):
+            raise
         raise OutputError(
             f"{out} appeared while this run was writing and is not overwritten; move it away and repeat the "
             "command, which only has to finish"
         ) from error
-    if aside is not None:
-        _remove_own_files(aside)
+    with suppress(OSError):  # `out` is complete; what stays is removed by the next run that replaces it
+        for path in _moved_aside(out):
+            _remove_own_files(path)
 
 
 def sync_directory(directory: Path) -> None:
@@ -128,7 +132,8 @@ def _check_staging(path: Path) -> None:
         raise OutputError(
             f"{path} exists and is no directory of svdconvert; move it away, or choose another -o"
         )
-    if not is_own_journal(path / JOURNAL) and any(path.iterdir()):
+    # A kill between the last two steps, removing the journal and renaming, leaves a complete directory.
+    if not is_own_journal(path / JOURNAL) and next(foreign_files(path), None) is not None:
         raise OutputError(
             f"{path} was not left by svdconvert, and this command needs that name; move it away, or choose "
             "another -o"
@@ -155,16 +160,37 @@ def _format1_files(directory: Path, values: Any) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in (*named, *licences)}
 
 
+def _aside_prefix(out: Path) -> str:
+    return f".{out.name}.replaced-"
+
+
+def _moved_aside(out: Path) -> list[Path]:
+    """The directories that this run and killed ones have moved aside from `out`."""
+    prefix = _aside_prefix(out)
+    paths = [path for path in out.absolute().parent.iterdir() if path.name.startswith(prefix)]
+    return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
+
+
 def _free_name(out: Path) -> Path:
     """A name next to `out` that nothing has."""
     for number in range(1000):
-        aside = out.with_name(f".{out.name}.replaced-{os.getpid()}-{number}")
+        aside = out.with_name(f"{_aside_prefix(out)}{os.getpid()}-{number}")
         if not os.path.lexists(aside):
             return aside
     raise OutputError(f"there is no free name next to {out}; clean up {out.parent}")
 
 
 def _remove_own_files(directory: Path) -> None:
-    """Remove a directory that was replaced; what appeared in it in the meantime stays."""
-    if next(foreign_files(directory), None) is None:
-        shutil.rmtree(directory, ignore_errors=True)
+    """Remove a directory that was replaced; what appeared in it in the meantime stays.
+
+    The manifest, by which the files are known as ours, is removed last. Raises OSError.
+    """
+    if next(foreign_files(directory), None) is not None:
+        return
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        elif path != directory / MANIFEST_NAME:
+            path.unlink()
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    directory.rmdir()

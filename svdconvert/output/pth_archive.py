@@ -5,8 +5,10 @@ for the bytes of each storage. torch writes everything but the bytes (`skip_data
 the bytes of each tensor at their offset, and `seal` fills in the CRC-32 of every entry.
 """
 
+import errno
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from struct import calcsize, pack_into, unpack_from
 from zipfile import BadZipFile, ZipFile
@@ -19,6 +21,8 @@ _CENTRAL = "<4s6H3L5H2L"  # its entry in the zip directory, before name, extra f
 _ENTRY = b"PK\x01\x02"  # signature of an entry of the zip directory
 _DESCRIPTOR = b"PK\x07\x08"  # signature of the data descriptor (checksum and sizes) after an entry's bytes
 
+_TORCHS_WRITER = "inline_container"  # the source file that torch's errors about archives name
+
 
 def lay_out(path: Path, infos: Sequence[TensorInfo]) -> None:
     """Write a .pth file of these tensors in this order, without their bytes."""
@@ -30,8 +34,22 @@ def lay_out(path: Path, infos: Sequence[TensorInfo]) -> None:
         tensors = OrderedDict(
             (info.name, torch.empty(info.shape, dtype=torch_dtype(info.dtype))) for info in infos
         )
-    with skip_data(materialize_fake_tensors=True):
+    with skip_data(materialize_fake_tensors=True), torch_errors_as_os_error(path):
         torch.save(tensors, path)
+
+
+@contextmanager
+def torch_errors_as_os_error(path: Path) -> Iterator[None]:
+    """Raise OSError if torch cannot write an archive, which it reports as a RuntimeError about positions."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+        if _TORCHS_WRITER not in str(error):
+            raise
+        reason = "PyTorch could not write all of it, perhaps because the disk is full"
+        raise OSError(errno.EIO, reason, str(path)) from error
 
 
 def is_laid_out(path: Path, infos: Sequence[TensorInfo]) -> bool:

@@ -45,7 +45,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Write config.json."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
+    (directory / CONFIG).write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def complete_checkpoint(

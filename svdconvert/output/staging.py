@@ -9,7 +9,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -295,13 +295,26 @@ class StagedOutput:
             return
         sync_tree(self.path)
         check_free(self.out, overwrite=self._overwrite)
-        # The leading rank's journal stays locked until the directory has its name.
         for path in other_journals(self.path):
             path.unlink()
+        self._install()
+
+    def _install(self) -> None:
+        """Rename the staging directory, without its journal, which is put back if that fails."""
+        journal = (self.path / JOURNAL).read_bytes()
         (self.path / JOURNAL).unlink()
-        sync_directory(self.path)
-        install(self.path, self.out)
-        sync_directory(self.out.absolute().parent)
+        try:
+            install(self.path, self.out)
+        except (OSError, OutputError):
+            (self.path / JOURNAL).write_bytes(journal)
+            raise
+        try:
+            sync_directory(self.out)
+            sync_directory(self.out.absolute().parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} is complete, but may not outlast a power cut: {error.strerror}; check the disk"
+            ) from error
 
     def _crcs(self, file: str) -> dict[str, int]:
         """Tensor -> CRC-32 of a .pth file, as recorded when each was written."""
@@ -310,7 +323,11 @@ class StagedOutput:
 
     def _abandon(self, *, keep: bool) -> None:
         """Close all files after an error, and remove the staging directory unless it is to be kept."""
-        self._close()
+        with suppress(OSError):  # the error that ended the run is reported, not what follows from it
+            if self._journal is not None:
+                self._journal.sync()
+        with suppress(OSError):
+            self._close()
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
 

@@ -50,7 +50,7 @@ def copy_tokenizer(adapter: Path, target: Path) -> None:
     settings = _settings(target)
     if template is not None and not brings_template and "chat_template" not in settings:
         text = json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False) + "\n"
-        (target / _SETTINGS).write_text(text, encoding="utf-8")
+        (target / _SETTINGS).write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _own_files(directory: Path) -> dict[str, Path]:

@@ -155,4 +155,4 @@ def _with_base(config: Mapping[str, Any], named: str | None) -> bytes:
 
 
 def _as_bytes(value: Mapping[str, Any], indent: int = 1) -> bytes:
-    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

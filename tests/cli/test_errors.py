@@ -1,6 +1,7 @@
 """Every exception ends in one sentence; --debug lets it through."""
 
 import errno
+from traceback import format_exception
 
 import pytest
 import typer
@@ -46,6 +47,16 @@ def test_no_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_debug_lets_the_exception_through() -> None:
     with pytest.raises(ValueError, match="as it is"), report_errors(debug=True):
         raise ValueError("as it is")
+
+
+def test_debug_shows_no_token() -> None:
+    token = "hf_" + "a1" * 6
+    with pytest.raises(ValueError, match=r"made/\*\*\* is") as shown, report_errors(debug=True):
+        try:
+            raise OSError(token)
+        except OSError as error:
+            raise ValueError(f"made/{token} is no directory") from error
+    assert token not in "".join(format_exception(shown.value))
 
 
 def test_foreign_text_in_a_sentence_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:

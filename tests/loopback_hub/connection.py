@@ -122,7 +122,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def _note(self, path: str) -> None:
         token = self._token()
-        if token is not None and (token in self.path or token.encode() in self.body):
+        others = [value for name, value in self.headers.items() if name.lower() != "authorization"]
+        if token is not None and (token in " ".join([self.path, *others]) or token.encode() in self.body):
             self.hub.leaks.append(self.path)
         host = (self.headers.get("Host") or "").split(":")[0]
         seen = Seen(self.command, path, token, self.status, self.received, self.sent, host)

@@ -1,6 +1,9 @@
 """Nothing that svdconvert did not write is overwritten, emptied or removed, at any time of a run."""
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 
 from svdconvert import Run, SplitOptions, SvdConvertError, decompose
 from svdconvert.config.progress import Progress
-from svdconvert.output import rename
+from svdconvert.output import ownership, rename
 from svdconvert.output.ownership import check_free, foreign_files
 from svdconvert.output.rename import rename_to_free_name
 from tests.conftest import Build
@@ -142,3 +145,121 @@ def test_renaming_never_replaces(supported: bool, tmp_path: Path, monkeypatch: p
             rename_to_free_name(source, tmp_path / name)
     rename_to_free_name(source, tmp_path / "free")
     assert content(tmp_path / "free") == {"thesis.txt": b"precious"}
+
+
+def test_an_output_that_cannot_be_replaced_stays(
+    run: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    before = content(tmp_path / "out")
+    real = rename._rename_exclusively
+
+    def broken(source: bytes, target: bytes) -> int | None:
+        return errno.EIO if source.endswith(b".partial") else real(source, target)
+
+    monkeypatch.setattr(rename, "_rename_exclusively", broken)
+    with pytest.raises(SvdConvertError, match="Input/output error"):
+        run(overwrite=True)
+    assert content(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+def test_what_a_killed_run_moved_aside_is_removed_by_the_next_one_and_nothing_else(
+    run: Callable[..., object], tmp_path: Path
+) -> None:
+    run()
+    for name in (".out.replaced-1-0", ".out.replaced-2-0", ".outer.replaced-1-0"):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+    (tmp_path / ".out.replaced-2-0" / "thesis.txt").write_text("precious")
+    foreign = treasure(tmp_path / ".out.replaced-3-0")
+    (tmp_path / ".out.replaced-4-0").symlink_to(tmp_path / ".outer.replaced-1-0")
+    kept = [content(tmp_path / name) for name in (".out.replaced-2-0", ".outer.replaced-1-0")]
+    run(overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".out.replaced-2-0",
+        ".out.replaced-3-0",
+        ".out.replaced-4-0",
+        ".outer.replaced-1-0",
+        "out",
+    ]
+    assert content(foreign) == {"thesis.txt": b"precious"}
+    assert [content(tmp_path / name) for name in (".out.replaced-2-0", ".outer.replaced-1-0")] == kept
+
+
+def test_a_replaced_output_that_cannot_be_removed_entirely_is_still_known_as_ours(
+    run: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    real = Path.unlink
+
+    def broken(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name.startswith(".out.replaced") and path.name == "config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", broken)
+    run(overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    run(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_journal_in_a_model_is_not_copied_over_that_of_the_run(checkpoint: Build, tmp_path: Path) -> None:
+    base = shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    for name in ("journal.jsonl", "journal-1.jsonl", "sent.jsonl", "notes.jsonl"):
+        (base / name).write_text("{}\n")
+    succeeded("decompose", base, "-o", tmp_path / "out", *RANK)
+    found = {path.name for path in (tmp_path / "out").glob("*.jsonl")}
+    assert found == {"notes.jsonl"}
+    assert list(foreign_files(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_a_file_of_the_user_in_the_staging_directory_is_never_lost(
+    during: bool, run: Callable[..., object], tmp_path: Path
+) -> None:
+    """Before a run it is refused; during one it becomes a part of the output, or the run is refused."""
+    thesis = tmp_path / "out.partial" / "thesis.txt"
+
+    def appear(progress: Progress) -> None:
+        thesis.write_text("precious")
+
+    if during:
+        run(track=appear)
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+    else:
+        thesis.parent.mkdir()
+        thesis.write_text("precious")
+        with pytest.raises(SvdConvertError, match="was not left by svdconvert"):
+            run()
+        assert thesis.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_appears_under_the_name_of_the_output_at_the_last_moment_stays(
+    kind: str, run: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real = ownership.rename_to_free_name
+
+    def late(source: Path, target: Path) -> None:
+        if source.name == "out.partial":
+            if kind == "directory":
+                treasure(out)
+            elif kind == "file":
+                out.write_text("precious")
+            else:
+                out.symlink_to(tmp_path / "elsewhere")
+        real(source, target)
+
+    monkeypatch.setattr(ownership, "rename_to_free_name", late)
+    with pytest.raises(SvdConvertError, match="appeared while this run was writing"):
+        run()
+    assert kind != "directory" or content(out) == {"thesis.txt": b"precious"}
+    assert kind != "file" or out.read_text() == "precious"
+    assert kind != "link" or out.is_symlink()
+    monkeypatch.undo()
+    out.rename(tmp_path / "moved")
+    run()
+    assert (out / "svdconvert.json").is_file()

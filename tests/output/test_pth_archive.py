@@ -1,5 +1,7 @@
 """A .pth file that is laid out first and filled later is one that torch would have written."""
 
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -83,3 +85,21 @@ def test_a_file_that_was_truncated_is_laid_out_again(tmp_path: Path) -> None:
         assert output.finished == {}
         fill(output, list(TENSORS))
     check(tmp_path / "out" / "model.pth")
+
+
+@pytest.mark.processes
+def test_a_full_disk_while_it_is_laid_out_is_a_sentence(tmp_path: Path) -> None:
+    program = f"""
+import resource
+from pathlib import Path
+from svdconvert.errors import OutputError
+from tests.output.test_pth_archive import staged
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+try:
+    staged(Path({str(tmp_path / "out")!r})).__enter__()
+except OutputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "model.pth cannot be written: PyTorch could not write all of it" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -297,3 +297,54 @@ def test_a_run_that_is_aborted_early_keeps_its_directory_only_if_it_asked_for_th
         assert (output.path / "state").read_text() == "step 3"
         write_all(output)
     assert same(load_file(out / "model.safetensors"))
+
+
+def crash(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Let a function of the staging module end the run as a kill would, without anything after it."""
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"svdconvert.output.staging.{function}", stop)
+
+
+def test_a_kill_between_removing_the_journal_and_renaming_is_no_dead_end(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(monkeypatch, "install")
+    with pytest.raises(KeyboardInterrupt), staged(out) as output:
+        write_all(output)
+    assert listing(out.parent) == ["out.partial"]
+    assert listing(out.parent / "out.partial") == ["model.safetensors", MANIFEST_NAME]
+    monkeypatch.undo()
+    with staged(out) as output:
+        write_all(output)
+    assert listing(out.parent) == ["out"] and same(load_file(out / "model.safetensors"))
+
+
+def test_an_output_that_cannot_be_renamed_only_has_to_be_renamed_by_the_next_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    monkeypatch.setattr("svdconvert.output.ownership.rename_to_free_name", broken)
+    with pytest.raises(OutputError, match="out cannot be written: Input/output error"), staged(out) as output:
+        write_all(output)
+    monkeypatch.undo()
+    assert listing(out.parent) == ["out.partial"]
+    with staged(out) as output:
+        assert output.finished.keys() == TENSORS.keys()
+    assert same(load_file(out / "model.safetensors"))
+
+
+def test_a_failed_sync_of_a_complete_output_says_that_it_is_complete(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(directory: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("svdconvert.output.staging.sync_directory", broken)
+    with pytest.raises(OutputError, match="out is complete, but may not outlast"), staged(out) as output:
+        write_all(output)
+    assert listing(out.parent) == ["out"] and same(load_file(out / "model.safetensors"))

@@ -116,19 +116,22 @@ def _read_file(path: Path, split: str) -> Any:
         raise DataError(f"{path}: the suffix {path.suffix!r} is not one of {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    # The file gets the name of the requested split, so that a slice of that split can be requested too.
-    files = {split.partition("[")[0]: str(path)}
     with tempfile.TemporaryDirectory() as cache:
+        # `datasets` would take [, * and $ in a path for a pattern or a variable.
+        link = Path(cache) / f"rows{path.suffix}"
+        link.symlink_to(path.resolve())
+        # The file gets the name of the requested split, so that a slice of that split can be requested too.
+        files = {split.partition("[")[0]: str(link)}
         # Rows are kept in memory: a local file must leave nothing in the user's cache of data sets.
         arguments = {"split": split, "data_files": files, "cache_dir": cache, "keep_in_memory": True}
         try:
             if READERS[path.suffix] == "csv":
                 arguments |= _csv_arguments(path)
             return _load_dataset(str(path), READERS[path.suffix], **arguments)
-        except DataError:
+        except DataError as error:
             if path.suffix == ".jsonl":
                 _raise_for_invalid_line(path)
-            raise
+            raise DataError(str(error).replace(str(link), str(path))) from error.__cause__
 
 
 def _raise_for_invalid_line(path: Path) -> None:

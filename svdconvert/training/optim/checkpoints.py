@@ -15,6 +15,8 @@ from zipfile import is_zipfile
 
 import torch
 
+from svdconvert.output.pth_archive import torch_errors_as_os_error
+
 FOLDER = "checkpoints"
 """The folder of the checkpoints in the output directory."""
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -62,7 +64,8 @@ class Checkpoints:
         path = self.folder / f"step-{step:08}.pt"
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as stream:
-            torch.save(state, stream)
+            with torch_errors_as_os_error(unfinished):
+                torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.rename(path)
@@ -70,8 +73,12 @@ class Checkpoints:
             old.unlink()
 
     def delete(self) -> None:
-        """Delete the folder with all checkpoints."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder with all checkpoints.
+
+        Raises OSError if that fails, because what is left would become a part of the output.
+        """
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def _files(self) -> list[tuple[int, Path]]:
         """(step, file), the newest last, without files that a crash of the machine truncated."""

@@ -1,7 +1,11 @@
 """Training continues where it was stopped, to the same losses and the same bits."""
 
+import errno
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +89,42 @@ def test_the_caller_is_notified_before_each_checkpoint_in_the_leading_process(
     assert newest == [] and states(tmp_path).step == 0
     run(adapted(make_model()), options, checkpoints=checkpoints)
     assert newest == [0, 2] and states(tmp_path).step == 4
+
+
+class BrokenFile(io.FileIO):
+    """A file on a disk that is full after the first write."""
+
+    writes = 0
+
+    def write(self, data: Any) -> int:
+        self.writes += 1
+        if self.writes > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_full_disk_is_reported_as_that_and_not_as_a_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedWriter(BrokenFile(path, "w")))
+    with pytest.raises(OSError, match="No space left on device"):
+        states(tmp_path).save(1, {"weights": torch.randn(20_000)})
+    monkeypatch.undo()
+    assert states(tmp_path).step == 0
+
+
+def test_checkpoints_that_cannot_be_deleted_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states(tmp_path).delete()  # there are none
+    states(tmp_path).save(1, {})
+
+    def broken(path: Any, **named: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "unlink", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        states(tmp_path).delete()
+    monkeypatch.undo()
+    states(tmp_path).delete()
+    assert list(tmp_path.iterdir()) == []
