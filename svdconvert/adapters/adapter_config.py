@@ -9,7 +9,7 @@ from typing import Any
 
 import regex
 
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, brief
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
 
@@ -154,10 +154,10 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
             f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
             "merge it with PEFT"
         )
-    known = {PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())}
+    known = [PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())]
     if values.get("peft_type") not in known:
         raise ArtifactError(
-            f"{path} is of the peft_type {_short(values.get('peft_type'))}, but svdconvert reads LORA; merge "
+            f"{path} is of the peft_type {brief(values.get('peft_type'))}, but svdconvert reads LORA; merge "
             "it with the program that wrote it"
         )
 
@@ -239,11 +239,6 @@ class _Reader:
 
     def _wrong(self, name: str, value: object, expected: str) -> ArtifactError:
         return ArtifactError(
-            f"{self._path} has {name} {_short(value)}, which must be {expected}; restore the file, or fetch "
+            f"{self._path} has {name} {brief(value)}, which must be {expected}; restore the file, or fetch "
             "it again"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
+from typing import Any
 from warnings import catch_warnings, simplefilter
-from zipfile import ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
@@ -71,15 +72,8 @@ class PickledSource:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    size = _checked_archive(file)
-    try:
-        with catch_warnings():
-            simplefilter("ignore")  # torch warns that checking sparse tensors is slow; they are refused below
-            loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
-        if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
-            raise CheckpointError(_holds_more_than_tensors(file)) from error
-        raise CheckpointError(_is_damaged(file)) from error
+    loaded = load_tensors_only(file, mapped=True)
+    size = file.stat().st_size
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(
@@ -98,19 +92,36 @@ def _load(file: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _checked_archive(file: Path) -> int:
-    """The size of a .pth in bytes, after a look at its pickle without running it.
+def load_tensors_only(file: Path, *, mapped: bool) -> Any:
+    """What a file of torch.save holds; nothing but tensors and plain containers of them is unpickled.
 
-    Raises CheckpointError if it is not PyTorch's archive, or if its pickle calls what can take more memory
-    than the file has bytes, which `weights_only` allows.
+    Raises CheckpointError if it is damaged, or holds anything else.
+    """
+    _check_archive(file)
+    try:
+        with catch_warnings():
+            simplefilter("ignore")  # torch warns that checking sparse tensors is slow
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+        if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
+            raise CheckpointError(_holds_more_than_tensors(file)) from error
+        raise CheckpointError(_is_damaged(file)) from error
+
+
+def _check_archive(file: Path) -> None:
+    """Look at the pickle of a .pth without running it.
+
+    Raises CheckpointError if it is not PyTorch's archive, if it is compressed, which a mapped file is not
+    read as, or if its pickle calls what can take more memory than the file has bytes, which `weights_only`
+    allows.
     """
     try:
         with open(open_regular(file), "rb") as stream, ZipFile(stream) as archive:
             size = os.fstat(stream.fileno()).st_size
-            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-            if any(entry.file_size > size for entry in pickles):
+            entries = archive.infolist()
+            if any(entry.compress_type != ZIP_STORED or entry.file_size > size for entry in entries):
                 raise CheckpointError(_is_damaged(file))
-            for entry in pickles:
+            for entry in (entry for entry in entries if entry.filename.endswith("data.pkl")):
                 for code, argument, _ in genops(archive.read(entry)):
                     if code.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
                         raise CheckpointError(_holds_more_than_tensors(file))
@@ -118,7 +129,6 @@ def _checked_archive(file: Path) -> int:
         raise
     except Exception as error:  # zipfile and pickletools raise many kinds of errors for damaged files
         raise CheckpointError(_is_damaged(file)) from error
-    return size
 
 
 def _holds_more_than_tensors(file: Path) -> str:
