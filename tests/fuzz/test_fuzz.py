@@ -29,7 +29,7 @@ TARGETS: dict[str, Target] = {
     **rows.TARGETS,
 }
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"
-INPUTS = int(os.environ.get("SVDCONVERT_FUZZ_INPUTS", "8000"))
+INPUTS = int(os.environ.get("SVDCONVERT_FUZZ_INPUTS", "5000"))
 """Changed inputs of all targets together; `make soak` wants more."""
 _SHARES = sum(target.share for target in TARGETS.values())
 
