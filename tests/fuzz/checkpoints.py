@@ -67,11 +67,11 @@ def _read_index(raw: bytes, directory: Path) -> None:
 
 
 def _read_pickled(raw: bytes, directory: Path) -> None:
-    """As torch.load(weights_only=True) reads a mapped file."""
+    """As torch.load(weights_only=True) reads a mapped file onto the CPU."""
     file = directory / "model.pth"
     file.write_bytes(raw)
     source = PickledSource([file])
-    known = torch.load(file, mmap=True, weights_only=True)
+    known = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     known = known.get("state_dict", known) if isinstance(known.get("state_dict"), dict) else known
     assert {name.removeprefix("model.") for name in source.infos} == {
         name.removeprefix("model.") for name in known

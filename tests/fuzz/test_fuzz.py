@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -36,6 +37,7 @@ _SHARES = sum(target.share for target in TARGETS.values())
 every_target = pytest.mark.parametrize("name", TARGETS)
 
 
+@cache
 def kept(name: str) -> list[bytes]:
     """The seeds of a target and the inputs that failed once."""
     return [*TARGETS[name].seeds, *(path.read_bytes() for path in sorted((KEPT / name).glob("*")))]
