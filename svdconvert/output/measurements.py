@@ -1,5 +1,6 @@
 """Lines of measurements: JSON objects, each with the step of the training run that it belongs to."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ def read_measurements(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     Raises ArtifactError for a line that is no object with a step.
     """
     found: list[tuple[bytes, dict[str, Any]]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(BytesIO(path.read_bytes()), start=1):
         if not line.endswith(b"\n"):
             break
         try:

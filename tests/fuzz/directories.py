@@ -90,7 +90,7 @@ def _read_journal(raw: bytes, directory: Path) -> None:
     again = Journal(path, IDENTITY)
     again.close()
     assert (again.finished, again.unsynced) == (journal.finished, journal.unsynced)
-    assert read_journal(path) == (IDENTITY, journal.finished)
+    assert read_journal(path)[1] == journal.finished
 
 
 def _change_journal(chance: Random, raw: bytes) -> bytes:

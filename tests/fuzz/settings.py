@@ -82,7 +82,7 @@ def _read_size(raw: bytes, directory: Path) -> None:
     assert found is not None
     letters = found[2].lower()
     power = "kmgtpe".find(letters[:1]) + 1 if letters[:1] not in ("", "b") else 0
-    unit = (1024 if "i" in letters else 1000) ** power
+    unit = (1024 if letters[1:2] == "i" else 1000) ** power
     assert abs(size - Fraction(found[1]) * unit / (8 if letters.endswith("bit") else 1)) <= max(
         1, Fraction(size, 2**50)
     )

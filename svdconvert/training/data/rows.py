@@ -215,15 +215,17 @@ def _datasets_silenced() -> Iterator[None]:
     """
     from datasets import are_progress_bars_disabled, config, disable_progress_bars, enable_progress_bars
 
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     bars_were_disabled = are_progress_bars_disabled()
     logger = logging.getLogger("datasets")
     level = logger.level
+    counts = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     disable_progress_bars()
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if not bars_were_disabled:
             enable_progress_bars()
