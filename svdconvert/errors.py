@@ -18,6 +18,12 @@ Faults of the program itself are assertions, which are never caught.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
+
+_REPR = Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = 60
+_REPR.maxother = 60
 
 
 class SvdConvertError(Exception):
@@ -78,3 +84,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     nearest = get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     return f"known: {', '.join(names)}{hint}"
+
+
+def brief(value: object) -> str:
+    """repr(value), shortened: a value may be of any size, and may contain a part of it thousands of times."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # an integer with too many digits
+        return f"a very large {type(value).__name__}"

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny checkpoints, made once per session, and one thread for repeatable bytes."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         if parameters and not is_in_the_sample(parameters):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests counted, as tables for docs/reliability.md, if the soak asks for its numbers."""
+    if "SVDCONVERT_KILLS" not in os.environ and "SVDCONVERT_FUZZ_INPUTS" not in os.environ:
+        return
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()):
+            for title, row in value.items() if name == "counts" and report.when == "call" else ():
+                rows.setdefault(title, []).append(row)
+    for title, table in rows.items():
+        terminalreporter.write_line(f"\n{title}\n")
+        terminalreporter.write_line(counts_table(table))
+
+
+def counts_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of rows with the same keys; the last row has the sums of the numbers."""
+    heads = [*rows[0]]
+    sums = [sum(row[head] for row in rows) if isinstance(rows[0][head], int) else "" for head in heads]
+    lines = [
+        heads,
+        ["---"] * len(heads),
+        *([row[head] for head in heads] for row in rows),
+        ["all", *sums[1:]],
+    ]
+    return "\n".join(
+        f"| {' | '.join(f'{cell:,}' if isinstance(cell, int) else cell for cell in line)} |" for line in lines
+    )
 
 
 def is_in_the_sample(parameters: Mapping[str, Any]) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 PROGRAM = [sys.executable, "-m", "svdconvert"]
 ROOT = Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get("SVDCONVERT_KILLS", "3"))
+"""Kills of each writing command; `make soak` wants more."""
 
 
 def start(*arguments: object, program: list[str] | None = None) -> "subprocess.Popen[str]":
@@ -37,9 +39,10 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 def finished_items(out: Path) -> int:
-    """How many items (tensors or modules) the run for `out` has finished so far, by its journals."""
-    journals = out.with_name(out.name + ".partial").glob("journal*.jsonl")
-    return sum(_records(path) for path in journals)
+    """How many items the run for `out` has finished so far: tensors and modules by its journals, or steps."""
+    staging = out.with_name(out.name + ".partial")
+    steps = [int(path.stem.removeprefix("step-")) for path in staging.glob("checkpoints/step-*.pt")]
+    return sum(_records(path) for path in staging.glob("journal*.jsonl")) + max(steps, default=0)
 
 
 def _records(path: Path) -> int:

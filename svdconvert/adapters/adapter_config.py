@@ -1,15 +1,19 @@
 """adapter_config.json, PEFT's configuration of a LoRA: every value is bounded on reading."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from functools import cache
+from math import isfinite, prod, sqrt
 from pathlib import Path
+from time import monotonic
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import regex
 
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, brief
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
 
@@ -35,7 +39,9 @@ _LARGEST_RANK = 1 << 20
 _LARGEST_ALPHA = 1e9
 _LONGEST_NAME = 1000  # characters of a pattern or of a base's name
 _MOST_PATTERNS = 100_000
-_TIMEOUT = 1.0  # seconds for matching one pattern with one module
+_TIMEOUT = 5.0  # seconds for matching all patterns with one module
+_COUNT = re.compile(r"\{([0-9]{0,4})(?:,([0-9]{0,4}))?\}")
+_MOST_REPETITIONS = 1000  # the product of all counts of a pattern: the compiler unrolls counts within counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +109,10 @@ def _match(patterns: Mapping[str, Any] | None, module: str, default: float) -> f
 
     Raises ArtifactError for a pattern that takes too long to match.
     """
+    end = monotonic() + _TIMEOUT
     for key, value in (patterns or {}).items():
         try:
-            if regex.match(rf"(.*\.)?({key})$", module, timeout=_TIMEOUT):
+            if _compiled(key).match(module, timeout=max(0.01, end - monotonic())):
                 return float(value)
         except TimeoutError as error:
             raise ArtifactError(
@@ -113,6 +120,21 @@ def _match(patterns: Mapping[str, Any] | None, module: str, default: float) -> f
                 "write it without nested repetitions"
             ) from error
     return float(default)
+
+
+@cache
+def _compiled(key: str) -> "regex.Pattern[str]":
+    """The pattern of an entry.
+
+    Raises ValueError, OverflowError, RecursionError, or an error of re or regex, if it is none.
+    """
+    counts = [max(map(int, filter(None, pair)), default=1) for pair in _COUNT.findall(key)]
+    if len(counts) < key.count("{") or prod(max(1, count) for count in counts) > _MOST_REPETITIONS:
+        raise ValueError("too many repetitions")
+    with catch_warnings():
+        simplefilter("ignore")  # about brackets that may get another meaning in the future
+        re.compile(key)  # PEFT matches with re, which knows less than regex
+    return regex.compile(rf"(.*\.)?({key})$")
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -154,10 +176,10 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
             f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
             "merge it with PEFT"
         )
-    known = {PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())}
+    known = [PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())]
     if values.get("peft_type") not in known:
         raise ArtifactError(
-            f"{path} is of the peft_type {_short(values.get('peft_type'))}, but svdconvert reads LORA; merge "
+            f"{path} is of the peft_type {brief(values.get('peft_type'))}, but svdconvert reads LORA; merge "
             "it with the program that wrote it"
         )
 
@@ -225,8 +247,8 @@ class _Reader:
             if len(key) > _LONGEST_NAME:
                 raise self._wrong(name, key, f"patterns of at most {_LONGEST_NAME} characters")
             try:
-                regex.compile(rf"(.*\.)?({key})$")
-            except (regex.error, RecursionError) as error:
+                _compiled(key)
+            except (regex.error, re.error, ValueError, OverflowError, RecursionError) as error:
                 raise self._wrong(name, key, "names or regular expressions") from error
         return {key: read(name, number) for key, number in value.items()}
 
@@ -239,11 +261,6 @@ class _Reader:
 
     def _wrong(self, name: str, value: object, expected: str) -> ArtifactError:
         return ArtifactError(
-            f"{self._path} has {name} {_short(value)}, which must be {expected}; restore the file, or fetch "
+            f"{self._path} has {name} {brief(value)}, which must be {expected}; restore the file, or fetch "
             "it again"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

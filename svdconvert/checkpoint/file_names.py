@@ -15,6 +15,7 @@ _TENSORS = (".safetensors", ".bin", ".pth", ".pt", ".st")
 _OTHERS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.vocab")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 _LONGEST = 255  # bytes of a file's name
+_LONGEST_PATH = 1024  # bytes of a file's path below the model's directory
 _HIDDEN_KINDS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators of lines
 
 
@@ -33,6 +34,8 @@ def name_fault(name: str) -> str | None:
         return "holds a backslash or a control character"
     if any(len(part.encode()) > _LONGEST for part in parts):
         return f"is longer than {_LONGEST} bytes"
+    if len(name.encode()) > _LONGEST_PATH:
+        return f"is longer than {_LONGEST_PATH} bytes"
     return None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isinf
 from typing import Any
 
+from svdconvert.checkpoint.json_text import depth, refuse_half_characters
 from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo
 from svdconvert.errors import CheckpointError
 
@@ -89,8 +90,8 @@ def _entries(text: bytes, file: str) -> dict[str, Any]:
         ):
             raise ValueError("metadata that are no strings")
         if b"\\u" in text:
-            json.dumps([table, metadata], ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        if _depth(table) > _DEEPEST:
+            refuse_half_characters([table, metadata])
+        if depth(table) > _DEEPEST:
             raise ValueError("too deep")
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -120,16 +121,6 @@ def _parse_number(text: str) -> int | float:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
-
-
-def _depth(value: Any) -> int:
-    """How many objects and arrays contain each other."""
-    depth = 0
-    level = [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def _extent(name: str, row: Any, start: int, file: str) -> Extent:

@@ -43,7 +43,7 @@ class RenameRule:
 def rule_of(name: str, rules: Sequence[RenameRule]) -> RenameRule:
     """The rule for the layout's tensor `name`, for its layer. Raises KeyError if there is none."""
     for rule in rules:
-        if match := re.fullmatch(re.escape(rule.name).replace(re.escape(_LAYER), r"(\d+)"), name):
+        if match := re.fullmatch(re.escape(rule.name).replace(re.escape(_LAYER), r"([0-9]{1,6})"), name):
             return rule.at(int(match[1])) if match.groups() else rule
     raise KeyError(name)
 
@@ -78,7 +78,12 @@ def _for_layers(rules: Sequence[RenameRule], layers: int) -> Iterator[RenameRule
 
 
 def _layers(names: Iterable[str], patterns: Sequence[str]) -> int:
-    """The number of layers, from the highest number in the place of {layer}."""
+    """The number of layers, from the highest number in the place of {layer}.
+
+    A number that is too high for so few names is left out: its layer cannot be complete.
+    """
     prefixes = {re.escape(pattern.split(_LAYER)[0]) for pattern in patterns if _LAYER in pattern}
-    number = re.compile(rf"(?:{'|'.join(prefixes)})(\d+)\.")
-    return 1 + max((int(match[1]) for match in map(number.match, names) if match), default=-1)
+    number = re.compile(rf"(?:{'|'.join(prefixes)})([0-9]{{1,6}})\.")
+    found = list(names)
+    numbers = [int(match[1]) for match in map(number.match, found) if match]
+    return 1 + max((layer for layer in numbers if layer < len(found)), default=-1)

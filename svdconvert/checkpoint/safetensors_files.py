@@ -1,6 +1,5 @@
 """Open a checkpoint: its headers are read at once, its tensors one at a time."""
 
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from svdconvert.checkpoint.file_names import is_weights, name_fault
 from svdconvert.checkpoint.header import Extent, header_length, parse_header
+from svdconvert.checkpoint.json_text import read_json
 from svdconvert.checkpoint.regular_file import OpenFiles, open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole, versions_of_files
 from svdconvert.errors import CheckpointError, ModelNotFoundError
@@ -93,9 +93,9 @@ def read_index(path: Path) -> Mapping[str, str]:
     own, or of a kind that holds no tensors.
     """
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint index (JSON with a weight_map); fetch it again"
         ) from error
@@ -154,10 +154,10 @@ def refuse_misplaced(weight_map: Mapping[str, str], known: Collection[str], inde
 def _ties_head(directory: Path) -> bool:
     """True if config.json, or the default of its model type, ties the head to the embeddings."""
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        config = read_json(directory / "config.json")
         default = str(config.get("model_type")).startswith(_TIED_BY_DEFAULT)
         return config.get("tie_word_embeddings", default) is True
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

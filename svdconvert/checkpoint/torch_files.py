@@ -7,9 +7,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
 from struct import unpack
-from typing import IO
+from typing import IO, Any
 from warnings import catch_warnings, simplefilter
-from zipfile import ZipFile, ZipInfo
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -115,15 +115,8 @@ class PickledSource:
 def _load(file: Path) -> dict[str, _Extent]:
     storages = _checked_archive(file)
     size = max(storages.values(), default=0)
-    try:
-        with catch_warnings():
-            simplefilter("ignore")  # torch warns that checking sparse tensors is slow; they are refused below
-            # On the device "meta" no values are read, and each storage knows where in the file they are.
-            loaded = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
-        if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
-            raise CheckpointError(_holds_more_than_tensors(file)) from error
-        raise CheckpointError(_is_damaged(file)) from error
+    # On the device "meta" no values are read, and each storage knows where in the file they are.
+    loaded = _unpickled(file, "meta")
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(
@@ -163,23 +156,43 @@ def _extent(file: Path, name: str, tensor: Tensor, storages: Mapping[int, int]) 
     return extent
 
 
+def load_tensors_only(file: Path) -> Any:
+    """What a file of torch.save holds; nothing but tensors and plain containers of them is unpickled.
+
+    Raises CheckpointError if it is damaged, or holds anything else.
+    """
+    _checked_archive(file)
+    return _unpickled(file, "cpu")
+
+
+def _unpickled(file: Path, device: str) -> Any:
+    try:
+        with catch_warnings():
+            simplefilter("ignore")  # torch warns that checking sparse tensors is slow; `_load` refuses them
+            return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+        if isinstance(error, UnpicklingError) and any(sign in str(error).lower() for sign in _SIGNS_OF_CODE):
+            raise CheckpointError(_holds_more_than_tensors(file)) from error
+        raise CheckpointError(_is_damaged(file)) from error
+
+
 def _checked_archive(file: Path) -> dict[int, int]:
     """The first byte and the end of each entry of a .pth, after a look at its pickle without running it.
 
-    Raises CheckpointError if it is not PyTorch's archive, or if its pickle calls what can take more memory
-    than the file has bytes, which `weights_only` allows.
+    Raises CheckpointError if it is not PyTorch's archive, if it is compressed, or if its pickle calls what
+    can take more memory than the file has bytes, which `weights_only` allows.
     """
     try:
         with open(open_regular(file), "rb") as stream, ZipFile(stream) as archive:
             size = os.fstat(stream.fileno()).st_size
-            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-            if any(entry.file_size > size for entry in pickles):
+            entries = archive.infolist()
+            if any(entry.compress_type != ZIP_STORED or entry.file_size > size for entry in entries):
                 raise CheckpointError(_is_damaged(file))
-            for entry in pickles:
+            for entry in (entry for entry in entries if entry.filename.endswith("data.pkl")):
                 for code, argument, _ in genops(archive.read(entry)):
                     if code.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
                         raise CheckpointError(_holds_more_than_tensors(file))
-            return dict(_stored(entry, stream) for entry in archive.infolist() if not entry.compress_type)
+            return dict(_stored(entry, stream) for entry in entries)
     except CheckpointError:
         raise
     except Exception as error:  # zipfile and pickletools raise many kinds of errors for damaged files

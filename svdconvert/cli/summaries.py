@@ -1,6 +1,5 @@
 """What a command prints when it is done: a short table and the commands that can follow."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -13,6 +12,7 @@ from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading
+from svdconvert.output.measurements import losses
 
 if TYPE_CHECKING:
     from svdconvert.inputs.inspection import Inspection
@@ -270,14 +270,12 @@ def _readable(value: object) -> str:
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:
     """Print the losses of a training run."""
-    lines = [json.loads(line) for line in (Path(str(out_dir)) / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    trained, held_out = losses(Path(str(out_dir)) / "metrics.jsonl")
     summary(
         f"trained into {out_dir}",
         {
-            "steps": len(losses),
-            "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}",
+            "steps": len(trained),
+            "loss": f"{trained[0]:.4f} -> {trained[-1]:.4f}",
             "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
             "rate": manifest.options["lr"],
         },

@@ -20,6 +20,8 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 def _split_at_commas(value: Any) -> Any:
     """ "attn,mlp" as a tuple of names."""
     parts = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError("it should be names, separated by commas or as a list")
     if not parts or "" in parts:
         raise ValueError("a target is empty; give all-linear, roles or globs")
     return parts

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import RecipeError, did_you_mean
+from svdconvert.errors import RecipeError, brief, did_you_mean
 
 T = TypeVar("T")
 
@@ -37,7 +37,8 @@ COMMAND_OF_KIND: Mapping[str, str] = {
     "converted": "convert",
 }
 """Kind of a directory -> the section of the command that wrote it."""
-SHARED = ("model", "seed", "threads", "device")
+SHARED: Mapping[str, type] = {"model": str, "seed": int, "threads": int, "device": str}
+_LONGEST = 300  # characters that are shown of a message of the YAML reader
 _SPELLINGS = {"from": "side"}  # a reserved word in Python
 # Options of which only one can be given: if one is typed, those of the recipe are ignored.
 _EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
@@ -66,12 +67,14 @@ def read_recipe(path: Path | None) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
         raise RecipeError(f"{path} does not exist; give --recipe a YAML file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
+        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        raise RecipeError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a mapping of keys; write some of {', '.join([*SHARED, *SECTIONS])}")
     content = _plain(content)
     _refuse_unknown(content, [*SHARED, *SECTIONS], str(path))
+    _check_shared(content, path)
     sections = {}
     for name, kind in SECTIONS.items():
         section = content.pop(name, None) or {}
@@ -82,6 +85,16 @@ def read_recipe(path: Path | None) -> Recipe:
         sections[name] = _plain(section)
         _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
     return Recipe(content, sections, path)
+
+
+def _check_shared(content: Mapping[str, Any], path: Path) -> None:
+    """Raise RecipeError for a key of all commands with a value of the wrong type."""
+    for key, kind in SHARED.items():
+        value = content.get(key)
+        is_right = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and not (is_right and (key != "threads" or value > 0)):
+            expected = "a text" if kind is str else "an integer" if key == "seed" else "an integer above zero"
+            raise RecipeError(f"{path}: {key} is {brief(value)}: it should be {expected}")
 
 
 def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
@@ -107,8 +120,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         command = section.replace("_", "-")
         source = command if recipe.path is None or key in given else f"{recipe.path}: {section}"
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-        wrong = f"{key} is {first['input']!r}: {message}" if key else message
-        raise RecipeError(f"{source}: {wrong}") from error
+        wrong = f"{key} is {brief(first['input'])}: {message}" if key else message
+        # Not `from error`: its text repeats the value, and with YAML's aliases a short file holds a huge one.
+        raise RecipeError(f"{source}: {wrong}") from None
 
 
 def _drop_shared_seed(values: dict[str, Any], recipe: Recipe, given: Mapping[str, Any]) -> None:
@@ -151,4 +165,6 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
     if unknown := sorted(set(values) - set(known)):
-        raise RecipeError(f"{source} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+        raise RecipeError(
+            f"{source} has the unknown key {brief(unknown[0])}; {did_you_mean(unknown[0], known)}"
+        )

@@ -5,14 +5,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ByteSize, TypeAdapter, ValidationError
 
+_LONGEST = 40  # characters
 # pydantic's ByteSize ignores what follows the first unit: it takes 5,5GB for 5 bytes.
 _NUMBER_AND_UNIT = re.compile(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*")
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as "5GB", "200MB" or "4GiB". Raises ValueError for anything else."""
+    is_size = len(text) <= _LONGEST and _NUMBER_AND_UNIT.fullmatch(text)
     try:
-        size = TypeAdapter(ByteSize).validate_python(text) if _NUMBER_AND_UNIT.fullmatch(text) else 0
+        size = TypeAdapter(ByteSize).validate_python(text) if is_size else 0
     except ValidationError:
         size = 0
     if size < 1:

@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import Literal
 
-from svdconvert.checkpoint.file_names import is_weights, name_fault
+from svdconvert.checkpoint.file_names import is_weights
 from svdconvert.checkpoint.safetensors_files import (
     ENDINGS,
     INDEX,
@@ -22,7 +22,7 @@ from svdconvert.errors import CheckpointError, ModelNotFoundError
 from svdconvert.hub.auth import endpoint, hub_api
 from svdconvert.hub.errors import hub_errors_as, is_unanswered, with_retries
 from svdconvert.hub.reference import ModelRef, is_repository
-from svdconvert.hub.replies import is_commit
+from svdconvert.hub.replies import is_commit, listed_files
 
 Part = Literal["all", "adapter", "sidecars"]
 """What is downloaded: everything a loader needs, the same without the model's own weights, or no weights."""
@@ -36,7 +36,6 @@ _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, wit
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20
 _ATTEMPTS = 2  # downloads of a revision that moves to another commit meanwhile
-_DANGEROUS = ("is an absolute path", "leaves the directory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +183,7 @@ def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, 
             f"{endpoint()} names no commit of {repository}; check HF_ENDPOINT, which may be a mirror without "
             "that feature"
         )
-    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
-    for name in files:
-        if name_fault(name) in _DANGEROUS:
-            raise CheckpointError(
-                f"{endpoint()} lists {name[:80]!r} in {repository}, which {name_fault(name)}; use another "
-                "source"
-            )
-    return str(info.sha), files
+    return str(info.sha), listed_files(info, repository)
 
 
 def _is_sidecar(name: str) -> bool:

@@ -14,7 +14,7 @@ from svdconvert.hub.replies import BUSY, WrongReplyError, refuse_long_pause, req
 T = TypeVar("T")
 
 _DISK = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError)
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from svdconvert.checkpoint.safetensors_files import ENDINGS
 from svdconvert.errors import CheckpointError, ModelNotFoundError
@@ -67,8 +67,8 @@ def _exists(text: str) -> bool:
 
 def _name_of_address(text: str) -> str:
     """org/name[/path][@revision] of a page of the Hub. Raises CheckpointError for any other address."""
-    address = urlsplit(text)
-    hub = urlsplit(endpoint())
+    address = _split(text)
+    hub = _split(endpoint())
     parts = [unquote(part) for part in address.path.split("/") if part]
     known = address.scheme in ("http", "https") and address.netloc in (*_PUBLIC, hub.netloc)
     if not known or not parts or parts[0] in ("datasets", "spaces"):
@@ -80,6 +80,14 @@ def _name_of_address(text: str) -> str:
     name = "/".join([*parts[:page], *parts[page + 2 :]])
     revision = parts[page + 1] if len(parts) > page + 1 else ""
     return f"{name}@{revision}" if revision and revision != "main" else name
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; none if it is malformed."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def _folder_sentence(text: str, repository: str, folder: str, revision: str | None) -> str:

@@ -8,6 +8,8 @@ import re
 from logging import getLogger
 from typing import Any
 
+from svdconvert.checkpoint.file_names import name_fault
+from svdconvert.errors import brief
 from svdconvert.hub.auth import endpoint, scrub
 
 LONGEST_PAUSE = 60.0
@@ -15,9 +17,10 @@ LONGEST_PAUSE = 60.0
 BUSY = (429, 500, 502, 503, 504)
 """Statuses after which the same request is repeated."""
 _ANNOUNCED = 5.0  # seconds; a shorter pause is not mentioned
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-_RESET = re.compile(r"\bt=(\d+)")
+_RESET = re.compile(r"\bt=([0-9]{1,12})")
+_DANGEROUS = ("is an absolute path", "leaves the directory", "is no name")
 _log = getLogger(__name__)
 
 
@@ -58,7 +61,7 @@ def requested_pause(response: Any) -> float:
     if re.fullmatch(r"[0-9]{1,12}", after):
         return float(after)
     reset = _RESET.search(response.headers.get("RateLimit", "")) if response.status_code == 429 else None
-    return float(reset[1][:12]) if reset else 0.0
+    return float(reset[1]) if reset else 0.0
 
 
 def refuse_long_pause(seconds: float) -> None:
@@ -77,6 +80,23 @@ def is_commit(text: object) -> bool:
     return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
 
 
+def listed_files(info: Any, repository: str) -> dict[str, str | None]:
+    """The files of a repository by huggingface_hub's ModelInfo -> SHA-256 of those in LFS, else None.
+
+    Raises WrongReplyError for a name that is no text or leads out of the repository.
+    """
+    files: dict[str, str | None] = {}
+    for file in info.siblings or []:
+        name = file.rfilename
+        fault = name_fault(name) if isinstance(name, str) else "is no name"
+        if fault in _DANGEROUS:
+            raise WrongReplyError(
+                f"{endpoint()} lists {brief(name)} in {repository}, which {fault}; use another source"
+            )
+        files[name] = file.lfs.sha256 if file.lfs else None
+    return files
+
+
 def check_range(response: Any, name: str, begin: int, end: int, size: int | None) -> int:
     """The size of the file, from an answer to a request for its bytes from `begin` to `end`.
 
@@ -88,7 +108,7 @@ def check_range(response: Any, name: str, begin: int, end: int, size: int | None
         raise WrongReplyError(f"{endpoint()} does not answer range requests for {name}; leave out --stream")
     stated = response.headers.get("Content-Range", "")
     match = _RANGE.fullmatch(stated.strip())
-    total = int(match[3]) if match and len(match[3]) < 20 else 0
+    total = int(match[3]) if match else 0
     if match is None or (int(match[1]), int(match[2])) != (begin, min(end, total) - 1):
         raise WrongReplyError(
             f"{endpoint()} was asked for the bytes {begin} to {end - 1} of {name} and answers with "

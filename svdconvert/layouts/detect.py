@@ -2,12 +2,14 @@
 
 from collections.abc import Container, Sequence
 
-from svdconvert.errors import CheckpointError, PluginError, UnknownNameError, did_you_mean
+from svdconvert.errors import CheckpointError, PluginError, UnknownNameError, brief, did_you_mean
 from svdconvert.layouts.base import LAYOUTS, KnownUnsupported, Layout
+
+_LONGEST = 100  # characters of a model type that are compared with known ones
 
 
 def find_layout(
-    name: str | None, model_type: str | None, directory: str, infos: Container[str] = ()
+    name: str | None, model_type: object, directory: str, infos: Container[str] = ()
 ) -> tuple[str, Layout]:
     """The layout called `name`, else by the tensors `infos`, else by config.json's `model_type`; its name.
 
@@ -24,12 +26,13 @@ def find_layout(
         if layout.signature_tensor is not None and layout.signature_tensor in infos:
             return found, layout
     for found, layout in known.items():
-        if model_type in layout.model_types:
+        if isinstance(model_type, str) and model_type in layout.model_types:
             return found, layout
     types = sorted(kind for layout in known.values() for kind in layout.model_types)
+    similar = did_you_mean(str(model_type)[:_LONGEST], types)
     raise UnknownNameError(
-        f"{directory} has the model type {model_type!r}, which no layout covers "
-        f"({did_you_mean(str(model_type), types)}); if its tensors are named as in {', '.join(known)}, "
+        f"{directory} has the model type {brief(model_type)}, which no layout covers ({similar}); if its "
+        f"tensors are named as in {', '.join(known)}, "
         f"give one of them with --layout{_and_failed(failed)}"
     )
 

@@ -28,6 +28,8 @@ def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], sourc
         )
     if known.config != config_checksum(config):
         raise ArtifactError(_other_model(directory, origin, "its config.json differs"))
+    if absent := [name for name in known.tensors if name not in source.infos]:
+        raise ArtifactError(_other_model(directory, origin, f"it has no {absent[0]}"))
     matrices = [name for name in known.tensors if len(source.infos[name].shape) == 2]
     if matrices:
         name = min(matrices, key=lambda name: source.infos[name].nbytes)

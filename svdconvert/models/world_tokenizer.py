@@ -5,13 +5,14 @@ literal is a Python string or bytes literal. Id 0 is the end of a text and is no
 """
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from svdconvert.errors import CheckpointError, DataError, MissingPackageError
+from svdconvert.errors import CheckpointError, DataError, MissingPackageError, brief
 from svdconvert.output.sidecars import vocabularies
 
 END = 0
@@ -23,6 +24,9 @@ WORLD = "rwkv_vocab_v20230424.txt"
 WORLD_TOKENS = 65529
 WORLD_SIZE = 65536
 """The file of World's vocabulary, its number of tokens, and the vocabulary size of models trained on it."""
+
+# Only a literal of text or of bytes: others, such as a long sum, take much time or memory to evaluate.
+_LINE = re.compile(r"(?P<number>[0-9]{1,9}) (?P<literal>b?(['\"]).*\3) (?P<length>[0-9]{1,9})", re.DOTALL)
 
 
 class WorldTokenizer:
@@ -115,17 +119,24 @@ def _packaged() -> Path | None:
 def _read(file: Path) -> dict[bytes, int]:
     tokens: dict[bytes, int] = {}
     # Not splitlines(): that also splits at characters that are tokens.
-    for line, text in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for line, raw in enumerate(file.read_bytes().rstrip(b"\n").split(b"\n"), 1):
         try:
-            number, literal = text.split(" ", 1)
-            literal, length = literal.rsplit(" ", 1)
-            value = ast.literal_eval(literal)
-            token = value.encode() if isinstance(value, str) else bytes(value)
-            if len(token) != int(length) or not token:
-                raise ValueError(f"{len(token)} bytes")
-            tokens[token] = int(number)
-        except (ValueError, SyntaxError, TypeError) as error:
+            number, token = _token(raw.removesuffix(b"\r").decode("utf-8"))
+            tokens[token] = number
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise CheckpointError(
-                f"{file}, line {line}: {text!r} is not a token; fetch the file again"
+                f"{file}, line {line}: {brief(raw)} is not a token; fetch the file again"
             ) from error
     return tokens
+
+
+def _token(text: str) -> tuple[int, bytes]:
+    """(id, bytes) of a line. Raises ValueError, SyntaxError, MemoryError or RecursionError for any other."""
+    match = _LINE.fullmatch(text)
+    if match is None:
+        raise ValueError("no id, literal and length")
+    value = ast.literal_eval(match["literal"])
+    token: bytes = value.encode() if isinstance(value, str) else value
+    if len(token) != int(match["length"]) or not token:
+        raise ValueError(f"{len(token)} bytes")
+    return int(match["number"]), token

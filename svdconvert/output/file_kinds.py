@@ -1,10 +1,12 @@
 """What each file of a model's directory is, by its name: one rule for copying, publishing and downloading."""
 
-import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
+from svdconvert.checkpoint.file_names import name_fault
+from svdconvert.checkpoint.json_text import read_json
 
 FileKind = Literal["sidecar", "weights", "adapter", "ours", "hidden", "foreign"]
 """`sidecar`: a loader may need it next to the weights. `foreign`: in a folder that belongs to no loader."""
@@ -59,13 +61,9 @@ def sidecar_folders(directory: Path) -> list[str]:
 
 def _module_folders(listing: Path) -> list[str]:
     try:
-        modules = json.loads(listing.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        modules = read_json(listing)
+    except (OSError, ValueError):
         return []
     rows = [row for row in modules if isinstance(row, dict)] if isinstance(modules, list) else []
-    paths = [PurePosixPath(row["path"]) for row in rows if isinstance(row.get("path"), str)]
-    return [
-        str(path)
-        for path in paths
-        if path.parts and not path.is_absolute() and not {"..", "."} & {*path.parts}
-    ]
+    paths = [str(PurePosixPath(row["path"])) for row in rows if isinstance(row.get("path"), str)]
+    return [path for path in paths if name_fault(path) is None]

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import xxhash
 
+from svdconvert.checkpoint.json_text import parse_json
 from svdconvert.errors import OutputError
 
 Record = dict[str, Any]
@@ -141,14 +142,30 @@ def _complete_lines(stream: IO[bytes]) -> tuple[list[Any], int]:
     end = 0
     for text in stream:
         try:
-            entry = json.loads(text if text.endswith(b"\n") else b"")
-            if entry["checksum"] != _checksum(entry["line"]):
+            entry = parse_json(text if text.endswith(b"\n") else b"")
+            line = entry["line"]
+            if entry["checksum"] != _checksum(line) or not _is_ours(line, first=not lines):
                 break
-            lines.append(entry["line"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            lines.append(line)
+        except (ValueError, KeyError, TypeError):
             break
         end += len(text)
     return lines, end
+
+
+def _is_ours(line: Any, *, first: bool) -> bool:
+    """True for what this class writes: an identity as the first line, then items and syncs."""
+    if not isinstance(line, dict) or first:
+        return isinstance(line, dict)
+    if "synced" in line:
+        return isinstance(line["synced"], str) and type(line.get("before")) is int
+    record = line.get("record")
+    files = record.get("files", {}) if isinstance(record, dict) else None
+    return (
+        isinstance(line.get("item"), str)
+        and isinstance(files, dict)
+        and all(isinstance(checksums, dict) for checksums in files.values())
+    )
 
 
 def _items(lines: Sequence[Any]) -> tuple[dict[str, Record], set[str]]:

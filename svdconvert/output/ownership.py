@@ -4,13 +4,13 @@ An output directory is ours if its manifest can be read, and a file in it if the
 directory is ours if its journal begins with a line of ours, or if its manifest lists all its files.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.json_text import read_json
 from svdconvert.errors import OutputError
 from svdconvert.output.journal import is_own_journal
 from svdconvert.output.rename import rename_to_free_name
@@ -143,11 +143,11 @@ def _check_staging(path: Path) -> None:
 def _own_files(directory: Path) -> set[str]:
     """The files that a directory's manifest lists, and the manifest; none if there is no valid manifest."""
     try:
-        values = json.loads((directory / MANIFEST_NAME).read_bytes())
+        values = read_json(directory / MANIFEST_NAME)
         files = set(map(str, values["files"]))
         listed = values.get("sidecars")
         known = set(map(str, listed)) if isinstance(listed, dict) else _format1_files(directory, values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
     return {MANIFEST_NAME, *files, *known}
 

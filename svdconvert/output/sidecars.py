@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.checkpoint.file_names import refuse_links_outside
+from svdconvert.checkpoint.json_text import read_json
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.checkpoint.tensors import ELEMENTS
 from svdconvert.errors import CheckpointError
@@ -34,8 +35,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if it holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        value = read_json(path)
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}; restore the file") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object; restore the file")

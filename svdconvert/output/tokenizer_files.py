@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.checkpoint.file_names import refuse_links_outside
+from svdconvert.checkpoint.json_text import read_json
 from svdconvert.output.file_kinds import TEMPLATES, file_kind
 
 _SETTINGS = "tokenizer_config.json"
@@ -77,7 +78,7 @@ def _is_same(one: Path, other: Path) -> bool:
 def _settings(directory: Path) -> Mapping[str, Any]:
     """tokenizer_config.json; empty if there is none or it is no JSON object."""
     try:
-        value = json.loads((directory / _SETTINGS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = read_json(directory / _SETTINGS)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -3,7 +3,6 @@
 The text is the template `card.md.jinja`; this file decides which of its parts apply.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from svdconvert.hub.auth import endpoint
 from svdconvert.layouts.loading import CAUSAL, auto_class
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import PLAIN, Manifest
+from svdconvert.output.measurements import losses
 from svdconvert.publish.command_line import command_of
 from svdconvert.publish.files import SourceRepos
 
@@ -72,9 +72,10 @@ def licence_of(card: str) -> dict[str, Any]:
     found = _FRONT.match(card)
     try:
         front = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except Exception:  # a tag such as !!timestamp raises whatever its text leads to
         return {}
-    return {key: front[key] for key in _LICENCE if key in front} if isinstance(front, dict) else {}
+    entries = front if isinstance(front, dict) else {}
+    return {key: entries[key] for key in _LICENCE if isinstance(entries.get(key), str | list)}
 
 
 @dataclass(frozen=True)
@@ -218,12 +219,10 @@ def _numbers(manifest: Manifest, metrics: Path | None) -> dict[str, str]:
 def _losses(metrics: Path | None) -> dict[str, str]:
     if metrics is None:
         return {}
-    logs = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [log["loss"] for log in logs if "loss" in log]
-    held_out = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    trained, held_out = losses(metrics)
     return {
-        "steps": str(len(losses)),
-        "loss": f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "",
+        "steps": str(len(trained)),
+        "loss": f"{trained[0]:.4f} to {trained[-1]:.4f}" if trained else "",
         "held-out loss": f"{held_out[0]:.4f} to {held_out[-1]:.4f}" if held_out else "",
     }
 

@@ -9,6 +9,7 @@ from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
+from svdconvert.hub.replies import listed_files
 from svdconvert.manifest.schema import Manifest, read_manifest
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
@@ -178,7 +179,7 @@ def inspect_branch(destination: Destination) -> BranchState:
     branch = destination.branch
     info = with_retries(lambda: hub_api().model_info(name, revision=branch))
     assert info.sha is not None
-    files = frozenset(file.rfilename for file in info.siblings or [])
+    files = frozenset(listed_files(info, name))
     own = frozenset[str]()
     if MANIFEST_NAME in files:
         manifest = read_json_object(_download(name, MANIFEST_NAME, info.sha))
@@ -190,7 +191,7 @@ def inspect_branch(destination: Destination) -> BranchState:
             f"{name} holds {others[0]}, which svdconvert did not write ({len(others)} such files); choose "
             "another name, or propose it with --pull-request"
         )
-    card = _download(name, CARD, info.sha).read_text(encoding="utf-8") if CARD in files else None
+    card = _text(_download(name, CARD, info.sha)) if CARD in files else None
     return BranchState(info.sha, files, own, None if card is None or is_untouched(card) else card)
 
 
@@ -213,7 +214,9 @@ def _card(directory: Path, manifest: Manifest, destination: Destination, repos: 
 
 def _code_files(config: Mapping[str, Any]) -> list[str]:
     """The files of code that a configuration names."""
-    named = (str(name).split(".")[0] for name in config.get("auto_map", {}).values())
+    classes = config.get("auto_map")
+    names = classes.values() if isinstance(classes, dict) else ()
+    named = (name.split(".")[0] for name in names if isinstance(name, str))
     return sorted({f"{module}.py" for module in named if "--" not in module})
 
 
@@ -230,9 +233,14 @@ def _licence(repos: SourceRepos) -> Mapping[str, Any]:
     try:
         local = Path(repos.base.location) / CARD
         card = _download(repos.base_id, CARD, repos.base.revision) if repos.base_id else local
-        return licence_of(card.read_text(encoding="utf-8"))
-    except (EntryNotFoundError, HfHubHTTPError, OSError, UnicodeDecodeError):
+        return licence_of(_text(card))
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
         return {}  # a base without a card, or one that cannot be read now
+
+
+def _text(card: Path) -> str:
+    """The text of a model card, which anybody may have written in any encoding."""
+    return card.read_text(encoding="utf-8", errors="replace")
 
 
 def _download(repository: str, file: str, commit: str | None) -> Path:

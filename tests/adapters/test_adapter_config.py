@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,13 +84,26 @@ def test_a_pattern_that_would_backtrack_without_end_is_matched(saved: Callable[.
     assert adapter.config.rank_of("model.layers.0.self_attn.q_proj") == 4
 
 
+@pytest.mark.parametrize("pattern", ["(" * 9 + "a{99}" + "){99}" * 9, "(q_proj){e<=3}", "(?R)", "a{1001}"])
+def test_a_pattern_that_takes_memory_or_is_none_of_pefts_is_refused(
+    saved: Callable[..., Path], pattern: str
+) -> None:
+    with pytest.raises(ArtifactError, match="which must be names or regular expressions"):
+        read_adapter_config(saved(rank_pattern={pattern: 2}))
+
+
+def test_a_pattern_with_a_small_count_is_matched(saved: Callable[..., Path]) -> None:
+    config = read_adapter_config(saved(rank_pattern={r"layers\.\d{1,2}\.q_proj": 2}))
+    assert (config.rank_of("model.layers.10.q_proj"), config.rank_of("model.layers.100.q_proj")) == (2, 4)
+
+
 def test_a_pattern_that_takes_too_long_is_refused(
     saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(*arguments: object, **options: object) -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(adapter_config.regex, "match", slow)
+    monkeypatch.setattr(adapter_config, "_compiled", lambda key: SimpleNamespace(match=slow))
     with pytest.raises(ArtifactError, match="takes too long to match"):
         open_adapter(saved(rank_pattern={"q_proj": 4}))
 

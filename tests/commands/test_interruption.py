@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from svdconvert.commands.convert import convert
 from svdconvert.commands.decompose import decompose
@@ -17,13 +18,13 @@ from svdconvert.config.progress import Progress
 from svdconvert.output.ownership import staging_directory
 from svdconvert.pipeline.decompose import SplitOptions
 from tests import medium, rwkv6
+from tests.conftest import Build
 from tests.endless import COMMANDS, ENDLESS, write
-from tests.process import finish, finished_items, start, sums, wait_until_finished
+from tests.process import KILLS, finish, finished_items, start, sums, wait_until_finished
+from tests.reading import readable, write_sums
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
-KILLS = int(os.environ.get("SVDCONVERT_KILLS", "3"))
-"""Kills of each command; `make soak` wants more."""
 SLOW: tuple[object, ...] = ("decompose", "--svd", "exact", "--rank", 8)
 """A command that takes a few seconds."""
 
@@ -34,17 +35,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sources(model: Path, checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Command -> what it reads."""
     directory = tmp_path_factory.mktemp("sources")
     run = Run(device="cpu", threads=1)
     decomposed = directory / "decomposed"
     decompose(model, decomposed, SplitOptions(rank=8), run)
+    training = directory / "training"
+    training.mkdir()
+    write_sums(training / "sums.jsonl", rows=24)
+    base = readable(checkpoint("llama", dtype=torch.float32), training / "base")
+    decompose(base, training / "start", SplitOptions(rank=4), run)
     pth = rwkv6.save(rwkv6.random_model(), directory / "rwkv6.pth")
     hf = directory / "hf"
     convert(pth, hf, ConvertOptions(layout="hf"), run)
     return {
         "decompose": model,
+        "train": training,
         "merge": decomposed,
         "to-lora": decomposed,
         "convert to hf": pth,
@@ -54,9 +61,10 @@ def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
-    command: str, sources: dict[str, Path], tmp_path: Path
+    command: str, sources: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    undisturbed = tmp_path / "undisturbed"
+    out = tmp_path / "out"
     tensors: list[str] = []
     write(command, sources[command], undisturbed, _run(lambda progress: tensors.append(progress.name)))
     assert len(tensors) > KILLS
@@ -76,6 +84,7 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert min(during) >= before, "what was finished before the kill was done again"
     assert sums(out) == sums(undisturbed)
     assert not staging_directory(out).exists()
+    record_property("counts", {"Kills": {"command": command, "kills": KILLS, "bytes at the end": "the same"}})
 
 
 def _run(track: Callable[[Progress], None]) -> Run:

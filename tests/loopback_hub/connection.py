@@ -23,11 +23,16 @@ def route(method: str, pattern: str) -> Callable[[Callable[..., None]], Callable
     return note
 
 
+ANY = "*"
+"""The method of a fault that is for requests with every method."""
+
+
 @dataclass
 class Fault:
     """A fault that is injected into the next requests of a kind."""
 
     method: str
+    """The method of the request, or ANY."""
     path: str
     """A regular expression."""
     status: int = 503
@@ -54,7 +59,7 @@ class Fault:
         return self.cut is not None or self.flip or bool(self.rewrite) or self.body is not None
 
     def fits(self, method: str, path: str) -> bool:
-        return self.method == method and re.search(self.path, path) is not None
+        return self.method in (method, ANY) and re.search(self.path, path) is not None
 
 
 @dataclass(frozen=True)

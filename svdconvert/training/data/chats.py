@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.errors import DataError
+from svdconvert.checkpoint.json_text import parse_json
+from svdconvert.errors import DataError, brief
 from svdconvert.training.data.rows import Row, without_nulls
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def _turns(row: Row, field: str) -> list[Turn]:
 
 def _from_sharegpt(turn: Turn, field: str) -> Turn:
     speaker = turn.get("from")
-    if speaker not in ROLES:
-        raise DataError(f"its {field} have a turn from {speaker!r}; the speakers are {', '.join(ROLES)}")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise DataError(f"its {field} have a turn from {brief(speaker)}; the speakers are {', '.join(ROLES)}")
     if not isinstance(turn.get("value"), str):
         raise DataError(f"its {field} have a turn from {speaker!r} without a text in value")
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -131,7 +132,7 @@ def _weight(turn: Turn, *, default: bool = True) -> bool:
     for key in WEIGHT_KEYS:
         if key in turn:
             if turn[key] not in (0, 1):
-                raise DataError(f"a turn has {key} {turn[key]!r}; it can only be 0 or 1")
+                raise DataError(f"a turn has {key} {brief(turn[key])}; it can only be 0 or 1")
             return bool(turn[key])
     return default
 
@@ -141,7 +142,7 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools.encode())
         except ValueError as error:
             raise DataError(f"its tools are not JSON: {error}") from error
     elif isinstance(tools, Sequence) and not isinstance(tools, str):
@@ -158,7 +159,7 @@ def _parsed(tool: Any) -> Any:
     if not isinstance(tool, str):
         return without_nulls(tool)
     try:
-        return json.loads(tool)
+        return parse_json(tool.encode())
     except ValueError as error:
         raise DataError(f"its tools are not JSON: {error}") from error
 

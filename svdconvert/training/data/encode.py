@@ -11,7 +11,7 @@ from svdconvert.errors import DataError
 from svdconvert.training.data.chats import DATE, prints_date
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.data.prompts import TrainingText, choose_fields, render_row, used_fields
-from svdconvert.training.data.rows import FieldSet, Row
+from svdconvert.training.data.rows import FieldSet, Row, valid_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ class TextRowEncoder:
             try:
                 fields = fields or choose_fields(row, self.options)
                 text = render_row(row, fields, self.options, self.tokenizer)
+                valid_text(text.text)
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
             encoded.append(_encode(text, self.tokenizer, self.options.max_length))

@@ -1,5 +1,6 @@
 """Encode rows with a label: a class or a number for a text or a pair of texts, as in GLUE."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -7,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import DataError, did_you_mean
+from svdconvert.errors import DataError, brief, did_you_mean
 from svdconvert.training.data.example import Example
-from svdconvert.training.data.rows import FieldSet, Row, find_fields
+from svdconvert.training.data.rows import FieldSet, Row, find_fields, valid_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ FIELD_SETS: tuple[FieldSet, ...] = (
     ("sentence",),
     ("text",),
 )
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass
@@ -60,11 +63,16 @@ class LabelledRowEncoder:
         if value is None or value == "":
             raise DataError(f"it has no {name}; its fields are {did_you_mean(name, row)}")
         if self.options.task == "classify":
-            return str(int(value)) if isinstance(value, bool | float) else str(value)
+            if not isinstance(value, str | int) and not (isinstance(value, float) and value.is_integer()):
+                raise DataError(f"its {name} is {brief(value)}, which is no class (a text or an integer)")
+            return value if isinstance(value, str) else str(int(value))
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"its {name} is {value!r}, which is not a number") from error
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"its {name} is {brief(value)}, which is not a number") from error
+        if not torch.tensor(number).isfinite():
+            raise DataError(f"its {name} is {brief(value)}, which is not a finite number in float32")
+        return number
 
     def _example(self, texts: Sequence[str], label: str | float, number: int) -> Example:
         if isinstance(label, str) and label not in self.labels:
@@ -93,10 +101,10 @@ def _text(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise DataError(f"its {name} is not text but {type(value).__name__}")
-    return value
+    return valid_text(value)
 
 
 def _sorted_labels(labels: set[str]) -> list[str]:
     """In numerical order if all labels are integers, else in alphabetical order."""
-    are_numbers = all(label.lstrip("-").isdigit() for label in labels)
+    are_numbers = all(_INTEGER.fullmatch(label) for label in labels)
     return sorted(labels, key=lambda label: (int(label), "") if are_numbers else (0, label))

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
+from svdconvert.checkpoint.json_text import parse_json
 from svdconvert.errors import DataError, did_you_mean
 from svdconvert.hub.auth import find_token
 
@@ -97,6 +98,15 @@ def has_values(row: Row) -> list[str]:
     return [name for name, value in row.items() if value not in (None, "", [], {})]
 
 
+def valid_text(text: str) -> str:
+    """The text itself. Raises DataError if it holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"its text holds half of a character ({error.object[error.start]!r})") from error
+    return text
+
+
 def row_text(row: Row) -> str:
     """A row as text that is the same in every process, for a checksum."""
     return json.dumps(row, default=_value_text)
@@ -139,7 +149,7 @@ def _raise_for_invalid_line(path: Path) -> None:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                json.loads(line.strip() or b"{}")
+                parse_json(line.strip() or b"{}")
             except ValueError as error:
                 raise DataError(f"{path}: row {number} is not JSON: {error}") from error
 
@@ -202,17 +212,23 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _datasets_silenced() -> Iterator[None]:
-    """Suppress the progress bars of `datasets`, and log messages that we raise as errors."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    """Suppress the progress bars of `datasets`, log messages that we raise as errors, and its counting.
+
+    It reports each use of a reader, of local files too, to a server.
+    """
+    from datasets import are_progress_bars_disabled, config, disable_progress_bars, enable_progress_bars
 
     bars_were_disabled = are_progress_bars_disabled()
     logger = logging.getLogger("datasets")
     level = logger.level
+    counts = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     disable_progress_bars()
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         if not bars_were_disabled:
             enable_progress_bars()

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from svdconvert.output.measurements import read_measurements
 from svdconvert.training.logs.drift import DriftLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
@@ -22,11 +23,15 @@ class JsonLinesFile:
     """A file with one JSON object per line, each with its step; a context manager."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        """Open `path` and keep its lines up to `resumed_step`, because later steps are repeated."""
+        """Open `path` and keep its lines up to `resumed_step`, because later steps are repeated.
+
+        Raises ArtifactError if one of them is damaged.
+        """
         self._path = path
-        lines = _complete_lines(path) if resumed_step else []
-        self._stream = path.open("w", encoding="utf-8")
-        self._stream.writelines(line for line in lines if json.loads(line)["step"] <= resumed_step)
+        before = read_measurements(path) if resumed_step and path.is_file() else []
+        kept = [line for line, values in before if values["step"] <= resumed_step]
+        path.write_bytes(b"".join(kept))
+        self._stream = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -43,14 +48,6 @@ class JsonLinesFile:
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file, without a last line that a killed run left incomplete."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
 
 
 class MetricsLog:

@@ -15,6 +15,8 @@ from zipfile import is_zipfile
 
 import torch
 
+from svdconvert.checkpoint.torch_files import load_tensors_only
+from svdconvert.errors import CheckpointError
 from svdconvert.output.pth_archive import torch_errors_as_os_error
 
 FOLDER = "checkpoints"
@@ -47,9 +49,15 @@ class Checkpoints:
         return files[-1][0] if files else 0
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The state in the newest checkpoint, None if there is none."""
+        """The state in the newest checkpoint, None without one. Raises CheckpointError if it is damaged."""
         files = self._files()
-        return torch.load(files[-1][1], map_location="cpu", weights_only=True) if files else None
+        if not files:
+            return None
+        file = files[-1][1]
+        state = load_tensors_only(file)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{file} holds no state of a training run; remove it to use an older one")
+        return state
 
     def is_due(self, step: int) -> bool:
         """True if a checkpoint is to be saved after this step."""
