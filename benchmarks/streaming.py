@@ -32,6 +32,32 @@ residual, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(residual)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
+BY_SHARD = """
+import json, shutil, sys, torch
+from pathlib import Path
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+base, adapter, out = map(Path, sys.argv[1:])
+out.mkdir()
+config = json.loads((adapter / "adapter_config.json").read_text())
+factors = load_file(adapter / "adapter_model.safetensors")
+for path in base.iterdir():
+    if path.is_file() and path.suffix != ".safetensors":
+        shutil.copy(path, out)
+for path in sorted(base.glob("*.safetensors")):
+    merged = {}
+    with safe_open(path, "pt") as shard:
+        for name in shard.keys():
+            tensor = shard.get_tensor(name)
+            prefix = "base_model.model." + name.removesuffix(".weight")
+            if prefix + ".lora_A.weight" in factors:
+                left = factors[prefix + ".lora_B.weight"].float()
+                right = factors[prefix + ".lora_A.weight"].float()
+                delta = left @ right * (config["lora_alpha"] / config["r"])
+                tensor = (tensor.float() + delta).to(tensor.dtype)
+            merged[name] = tensor
+    save_file(merged, out / path.name, metadata={"format": "pt"})
+"""
 ARITHMETIC = """
 import sys, time, json, torch
 from pathlib import Path
@@ -134,7 +160,7 @@ def memory(directory: Path, size: str, repeat: int) -> None:
 
 
 def merge(directory: Path, size: str, repeat: int) -> None:
-    """svdconvert merge, PEFT's merge_and_unload with save_pretrained, and cp of the same bytes."""
+    """svdconvert merge, PEFT's merge_and_unload, a loop over shards (as axolotl's merge), and cp."""
     model, decomposed = split(directory, size)
     adapter = trained(decomposed)
     out = directory / "merged"
@@ -143,6 +169,9 @@ def merge(directory: Path, size: str, repeat: int) -> None:
     runs = {
         "svdconvert merge": fresh(out, lambda: run(ours)),
         "PEFT": fresh(copy, lambda: run([sys.executable, "-c", PEFT_MERGE, decomposed, adapter, copy])),
+        "shard by shard": fresh(
+            copy, lambda: run([sys.executable, "-c", BY_SHARD, decomposed, adapter, copy])
+        ),
         "cp of the base": fresh(copy, lambda: run(["cp", "-rL", model, copy])),
     }
     found = in_turn(runs, repeat)
