@@ -98,7 +98,7 @@ class _Rule:
     is_causal: bool
 
     def blocks(self, query: Tensor, row: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
-        """(queries, the keys that any of them attends to, which of these are hidden from which query)."""
+        """(queries, the keys that any of them attends to, which of the last of these each does not)."""
         _, heads, tokens, _ = query.shape
         size = max(_FEWEST, _SCORES // (heads * tokens))
         for start in range(0, tokens, size):
@@ -109,9 +109,9 @@ class _Rule:
                 keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, tokens)
                 yield queries, keys, ~seen_QT[:, keys]
             elif self.is_causal:
-                shape = (queries.stop - start, queries.stop)
-                hidden_QK = torch.ones(shape, dtype=torch.bool, device=query.device).triu(start + 1)
-                yield queries, slice(0, queries.stop), hidden_QK
+                count = queries.stop - start
+                hidden_QQ = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+                yield queries, slice(0, queries.stop), hidden_QQ
             else:
                 yield queries, slice(0, tokens), None
 
@@ -154,12 +154,16 @@ class _Blockwise(torch.autograd.Function):
                 p_GNK = _probabilities(query_GND, key_GKD, hidden_QK, rule.scale)
                 grad_value[row, :, keys] += p_GNK.to(value.dtype).transpose(1, 2) @ grad_GNE
                 grad_p = (grad_GNE @ value[row, :, keys].transpose(1, 2)).to(wide)
-                # The derivative of the softmax: p (grad_p - sum of p grad_p).
-                grad_p -= torch.linalg.vecdot(p_GNK, grad_p)[..., None]
-                grad_scores = grad_p.mul_(p_GNK).mul_(rule.scale).to(query.dtype)
+                # The derivative of the softmax: p grad_p - p (sum of p grad_p).
+                grad_p *= p_GNK
+                grad_p.addcmul_(p_GNK, grad_p.sum(2, keepdim=True), value=-1.0)
+                grad_scores = grad_p.to(query.dtype)
                 shape = (query.shape[1], queries.stop - queries.start, -1)
                 grad_query[row, :, queries] = (grad_scores @ key_GKD).view(shape)
                 grad_key[row, :, keys] += grad_scores.transpose(1, 2) @ query_GND
+        # The scale comes last: there are fewer numbers here than scores.
+        grad_query *= rule.scale
+        grad_key *= rule.scale
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 
@@ -174,6 +178,7 @@ def _probabilities(query_GND: Tensor, key_GKD: Tensor, hidden_QK: Tensor | None,
     scores = query_GND @ key_GKD.transpose(1, 2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
     if hidden_QK is not None:
-        by_head = scores.view(len(scores), -1, *hidden_QK.shape)
-        by_head.masked_fill_(hidden_QK, torch.finfo(scores.dtype).min)
+        queries, count = hidden_QK.shape
+        by_head = scores.view(len(scores), -1, queries, scores.shape[2])
+        by_head[..., -count:].masked_fill_(hidden_QK, torch.finfo(scores.dtype).min)
     return scores.softmax(2)
