@@ -1,32 +1,37 @@
-"""Compare training steps with PEFT in a plain loop, with the Trainer of transformers, and with dense SORSA.
+"""Compare training steps with PEFT under transformers' Trainer and TRL's SFTTrainer, and with other loops.
 
     python benchmarks/train.py --model DIR --data FILE [--steps 8] [--repeat 3] [--only step|memory]
 
-`step` runs every contender in a separate process, in turn, on the same rows with the same adapter shapes
-and precision. It prints medians of the processor time of a step, which a busy machine disturbs less than
-elapsed time, and the ratios of neighbouring runs. `memory` lists the activations that are saved for the
+`step` runs every contender in a separate process, in turn, on the same batches with the same adapter shapes
+and precision. It prints medians over the rounds of the seconds of a step (the slope after the second step,
+elapsed and of the processor, which a busy machine disturbs less), and of the peak resident memory of the
+process; the shares are medians of the ratios round by round. `--full-rows` joins the rows of FILE, so that
+each has `--max-length` tokens and all are in the loss. TRL is installed into build/rival-trl on first use.
+PEFT has no SORSA: there the trainers train LoRA. `memory` lists the activations that are saved for the
 backward pass of one row of 1024 tokens, tensor by tensor, for lora and for lora-fa.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from measure import Measured, in_turn, peak, run
+from measure import Measured, in_turn, run
 from rich.console import Console
 from rich.table import Table
 
-CONTENDERS = {
-    "lora": ("svdconvert", "peft", "trainer"),
-    "pissa": ("svdconvert", "peft", "trainer"),
-    "lora-fa": ("svdconvert",),
-    "sorsa": ("svdconvert", "dense"),
-}
+METHODS = ("lora", "pissa", "sorsa")
+CONTENDERS = ("svdconvert", "trainer", "trl", "peft", "dense")
+"""`peft`: PEFT in a plain loop; `dense`: SORSA as its authors compute it."""
 HERE = Path(__file__).parent
-console = Console()
+RIVAL = HERE.parent / "build" / "rival-trl"
+TRL = "trl==1.16.0"
+console = Console(width=110)
 
 
 def main() -> None:
@@ -43,51 +48,103 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--methods", default=",".join(CONTENDERS))
+    parser.add_argument("--full-rows", action="store_true", help="join rows to max-length tokens")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--contenders", default="svdconvert,trainer,trl", help=", ".join(CONTENDERS))
     parser.add_argument("--only", choices=("step", "memory"))
     arguments = parser.parse_args()
     if arguments.only != "memory":
-        steps(arguments)
+        with tempfile.TemporaryDirectory() as scratch:
+            steps(arguments, Path(scratch))
     if arguments.only != "step":
         memory(arguments)
 
 
-def steps(arguments: argparse.Namespace) -> None:
+def steps(arguments: argparse.Namespace, scratch: Path) -> None:
     """Print a table of step times and peak memory."""
+    who = arguments.contenders.split(",")
+    if arguments.full_rows:
+        arguments.data = str(_joined(Path(arguments.data), scratch / "rows.jsonl", arguments.max_length))
+    arguments.batches = str(scratch / "batches.pt")
+    if "trl" in who:
+        if _has_trl():
+            _child(arguments, METHODS[0], "save")
+        else:
+            who.remove("trl")
     table = Table(
-        "method",
-        "who",
-        "processor time of a step",
-        "svdconvert's share",
-        "peak memory",
-        "loss of the last step",
+        "method", "who", "seconds of a step", "of the processor", "share", "peak memory", "share", "loss"
     )
     for method in arguments.methods.split(","):
-        runs = {who: partial(_child, arguments, method, who) for who in CONTENDERS[method]}
-        found = in_turn(runs, arguments.repeat)
-        times = {who: [_said(each)["step"] for each in measured] for who, measured in found.items()}
-        for who, measured in found.items():
-            shares = [mine / theirs for mine, theirs in zip(times["svdconvert"], times[who], strict=True)]
-            table.add_row(
-                method,
-                who,
-                f"{statistics.median(times[who]):.2f} s",
-                f"{statistics.median(shares):.2f}",
-                f"{peak(measured) / 1e6:.0f} MB",
-                f"{_said(measured[-1])['loss']:.4f}",
-            )
+        runs = {
+            each: partial(_child, arguments, method, each)
+            for each in who
+            if each != "dense" or method == "sorsa"
+        }
+        found = {each: [_said(one) for one in them] for each, them in in_turn(runs, arguments.repeat).items()}
+        for each, said in found.items():
+            table.add_row(method, each, *_cells(said, found["svdconvert"]))
     console.print(table)
 
 
+def _cells(said: list[dict[str, float]], own: list[dict[str, float]]) -> list[str]:
+    """Medians of a contender, and of svdconvert's share of its processor time and memory."""
+
+    def median(name: str) -> float:
+        return statistics.median(one[name] for one in said)
+
+    def share(name: str) -> str:
+        return f"{statistics.median(a[name] / b[name] for a, b in zip(own, said, strict=True)):.2f}"
+
+    return [
+        f"{median('step'):.2f}",
+        f"{median('processor'):.2f}",
+        share("processor"),
+        f"{median('memory') / 1e6:.0f} MB",
+        share("memory"),
+        f"{said[-1]['loss']:.4f}",
+    ]
+
+
 def _child(arguments: argparse.Namespace, method: str, who: str) -> Measured:
-    passed = ("model", "data", "steps", "batch_size", "rank", "max_length", "precision")
+    passed = ("model", "data", "steps", "batch_size", "rank", "max_length", "precision", "batches")
     values = {name: getattr(arguments, name) for name in passed} | {"method": method}
-    command = [sys.executable, HERE / "training" / "step.py", who, json.dumps(values)]
-    return run(command, threads=arguments.threads)
+    command: list[Any] = [sys.executable, HERE / "training" / "step.py", who]
+    if who == "trl":
+        command = [RIVAL / "bin" / "python", HERE / "training" / "peers.py"]
+    return run([*command, json.dumps(values)], threads=arguments.threads)
 
 
 def _said(measured: Measured) -> dict[str, float]:
     return json.loads(measured.output.splitlines()[-1])
+
+
+def _joined(data: Path, out: Path, tokens: int) -> Path:
+    """Write rows of text that are certainly longer than `tokens`, made of the texts of a JSON-lines file."""
+    text = ""
+    with out.open("w") as file:
+        for line in data.read_text().splitlines():
+            text += "\n".join(value for value in json.loads(line).values() if isinstance(value, str)) + "\n\n"
+            if len(text) > 8 * tokens:
+                file.write(json.dumps({"text": text}) + "\n")
+                text = ""
+    return out
+
+
+def _has_trl() -> bool:
+    """Install TRL into its own virtual environment unless it is there; say so if that is not possible."""
+    python = RIVAL / "bin" / "python"
+    if python.exists() and not subprocess.run([python, "-c", "import trl"], capture_output=True).returncode:
+        return True
+    console.print(f"installing {TRL} into {RIVAL}")
+    constraints = HERE.parent / "constraints.txt"
+    packages = [TRL, "peft", "torch", "transformers"]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", RIVAL], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-qq", "-c", constraints, *packages], check=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        console.print(f"SFTTrainer is left out, because {TRL} cannot be installed: {error}")
+        return False
+    return True
 
 
 def memory(arguments: argparse.Namespace) -> None:

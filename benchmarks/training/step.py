@@ -1,21 +1,22 @@
 """Run some training steps of one contender and print how long they took. Started by benchmarks/train.py.
 
-python step.py svdconvert|peft|trainer|dense OPTIONS-AS-JSON
+python step.py svdconvert|peft|trainer|dense|save OPTIONS-AS-JSON
+
+`save` writes the batches of all steps to the file that the options name, for peers.py.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from marks import WARM, Mark, report
+from peers import LR, peft_network, train_with
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
 
 from svdconvert.cli.process import configure_libraries, configure_malloc_for_training
 from svdconvert.config.execution import Run
@@ -32,12 +33,9 @@ from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.optim.step import Trainer
 from svdconvert.training.start import open_training_start
 
-WARM = 2
-"""Number of first steps that are not counted."""
-
 
 def main() -> None:
-    """Print {"step": median processor seconds, "loss": of the last step}."""
+    """Run the contender, and print what `report` says of its steps."""
     who, options = sys.argv[1], SimpleNamespace(**json.loads(sys.argv[2]))
     train_options = TrainOptions(
         data=options.data,
@@ -46,32 +44,33 @@ def main() -> None:
         batch_size=options.batch_size,
         max_length=options.max_length,
         precision=options.precision,
-        lr=1e-4,
+        lr=LR,
         schedule="constant",
         warmup=0.0,
     )
     data = open_training_data(Path(options.model), LAYOUTS.get("llama"), train_options)
-    contender: Callable[..., list[tuple[float, float]]] = globals()[who]
-    marks = contender(options, train_options, data)
-    times = [b - a for (a, _), (b, _) in zip(marks[WARM - 1 :], marks[WARM:], strict=False)]
-    print(json.dumps({"step": statistics.median(times), "loss": marks[-1][1]}))
+    if who == "save":
+        torch.save(list(batches(train_options, data)), options.batches)
+        return
+    contender: Callable[..., list[Mark]] = globals()[who]
+    report(contender(options, train_options, data))
 
 
-def svdconvert(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
-    """(processor time so far, loss) after every step, with the memory settings of the program."""
+def svdconvert(options: Any, train_options: TrainOptions, data: TrainingData) -> list[Mark]:
+    """Our own loop, with the memory settings of the program."""
     configure_libraries()
     configure_malloc_for_training()
     logs = fit(adapted_network(options), data.splits, data.objective, train_options)
-    return [(time.process_time(), log.loss) for log in logs if isinstance(log, StepLog)]
+    return [Mark(log.loss) for log in logs if isinstance(log, StepLog)]
 
 
-def peft(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+def peft(options: Any, train_options: TrainOptions, data: TrainingData) -> list[Mark]:
     """PEFT's model in the training loop of its documentation, with the same precision and clipping."""
-    model = _peft(options)
+    model = peft_network(options)
     return _loop(model, train_options, batches(train_options, data), lambda: None)
 
 
-def dense(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+def dense(options: Any, train_options: TrainOptions, data: TrainingData) -> list[Mark]:
     """SORSA as its authors implement it: a dense product in every forward pass, the penalty by autograd."""
     model = adapted_network(options)
     for path, module in list(model.named_modules()):
@@ -87,37 +86,12 @@ def dense(options: Any, train_options: TrainOptions, data: TrainingData) -> list
     return _loop(model, train_options, batches(train_options, data), penalty)
 
 
-def trainer(options: Any, train_options: TrainOptions, data: TrainingData) -> list[tuple[float, float]]:
+def trainer(options: Any, train_options: TrainOptions, data: TrainingData) -> list[Mark]:
     """PEFT's model under transformers' Trainer."""
     from transformers import Trainer as Theirs
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainingArguments
 
-    marks: list[tuple[float, float]] = []
-    given = list(batches(train_options, data))
-
-    class Watch(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if "loss" in logs:
-                marks.append((time.process_time(), float(logs["loss"])))
-
-    class Loop(Theirs):
-        def get_train_dataloader(self) -> Any:
-            return given
-
-    arguments = TrainingArguments(
-        "/nowhere",
-        max_steps=train_options.steps,
-        learning_rate=train_options.lr,
-        bf16=options.precision == "bf16",
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        lr_scheduler_type="constant",
-        disable_tqdm=True,
-    )
-    Loop(_peft(options), arguments, callbacks=[Watch()]).train()
-    return marks
+    return train_with(Theirs, TrainingArguments, options, list(batches(train_options, data)))
 
 
 def batches(train_options: TrainOptions, data: TrainingData) -> Iterator[dict[str, Tensor]]:
@@ -144,7 +118,7 @@ def _loop(
     train_options: TrainOptions,
     given: Iterator[dict[str, Tensor]],
     before_step: Callable[[], None],
-) -> list[tuple[float, float]]:
+) -> list[Mark]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train_options.lr or 0.0, weight_decay=0.0)
     marks = []
@@ -156,12 +130,8 @@ def _loop(
         before_step()
         optimizer.step()
         optimizer.zero_grad()
-        marks.append((time.process_time(), loss.item()))
+        marks.append(Mark(loss.item()))
     return marks
-
-
-def _dtype(options: Any) -> Any:
-    return "auto" if options.precision == "bf16" else torch.float32
 
 
 def adapted_network(options: Any) -> nn.Module:
@@ -172,19 +142,6 @@ def adapted_network(options: Any) -> nn.Module:
     replace_weights(network, start.residuals)
     inject_adapters(network, start.scaled_factors(), METHODS.get(options.method).trains)
     return network
-
-
-def _peft(options: Any) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=_dtype(options))
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
-        target_modules="all-linear",
-        init_lora_weights="pissa_niter_4" if options.method == "pissa" else True,
-    )
-    return get_peft_model(model, config)
 
 
 class _Dense(nn.Module):

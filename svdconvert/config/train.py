@@ -95,7 +95,7 @@ class TrainOptions:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16 or fp16 autocast, or fp32; auto chooses bf16 if the device is fast at it."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention implementation; auto: eager for up to 512 tokens in bf16 on a CPU, else the model's own."""
+    """Attention; auto: in blocks for up to 512 tokens in bf16 on a CPU, else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory."""
     device: str = "auto"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class SequenceLabel:
     pad_id: int
     classes: int
     """0 for regression."""
+
+    def fitted_to(self, plain: nn.Module) -> Self:
+        """This objective itself: it is computed in the same way for all models."""
+        return self
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """input_ids, attention_mask and, if the examples have them, token_type_ids: (B, T); labels: (B,)."""

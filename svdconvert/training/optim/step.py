@@ -61,8 +61,10 @@ class Trainer:
         weight = penalty_weight(options)
         penalty = Penalty(weight) if weight else None
         parameters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-        adamw = torch.optim.AdamW(parameters, weight_decay=options.weight_decay)
+        adamw = make_adamw(parameters, options.weight_decay, accelerator.device)
         model, optimizer = accelerator.prepare(plain, adamw)
+        with evaluation_mode(plain):
+            objective = objective.fitted_to(plain)
         return Trainer(plain, model, optimizer, objective, options, accelerator, penalty)
 
     def examples_of(self, step: int, examples: Sequence[Example]) -> list[Example]:
@@ -180,6 +182,13 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for device_type, generator in state["generators"][self.accelerator.process_index].items():
             _device_module(device_type).set_rng_state(generator)
+
+
+def make_adamw(
+    parameters: list[nn.Parameter], weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW for parameters that are trained on `device`: with torch's fused kernel if that is CUDA."""
+    return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=device.type == "cuda" or None)
 
 
 def _generator_states(device: torch.device) -> dict[str, Tensor]:

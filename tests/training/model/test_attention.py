@@ -1,14 +1,18 @@
-"""The options choose the attention; by default short rows in bfloat16 on a CPU use eager."""
+"""The options choose the attention; by default short rows in bfloat16 on a CPU get blocks."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from svdconvert.errors import RecipeError
 from svdconvert.training.model.attention import chosen_attention
+from svdconvert.training.model.blockwise_attention import NAME
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.loop import StepLog
 from tests.training.small_runs import OPTIONS, adapted, run
@@ -25,7 +29,7 @@ def watched(model: LlamaForCausalLM) -> list[str]:
 
 @pytest.mark.parametrize(
     ("precision", "max_length", "wanted"),
-    [("bf16", 512, "eager"), ("bf16", 513, "sdpa"), ("fp32", 512, "sdpa")],
+    [("bf16", 512, NAME), ("bf16", 513, "sdpa"), ("fp32", 512, "sdpa")],
 )
 def test_auto_attention_depends_on_precision_and_max_length(
     precision: str, max_length: int, wanted: str, make_model: MakeModel
@@ -43,6 +47,13 @@ def test_either_attention_gives_the_same_losses(make_model: MakeModel) -> None:
         logs = run(adapted(make_model()), replace(OPTIONS, precision="bf16", max_length=max_length))
         losses.append([log.loss for log in logs if isinstance(log, StepLog)])
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_auto_attention_is_the_models_own_on_a_gpu(make_model: MakeModel) -> None:
+    model = make_model()
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16")
+    with chosen_attention(model, replace(OPTIONS, precision="bf16"), gpu):
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_auto_attention_keeps_any_attention_but_sdpa(make_model: MakeModel) -> None:

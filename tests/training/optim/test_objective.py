@@ -1,58 +1,23 @@
-"""The loss is torch's cross entropy, in value and gradient, and only positions in the loss get logits."""
+"""Only positions in the loss get logits, and the loss is that of transformers in every family."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from svdconvert.layouts.detect import find_layout
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.optim.objective import summed_cross_entropy
-from tests.training.small_runs import OPTIONS, MakeModel, adapted, losses, run
+from svdconvert.training.optim.objective import NextToken
+from tests import tiny
+from tests.conftest import Build
+from tests.training.small_runs import OPTIONS, MakeModel, adapted, examples, losses, run
 
-
-@pytest.mark.parametrize("tokens", [0, 1, 16, 41])
-def test_value_and_gradient_of_the_cross_entropy_are_those_of_torch(tokens: int) -> None:
-    generator = torch.Generator().manual_seed(tokens)
-    logits = torch.randn(tokens, 300, generator=generator).mul_(5.0).requires_grad_()
-    wanted = torch.randint(300, (tokens,), generator=generator)
-    exact = logits.detach().double().requires_grad_()
-    (0.3 * cross_entropy(exact, wanted, reduction="sum")).backward()
-    loss = 0.3 * summed_cross_entropy(logits, wanted)
-    loss.backward()
-    torch.testing.assert_close(
-        loss.double(), 0.3 * cross_entropy(exact, wanted, reduction="sum"), rtol=1e-6, atol=0.0
-    )
-    assert logits.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_bfloat16_logits_are_summed_in_float32_and_get_bfloat16_gradients() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(40, 1000, generator=generator).mul_(3.0).bfloat16().requires_grad_()
-    wanted = torch.randint(1000, (40,), generator=generator)
-    loss = summed_cross_entropy(logits, wanted)
-    loss.backward()
-    exact = logits.detach().double().requires_grad_()
-    true = cross_entropy(exact, wanted, reduction="sum")
-    true.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0.0)
-    assert logits.grad is not None
-    assert exact.grad is not None
-    assert logits.grad.dtype == torch.bfloat16
-    # Half a last place of bfloat16.
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2**-8, atol=1e-12)
-
-
-def test_nothing_is_saved_if_no_gradient_is_needed() -> None:
-    logits, wanted = torch.randn(20, 50), torch.randint(50, (20,))
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: pytest.fail("kept"), lambda kept: kept):
-        loss = summed_cross_entropy(logits, wanted)
-    torch.testing.assert_close(loss, cross_entropy(logits, wanted, reduction="sum"))
+CAUSAL = [
+    model_type for model_type in tiny.MODEL_TYPES if find_layout(None, model_type, "")[1].task == "CAUSAL_LM"
+]
 
 
 def test_a_model_with_an_unknown_head_gets_the_same_loss(
@@ -70,7 +35,8 @@ def test_a_model_with_an_unknown_head_gets_the_same_loss(
 
 
 def test_only_positions_with_loss_get_logits(make_model: MakeModel) -> None:
-    model, seen = adapted(make_model()), []
+    model, seen = adapted(make_model(tie_word_embeddings=False)), []
+    model.lm_head.weight.requires_grad_(True)  # a head that is trained is not skipped
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     row = Example(torch.arange(8, dtype=torch.int32), torch.tensor([IGNORED] * 6 + [6, 7], dtype=torch.int32))
     run(model, replace(OPTIONS, steps=1), train=[row])
@@ -80,3 +46,41 @@ def test_only_positions_with_loss_get_logits(make_model: MakeModel) -> None:
 def test_the_padding_token_does_not_change_the_loss(make_model: MakeModel) -> None:
     first, second = run(adapted(make_model()), pad_id=0), run(adapted(make_model()), pad_id=5)
     assert losses(first) == losses(second)
+
+
+def test_the_head_of_a_family_is_skipped_if_its_output_is_the_logits(checkpoint: Build) -> None:
+    def skips(model_type: str) -> bool:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(model_type, dtype=torch.float32))
+        return NextToken(0).fitted_to(model.requires_grad_(False)).skips_head
+
+    assert skips("llama")
+    assert skips("gemma3_text")
+    assert not skips("gemma2"), "the tanh after the head was not noticed"
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_loss_and_gradient_are_those_of_transformers(model_type: str, checkpoint: Build) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(model_type, dtype=torch.float32)).eval()
+    model.requires_grad_(False)
+    batch = NextToken(0).batch(examples(3))
+    objective = NextToken(0).fitted_to(model)
+    tokens = sum(example.loss_tokens for example in examples(3))
+    own, own_gradient = _with_gradient(model, lambda: objective.loss_sum(model, model, batch) / tokens)
+    stock, stock_gradient = _with_gradient(model, lambda: model(**batch).loss)
+    torch.testing.assert_close(own, stock, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(own_gradient, stock_gradient, rtol=1e-4, atol=1e-6)
+
+
+def _with_gradient(model: PreTrainedModel, loss: Any) -> tuple[Tensor, Tensor]:
+    """A loss, and its gradient with respect to the first norm of the language model."""
+    norm = next(
+        parameter
+        for name, parameter in model.named_parameters()
+        if "norm" in name and "layers" in name and "vision" not in name
+    )
+    norm.requires_grad_(True)
+    norm.grad = None
+    value = loss()
+    value.backward()
+    assert norm.grad is not None
+    return value.detach(), norm.grad.clone()

@@ -11,7 +11,7 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.optim.loop import StepLog
 from svdconvert.training.optim.objective import NextToken
-from svdconvert.training.optim.step import Trainer
+from svdconvert.training.optim.step import Trainer, make_adamw
 from tests.training.small_runs import OPTIONS, MakeModel, adapted, run, weights
 
 
@@ -55,6 +55,12 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(
     norms.clear()
     run(adapted(make_model()), replace(OPTIONS, steps=2, clip=0.05))
     assert norms == pytest.approx([0.05, 0.05], rel=1e-3)
+
+
+def test_adamw_is_torchs_fused_kernel_on_cuda_only() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    assert make_adamw([parameter], 0.0, torch.device("cuda")).defaults["fused"]
+    assert not make_adamw([parameter], 0.0, torch.device("cpu")).defaults["fused"]
 
 
 SHARED = TrainOptions(batch_size=2, accumulate=2)
