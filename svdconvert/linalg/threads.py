@@ -49,17 +49,28 @@ def parallel_matrices(device: torch.device) -> int:
 def worker_pool(count: int, device: torch.device = CPU) -> Iterator[ThreadPoolExecutor]:
     """A pool of `count` workers, each with an equal share of this process's threads and its own stream."""
     threads = torch.get_num_threads()
+    streams = _streams(count, device) if device.type == "cuda" else ()
+    left = iter(streams)
 
     def start() -> None:
         torch.set_num_threads(max(1, threads // count))
-        if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        if streams:
+            torch.cuda.set_stream(next(left))
 
     try:
         with ThreadPoolExecutor(count, "compute", start) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)  # part of the setting belongs to the process, not to the thread
+
+
+@cache
+def _streams(count: int, device: torch.device) -> "tuple[torch.cuda.Stream, ...]":
+    """The same streams for every pool, because cuBLAS keeps memory for each stream that it has met."""
+    # Threads that use torch's linear algebra on CUDA for the first time at the same moment fail ("lazy
+    # wrapper should be called at most once"), so it is used here before any of them starts.
+    torch.linalg.inv_ex(torch.eye(2, device=device))
+    return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
 def multiplies_bfloat16(matrix: Tensor) -> bool:

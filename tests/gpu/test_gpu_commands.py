@@ -12,6 +12,7 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.verify import verify
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
+from svdconvert.errors import OutputError
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.staging import StagedOutput
@@ -73,7 +74,7 @@ def test_a_decomposition_is_resumed_to_the_same_bytes(
 
         finish = StagedOutput.finish
         patched.setattr(StagedOutput, "finish", fail)
-        with pytest.raises(OSError, match="the disk is full"):
+        with pytest.raises(OutputError, match="the disk is full"):
             decompose(model, tmp_path / "resumed", options, GPU)
     decompose(model, tmp_path / "resumed", options, GPU)
     assert sums(tmp_path / "resumed") == sums(tmp_path / "whole")
@@ -106,12 +107,17 @@ def test_tf32_of_the_calling_program_does_not_reach_the_results(model: Path, tmp
 
 
 def test_memory_on_the_gpu_is_that_of_a_few_matrices(tmp_path: Path) -> None:
-    model = medium.build(tmp_path / "base", layers=6, hidden=1024, wide=2816)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    decompose(model, tmp_path / "out", SplitOptions(rank=16), GPU)
+    peaks = []
+    for layers in (1, 1, 6):  # libraries take memory of their own the first time
+        model = medium.build(tmp_path / f"base-{len(peaks)}", layers=layers, hidden=1024, wide=2816)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decompose(model, tmp_path / f"out-{len(peaks)}", SplitOptions(rank=16), GPU)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
     largest = 1024 * 2816 * 4
-    assert torch.cuda.max_memory_allocated() < 12 * largest + (64 << 20)
+    assert peaks[2] < peaks[1] + 2 * largest
+    assert peaks[2] < 12 * largest
 
 
 def test_results_come_back_in_the_buffer_that_the_matrix_was_read_into() -> None:
