@@ -11,6 +11,8 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from svdconvert.config.train import REPEATED
+
 Typed = Mapping[str, Any]
 """The options on the command line: name -> value, only those that were given."""
 
@@ -45,7 +47,8 @@ def with_options(
         @functools.wraps(command)
         def call(**values: Any) -> None:
             typed = {name: values.pop(name) for name in described}
-            command(**values, **{into: {name: value for name, value in typed.items() if value is not None}})
+            given = {name: value for name, value in typed.items() if value not in (None, [])}
+            command(**values, **{into: given})
 
         sign(call, [*(parameter for parameter in own if parameter.name != into), *added])
         return call
@@ -76,12 +79,14 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[_plain(info.annotation) | None, option],
+        annotation=Annotated[_plain(info.annotation, name) | None, option],
     )
 
 
-def _plain(annotation: Any) -> Any:
+def _plain(annotation: Any, name: str = "") -> Any:
     """The simple type that Typer parses; pydantic checks the constraints."""
+    if name in REPEATED:
+        return list[str]
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

@@ -162,7 +162,8 @@ class _Card:
 
     def _datasets(self) -> list[str] | None:
         data = self.manifest.options.get("data")
-        return [data.split(":")[0]] if isinstance(data, str) and _is_data_set(data) else None
+        names = [data] if isinstance(data, str) else data or []
+        return [name.split(":")[0] for name in names if _is_data_set(name)] or None
 
     @property
     def variables(self) -> dict[str, Any]:
