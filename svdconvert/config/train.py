@@ -1,6 +1,7 @@
 """The options of `train`."""
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from math import ceil, isclose, isfinite
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,8 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 REPEATED = frozenset({"data"})
 """The options that the command line accepts several times."""
+
+_OF_TEXTS = ("prompt_field", "response_field", "template", "ending")
 
 NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "track_dir")
 """The options that do not influence what is trained: they may change when a run is resumed."""
@@ -163,16 +166,41 @@ class TrainOptions:
             raise ValueError("prompt_field and response_field belong together: give both")
         if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
             raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
-        if (self.patience or self.keep_best or self.samples) and not (self.eval_data or self.eval_rows):
+        if (self.patience or self.keep_best or self.samples) and not self.holds_out:
             raise ValueError(
                 "patience, keep_best and samples need held-out rows: give eval_rows or eval_data"
             )
+        if idle := next(self._idle_options(), None):
+            raise ValueError("{} changes nothing {}; leave it out".format(*idle))
         if self.task != "text" and (self.packing or self.samples or self.prompt_loss):
             raise ValueError(f"packing, samples and prompt_loss are for texts, not for task {self.task}")
         self._check_mixture()
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
             raise ValueError(f"track knows {', '.join(TRACKERS)}, not {unknown[0]}")
         return self
+
+    def _idle_options(self) -> Iterator[tuple[str, str]]:
+        """(option, when it has no effect) for options that others make ineffective."""
+        usual = {entry.name: entry.default for entry in fields(self)}
+        for condition, needed, names in (
+            ("without eval_data", self.eval_data is not None, ("eval_split",)),
+            ("with eval_data, all of whose rows are held out", self.eval_data is None, ("eval_rows",)),
+            ("without samples", self.samples > 0, ("sample_tokens",)),
+            (
+                "without tensorboard or wandb in track",
+                {"tensorboard", "wandb"} & {*self.trackers},
+                ("track_dir",),
+            ),
+            ("for task text", self.task != "text", ("text_fields", "label_field")),
+            ("for another task than text", self.task == "text", _OF_TEXTS),
+        ):
+            if not needed:
+                yield from ((name, condition) for name in names if getattr(self, name) != usual[name])
+
+    @property
+    def holds_out(self) -> bool:
+        """True if there are held-out rows."""
+        return self.eval_data is not None or self.eval_rows > 0
 
     def _check_mixture(self) -> None:
         if len(set(self.data_sets)) < len(self.data_sets):
