@@ -132,9 +132,9 @@ def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
             "head is tied to the embeddings; merge it with PEFT into a model whose embeddings are not tied"
         )
     return ArtifactError(
-        f"{delta.directory} trained {parameter} in full, which the model does not have: it adds a head of "
-        "its own, such as one for classification, and merge adds only heads that train made; merge it with "
-        "PEFT into the class of transformers that has this head"
+        f"{delta.directory} trained {parameter} in full, which the model does not have: a new part, such as "
+        "a head for classification, is merged only if train made it; merge it with PEFT into the class of "
+        "transformers that has this part"
     )
 
 

@@ -151,7 +151,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "a head of its own": (
         {f"{PREFIX}score.weight": torch.ones(3, 32)},
         {"modules_to_save": ["score"]},
-        ["trained score.weight", "adds a head of its own", "PEFT"],
+        ["trained score.weight", "a new part, such as a head", "PEFT"],
     ),
     "two values of one weight": (
         {f"{PREFIX}lm_head.weight": HEAD, f"{PREFIX}lm_head.modules_to_save.weight": HEAD + 1},
