@@ -124,7 +124,7 @@ def test_a_missing_base_is_asked_for(trained: Path, base: Path, tmp_path: Path) 
 
 
 def test_an_adapter_for_another_model_is_refused(adapter: Path, checkpoint: Build, tmp_path: Path) -> None:
-    other = checkpoint("gemma3")
+    other = checkpoint("bert")
     words = [adapter, "adapts model.layers.0", "does not have", "give the model"]
     start = tmp_path / "pissa" / "pissa_init"
     refused("merge", adapter, "-o", tmp_path / "out", "--base", other, "--init", start, words=words)

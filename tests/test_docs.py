@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -258,9 +259,10 @@ def test_a_layout_is_added_as_documented(examples: Path, monkeypatch: pytest.Mon
     Phi3ForCausalLM(Phi3Config(**shape, num_attention_heads=4, pad_token_id=0)).save_pretrained("phi")
     (examples / "layouts").mkdir()
     (examples / "layouts" / "phi3.py").write_text(example("layout"))
-    monkeypatch.setattr(
-        svdconvert.layouts, "__path__", [*svdconvert.layouts.__path__, str(examples / "layouts")]
-    )
+    # Alone, so that a layout of the package with the same name or model type is not found instead.
+    monkeypatch.setattr(svdconvert.layouts, "__path__", [str(examples / "layouts")])
+    monkeypatch.delitem(sys.modules, "svdconvert.layouts.phi3", raising=False)
+    monkeypatch.delattr(svdconvert.layouts, "phi3", raising=False)
     monkeypatch.delitem(LAYOUTS.__dict__, "_files", raising=False)
     try:
         assert "plain checkpoint of the phi3 layout" in succeeded("inspect", "phi").out
@@ -270,6 +272,7 @@ def test_a_layout_is_added_as_documented(examples: Path, monkeypatch: pytest.Mon
         assert (start - logits(plain(examples / "phi"))).abs().max() < 1e-5
     finally:
         LAYOUTS.__dict__.pop("_files", None)
+        sys.modules.pop("svdconvert.layouts.phi3", None)
 
 
 def test_the_documented_method_is_the_one_of_pissa() -> None:

@@ -4,10 +4,13 @@ A parameter is named by its path at run time, such as `model.norm.weight`. In an
 under this name (`modules_to_save`) or, if it is the bias of an adapted layer, below `base_layer` (`bias`).
 """
 
+import re
 from collections.abc import Collection, Iterable
 
 PREFIX = "base_model.model."
 _BASE = "base_layer"
+_SAVED = re.compile(rf"\.(?:{_BASE}|original_module|modules_to_save(?:\.default)?)\.")
+_COPY = re.compile(rf"\.original_module\.|\.{_BASE}\.weight$")
 
 
 def extra_key(parameter: str, adapted: Collection[str]) -> str:
@@ -17,8 +20,13 @@ def extra_key(parameter: str, adapted: Collection[str]) -> str:
 
 
 def parameter_of(key: str) -> str:
-    """The inverse of `extra_key`."""
-    return key.removeprefix(PREFIX).replace(f".{_BASE}.", ".")
+    """The inverse of `extra_key`; also of keys below `modules_to_save`, as PEFT writes some of them."""
+    return _SAVED.sub(".", key.removeprefix(PREFIX))
+
+
+def is_copy(key: str) -> bool:
+    """True for a copy of the base's values: PEFT writes them with adapters of embeddings and heads."""
+    return key.startswith(PREFIX) and _COPY.search(key) is not None
 
 
 def is_declared(key: str, modules_to_save: Iterable[str], bias: str) -> bool:

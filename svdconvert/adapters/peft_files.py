@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
-from svdconvert.adapters.extra_parameters import PREFIX, is_declared, parameter_of
+from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
@@ -22,7 +23,16 @@ from svdconvert.manifest.fingerprint import checksum
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 """The file of older versions of PEFT. Only tensors are unpickled, so no code in it can run."""
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})\.weight")
+_KEY = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})(?:\.default)?\.weight"
+)
+_WRAPPERS = re.compile(r"^(?:module\.)+|(?<![^.])_orig_mod\.")
+"""What DistributedDataParallel and torch.compile add to names."""
+_UNSUPPORTED = {
+    "lora_embedding_": "a low-rank adapter of an embedding",
+    "lora_magnitude_vector": "a magnitude of DoRA",
+    "trainable_tokens_": "single trained rows of an embedding (trainable_token_indices)",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Adapter:
     """Module -> factor -> name in the file."""
     extras: Mapping[str, str] = field(default_factory=dict)
     """Parameter that is trained in full -> name in the file."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
 
@@ -96,24 +108,48 @@ def open_adapter(directory: Path) -> Adapter:
     source = open_file(weights)
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
+    copies: dict[str, str] = {}
     others: list[str] = []
+    opened = weights, source
     for name in source.infos:
-        if match := _KEY.fullmatch(name):
-            modules.setdefault(match["module"], {})[match["piece"]] = name
-        elif is_declared(name, config.modules_to_save, config.bias):
-            extras[parameter_of(name)] = name
+        plain = _WRAPPERS.sub("", name)
+        if match := _KEY.fullmatch(plain):
+            _put(modules.setdefault(match["module"], {}), match["piece"], name, opened)
+        elif is_copy(plain):
+            _put(copies, parameter_of(plain), name, opened)
+        elif is_declared(plain, config.modules_to_save, config.bias):
+            _put(extras, parameter_of(plain), name, opened)
         else:
             others.append(name)
     if others:
-        raise ArtifactError(
-            f"{weights} holds {others[0]}, which is neither a low-rank factor nor named as "
-            f"trained in full in {CONFIG}, and would be lost ({len(others)} such tensors); train without it, "
-            "or merge with the program that wrote it"
-        )
+        raise _unknown(weights, others)
     check_factors(weights, source, modules)
     _check_ranks(weights, config, source, modules)
     config = config if config.targets else replace(config, targets=sorted(modules))
-    return Adapter(directory, config, source, modules, extras)
+    return Adapter(directory, config, source, modules, extras, copies=copies)
+
+
+def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
+    """Add a tensor. PEFT saves a resized head twice, as `x` and as `x.modules_to_save`, with one value."""
+    path, source = file
+    known = names.setdefault(meaning, name)
+    if known != name and not torch.equal(source.read(known), source.read(name)):
+        raise ArtifactError(f"{path}: {known} and {name} mean the same and differ; remove one")
+
+
+def _unknown(weights: Path, names: list[str]) -> ArtifactError:
+    """The error for tensors that no plain LoRA has."""
+    for part, what in _UNSUPPORTED.items():
+        if part in names[0]:
+            return ArtifactError(
+                f"{weights} holds {names[0]}, {what}, which is not supported ({len(names)} such tensors); "
+                "merge it with PEFT"
+            )
+    return ArtifactError(
+        f"{weights} holds {names[0]}, which is neither a low-rank factor nor named as "
+        f"trained in full in {CONFIG}, and would be lost ({len(names)} such tensors); train without it, "
+        "or merge with the program that wrote it"
+    )
 
 
 def _weights_file(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
 from svdconvert.cli.terminal import plain
+from svdconvert.config.train import REPEATED
 
 # Typer does not export its UsageError, the class above this one.
 _USAGE_ERRORS = cast(tuple[type[Exception], ...], typer.BadParameter.__bases__)
@@ -74,7 +75,8 @@ def with_options(
         @functools.wraps(command)
         def call(**values: Any) -> None:
             typed = {name: values.pop(name) for name in described}
-            command(**values, **{into: {name: value for name, value in typed.items() if value is not None}})
+            given = {name: value for name, value in typed.items() if value not in (None, [])}
+            command(**values, **{into: given})
 
         sign(call, [*(parameter for parameter in own if parameter.name != into), *added])
         return call
@@ -105,12 +107,14 @@ def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[_plain(info.annotation) | None, option],
+        annotation=Annotated[_plain(info.annotation, name) | None, option],
     )
 
 
-def _plain(annotation: Any) -> Any:
+def _plain(annotation: Any, name: str = "") -> Any:
     """The simple type that Typer parses; pydantic checks the constraints."""
+    if name in REPEATED:
+        return list[str]
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

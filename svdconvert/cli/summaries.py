@@ -11,8 +11,9 @@ from rich.text import Text
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.base import LAYOUTS
-from svdconvert.layouts.loading import is_transformers, loading
+from svdconvert.layouts.loading import is_transformers, loading, vllm_advice
 from svdconvert.output.measurements import losses
+from svdconvert.output.sidecars import read_json_object
 
 if TYPE_CHECKING:
     from svdconvert.inputs.inspection import Inspection
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from svdconvert.pipeline.verify import Report
     from svdconvert.publish.upload import Published
 
+_NO_BASE = (
+    "the card names no model to load it on, because that was a local directory: push that too, write it "
+    "into the card, or delete README.md on the Hub and push again with --base or --residual ORG/NAME"
+)
 _MANY = 12  # entries of a mapping that a screen shows
 
 
@@ -186,22 +191,32 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
 
     result = manifest.result
     assert isinstance(result, LoraResult)
-    base = manifest.base.location if manifest.base else "the base it was made for"
+    base = manifest.base.location if manifest.base else _named_base(out_dir)
     cut = result.truncation
     loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
+    if result.rounding:
+        loss = f"{loss if cut else 'no rank left out'}, rounding error {result.rounding:.2e}"
     scale = f"lora_alpha {result.rank}" if manifest.options["format"] != "peft" else "scale 1"
     summary(
         f"converted into {out_dir}",
         {
             "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
             "initial adapter": _recovery(result.recovered),
-            "for": base,
+            "for": base or "the base it was made for",
+            "vLLM": vllm_advice(result.rank),
         },
         [
             *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
-            f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else " --base BASE"),
+            f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else f" --base {base or 'BASE'}"),
         ],
     )
+
+
+def _named_base(out_dir: object) -> str | None:
+    """The base that the configuration of a written LoRA names."""
+    path = Path(str(out_dir)) / "adapter_config.json"
+    named = read_json_object(path).get("base_model_name_or_path") if path.is_file() else None
+    return str(named) if named else None
 
 
 def show_published(out_dir: object, repository: str, done: "Published") -> None:
@@ -213,6 +228,7 @@ def show_published(out_dir: object, repository: str, done: "Published") -> None:
             "see": done.url,
             "files": f"{done.files}, {size_text(done.nbytes)}",
             "left here": ", ".join(unsent) or None,
+            "note": _NO_BASE if done.lacks_base else None,
         },
         [f"svdconvert inspect {repository}"],
     )

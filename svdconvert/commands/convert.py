@@ -8,6 +8,7 @@ from svdconvert.inputs.model import open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.convert import ConvertJob, plan_conversion
+from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.job import run_job
 
 
@@ -20,4 +21,5 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
     opened = open_plain_model(str(model), "convert", stream=run.stream)
+    refuse_idle_stream(opened, run)
     return run_job(ConvertJob(opened, plan_conversion(opened, options), options), Path(out), run)

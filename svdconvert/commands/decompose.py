@@ -8,6 +8,7 @@ from svdconvert.inputs.model import open_headers, open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.decompose import DecomposeJob, plan_decomposition
+from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.estimate import Estimate, estimate_decompose
 from svdconvert.pipeline.job import run_job
 
@@ -22,6 +23,7 @@ def decompose(
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
     opened = open_plain_model(str(model), "decompose", stream=run.stream)
+    refuse_idle_stream(opened, run)
     plan = plan_decomposition(opened, options or SplitOptions())
     return run_job(DecomposeJob(opened, plan), Path(out), run)
 

@@ -9,6 +9,7 @@ from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
+from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.job import run_job
 from svdconvert.pipeline.merge import MergeJob
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
@@ -33,6 +34,7 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
     check_free(Path(out), overwrite=run.overwrite)
     sources = Sources(base=base, residual=residual, init=init, stream=run.stream)
     plan = open_merge(adapter, options or MergeOptions(), sources)
+    refuse_idle_stream(plan.weights.model, run)
     return run_job(MergeJob(plan), Path(out), run)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
-from svdconvert.config.train import TrainOptions
+from svdconvert.config.train import REPEATED, TrainOptions
 from svdconvert.errors import RecipeError, brief, did_you_mean
 
 T = TypeVar("T")
@@ -151,6 +151,8 @@ def to_cli_args(section: str, values: Mapping[str, Any]) -> list[str]:
             words.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, Mapping):
             words += [option, ",".join(f"{key}={inner}" for key, inner in value.items())]
+        elif isinstance(value, (list, tuple)) and name in REPEATED:
+            words += [word for one in value for word in (option, str(one))]
         elif isinstance(value, (list, tuple)):
             words += [option, ",".join(map(str, value))]
         else:

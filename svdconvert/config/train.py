@@ -1,15 +1,41 @@
 """The options of `train`."""
 
-from dataclasses import asdict, replace
-from math import ceil
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from math import ceil, isclose, isfinite
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from svdconvert.config.options import Names
 
+
+def _one_or_several(value: Any) -> Any:
+    """A list of one name as that name."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError("there is no name in it")
+        return value[0] if len(value) == 1 else tuple(value)
+    return value
+
+
+def _as_shares(value: Any) -> Any:
+    """ "7,3" as (0.7, 0.3)."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise ValueError("write it as NUMBER,NUMBER with one number for each data") from error
+    if not numbers or not all(isfinite(number) and number > 0 for number in numbers):
+        raise ValueError("every share must be a number above 0")
+    total = sum(numbers)
+    return tuple(numbers) if isclose(total, 1.0, rel_tol=1e-12) else tuple(one / total for one in numbers)
+
+
+Data = Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)]
+Shares = Annotated[tuple[float, ...], BeforeValidator(_as_shares)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -17,6 +43,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
+
+REPEATED = frozenset({"data"})
+"""The options that the command line accepts several times."""
+
+_OF_TEXTS = ("prompt_field", "response_field", "template", "ending")
 
 NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "track_dir")
 """The options that do not influence what is trained: they may change when a run is resumed."""
@@ -29,12 +60,15 @@ class TrainOptions:
     The docstring of a field is also the help text of its command-line option.
     """
 
-    data: str | None = None
-    """Training data: a .jsonl, .json, .parquet, .csv or .tsv file, or a Hub data set ORG/NAME[:CONFIG]."""
+    data: Data | None = None
+    """Training data: a .jsonl, .json, .parquet, .csv or .tsv file, or a Hub data set ORG/NAME[:CONFIG]; give
+    the option several times to mix several."""
+    data_weights: Shares | None = None
+    """Share of each `data` in the rows, such as 0.7,0.3; without it every row of all of them counts alike."""
     eval_data: str | None = None
     """Held-out data for the evaluation loss, given like `data`."""
     eval_rows: Count = 0
-    """Hold out the last N rows of `data`, if there is no `eval_data`."""
+    """Hold out the last N rows of each `data`, if there is no `eval_data`."""
     split: str = "train"
     """Split of a Hub data set. A slice such as train[:1000] applies to files too."""
     task: Literal["text", "classify", "regress"] = "text"
@@ -132,15 +166,59 @@ class TrainOptions:
             raise ValueError("prompt_field and response_field belong together: give both")
         if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
             raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
-        if (self.patience or self.keep_best or self.samples) and not (self.eval_data or self.eval_rows):
+        if (self.patience or self.keep_best or self.samples) and not self.holds_out:
             raise ValueError(
                 "patience, keep_best and samples need held-out rows: give eval_rows or eval_data"
             )
+        if idle := next(self._idle_options(), None):
+            raise ValueError("{} changes nothing {}; leave it out".format(*idle))
         if self.task != "text" and (self.packing or self.samples or self.prompt_loss):
             raise ValueError(f"packing, samples and prompt_loss are for texts, not for task {self.task}")
+        self._check_mixture()
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
             raise ValueError(f"track knows {', '.join(TRACKERS)}, not {unknown[0]}")
         return self
+
+    def _idle_options(self) -> Iterator[tuple[str, str]]:
+        """(option, when it has no effect) for options that others make ineffective."""
+        usual = {entry.name: entry.default for entry in fields(self)}
+        for condition, needed, names in (
+            ("without eval_data", self.eval_data is not None, ("eval_split",)),
+            ("with eval_data, all of whose rows are held out", self.eval_data is None, ("eval_rows",)),
+            ("without samples", self.samples > 0, ("sample_tokens",)),
+            (
+                "without tensorboard or wandb in track",
+                {"tensorboard", "wandb"} & {*self.trackers},
+                ("track_dir",),
+            ),
+            ("for task text", self.task != "text", ("text_fields", "label_field")),
+            ("for another task than text", self.task == "text", _OF_TEXTS),
+        ):
+            if not needed:
+                yield from ((name, condition) for name in names if getattr(self, name) != usual[name])
+
+    @property
+    def holds_out(self) -> bool:
+        """True if there are held-out rows."""
+        return self.eval_data is not None or self.eval_rows > 0
+
+    def _check_mixture(self) -> None:
+        if len(set(self.data_sets)) < len(self.data_sets):
+            raise ValueError("data has the same data set twice; give it once, and a larger data_weights")
+        if self.data_weights is None:
+            return
+        if len(self.data_sets) < 2:
+            raise ValueError("data_weights mixes several data sets: give data several times")
+        if len(self.data_weights) != len(self.data_sets):
+            raise ValueError(
+                f"data_weights has {len(self.data_weights)} numbers for {len(self.data_sets)} data sets; "
+                "give one for each"
+            )
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """The names in `data`."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data or ())
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 This is needed for adapters whose files do not record it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 
 from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
 
@@ -44,10 +45,9 @@ class InitEvidence:
 
 def measure_init(delta: AdapterDelta, base: OpenModel) -> InitEvidence:
     """Compare the adapter with a sample of the base's matrices."""
-    names = _tensor_names(delta, base)
-    modules = [module for module in delta.modules if module in names]
+    names = adapted_tensors(delta, base)
     along = size = projected = 0.0
-    for module in _spread(modules):
+    for module in _spread(delta.modules):
         factors, scale = delta.trained(module)
         weight_OI = base.source.read(names[module]).float()
         left_OR, right_RI = factors.folded()
@@ -78,11 +78,6 @@ def refuse_hidden_init(delta: AdapterDelta, base: OpenModel) -> None:
             "that part twice; give the residual with --residual, the initial adapter with --init, or "
             "--init none if it started at zero"
         )
-
-
-def _tensor_names(delta: AdapterDelta, base: OpenModel) -> Mapping[str, str]:
-    _, layout = base.layout(delta.layout_name)
-    return {slot.module: name for name, slot in layout.slots(base.source.infos).items()}
 
 
 def _spread(modules: Sequence[str]) -> Sequence[str]:

@@ -193,6 +193,11 @@ def _inspect_checkpoint(model: str) -> Inspection:
         "matrices": len(slots),
         "roles": dict(Counter(slot.role for slot in slots.values())),
     }
+    if not slots:
+        reason = layout.without_slots(infos)
+        return Inspection(
+            model, "checkpoint", f"a checkpoint that cannot be decomposed: {reason}", [], details
+        )
     commands = [
         f"svdconvert decompose {model} -o DECOMPOSED --plan",
         f"svdconvert decompose {model} -o DECOMPOSED",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model, open_model
@@ -47,7 +48,7 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
     method = str(delta.adapter.config.initialised)
     if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
-    names = _tensor_names(delta, base)
+    names = adapted_tensors(delta, base)
     ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
     residual = None
     if delta.residual is not None:
@@ -75,18 +76,6 @@ def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
     if given is None and delta.manifest is None and named and Path(named).is_dir():
         given = named
     return find_model(delta.manifest.base if delta.manifest else None, given)
-
-
-def _tensor_names(delta: AdapterDelta, base: OpenModel) -> dict[str, str]:
-    """Module -> tensor of the base."""
-    _, layout = base.layout(delta.layout_name)
-    names = {slot.module: name for name, slot in layout.slots(base.source.infos).items()}
-    if absent := [module for module in delta.modules if module not in names]:
-        raise ArtifactError(
-            f"{delta.directory} adapts {absent[0]}, which {base.path} does not have as a matrix of its "
-            f"layers ({len(absent)} such modules); give the base that it was made for"
-        )
-    return {module: names[module] for module in delta.modules}
 
 
 def _refuse_other_shapes(

@@ -18,6 +18,7 @@ from svdconvert.errors import TargetError, did_you_mean
 from svdconvert.plugins import Registry
 
 ALL_LINEAR = "all-linear"
+_WRAPPERS = ("_orig_mod.", "module.")
 _NUMBER = re.compile(r"\\\{(layer|expert)\\\}")  # {layer}, as re.escape returns it
 
 
@@ -44,12 +45,13 @@ class Layout:
     roles: Mapping[str, str]
     """Role -> pattern of tensor names in the files; only weights of linear layers in the repeated blocks.
 
-    A pattern with {expert} is one expert of a mixture. Two roles must not match the same name.
+    A pattern with {expert} is one expert of a mixture. Two roles must not match the same name. A pattern may
+    begin with `prefix` or not.
     """
     modules: Sequence[tuple[str, str]] = ()
     """(prefix in the files, prefix at run time): the first that fits is replaced."""
     prefix: str = ""
-    """Precedes every name in a checkpoint of the model with its head, but not in one of the body alone."""
+    """Precedes the names of the body in a checkpoint with a head, but not in one of the body alone."""
     task: str | None = "CAUSAL_LM"
     """PEFT's name of what the models do; None if that depends on the head, as with encoders."""
     summary: str = ""
@@ -65,7 +67,7 @@ class Layout:
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
         before = f"(?:{re.escape(self.prefix)})?"
         return [
-            (role, re.compile(before + _NUMBER.sub(r"(?P<\1>[0-9]{1,6})", re.escape(pattern))))
+            (role, re.compile(before + _numbered(pattern.removeprefix(self.prefix))))
             for role, pattern in self.roles.items()
         ]
 
@@ -73,6 +75,11 @@ class Layout:
         """True if one of these tensors is a matrix of a single expert, which stock PEFT cannot adapt."""
         slots = (self.slot(name) for name in names)
         return any(slot is not None and slot.expert is not None for slot in slots)
+
+    def task_of(self, names: Iterable[str]) -> str | None:
+        """PEFT's task_type for a checkpoint with these tensors; None for a body without its head."""
+        has_head = not self.prefix or any(name.startswith(self.prefix) for name in names)
+        return self.task if has_head else None
 
     def slot(self, name: str) -> Slot | None:
         """The slot of the tensor `name`; None for embeddings, heads, norms and biases."""
@@ -124,7 +131,7 @@ class Layout:
         """
         slots = self.slots(infos)
         if not slots:
-            raise TargetError("no tensor of the checkpoint has a name of this layout; give another --layout")
+            raise TargetError(self.without_slots(infos))
         selected: set[str] = set()
         for target in targets:
             names = {name for name, slot in slots.items() if _matches(target, slot)}
@@ -132,6 +139,16 @@ class Layout:
                 raise TargetError(self._no_match(target, infos))
             selected |= names
         return {name: slot for name, slot in slots.items() if name in selected}
+
+    def without_slots(self, infos: Iterable[str]) -> str:
+        """Why a checkpoint without a matrix of this layout has none, and what to do."""
+        for prefix in _WRAPPERS:
+            if any(name.startswith(prefix) and self.slot(name.removeprefix(prefix)) for name in infos):
+                return (
+                    f"the names of its tensors have the prefix {prefix} of a wrapper such as torch.compile "
+                    "or DistributedDataParallel; save the model without the wrapper, or rename its tensors"
+                )
+        return "no tensor of the checkpoint has a name of this layout; give another --layout"
 
     def _no_match(self, target: str, infos: Iterable[str]) -> str:
         others = [name for name in infos if fnmatchcase(name, target)]
@@ -145,6 +162,11 @@ class Layout:
             f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role "
             f"({did_you_mean(target, {*self.roles, *groups})})"
         )
+
+
+def _numbered(pattern: str) -> str:
+    """The regular expression of a pattern, with groups for its numbers."""
+    return _NUMBER.sub(r"(?P<\1>[0-9]{1,6})", re.escape(pattern))
 
 
 def _matches(target: str, slot: Slot) -> bool:

@@ -6,5 +6,6 @@ from svdconvert.layouts.blocks import gated_decoder
 LAYOUT = Layout(
     model_types=frozenset({"gemma", "gemma2", "gemma3_text"}),
     roles=gated_decoder(),
+    prefix="model.",
     summary="Gemma 1, Gemma 2, Gemma 3 text models",
 )

@@ -10,6 +10,11 @@ from svdconvert.layouts.blocks import gated_decoder
 LAYOUT = Layout(
     model_types=frozenset({"gemma3"}),
     roles=gated_decoder("language_model.model"),
-    modules=(("language_model.model.", "model.language_model."),),
+    modules=(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head", "lm_head"),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
     summary="Gemma 3 with images; only its language model is decomposed",
 )

@@ -14,6 +14,9 @@ _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
 }
 
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's --max-lora-rank from its default on."""
+
 
 def auto_class(config: Mapping[str, Any]) -> str:
     """The class of transformers that loads the first architecture of a config.json."""
@@ -34,6 +37,16 @@ def is_transformers(name: str) -> bool:
     """True if transformers, and therefore PEFT, loads models of the layout `name`."""
     family = _family(name)
     return family is None or "AutoModel" in family.loading
+
+
+def vllm_advice(rank: int) -> str | None:
+    """What vLLM must be told to load a LoRA of this rank; None if nothing."""
+    if rank <= _VLLM_RANKS[0]:
+        return None
+    allowed = next((one for one in _VLLM_RANKS if one >= rank), None)
+    if allowed is None:
+        return f"loads ranks up to {_VLLM_RANKS[-1]}; give to-lora a smaller --rank"
+    return f"--max-lora-rank {allowed}"
 
 
 def _family(name: str) -> LayoutFamily | None:

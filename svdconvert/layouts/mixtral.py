@@ -13,5 +13,6 @@ LAYOUT = Layout(
         "experts.up": f"{_EXPERT}.w3.weight",
         "experts.down": f"{_EXPERT}.w2.weight",
     },
+    prefix="model.",
     summary="Mixtral, expert by expert",
 )

@@ -6,5 +6,6 @@ from svdconvert.layouts.blocks import gated_decoder
 LAYOUT = Layout(
     model_types=frozenset({"qwen2", "qwen3"}),
     roles=gated_decoder(),
+    prefix="model.",
     summary="Qwen2, Qwen2.5 and dense Qwen3 models",
 )

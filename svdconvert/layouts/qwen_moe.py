@@ -10,5 +10,6 @@ LAYOUT = Layout(
     # Some layers may be dense, with the names of an ordinary decoder.
     roles=gated_decoder()
     | {f"experts.{part}": f"{_EXPERT}.{part}_proj.weight" for part in ("gate", "up", "down")},
+    prefix="model.",
     summary="Qwen3 mixtures of experts, expert by expert",
 )

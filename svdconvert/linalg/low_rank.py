@@ -17,6 +17,17 @@ def singular_values(left_OR: Tensor, right_RI: Tensor) -> Tensor:
     return values
 
 
+def product_norm(left_OR: Tensor, right_RI: Tensor) -> float:
+    """Frobenius norm of left @ right."""
+    return float(torch.linalg.vector_norm(singular_values(left_OR.double(), right_RI.double())))
+
+
+def product_distance(left_OR: Tensor, right_RI: Tensor, other_OR: Tensor, other_RI: Tensor) -> float:
+    """Frobenius norm of left @ right - other @ other, for two products of the same shape."""
+    both_OR = torch.cat([left_OR.double(), -other_OR.double()], dim=1)
+    return product_norm(both_OR, torch.cat([right_RI.double(), other_RI.double()]))
+
+
 def truncate(left_OR: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B, A) in float32, with B @ A the best approximation of left @ right of rank `rank`.
 

@@ -91,7 +91,11 @@ class LoraResult:
     rank: int = 0
     """The rank in its configuration: the largest rank of a matrix."""
     truncation: TruncatedLora | None = None
-    """None if the LoRA is exact."""
+    """None if no rank was left out."""
+    rounding: float = 0.0
+    """||BA - stored||_F / ||BA||_F over all matrices, for factors BA that were rounded to half precision."""
+    norm: float | None = None
+    """||BA||_F over all matrices; 0 if training changed nothing. None in a manifest of version 0.1."""
     recovered: RecoveredFactors | None = None
     head: Mapping[str, Any] | None = None
 

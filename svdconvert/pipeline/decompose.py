@@ -19,7 +19,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import Layout, Slot
+from svdconvert.layouts.base import LAYOUTS, Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -109,6 +109,7 @@ class DecomposePlan:
             rank_pattern=as_pattern(ranks, rank),
             alpha_pattern=as_pattern(alphas, alpha),
             dropout=self.options.dropout,
+            task=LAYOUTS.get(self.layout).task_of(self.infos),
         )
 
 

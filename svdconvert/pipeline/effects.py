@@ -1,7 +1,9 @@
 """Refuses options without an effect: an option that is given must change the result."""
 
+from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
+from svdconvert.inputs.model import OpenModel
 from svdconvert.methods.base import Method
 
 _DEFAULT = SplitOptions()
@@ -29,6 +31,12 @@ def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
         raise _idle("--rounding stochastic", "the merged matrices are not stored in half precision")
     if options.seed and options.rounding == "nearest":
         raise _idle("--seed", "rounding to nearest draws no random numbers; add --rounding stochastic")
+
+
+def refuse_idle_stream(model: OpenModel, run: Run) -> None:
+    """Raise RecipeError for --stream if the weights are on this disk and are not pushed shard by shard."""
+    if run.stream and model.snapshot.revision is None and run.shard_sink is None:
+        raise _idle("--stream", f"{model.path} is on this disk, and nothing is pushed")
 
 
 def _idle(option: str, reason: str) -> RecipeError:

@@ -157,6 +157,7 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
 def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
     dtype = torch_dtype(plan.dtypes[name])
     delta = plan.weights.delta
+    _refuse_other_copy(plan, name, stored)
     if name in plan.extras:
         tensor = delta.parameter(plan.extras[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
@@ -184,6 +185,21 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
             "another --dtype"
         )
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
+
+
+def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
+    """Raise ArtifactError if the adapter has its own copy of a base tensor, with other values."""
+    delta = plan.weights.delta
+    parameter = plan.extras.get(name) or f"{plan.modules[name]}.weight"
+    key = delta.adapter.copies.get(parameter)
+    if key is None or delta.initial_adapter is not None:
+        return
+    copy = delta.adapter.source.read(key).to(stored.device, stored.dtype)
+    if not torch.equal(copy, stored):
+        raise ArtifactError(
+            f"{delta.directory} has its own {key}, which differs from {name} of {plan.weights.model.path}: "
+            "it was trained on another model; give that with --base"
+        )
 
 
 def _to_device_of(product: Product, like: Tensor) -> Product:

@@ -10,8 +10,10 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapted_tensors import TensorNames, adapted_tensors, is_head
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
+from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
@@ -47,21 +49,12 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     delta = weights.delta
     source = weights.model.source
     name, layout = weights.model.layout(delta.layout_name)
-    slots = layout.slots(source.infos)
-    # An adapter made for another layout of the family has the module names of the family's network.
-    by_module = {layout.network_path(tensor): tensor for tensor in slots} if layout.family else {}
-    by_module |= {slot.module: tensor for tensor, slot in slots.items()}
-    if unknown := [module for module in delta.modules if module not in by_module]:
-        raise ArtifactError(
-            f"{delta.directory} adapts {unknown[0]}, which the model does not have as a matrix of its layers "
-            f"({len(unknown)} such modules); give the model that it was made for"
-        )
-    modules = {by_module[module]: module for module in delta.modules}
+    modules = {tensor: module for module, tensor in adapted_tensors(delta, weights.model).items()}
     refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
     for tensor, module in modules.items():
         _refuse_shape(delta, module, source.infos[tensor])
     added = _added(delta, source, layout)
-    extras = _replaced(delta, source, layout, set(added.values()))
+    extras = _replaced(delta, weights.model, layout, set(added.values()))
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
     outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
@@ -103,34 +96,65 @@ def _new(delta: AdapterDelta, name: str, parameter: str) -> TensorInfo:
 
 
 def _replaced(
-    delta: AdapterDelta, source: TensorSource, layout: Layout, added: Collection[str]
+    delta: AdapterDelta, model: OpenModel, layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
     """Tensor -> parameter, for tensors of the model that the adapter trained in full."""
-    by_parameter = {layout.runtime_name(name): name for name in source.infos}
-    replaced = {parameter: key for parameter, key in delta.adapter.extras.items() if parameter not in added}
-    for parameter, key in replaced.items():
+    infos = model.source.infos
+    names = TensorNames(layout, infos)
+    replaced: dict[str, str] = {}
+    for parameter, key in delta.adapter.extras.items():
+        if parameter in added:
+            continue
+        tensor = names.tensor(parameter)
+        if tensor is None:
+            raise _absent(delta, parameter)
         shape = delta.adapter.source.infos[key].shape
-        if parameter not in by_parameter:
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter} in full, which the model does not store (its head "
-                "may be tied to the embeddings); merge it with PEFT into a model that has it"
-            )
-        if shape != (known := source.infos[by_parameter[parameter]].shape):
+        if shape != (known := infos[tensor].shape):
+            _refuse_other_vocabulary(delta, parameter.removesuffix(".weight"), shape, known)
             raise ArtifactError(
                 f"{delta.directory} trained {parameter} with the shape {shape}, and the model has it with "
                 f"{known}; give the model that it was made for"
             )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in source.infos):
+        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in infos):
             raise ArtifactError(
                 f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
                 "would change the head too; untie them first, or train without it"
             )
-    return {by_parameter[parameter]: parameter for parameter in replaced}
+        replaced[tensor] = parameter
+    return replaced
+
+
+def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
+    """The error for a parameter that was trained in full and that the model does not store."""
+    if is_head(parameter.rpartition(".")[0]):
+        return ArtifactError(
+            f"{delta.directory} trained {parameter} in full, which the model does not store, because its "
+            "head is tied to the embeddings; merge it with PEFT into a model whose embeddings are not tied"
+        )
+    return ArtifactError(
+        f"{delta.directory} trained {parameter} in full, which the model does not have: a new part, such as "
+        "a head for classification, is merged only if train made it; merge it with PEFT into the class of "
+        "transformers that has this part"
+    )
+
+
+def _refuse_other_vocabulary(
+    delta: AdapterDelta, module: str, adapted: tuple[int, ...], stored: tuple[int, ...]
+) -> None:
+    """Raise ArtifactError if embeddings or a head differ in their rows only."""
+    is_vocabulary = is_head(module) or module.rpartition(".")[2] == "embed_tokens"
+    if is_vocabulary and adapted[1:] == stored[1:]:
+        raise ArtifactError(
+            f"{delta.directory} has {module} with {adapted[0]} rows, and the model with {stored[0]}: it was "
+            "trained with another vocabulary; resize the model (resize_token_embeddings of transformers), "
+            "save it, and give it with --base"
+        )
 
 
 def _refuse_shape(delta: AdapterDelta, module: str, info: TensorInfo) -> None:
     adapted = (delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1])
     if adapted != info.shape:
+        _refuse_other_vocabulary(delta, module, adapted, info.shape)
         raise ArtifactError(
             f"{delta.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"
         )

@@ -3,10 +3,13 @@
 It has scale 1, one rank and no patterns, so that every inference engine reads it the same way.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import hypot
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
@@ -17,7 +20,9 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
-from svdconvert.linalg.low_rank import truncate
+from svdconvert.hub.reference import is_repository
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
@@ -25,7 +30,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.lora_plan import LoraPlan, exact_factors
-from svdconvert.pipeline.runner import file_checksums
+from svdconvert.pipeline.runner import file_checksums, notes
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ class LoraJob:
         """The manifest of the LoRA."""
         delta = self.plan.delta
         known = delta.manifest
+        measured = notes(staged, delta.modules).values()
+        norm = hypot(*(note["norm"] for note in measured))
+        lost = hypot(*(note["lost"] for note in measured))
         return Manifest(
             kind="lora",
             layout=known.layout if known else _layout_of_file(delta.directory),
@@ -87,6 +95,8 @@ class LoraJob:
             result=LoraResult(
                 rank=self.plan.rank,
                 truncation=self.plan.truncation.result() if self.plan.truncation else None,
+                rounding=lost / norm if norm else 0.0,
+                norm=norm,
                 recovered=delta.recovered.result() if delta.recovered else None,
                 head=known.head if known else None,
             ),
@@ -94,15 +104,21 @@ class LoraJob:
             roles=roles_of(self.files),
         )
 
-    def remarks(self, manifest: Manifest) -> tuple[str, ...]:
-        """None."""
-        return ()
+    def remarks(self, manifest: Manifest) -> Iterator[str]:
+        """A warning if the LoRA changes nothing."""
+        assert isinstance(manifest.result, LoraResult)
+        if not manifest.result.norm:
+            yield (
+                f"the LoRA changes nothing: the factors of {self.plan.delta.directory} are those from before "
+                "training"
+            )
 
 
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
     left, right = exact_factors(plan.delta, module)
     if plan.truncation is not None:
         left, right = truncate(left, right, plan.truncation.ranks[module])
+    norm = product_norm(left, right)
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
     tensors = {
@@ -112,24 +128,35 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
     for name, tensor in tensors.items():
         staged.write(plan.file.path, name, tensor)
     checksums = {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
-    return {"files": {plan.file.path: checksums}}
+    stored = [tensors[plan.keys.pieces[module, factor]] for factor in ("lora_B", "lora_A")]
+    lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *stored)
+    return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost}}
 
 
 def _config(plan: LoraPlan) -> AdapterConfig:
     """Scale 1 (alpha is the rank), no rslora, no patterns; the base is named if it is on the Hub."""
     own = plan.delta.adapter.config
-    base = plan.delta.manifest.base if plan.delta.manifest else None
     mixed = contains_adapters(plan.delta.adapter.extras, plan.delta.modules)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,
         targets=own.targets,
-        base=base.location if base and base.revision else None,
+        base=_base_repository(plan.delta),
         task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
         peft_type=WITH_PARAMETERS if mixed else "LORA",
     )
+
+
+def _base_repository(delta: AdapterDelta) -> str | None:
+    """org/name of the untouched base, as the manifest or an adapter that started at zero names it."""
+    if delta.manifest is not None:
+        base = delta.manifest.base
+        return base.location if base and base.revision else None
+    named = delta.adapter.config.base
+    started_at_zero = delta.initial_adapter is None and delta.recovered is None and delta.residual is None
+    return named if started_at_zero and is_repository(named) else None
 
 
 def _layout_of_file(path: Path) -> str:

@@ -14,8 +14,8 @@ import xxhash
 import yaml
 
 from svdconvert.hub.auth import endpoint
-from svdconvert.layouts.loading import CAUSAL, auto_class
-from svdconvert.manifest.results import LoraResult
+from svdconvert.layouts.loading import CAUSAL, auto_class, vllm_advice
+from svdconvert.manifest.results import LoraResult, MergeResult
 from svdconvert.manifest.schema import PLAIN, Manifest
 from svdconvert.output.measurements import losses
 from svdconvert.publish.command_line import command_of
@@ -163,7 +163,8 @@ class _Card:
 
     def _datasets(self) -> list[str] | None:
         data = self.manifest.options.get("data")
-        return [data.split(":")[0]] if isinstance(data, str) and _is_data_set(data) else None
+        names = [data] if isinstance(data, str) else data or []
+        return [name.split(":")[0] for name in names if _is_data_set(name)] or None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -211,9 +212,18 @@ def _numbers(manifest: Manifest, metrics: Path | None) -> dict[str, str]:
         "share of the base in the adapter": f"{sum(energies) / len(energies):.1%}" if energies else "",
         "largest relative error as stored": f"{max(m.error for m in matrices):.2e}" if energies else "",
         "left out of the change": f"{cut.error:.2e} of its norm" if cut else "",
+        "lost by rounding": f"{lora.rounding:.2e} of the change's norm" if lora and lora.rounding else "",
+        "update as stored": _kept(manifest),
+        "vLLM": f"`{advice}`" if lora and (advice := vllm_advice(lora.rank)) else "",
         **_losses(metrics),
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _kept(manifest: Manifest) -> str:
+    """How much of the update rounding left in a merged checkpoint; empty if that is not known."""
+    update = manifest.result.update if isinstance(manifest.result, MergeResult) else None
+    return f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept" if update else ""
 
 
 def _losses(metrics: Path | None) -> dict[str, str]:

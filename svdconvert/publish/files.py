@@ -143,7 +143,9 @@ def _elsewhere(origin: Origin | None) -> Origin | None:
 
 
 def _without_path(value: Any) -> Any:
-    """A path's last component; anything else as it is."""
+    """A path's last component, also in a list; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_without_path(one) for one in value]
     is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~")))
     return Path(value).name if is_path else value
 

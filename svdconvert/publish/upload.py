@@ -10,7 +10,7 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.hub.replies import listed_files
-from svdconvert.manifest.schema import Manifest, read_manifest
+from svdconvert.manifest.schema import PLAIN, Manifest, read_manifest
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
 from svdconvert.publish.card import CardContext, is_untouched, licence_of, write_card
@@ -65,6 +65,8 @@ class Published:
     """Files of the directory that were not sent."""
     changed: bool
     """False if the repository held all of it already."""
+    lacks_base: bool = False
+    """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,15 @@ def commit_directory(
         nbytes=upload_files.nbytes,
         unsent=upload_files.unsent,
         changed=made.oid != state.commit,
+        lacks_base=_lacks_base(manifest, repos),
     )
+
+
+def _lacks_base(manifest: Manifest, repos: SourceRepos) -> bool:
+    if manifest.kind == "trained" and manifest.base_is_residual:
+        return repos.residual_id is None
+    needs_base = manifest.kind in ("trained", "lora") or not (manifest.kind in PLAIN or manifest.checksums)
+    return needs_base and repos.base_id is None
 
 
 def _commit(

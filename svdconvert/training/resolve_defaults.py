@@ -24,8 +24,15 @@ def resolve_defaults(
         raise RecipeError(
             "full fine-tuning trains every weight of a causal language model; leave out task and train_also"
         )
-    if options.penalty and not method.penalty:
-        raise RecipeError("penalty is for methods that train U and V separately from S (sorsa); leave it out")
+    if (options.penalty is not None or options.penalty_rule != "weight") and not method.penalty:
+        raise RecipeError(
+            "penalty and penalty_rule are for methods that train U and V separately from S (sorsa); leave "
+            "them out"
+        )
+    if options.eval_every and not (options.holds_out or method.residual):
+        raise RecipeError(
+            "eval_every changes nothing without held-out rows; give eval_rows or eval_data, or leave it out"
+        )
     if options.corrected_gradient and method.trains != {"lora_B"}:
         raise RecipeError("corrected_gradient is for methods that train B only (lora-fa); leave it out")
     resolved = replace(options.with_default_lr(method.learning_rate), dropout=options.dropout or dropout)

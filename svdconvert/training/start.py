@@ -16,7 +16,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
-from svdconvert.inputs.model import OpenModel, open_model, require_model
+from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, tensor_checksum
@@ -93,6 +93,8 @@ def open_training_start(
     if has_manifest(snapshot.path) and read_manifest(snapshot.path).kind not in PLAIN:
         start, opened = _open_decomposed(model, snapshot, base, split)
     else:
+        if base is not None:
+            raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = open_model(model)
         if METHODS.get(split.method).split is None:
             return FullStart(
@@ -131,6 +133,8 @@ def _open_decomposed(
         raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
     _require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
+        if base is not None:
+            find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
         opened = open_model(model)
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened

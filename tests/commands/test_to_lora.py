@@ -12,6 +12,7 @@ from svdconvert.commands.to_lora import to_lora
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.recipe import Recipe, options
 from svdconvert.errors import RecipeError
+from svdconvert.layouts.loading import vllm_advice
 from tests.conftest import Build
 from tests.program import refused, succeeded
 from tests.stock import adapted, logits, tensors, trained_from
@@ -114,3 +115,59 @@ def test_a_wrong_option_is_named_as_it_is_typed(trained: tuple[Path, Path], tmp_
     adapter, residual = trained
     command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
     refused(*command, "--rank-budget", "0", words=["to-lora: rank_budget is 0: it should be greater"])
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 1e-4), ("float16", 1e-5)])
+def test_rounding_the_factors_is_measured(
+    dtype: str, least: float, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, residual = trained
+    whole = to_lora(adapter, tmp_path / "whole", residual=str(residual)).result
+    ended = succeeded("to-lora", adapter, "-o", tmp_path / "half", "--residual", residual, "--dtype", dtype)
+    written = json.loads((tmp_path / "half" / "svdconvert.json").read_text())["result"]
+    exact, kept = products(tmp_path / "whole"), products(tmp_path / "half")
+    lost = sum(float((exact[name] - kept[name]).square().sum()) for name in exact) ** 0.5
+    norm = sum(float(product.square().sum()) for product in exact.values()) ** 0.5
+    assert written["rounding"] == pytest.approx(lost / norm, rel=1e-3) and written["rounding"] > least
+    assert written["norm"] == pytest.approx(norm)
+    assert (whole.rounding, whole.norm) == (0.0, pytest.approx(norm))
+    assert "rounding error" in ended.out and "exact" not in ended.out
+
+
+def test_a_lora_that_changes_nothing_is_reported(
+    checkpoint: Build, decomposed: Build, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    untrained = decomposed(checkpoint("llama"))
+    assert "changes nothing" in succeeded("to-lora", untrained, "-o", tmp_path / "zero").err
+    adapter, residual = trained
+    words = ["-o", tmp_path / "lora", "--residual", residual]
+    assert "changes nothing" not in succeeded("to-lora", adapter, *words).err
+
+
+def test_a_lora_keeps_the_repository_of_a_base_that_the_adapter_names(
+    checkpoint: Build, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, residual = trained
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "org/name", "auto_mapping": None})
+    )
+    ended = succeeded("to-lora", adapter, "-o", tmp_path / "plain", "--init", "none")
+    assert (
+        json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "org/name"
+    )
+    assert "--base org/name" in " ".join(ended.out.split())
+    # Here the adapter's base is the residual, which is not the base of the LoRA.
+    succeeded("to-lora", adapter, "-o", tmp_path / "converted", "--residual", residual)
+    found = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "advice"),
+    [(16, None), (17, "--max-lora-rank 32"), (257, "--max-lora-rank 320"), (513, "up to 512")],
+)
+def test_what_vllm_must_be_told_depends_on_the_rank(rank: int, advice: str | None) -> None:
+    found = vllm_advice(rank)
+    assert found is None if advice is None else advice in str(found)

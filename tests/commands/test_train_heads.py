@@ -300,5 +300,7 @@ def test_a_foreign_head_is_refused_by_name(chain: Callable[[str, str], Path], tm
         AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2), home / "lora"
     )
     stock.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(ArtifactError, match=r"trained \S+ in full, which the model does not store"):
+    with pytest.raises(
+        ArtifactError, match=r"trained \S+ in full, which the model does not have: a new part"
+    ):
         merge(tmp_path / "foreign", tmp_path / "out", base=str(home / "base"), init="none")

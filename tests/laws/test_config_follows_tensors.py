@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from svdconvert import MergeOptions, Run, SplitOptions, TrainOptions, decompose, merge, train
+from svdconvert import MergeOptions, Run, SplitOptions, TrainOptions, decompose, merge, to_lora, train
 from tests.conftest import Build
 from tests.reading import readable, write_sums
 from tests.stock import adapted, start_of, tensors, trained_from
@@ -133,6 +133,22 @@ def test_what_merge_writes(
     chosen = MergeOptions(max_shard_size="8KB", **options)
     merge(trained, tmp_path / "out", chosen, Run(), base=str(made(source)), residual=str(tmp_path / "split"))
     assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+
+
+@every_source
+def test_what_a_copied_base_and_a_merged_lora_are(
+    source: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = made(source)
+    decompose(base, tmp_path / "copy", SplitOptions(rank=4, method="lora", copy_base=True), Run())
+    assert_loads_what_it_holds(tmp_path / "copy", tmp_path / "first")
+    decompose(base, tmp_path / "split", SplitOptions(rank=4), Run())
+    trained = trained_from(tmp_path / "split", tmp_path / "trained")
+    to_lora(trained, tmp_path / "lora", residual=str(tmp_path / "split"))
+    merge(tmp_path / "lora", tmp_path / "merged", base=str(base))
+    assert_loads_what_it_holds(tmp_path / "merged", tmp_path / "second")
+    decompose(tmp_path / "merged", tmp_path / "again", SplitOptions(rank=4), Run())
+    assert_loads_what_it_holds(tmp_path / "again", tmp_path / "third")
 
 
 @pytest.mark.parametrize("source", ["tied", "a wrong flag", "one matrix twice", "wide norms", "float16"])

@@ -153,6 +153,7 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], made: Pat
     assert "| matrices | 14 |" in published["pissa"] and "| rank | 4 |" in published["pissa"]
     assert re.search(r"\| share of the base in the adapter \| \d+\.\d% \|", published["pissa"])
     assert re.search(r"\| loss \| \d\.\d+ to \d\.\d+ \|", published["trained"])
+    assert re.search(r"\| update as stored \| cosine \d\.\d+ .* of it kept \|", published["merged"])
     assert re.search(r"\| left out of the change \| \d\.\d\de-\d+ of its norm \|", published["lora"])
     commands = {
         name: re.findall(r"^svdconvert .* --push .*$", card, re.M) for name, card in published.items()

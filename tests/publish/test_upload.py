@@ -295,3 +295,15 @@ def test_a_directory_that_svdconvert_did_not_write_is_not_pushed(
     assert "was not written by svdconvert" in pushed(alice, checkpoint("llama"), "alice/x")
     assert "does not exist" in pushed(alice, tmp_path / "none", "alice/x")
     assert hub.seen == [] or "alice/x" not in hub.repositories
+
+
+def test_a_push_says_that_the_card_names_no_base(
+    hub: Hub, alice: Visitor, checkpoint: Build, decomposed: Build
+) -> None:
+    base = checkpoint("llama")
+    hub.create("org/tiny", base)
+    start = decomposed(base, method="lora")
+    assert "the card names no model" in alice.succeeds("push", start, "alice/x").out
+    assert "the card names no model" not in alice.succeeds("push", start, "alice/y", "--base", "org/tiny").out
+    whole = decomposed(base)  # its own weights are the residual that the adapter is loaded on
+    assert "the card names no model" not in alice.succeeds("push", whole, "alice/z").out

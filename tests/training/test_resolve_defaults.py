@@ -28,7 +28,7 @@ def test_sorsas_penalty_can_be_disabled_changed_or_as_published() -> None:
 
 
 def test_options_of_other_methods_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"penalty is for .*sorsa.*leave it out"):
+    with pytest.raises(RecipeError, match=r"penalty_rule are for .*sorsa.*leave them out"):
         resolve_defaults(TrainOptions(penalty=0.1), METHODS.get("pissa"), 0.0, ignore)
     with pytest.raises(RecipeError, match=r"corrected_gradient is for .*lora-fa.*leave it out"):
         resolve_defaults(TrainOptions(corrected_gradient=True), METHODS.get("lora"), 0.0, ignore)

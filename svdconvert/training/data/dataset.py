@@ -13,6 +13,7 @@ from svdconvert.layouts.base import Layout
 from svdconvert.training.data.encode import TextRowEncoder
 from svdconvert.training.data.example import Example, padding_id
 from svdconvert.training.data.labelled import LabelledRowEncoder
+from svdconvert.training.data.mixing import mix_examples, mixture_counts
 from svdconvert.training.data.packing import pack_examples
 from svdconvert.training.data.rows import Row, has_values, read_rows, row_text
 from svdconvert.training.model.load import load_tokenizer
@@ -105,28 +106,48 @@ def open_training_data(
 
 def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     """Read and encode all data that the options name. Raises DataError if something cannot be used."""
-    if options.data is None:
+    if not options.data_sets:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
     reader = _Reader(options, encoder)
-    rows = reader.read(options.data, options.split)
-    if options.eval_data is not None:
-        held_out_rows = reader.read(options.eval_data, options.eval_split or options.split)
-    else:
-        count = len(rows) - options.eval_rows
-        if count <= 0:
-            raise DataError(
-                f"{options.data}: eval_rows holds out {options.eval_rows} of its {len(rows)} rows, which "
-                "leaves none to train on; give fewer"
-            )
-        held_out_rows = rows[count:]
-        rows = rows[:count]
-    train = _usable_examples(rows, options.data, "training", options)
+    sets: list[list[Example]] = []
     held_out: list[Example] = []
-    if held_out_rows:
-        held_out = _usable_examples(held_out_rows, options.eval_data or options.data, "held-out", options)
+    for data in options.data_sets:
+        rows = reader.read(data, options.split)
+        if options.eval_data is None and options.eval_rows:
+            count = _rows_to_train_on(rows, data, options)
+            held_out += _usable_examples(rows[count:], data, "held-out", options)
+            rows = rows[:count]
+        sets.append(_usable_examples(rows, data, "training", options))
+    if options.eval_data is not None:
+        rows = reader.read(options.eval_data, options.eval_split or options.split)
+        held_out = _usable_examples(rows, options.eval_data, "held-out", options)
+    train = mix_examples(sets, options.data_weights, options.seed)
+    if options.data_weights is not None:
+        reader.warnings.append(_mixture_text(sets, options))
     if options.packing:
         train = pack_examples(train, options.max_length)
     return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
+
+
+def _rows_to_train_on(rows: EncodedRows, data: str, options: TrainOptions) -> int:
+    """The number of rows that are not held out. Raises DataError if there are none."""
+    count = len(rows) - options.eval_rows
+    if count <= 0:
+        raise DataError(
+            f"{data}: eval_rows holds out {options.eval_rows} of its {len(rows)} rows, which leaves none to "
+            "train on; give fewer"
+        )
+    return count
+
+
+def _mixture_text(sets: Sequence[Sequence[Example]], options: TrainOptions) -> str:
+    """What one pass over a mixture takes from each data set."""
+    counts = mixture_counts([len(rows) for rows in sets], options.data_weights or ())
+    parts = [
+        f"{count} rows of {data} (it has {len(rows)})"
+        for data, rows, count in zip(options.data_sets, sets, counts, strict=True)
+    ]
+    return f"one pass over the mixture takes {' and '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_the_last_rows_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_all_rows_of_a_separate_file_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
     data, eval_data = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [{"text": "abc"}])
-    options = TrainOptions(data=data, eval_data=eval_data, eval_rows=2, template="none")
+    options = TrainOptions(data=data, eval_data=eval_data, template="none")
     loaded = read_dataset(options, tokenizer)
     assert (len(loaded.train), len(loaded.held_out)) == (5, 1)
 

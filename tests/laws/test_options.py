@@ -1,0 +1,267 @@
+"""Every option of every command changes the result or is refused, on every kind of directory.
+
+The options are those of the command tree, so an option that is added without a row here fails.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from svdconvert import LoraOptions, Run, SplitOptions, TrainOptions, decompose, merge, to_lora, train
+from svdconvert.cli.app import app
+from tests.conftest import Build
+from tests.program import Ended, content, svdconvert
+from tests.reading import readable, write_sums
+
+ROOT = Path(__file__).parents[2]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+RUN = Run(device="cpu", threads=1)
+KINDS = ("plain", "decomposed", "initial", "trained", "merged", "lora", "finetuned", "foreign")
+
+PLAIN = ("plain", "merged", "finetuned")
+
+Words = list[Any]
+
+# Words that give an option a value other than its default. A path is below the directory of all kinds.
+VALUES: dict[str, Words] = {
+    "--init": [Path("lora")],
+    "--rank": [3],
+    "--alpha": [8],
+    "--rank-pattern": ["attn.q=2"],
+    "--alpha-pattern": ["attn.q=2"],
+    "--rslora": [],
+    "--dropout": [0.1],
+    "--targets": ["attn"],
+    "--svd": ["exact64"],
+    "--tol": [0.5],
+    "--dtype": ["float16"],
+    "--residual-dtype": ["float16"],
+    "--max-shard-size": ["8KB"],
+    "--copy-base": [],
+    "--layout": ["bert"],
+    "--base": [Path("other")],
+    "--residual": [Path("other")],
+    "--from": ["residual"],
+    "--rounding": ["stochastic"],
+    "--format": ["rwkv-peft"],
+    "--rank-budget": [10],
+    "--state": [Path("plain")],
+    "--stream": [],
+    "--method": ["milora"],
+    "--json": [],
+    "--data-weights": ["1,2"],
+    "--eval-data": [Path("more.jsonl")],
+    "--eval-rows": [3],
+    "--split": ["train[:3]"],
+    "--task": ["classify"],
+    "--text-fields": ["question"],
+    "--label-field": ["answer"],
+    "--eval-split": ["test"],
+    "--prompt-field": ["answer"],
+    "--response-field": ["question"],
+    "--template": ["{prompt}:"],
+    "--max-length": [6],
+    "--too-long": ["refuse"],
+    "--packing": [],
+    "--prompt-loss": [],
+    "--ending": [" +"],
+    "--lr": [0.3],
+    "--steps": [2],
+    "--epochs": [2],
+    "--batch-size": [3],
+    "--accumulate": [2],
+    "--warmup": [0.9],
+    "--schedule": ["linear"],
+    "--weight-decay": [0.5],
+    "--clip": [1e-6],
+    "--train-also": ["norms"],
+    "--penalty": [0.5],
+    "--penalty-rule": ["reference"],
+    "--corrected-gradient": [],
+    "--precision": ["bf16"],
+    "--eval-every": [1],
+    "--patience": [1],
+    "--keep-best": [],
+    "--samples": [1],
+    "--sample-tokens": [3],
+    "--keep-checkpoints": [],
+    "--private": [],
+    "--revision": ["branch"],
+    "--message": ["text"],
+    "--pull-request": [],
+    "--seed": [3],
+}
+
+OTHER_VALUES: dict[tuple[str, str], Words] = {("decompose", "--init"): ["random"]}
+
+# Options that must not change the files, each with the test that shows what it does instead.
+ELSEWHERE = {
+    "--out": "tests/output/test_staging.py",
+    "--recipe": "tests/test_recipes.py",
+    "--plan": "tests/cli/test_app.py",
+    "--overwrite": "tests/output/test_ownership.py",
+    "--threads": "tests/linalg/test_truncated.py",
+    "--device": "tests/test_refusals.py",
+    "--trust-remote-code": "tests/publish/test_card.py",
+    "--push": "tests/publish/test_upload.py",
+    "--debug": "tests/cli/test_errors.py",
+    "--attention": "tests/training/model/test_attention.py",
+    "--gradient-checkpointing": "tests/training/model/test_modes.py",
+    "--save-every": "tests/commands/test_train_mixture.py",
+    "--save-limit": "tests/commands/test_train_interruption.py",
+    "--track": "tests/training/logs/test_trackers.py",
+    "--track-dir": "tests/training/logs/test_trackers.py",
+    "--data": "tests/training/data/test_mixing.py",
+}
+
+# Other options without which an option may have no effect, because of the values that are compared.
+NEEDS: dict[tuple[str, str], Words] = {
+    ("decompose", "--seed"): ["--method", "lora"],
+    ("decompose", "--init"): ["--method", "lora-fa"],
+    ("decompose", "--rank"): ["--rank", 4],
+    ("decompose", "--rslora"): ["--alpha", 8],
+    ("train", "--too-long"): ["--max-length", 8],
+    ("train", "--precision"): ["--precision", "fp32"],
+    ("train", "--keep-checkpoints"): ["--save-every", 1],
+}
+# An adapter that was not trained changes nothing, so there is nothing to round; matrices as small as these
+# are split by the exact SVD in any case.
+WITHOUT_EFFECT = {
+    ("merge", "--rounding", "decomposed"),
+    ("merge", "--rounding", "initial"),
+    *(("decompose", "--tol", kind) for kind in PLAIN),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    command: str
+    option: str
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.option}"
+
+
+def options_of(command: str) -> list[str]:
+    return [
+        parameter.opts[-1] for parameter in COMMANDS[command].params if parameter.param_type_name == "option"
+    ]
+
+
+CASES = [
+    Case(command, option)
+    for command in COMMANDS
+    for option in options_of(command)
+    if command not in ("push", "list") and option not in ELSEWHERE
+]
+
+
+def test_every_option_of_the_command_tree_has_a_row() -> None:
+    every = {option for command in COMMANDS for option in options_of(command)}
+    assert every - VALUES.keys() - ELSEWHERE.keys() == set(), "give it a value here"
+    assert (VALUES.keys() | ELSEWHERE.keys()) - every == set(), "no command has it"
+    assert VALUES.keys() & ELSEWHERE.keys() == set()
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_an_option_that_changes_no_file_has_a_test(option: str) -> None:
+    words = option.removeprefix("--"), option.removeprefix("--").replace("-", "_")
+    text = (ROOT / ELSEWHERE[option]).read_text()
+    assert any(word in text for word in words), f"{ELSEWHERE[option]} does not mention {option}"
+
+
+@pytest.fixture(scope="module")
+def here(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of every kind, made from one base. Not to be written to."""
+    home = tmp_path_factory.mktemp("kinds")
+    base = readable(checkpoint("llama", dtype=torch.bfloat16, tied=False), home / "plain")
+    readable(checkpoint("qwen2"), home / "other")
+    data = str(write_sums(home / "rows.jsonl", rows=6))
+    write_sums(home / "more.jsonl", rows=4)
+    options = TrainOptions(data=data, steps=1, batch_size=2, max_length=48, lr=0.1)
+    decompose(base, home / "decomposed", SplitOptions(rank=4), RUN)
+    decompose(base, home / "initial", SplitOptions(rank=4, method="lora"), RUN)
+    train(home / "decomposed", home / "trained", options, RUN)
+    train(base, home / "finetuned", options, RUN, split=SplitOptions(method="full"))
+    merge(home / "trained", home / "merged", run=RUN)
+    to_lora(home / "trained", home / "lora", LoraOptions(), RUN)
+    shutil.copytree(home / "lora", home / "foreign")
+    (home / "foreign" / "svdconvert.json").unlink()
+    return home
+
+
+@dataclass(frozen=True)
+class Outcome:
+    ended: Ended
+    files: dict[str, bytes]
+
+    @property
+    def refused(self) -> bool:
+        return self.ended.status != 0
+
+
+class Runner:
+    """Runs a command on a kind of directory, and remembers the outcome without the option."""
+
+    def __init__(self, here: Path, scratch: Path) -> None:
+        self._here = here
+        self._scratch = scratch
+        self._known: dict[str, Outcome] = {}
+        self._count = 0
+
+    def outcome(self, command: str, kind: str, words: Words) -> Outcome:
+        key = repr((command, kind, words))
+        if key not in self._known:
+            self._count += 1
+            out = self._scratch / str(self._count)
+            places = [self._here / word if isinstance(word, Path) else word for word in words]
+            ended = svdconvert(command, self._here / kind, *self._needed(command, kind, words, out), *places)
+            shown = ended.out.replace(str(out), "OUT")
+            self._known[key] = Outcome(Ended(ended.status, shown, ended.err), _files(out))
+            shutil.rmtree(out, ignore_errors=True)
+        return self._known[key]
+
+    def _needed(self, command: str, kind: str, words: Words, out: Path) -> Iterator[object]:
+        if "--out" in options_of(command):
+            yield from ("-o", out)
+        if (command == "decompose" or (command == "train" and kind in PLAIN)) and "--rank" not in words:
+            yield from ("--rank", 4)
+        if command == "train":
+            yield from ("--data", self._here / "rows.jsonl", "--batch-size", 2)
+        if kind == "foreign" and command in ("merge", "to-lora"):
+            yield from ("--base", self._here / "plain")
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    """Everything that a directory holds, except the manifest, which records the options."""
+    found = content(out) if out.exists() else {}
+    return {name: data for name, data in found.items() if name != "svdconvert.json"}
+
+
+@pytest.fixture(scope="module")
+def runner(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(here, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case.command == "train" else ()) for case in CASES],
+    ids=str,
+)
+def test_an_option_changes_the_result_or_is_refused(case: Case, kind: str, runner: Runner) -> None:
+    common = NEEDS.get((case.command, case.option), [])
+    before = runner.outcome(case.command, kind, common)
+    value = OTHER_VALUES.get((case.command, case.option), VALUES[case.option])
+    fixed = common if case.option not in common else []
+    after = runner.outcome(case.command, kind, [*fixed, case.option, *value])
+    if before.refused:
+        assert after.refused
+    elif not after.refused and (case.command, case.option, kind) not in WITHOUT_EFFECT:
+        assert after.files != before.files or (not before.files and after.ended.out != before.ended.out)
