@@ -13,13 +13,12 @@ from svdconvert.errors import RecipeError
 from tests.process import ROOT
 
 ALONE = """
-import sys
+import os
 from svdconvert.config import ranks
 ranks._LONGEST_START = {seconds}
 connect = ranks._connect
 def announced(found):
-    sys.stdout.write("waiting\\n")
-    sys.stdout.flush()
+    os.write(1, b"waiting\\n")  # not by sys.stdout, whose lock this thread would hold when the program ends
     connect(found)
 ranks._connect = announced
 from svdconvert.__main__ import main
