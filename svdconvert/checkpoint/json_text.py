@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_DEEPEST = 127
+DEEPEST = 127
 """Levels of objects and arrays, as in the header of a safetensors file."""
 
 
@@ -29,7 +29,7 @@ def parse_json(text: bytes) -> Any:
         value = json.loads(text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("it has too many levels") from error
-    if depth(value) > _DEEPEST:
+    if depth(value) > DEEPEST:
         raise ValueError("it has too many levels")
     return value
 

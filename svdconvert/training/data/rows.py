@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
-from svdconvert.checkpoint.json_text import parse_json
+from svdconvert.checkpoint.json_text import DEEPEST, depth, parse_json
 from svdconvert.errors import DataError, did_you_mean
 from svdconvert.hub.auth import find_token
 
@@ -63,11 +63,17 @@ def without_nulls(value: Any) -> Any:
     """The value without the keys of objects that are null, at any depth.
 
     Arrow, in which `datasets` and Parquet keep rows, gives all objects of a column the same keys and fills up
-    with nulls, which a chat template would print.
+    with nulls, which a chat template would print. Raises DataError for more than 127 levels.
     """
+    if depth(value) > DEEPEST:
+        raise DataError(f"its lists and objects are nested more than {DEEPEST} levels; remove such values")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def find_fields(row: Row, named: FieldSet | None, known: Sequence[FieldSet], option_names: str) -> FieldSet:
