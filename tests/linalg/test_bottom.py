@@ -1,10 +1,13 @@
 """The bottom slice and the selections for ablations, against float64 LAPACK."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import threads
+from svdconvert.linalg import bottom, threads
 from svdconvert.linalg.bottom import fast_bottom
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Triplets
@@ -127,3 +130,22 @@ def test_middle_and_random_slices_are_components_of_the_matrix(svd: str) -> None
         assert well_formed(found, (300, 200), RANK)
         rest = np.linalg.svd(weight.double().numpy() - product(found).numpy(), compute_uv=False)
         assert np.sum(rest > 1e-6) == 200 - RANK, "the components were not taken out"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_products_run_in_bfloat16_only_if_no_other_thread_multiplies(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
+    precisions: list[str] = []
+
+    @contextmanager
+    def watched(enabled: bool) -> Iterator[None]:
+        with threads.bfloat16_products(enabled):
+            precisions.append(torch.get_float32_matmul_precision())
+            yield
+
+    monkeypatch.setattr(bottom, "bfloat16_products", watched)
+    Solver("w", alone=alone).bottom(matrix("trained", 640, 400), 16)
+    assert precisions == ["medium" if alone else "highest"]
+    assert torch.get_float32_matmul_precision() == "highest"
