@@ -1,4 +1,4 @@
-"""PyTorch's files (.bin, .pth): nothing but tensors is unpickled, and they are read from where they are."""
+"""PyTorch's files (.bin, .pth): only tensors are unpickled, and their values are read with pread."""
 
 import os
 from collections.abc import Iterator, Mapping

@@ -93,35 +93,32 @@ class Sweeps:
     def apply(self, block_SB: Tensor) -> Tensor:
         """One pass over W."""
         norm = self.total**0.5
-        return gram_times(self.weight_LS, block_SB / norm).div_(norm)
+        return self._products(block_SB / norm).div_(norm)
 
     def rounding_floor(self, ritz: Ritz) -> float:
         """None that matters."""
         return 0.0
 
+    def _products(self, block_SB: Tensor) -> Tensor:
+        return gram_times(self.weight_LS, block_SB)
+
 
 @dataclass(frozen=True)
-class LowSweeps:
-    """Both products in bfloat16, if W holds bfloat16 numbers and the processor multiplies these faster."""
+class LowSweeps(Sweeps):
+    """The same in bfloat16, if W holds bfloat16 numbers and the processor multiplies these faster.
 
-    low_LS: Tensor
-    total: float
+    W is given in bfloat16, and each block is rounded to it as well.
+    """
+
     core: torch.dtype = torch.float32
     coarse: bool = True
-    basis: Callable[[Tensor], Tensor] = svqb
-
-    def steps(self, rank: int, tol: float) -> Steps:
-        """Narrow blocks."""
-        return narrow_steps(rank, tol)
-
-    def apply(self, block_SB: Tensor) -> Tensor:
-        """One pass over W; the block is rounded to bfloat16 as well."""
-        norm = self.total**0.5
-        return low_gram_times(self.low_LS, block_SB / norm).div_(norm)
 
     def rounding_floor(self, ritz: Ritz) -> float:
         """What bfloat16 loses; everything, if the values are too close to each other for it."""
         return _LOST if ritz.values_R[-1] < (1.0 - _SPREAD) * ritz.values_R[0] else 1.0
+
+    def _products(self, block_SB: Tensor) -> Tensor:
+        return low_gram_times(self.weight_LS, block_SB)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -92,29 +92,24 @@ def _fast_bfloat16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-@contextmanager
-def float32_products() -> Iterator[None]:
+def float32_products() -> AbstractContextManager[None]:
     """Multiply float32 numbers in float32, even if the program that called us has allowed TF32 for itself."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _precision("highest")
 
 
-@contextmanager
-def bfloat16_products(enabled: bool) -> Iterator[None]:
+def bfloat16_products(enabled: bool) -> AbstractContextManager[None]:
     """Run float32 products of bfloat16 numbers on the units that multiply bfloat16.
 
     Such products are exact in float32 and are summed in float32; other numbers would be rounded. The setting
     applies to the entire process, so `enabled` must be False if other threads multiply matrices meanwhile.
     """
-    if not enabled:
-        yield
-        return
+    return _precision("medium") if enabled else nullcontext()
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:

@@ -33,6 +33,19 @@ def test_a_slow_disk_does_not_change_the_bytes(
     assert sums(tmp_path / "slow") == sums(tmp_path / "quick")
 
 
+def test_the_precision_that_the_calling_program_chose_does_not_reach_the_results(tmp_path: Path) -> None:
+    model = medium.build(tmp_path / "base", layers=2)
+    options = SplitOptions(rank=8, residual_dtype="float32")
+    decompose(model, tmp_path / "plain", options, Run(threads=1))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        decompose(model, tmp_path / "called", options, Run(threads=1))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert sums(tmp_path / "called") == sums(tmp_path / "plain")
+
+
 def test_a_worker_pool_divides_the_threads_and_restores_their_number() -> None:
     before = torch.get_num_threads()
     try:
