@@ -40,8 +40,8 @@ def fast_bottom(
     """The `rank` smallest triplets of a float32 matrix, or None if `tol` was not reached.
 
     `tol` bounds the estimated excess of their norm over the smallest possible one. The generator is on the
-    matrix's device. `alone` is True if no
-    other thread of the process multiplies matrices, so that process-wide settings may be changed.
+    matrix's device. `alone` is True if no other thread of the process multiplies matrices, so that
+    process-wide settings may be changed.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         found = fast_bottom(weight_OI.T, rank, tol=tol, generator=generator, alone=alone)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline import decompose as split
 from svdconvert.pipeline import runner
 from tests import medium
 from tests.process import sums
@@ -33,17 +35,26 @@ def test_a_slow_disk_does_not_change_the_bytes(
     assert sums(tmp_path / "slow") == sums(tmp_path / "quick")
 
 
-def test_the_precision_that_the_calling_program_chose_does_not_reach_the_results(tmp_path: Path) -> None:
-    model = medium.build(tmp_path / "base", layers=2)
-    options = SplitOptions(rank=8, residual_dtype="float32")
-    decompose(model, tmp_path / "plain", options, Run(threads=1))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrices_are_computed_in_full_precision_whatever_the_calling_program_chose(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: set[str] = set()
+    real = split.split_tensor
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        found.add(torch.get_float32_matmul_precision())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(split, "split_tensor", watched)
     torch.set_float32_matmul_precision("medium")
     try:
-        decompose(model, tmp_path / "called", options, Run(threads=1))
+        model = medium.build(tmp_path / "base", layers=1)
+        decompose(model, tmp_path / "out", SplitOptions(rank=8), Run(threads=threads))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert sums(tmp_path / "called") == sums(tmp_path / "plain")
+    assert found == {"highest"}
 
 
 def test_a_worker_pool_divides_the_threads_and_restores_their_number() -> None:
