@@ -1,10 +1,12 @@
 """Refuses options without an effect: an option that is given must change the result."""
 
+from dataclasses import replace
+
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.methods.base import Method
+from svdconvert.methods.base import METHODS, Method
 
 _DEFAULT = SplitOptions()
 
@@ -20,6 +22,18 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
         raise _idle("--svd", f"{name} computes no singular triplets")
     if options.tol != _DEFAULT.tol and (method.work != "search" or options.svd != "fast"):
         raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
+    if options.seed and not _draws(method, options):
+        raise _idle("--seed", f"{name} draws no random numbers with --svd {options.svd}")
+
+
+def without_idle_seed(options: SplitOptions) -> SplitOptions:
+    """The options without a seed if nothing is drawn: the seed of a recipe serves all of its commands."""
+    method = METHODS.get(options.method).variant(options.init)
+    return options if _draws(method, options) else replace(options, seed=_DEFAULT.seed)
+
+
+def _draws(method: Method, options: SplitOptions) -> bool:
+    return method.draws or (method.work == "search" and options.svd == "fast")
 
 
 def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:

@@ -47,6 +47,21 @@ def resolve_defaults(
     return resolved
 
 
+def refuse_options_beyond_the_run(options: TrainOptions, steps: int) -> None:
+    """Raise RecipeError for an option whose first effect would come after the last of `steps` steps."""
+    evaluations = (steps - 1) // (options.eval_every or steps)  # after the first step and before the last
+    for text, is_idle in (
+        (f"eval_every {options.eval_every}", options.eval_every is not None and options.eval_every >= steps),
+        (f"patience {options.patience}", options.patience is not None and options.patience > evaluations),
+        (
+            f"keep_checkpoints with a checkpoint every {options.save_every} steps",
+            options.keep_checkpoints and options.save_every > steps,
+        ),
+    ):
+        if is_idle:
+            raise RecipeError(f"{text} changes nothing in a run of {steps} steps; leave it out, or lower it")
+
+
 def learning_rate_warning(method: str, lr: float) -> str | None:
     """A sentence if `lr` is another method's rate and far from this method's, with both papers; else None."""
     own = METHODS.get(method)
