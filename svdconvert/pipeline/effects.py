@@ -18,6 +18,8 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
         raise _idle("--residual-dtype", f"{name} leaves the base unchanged")
     if method.residual and options.copy_base:
         raise _idle("--copy-base", f"{name} writes a residual base in any case")
+    if not (method.residual or options.copy_base):
+        refuse_idle_shard_size(options.max_shard_size, f"{name} does not write the base; add --copy-base")
     if method.work == "thin" and options.svd != _DEFAULT.svd:
         raise _idle("--svd", f"{name} computes no singular triplets")
     if options.tol != _DEFAULT.tol and (method.work != "search" or options.svd != "fast"):
@@ -45,6 +47,12 @@ def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
         raise _idle("--rounding stochastic", "the merged matrices are not stored in half precision")
     if options.seed and options.rounding == "nearest":
         raise _idle("--seed", "rounding to nearest draws no random numbers; add --rounding stochastic")
+
+
+def refuse_idle_shard_size(size: str, reason: str) -> None:
+    """Raise RecipeError for a shard size other than the default; `reason` says why it has no effect."""
+    if size != _DEFAULT.max_shard_size:
+        raise _idle("--max-shard-size", reason)
 
 
 def refuse_idle_stream(model: OpenModel, run: Run) -> None:

@@ -27,8 +27,8 @@ from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.outputs import TrainedOutput, load_output
 from svdconvert.training.resolve_defaults import (
+    check_options_beyond_the_run,
     learning_rate_warning,
-    refuse_options_beyond_the_run,
     resolve_defaults,
 )
 from svdconvert.training.start import AdapterStart, TrainingStart
@@ -149,7 +149,7 @@ def load_training_job(
         output=output,
         watch=watch,
     )
-    refuse_options_beyond_the_run(options, job.steps)
+    check_options_beyond_the_run(options, job.steps, run.notify)
     return job
 
 

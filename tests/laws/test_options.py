@@ -210,7 +210,7 @@ def here(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     readable(checkpoint("qwen2"), home / "other")
     data = str(write_sums(home / "rows.jsonl", rows=6))
     write_sums(home / "more.jsonl", rows=4)
-    options = TrainOptions(data=data, steps=1, batch_size=2, max_length=48, lr=0.1)
+    options = TrainOptions(data=data, steps=1, batch_size=2, lr=0.1)
     decompose(base, home / "decomposed", SplitOptions(rank=4), RUN)
     decompose(base, home / "initial", SplitOptions(rank=4, method="lora"), RUN)
     train(home / "decomposed", home / "trained", options, RUN)
@@ -284,11 +284,11 @@ def runner(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
 IDLE: list[tuple[str, str, Words, Words]] = [
     *(("decompose", "plain", ["--method", method], ["--seed", 3]) for method in ("olora", "middle")),
     ("decompose", "plain", ["--svd", "exact"], ["--seed", 3]),
+    ("decompose", "plain", ["--method", "lora"], ["--max-shard-size", "8KB"]),
+    ("convert", "rwkv", ["--layout", "blinkdl"], ["--max-shard-size", "8KB"]),
     ("train", "decomposed", [], ["--split", "test"]),
     ("train", "decomposed", ["--eval-data", Path("more.jsonl")], ["--eval-split", "validation[:2]"]),
     ("train", "decomposed", ["--steps", 2], ["--keep-checkpoints"]),
-    ("train", "decomposed", ["--steps", 2, "--eval-rows", 2], ["--eval-every", 2]),
-    ("train", "decomposed", ["--steps", 2, "--eval-rows", 2, "--eval-every", 1], ["--patience", 2]),
 ]
 
 
@@ -303,6 +303,20 @@ def test_an_option_without_effect_is_refused_in_a_sentence_that_names_it(
     name = option[0].removeprefix("--")
     assert name in after.ended.err or name.replace("-", "_") in after.ended.err
     assert "changes nothing" in after.ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "option"),
+    [([], ["--eval-every", 2]), (["--eval-every", 1], ["--patience", 2])],
+    ids=["eval-every", "patience"],
+)
+def test_an_interval_longer_than_the_run_is_named(others: Words, option: Words, runner: Runner) -> None:
+    words = ["--steps", 2, "--eval-rows", 2, *others, *option]
+    ended = runner.outcome("train", "decomposed", words).ended
+    assert ended.status == 0
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"{name} {option[1]} changes nothing in a run of 2 steps" in " ".join(ended.err.split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
