@@ -53,7 +53,7 @@ class Stage:
     def words(self, command: str) -> list[object]:
         named = {f"{{{path.name}}}": path for path in (self.root / "inputs").iterdir()}
         words = [named.get(str(word), word) for word in COMMANDS[command]]
-        return words if NAME in words else [*words, "-o", self.root / "out"]
+        return words if command == "push" else [*words, "-o", self.root / "out"]
 
     def results(self) -> dict[str, str]:
         """What was written here and published, without the cache of huggingface_hub."""
