@@ -7,12 +7,14 @@ metadata is exactly {"format": "pt"}, and the configuration is sorted by key.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from svdconvert.adapters.expert_factors import Expert, Slices, find_experts, piece_shape
 from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
@@ -50,11 +52,20 @@ class Adapter:
     """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
+    experts: Mapping[str, Expert] = field(default_factory=dict)
+    """Module -> which expert it is, for the modules `PARAMETER[3]`, whose factors are in shared tensors."""
 
     def factors(self, module: str) -> Factors:
         """A module's factors as stored. Raises ArtifactError if one has changed, or contains NaN or Inf."""
         names = self.modules[module]
+        if (expert := self.experts.get(module)) is not None:
+            slices = self._slices
+            return Factors.of({factor: slices.piece(factor, name, expert) for factor, name in names.items()})
         return Factors.of({factor: self._checked(name) for factor, name in names.items()})
+
+    @cached_property
+    def _slices(self) -> Slices:
+        return Slices(self._checked)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter trained in full. Raises ArtifactError if it has changed, or contains NaN or Inf."""
@@ -76,7 +87,9 @@ class Adapter:
 
     def shape(self, module: str, piece: str) -> tuple[int, ...]:
         """The shape of a factor, from the header."""
-        return self.source.infos[self.modules[module][piece]].shape
+        shape = self.source.infos[self.modules[module][piece]].shape
+        expert = self.experts.get(module)
+        return shape if expert is None else piece_shape(piece, shape, expert)
 
 
 def key(module: str, piece: str) -> str:
@@ -123,10 +136,14 @@ def open_adapter(directory: Path) -> Adapter:
             others.append(name)
     if others:
         raise _unknown(weights, others)
-    check_factors(weights, source, modules)
-    _check_ranks(weights, config, source, modules)
-    config = config if config.targets else replace(config, targets=sorted(modules))
-    return Adapter(directory, config, source, modules, extras, copies=copies)
+    named, experts = find_experts(weights, config, source, modules)
+    single = {module: names for module, names in named.items() if module not in experts}
+    if single or not experts:
+        check_factors(weights, source, single)
+    _check_ranks(weights, config, source, single)
+    if not config.targets and not config.parameters:
+        config = replace(config, targets=sorted(named))
+    return Adapter(directory, config, source, named, extras, copies=copies, experts=experts)
 
 
 def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
