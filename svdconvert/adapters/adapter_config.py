@@ -20,8 +20,8 @@ from svdconvert.output.sidecars import read_json_object
 
 CONFIG = "adapter_config.json"
 PER_EXPERT = "LORA_PER_EXPERT"
-"""The peft_type of adapters with factors for single experts that stock PEFT would load wrongly: it cannot turn
-all of them into factors of the parameters that transformers fuses experts into, and refuses this type."""
+"""The peft_type of adapters with factors for single experts that stock PEFT cannot turn into factors of the
+parameters that transformers fuses experts into; PEFT refuses this type instead of loading them wrongly."""
 WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
 """The peft_type of adapters that train single parameters of modules that contain adapters, such as the time
 parameters of RWKV: stock PEFT, which would lose them, refuses the type."""

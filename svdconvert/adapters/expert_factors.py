@@ -90,8 +90,8 @@ def _count(file: Path, source: TensorSource, names: Mapping[str, str], rank: int
     infos = {factor: source.infos[name] for factor, name in names.items()}
     if unreal := [info for info in infos.values() if info.dtype not in REAL]:
         raise ArtifactError(
-            f"{file}: {unreal[0].name} is stored as {unreal[0].dtype}, and factors must be float32, bfloat16, "
-            "float16 or float64; convert the adapter first"
+            f"{file}: {unreal[0].name} is stored as {unreal[0].dtype}, and factors must be float32, "
+            "bfloat16, float16 or float64; convert the adapter first"
         )
     rows = infos["lora_A"].shape[0] if infos["lora_A"].shape else 0
     sides = [infos[factor].shape for factor in ("lora_A", "lora_B")]
@@ -136,4 +136,3 @@ class Slices:
 def piece_shape(factor: str, shape: tuple[int, ...], expert: Expert) -> tuple[int, ...]:
     """The shape of one expert's factor, from that of the factor of all experts."""
     return (shape[0], expert.rank) if factor == "lora_B" else (expert.rank, *shape[1:])
-

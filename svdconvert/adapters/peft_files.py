@@ -119,6 +119,24 @@ def open_adapter(directory: Path) -> Adapter:
         )
     config = read_adapter_config(directory)
     source = open_file(weights)
+    modules, extras, copies = _sorted_names(weights, config, source)
+    named, experts = find_experts(weights, config, source, modules)
+    single = {module: names for module, names in named.items() if module not in experts}
+    if single or not experts:
+        check_factors(weights, source, single)
+    _check_ranks(weights, config, source, single)
+    if not config.targets and not config.parameters:
+        config = replace(config, targets=sorted(named))
+    return Adapter(directory, config, source, named, extras, copies=copies, experts=experts)
+
+
+def _sorted_names(
+    weights: Path, config: AdapterConfig, source: TensorSource
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """(module -> factor -> name, parameter trained in full -> name, parameter of the base -> name).
+
+    Raises ArtifactError for a tensor that is none of these.
+    """
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     copies: dict[str, str] = {}
@@ -136,14 +154,7 @@ def open_adapter(directory: Path) -> Adapter:
             others.append(name)
     if others:
         raise _unknown(weights, others)
-    named, experts = find_experts(weights, config, source, modules)
-    single = {module: names for module, names in named.items() if module not in experts}
-    if single or not experts:
-        check_factors(weights, source, single)
-    _check_ranks(weights, config, source, single)
-    if not config.targets and not config.parameters:
-        config = replace(config, targets=sorted(named))
-    return Adapter(directory, config, source, named, extras, copies=copies, experts=experts)
+    return modules, extras, copies
 
 
 def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
@@ -230,6 +241,17 @@ def _check_ranks(
 def adapter_infos(module: str, pieces: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorInfo]:
     """The headers of a module's tensors in an adapter's file."""
     return [TensorInfo(key(module, piece), shape, dtype) for piece, shape in pieces.items()]
+
+
+def target_parameters(chosen: Iterable[str], others: Collection[str]) -> list[str]:
+    """The shortest `target_parameters` that selects exactly the parameters `chosen`, and none of `others`.
+
+    A parameter's entry is its last two components ("experts.gate_up_proj") if no other parameter ends in
+    them, else its full path.
+    """
+    last = {name: ".".join(name.rsplit(".", 2)[-2:]) for name in {*chosen, *others}}
+    partly_chosen = {last[name] for name in others}
+    return sorted({name if last[name] in partly_chosen else last[name] for name in chosen})
 
 
 def target_modules(chosen: Iterable[str], linears: Collection[str]) -> list[str]:

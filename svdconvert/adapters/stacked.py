@@ -81,7 +81,10 @@ class Stack:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each factor."""
         rows = (self.experts or 1) * self.rank
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rows, self.shape[1]), "lora_B": (self.shape[0], rows)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (rows, self.shape[1]),
+            "lora_B": (self.shape[0], rows),
+        }
         cores: dict[str, tuple[int, ...]] = {"lora_S": (rows,), "lora_R": (rows, self.rank)}
         return shapes | {name: shape for name, shape in cores.items() if name == self.core}
 
@@ -127,7 +130,7 @@ def _overlap(rows: Rows, first: int, last: int) -> tuple[slice, slice]:
     """(place of a member's rows in the block from `first` to `last`, these rows of the member)."""
     assert rows.step == 1, "matrices that are stored by themselves are consecutive rows"
     begin = max(first, rows.first)
-    end = max(begin, min(last, rows.first + rows.count))
+    end = max(begin, min(last, rows.first + rows.size))
     return slice(begin - first, end - first), slice(begin - rows.first, end - rows.first)
 
 
