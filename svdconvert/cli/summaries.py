@@ -10,7 +10,6 @@ from rich.text import Text
 
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading, vllm_advice
 from svdconvert.output.measurements import losses
 from svdconvert.output.sidecars import read_json_object
