@@ -15,7 +15,6 @@ from typing import Any
 from svdconvert.checkpoint.rename_rules import RenameRule, rule_of
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import TargetError, did_you_mean
-from svdconvert.layouts.stored import StoredMatrix
 from svdconvert.plugins import Registry
 
 ALL_LINEAR = "all-linear"
@@ -35,10 +34,6 @@ class Slot:
     """The path at run time of the module whose weight it is."""
     expert: int | None = None
     """The number of its expert, in a mixture of experts."""
-    parameter: str = "weight"
-    """The module's parameter that it is, or that it is one expert's part of, such as gate_up_proj."""
-    stored: StoredMatrix | None = None
-    """Its place in the files; None if it is the whole tensor `name`, (out, in)."""
 
 
 @dataclass(frozen=True)
@@ -216,5 +211,5 @@ class LayoutFamily:
 
 
 LAYOUTS: Registry[Layout] = Registry(
-    "svdconvert.layouts", "LAYOUT", Layout, shared=("base", "blocks", "detect", "loading", "stored")
+    "svdconvert.layouts", "LAYOUT", Layout, shared=("base", "blocks", "detect", "loading")
 )
