@@ -11,7 +11,7 @@ from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
 from svdconvert.layouts.base import Layout
-from svdconvert.layouts.detect import find_layout, has_signature_tensor
+from svdconvert.layouts.detect import has_signature_tensor, layout_of_model
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
@@ -24,7 +24,9 @@ class OpenModel:
     snapshot: Snapshot
     source: TensorSource
     config: Mapping[str, Any]
-    """config.json; empty for a model that is a single file."""
+    """config.json; empty for a single file without one next to it."""
+    trust_remote_code: bool = False
+    """True if code of the model's repository may run, to find its layout."""
 
     @property
     def path(self) -> Path:
@@ -32,8 +34,10 @@ class OpenModel:
         return self.snapshot.path
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
-        """(name, layout): the layout called `name`, else the one that fits. Raises as `find_layout`."""
-        return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
+        """(name, layout): the layout called `name`, else the one that fits. Raises as `layout_of_model`."""
+        return layout_of_model(
+            name, self.path, self.config, self.source.infos, trust_remote_code=self.trust_remote_code
+        )
 
     def identity(self) -> dict[str, Any]:
         """Describes the model: an interrupted run continues only if this is unchanged."""
