@@ -184,16 +184,14 @@ class SafetensorsSource:
         """The tensor in its stored dtype, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource."""
         path, extent = self._extents[name]
-        total = extent.info.nbytes
-        reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
-            self._open.fill(path, chunk, extent.begin + start, name)
-            yield chunk
+        begin, end, _ = (section or slice(None)).indices(extent.info.nbytes)
+        span = range(extent.begin + begin, extent.begin + end)
+        return self._open.chunks(path, span, name, size, buffer)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of the last change of every file."""

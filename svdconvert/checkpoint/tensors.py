@@ -72,10 +72,12 @@ class TensorSource(Protocol):
         """The tensor, in newly allocated memory."""
         ...
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in order, in chunks of at most `size` bytes.
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in order, in chunks of at most `size` bytes; with a `section` only those.
 
-        With a `buffer` of the tensor's size, the chunks are views of it and fill it. Without one, a chunk
+        With a `buffer` of the same size, the chunks are views of it and fill it. Without one, a chunk
         is valid only until the next one is requested.
         """
         ...
