@@ -10,7 +10,6 @@ from rich.text import Text
 
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading, vllm_advice
 from svdconvert.output.measurements import losses
 from svdconvert.output.sidecars import read_json_object
@@ -111,7 +110,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
     """Print the result of decompose."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
-    experts = LAYOUTS.get(manifest.layout).has_experts(manifest.matrices)
+    experts = any(matrix.role.startswith("experts.") for matrix in matrices)
     exact = sum(matrix.engine == "exact" for matrix in matrices)
     summary(
         f"decomposed into {out_dir}",

@@ -19,13 +19,12 @@ from svdconvert.manifest.place import Place, Rows
 from svdconvert.models.roles import expert_role
 
 if TYPE_CHECKING:
-    from svdconvert.models.architecture import Architecture, Step, Target
+    from svdconvert.models.architecture import Architecture, Target
     from svdconvert.models.matrices import NetworkMatrix
 
 _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?![^.])|\[[0-9:]+\]$")
 _MATRIX = 2  # axes
 _SHOWN = 8
-_ROWS_IN_STACK = 1  # the axis of the rows in (experts, out, in)
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,6 @@ class AutomaticLayout(Layout):
     """Matrix of the blocks without a role -> why it has none; "*" in place of numbers."""
     assumptions: tuple[str, ...] = ()
     """What was assumed because nothing tells it; one sentence each."""
-    fan_in_fan_out: bool = False
-    """True if a linear layer of the network has its weight as (in, out), as GPT-2's Conv1D."""
 
     def slot(self, name: str) -> Slot | None:
         """The slot of the tensor or part `name`."""
@@ -141,7 +138,7 @@ def _projections(parameter: str) -> tuple[str, ...]:
 def _task(architecture: "Architecture") -> str | None:
     """PEFT's task_type; None for a body without a head, and for classifiers, whose heads are their own."""
     name = type(architecture.network).__name__
-    if not name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
+    if not architecture.output_heads() or "MaskedLM" in name or "PreTraining" in name:
         return None
     return "SEQ_2_SEQ_LM" if getattr(architecture.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
@@ -223,20 +220,20 @@ class _UnknownArrangement(Exception):
     """A tensor is arranged in a way that is not understood."""
 
 
-def _arrangement(steps: Sequence["Step"], stacked: bool) -> tuple[bool, bool]:
-    """(transposed, joined with others by rows) of a tensor. Raises _UnknownArrangement."""
+def _arrangement(stored: _Stored, matrix: "NetworkMatrix") -> tuple[bool, bool]:
+    """(transposed in comparison with the parameter, one of several that are put below one another).
+
+    Raises _UnknownArrangement.
+    """
+    axes = len(matrix.shape)
     transposed = False
     joined = False
-    rows = (_ROWS_IN_STACK, -2) if stacked else (0, -2)
-    for step in steps:
+    for step in stored.target.steps:
         if step.name == "MergeModulelist":
             continue
-        if step.name == "Transpose" and sorted(axis % (3 if stacked else 2) for axis in step.axes) in (
-            [0, 1],
-            [1, 2],
-        ):
-            transposed = not transposed
-        elif step.name == "Concatenate" and step.axes[0] in rows and not transposed:
+        if step.name == "Transpose" and sorted(axis % axes for axis in step.axes) == [axes - 2, axes - 1]:
+            transposed ^= not (step.only_if_needed and stored.shape == matrix.shape)
+        elif step.name == "Concatenate" and step.axes[0] % axes == axes - 2 and not transposed:
             joined = True
         else:
             raise _UnknownArrangement(f"its arrangement in the files ({step.name}) is not supported")
@@ -245,7 +242,7 @@ def _arrangement(steps: Sequence["Step"], stacked: bool) -> tuple[bool, bool]:
 
 def _single(stored: _Stored, matrix: "NetworkMatrix") -> Slot:
     """The slot of a matrix that is stored as a tensor, or as one of several put below one another."""
-    transposed, joined = _arrangement(stored.target.steps, stacked=False)
+    transposed, joined = _arrangement(stored, matrix)
     transposed ^= matrix.transposed
     rows = stored.rows if joined else None
     if len(stored.shape) != _MATRIX or not (joined or _same(stored.shape, matrix, transposed)):
@@ -286,7 +283,7 @@ def _cut(stored: _Stored, parameters: Sequence[str], matrices: Sequence["Network
 
 def _of_experts(stored: _Stored, matrix: "NetworkMatrix") -> Iterator[Slot]:
     """The slots of the matrices of single experts."""
-    transposed, joined = _arrangement(stored.target.steps, stacked=True)
+    transposed, joined = _arrangement(stored, matrix)
     transposed ^= matrix.transposed
     rows = stored.rows if joined else None
     leaf = matrix.parameter.rpartition(".")[2]

@@ -47,6 +47,8 @@ class Step:
 
     name: str
     axes: tuple[int, ...]
+    only_if_needed: bool = False
+    """True if it is left out when the tensor has the parameter's shape without it."""
 
 
 class Architecture:
@@ -129,7 +131,10 @@ def _target(renamed: str, pattern: str, converters: Mapping[str, Any]) -> Target
     targets = list(table.target_patterns)
     first = targets[0]
     others = tuple(renamed.replace(first, other) for other in targets[1:])
-    steps = tuple(Step(type(operation).__name__, _axes(operation)) for operation in table.operations)
+    steps = tuple(
+        Step(type(operation).__name__, _axes(operation), bool(getattr(operation, "check_dims", False)))
+        for operation in table.operations
+    )
     return Target(renamed, steps, tuple(table.source_patterns), pattern, others)
 
 

@@ -67,7 +67,7 @@ def find_matrices(network: Any, heads: set[int]) -> NetworkMatrices:
             shape = tuple(parameter.shape)
             if not _is_matrix(module, name, shape):
                 if len(shape) == 2 and not isinstance(module, nn.Embedding):  # noqa: PLR2004 (a matrix)
-                    left_out[full] = "no linear layer"
+                    left_out[full] = "a router" if _is_router(path, module) else "no linear layer"
                 continue
             if reason := _unsuitable(network, path, shape):
                 left_out[full] = reason
@@ -85,6 +85,10 @@ def find_matrices(network: Any, heads: set[int]) -> NetworkMatrices:
                 interleaved=experts and not getattr(module, "is_concatenated", True),
             )
     return NetworkMatrices(found, left_out)
+
+
+def _is_router(path: str, module: nn.Module) -> bool:
+    return path.rpartition(".")[2].lower() in ROUTERS or "Router" in type(module).__name__
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -128,8 +132,8 @@ class _Blocks:
         }
         config = network.config
         self._coder = bool(getattr(config, "is_encoder_decoder", False))
-        self._text = config.get_text_config(decoder=True) if not self._coder else config
-        self._owners = dict(_owners(network, config, self._text))
+        text = config if self._coder else config.get_text_config(decoder=True)
+        self._owners = dict(_owners(network, config, text))
 
     def place(self, path: str) -> tuple[str, int, str] | None:
         """(prefix of the role, number of the block, path within it) of a module; None outside the blocks."""
@@ -158,7 +162,9 @@ def _owners(network: Any, config: Any, text: Any) -> Iterator[tuple[str, str]]:
     if text is config:
         return
     language = [
-        path for path, module in network.named_modules() if path and getattr(module, "config", None) is text
+        path
+        for path, module in network.named_modules()
+        if path and type(getattr(module, "config", None)) is type(text)
     ]
     if not language:
         return

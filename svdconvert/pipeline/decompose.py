@@ -19,7 +19,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import LAYOUTS, Layout, Slot
+from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -58,15 +58,19 @@ class DecomposePlan:
     infos: Mapping[str, TensorInfo]
     shards: tuple[PlannedFile, ...]
     adapter: PlannedFile
+    layout_in_use: Layout
+    """The layout with the name `layout`."""
     without_role: tuple[str, ...] = ()
     """Matrices of the repeated blocks that the layout does not know and that stay as they are."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the plan."""
+        remarks = self.layout_in_use.remarks()
         if not self.without_role:
-            return ()
+            return remarks
         return (
+            *remarks,
             f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
             f"({len(self.without_role)} such names): these matrices stay as they are",
         )
@@ -90,6 +94,14 @@ class DecomposePlan:
         """The element type of the residual of the tensor `name`."""
         return _residual_code(self.options, self.method, self.infos[name])
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """True if a linear layer whose weight is (in, out) in the network is adapted."""
+        return self.layout_in_use.fan_in_fan_out and any(
+            slot.place is not None and slot.place.transposed and slot.place.expert is None
+            for slot in self.slots.values()
+        )
+
     def adapter_config(self) -> AdapterConfig:
         """The configuration of the initial adapter."""
         linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
@@ -109,7 +121,8 @@ class DecomposePlan:
             rank_pattern=as_pattern(ranks, rank),
             alpha_pattern=as_pattern(alphas, alpha),
             dropout=self.options.dropout,
-            task=LAYOUTS.get(self.layout).task_of(self.infos),
+            task=self.layout_in_use.task_of(self.infos),
+            fan_in_fan_out=self.fan_in_fan_out,
         )
 
 
@@ -145,7 +158,16 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
     without_role = _matrices_without_role(model, layout)
     return DecomposePlan(
-        method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
+        method,
+        layout_name,
+        options,
+        slots,
+        scaled,
+        source.infos,
+        tuple(shards),
+        adapter,
+        layout,
+        without_role,
     )
 
 

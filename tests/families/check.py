@@ -149,7 +149,9 @@ def _compare_targets(family: Family, source: PreTrainedModel, layout: Layout, ba
     slots = layout.select(infos, ["all-linear"])
     ours = {slot.module for slot in slots.values() if slot.place is None or slot.place.expert is None}
     family.matrices = len(slots)
-    family.experts = len({slot.place.parameter for slot in slots.values() if slot.place and slot.expert is not None})
+    family.experts = len(
+        {slot.place.parameter for slot in slots.values() if slot.place and slot.expert is not None}
+    )
     config = all_linear_of_peft(LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), source)
     theirs = set(config.target_modules)
     family.extra = sorted(ours - theirs)
