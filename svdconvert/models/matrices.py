@@ -109,6 +109,8 @@ def _unsuitable(network: Any, path: str, shape: tuple[int, ...]) -> str | None:
     if 1 in shape[-2:]:
         return "a vector"
     parent, _, leaf = path.rpartition(".")
+    if leaf != "in_proj" and hasattr(holder := network.get_submodule(parent), "ssm_state_size"):
+        return f"{type(holder).__name__} reads its weight without calling it"
     if leaf.lower() in ROUTERS and _has_experts(network.get_submodule(parent)):
         return "a router"
     return None
@@ -161,11 +163,11 @@ def _owners(network: Any, config: Any, text: Any) -> Iterator[tuple[str, str]]:
     """(path, role) of the parts of a network with several configurations that are no language model."""
     if text is config:
         return
-    language = [
-        path
-        for path, module in network.named_modules()
-        if path and type(getattr(module, "config", None)) is type(text)
-    ]
+    language: list[str] = []
+    for path, module in network.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in language)
+        if path and not inside and type(getattr(module, "config", None)) is type(text):
+            language.append(path)
     if not language:
         return
     ancestors = {""} | {one[: dot.start()] for one in language for dot in re.finditer(r"\.", one)}
