@@ -135,8 +135,8 @@ def joined(infos: Iterable[TensorInfo], wholes: Mapping[str, TensorInfo]) -> lis
         whole = replace(wholes[name], dtype=info.dtype) if name in wholes else info
         if found.setdefault(whole.name, whole).dtype != info.dtype:
             raise CheckpointError(
-                f"{whole.name} is one tensor, and its parts cannot be stored as {found[whole.name].dtype} and "
-                f"{info.dtype}; choose all of them, or none"
+                f"{whole.name} is one tensor, and its parts cannot be stored as {found[whole.name].dtype} "
+                f"and {info.dtype}; choose all of them, or none"
             )
     return list(found.values())
 

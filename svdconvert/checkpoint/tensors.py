@@ -160,6 +160,19 @@ def read_whole(
     return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
 
+def read_rows(source: TensorSource, name: str, rows: slice) -> "Tensor":
+    """Some consecutive rows of a tensor in its stored dtype."""
+    import torch
+
+    info = source.infos[name]
+    first, end, _ = rows.indices(info.shape[0])
+    size = info.nbytes // max(1, info.shape[0])
+    raw = torch.empty((end - first) * size, dtype=torch.uint8)
+    for _ in source.chunks(name, max(1, len(raw)), raw.numpy().data, slice(first * size, end * size)):
+        pass
+    return raw.view(torch_dtype(info.dtype)).reshape(end - first, *info.shape[1:])
+
+
 def blocks_of_rows(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:
     """A matrix in its stored dtype, `rows` rows at a time.
 

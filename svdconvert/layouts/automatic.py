@@ -95,7 +95,9 @@ def automatic_layout(
     return AutomaticLayout(
         model_types=frozenset({str(config.get("model_type"))}),
         roles={slot.role: _pattern(slot) for slot in table.values()},
-        experts=_experts(found.known.values(), fused_by_peft=architecture.peft_fuses_experts()),
+        experts=_experts(
+            found.known.values(), targets.values(), fused_by_peft=architecture.peft_fuses_experts()
+        ),
         task=_task(architecture),
         summary=f"{type(architecture.network).__name__} of transformers",
         table={name: table[name] for name in sorted(table, key=_order(infos))},
@@ -117,17 +119,26 @@ def _refuse_unexplained(
         )
 
 
-def _experts(matrices: Iterable["NetworkMatrix"], *, fused_by_peft: bool) -> Experts | None:
+def _experts(
+    matrices: Iterable["NetworkMatrix"], targets: Iterable["Target"], *, fused_by_peft: bool
+) -> Experts | None:
     """The parameters of experts, in the order in which their modules register them."""
-    stacked = {one.parameter.rpartition(".")[2]: one for one in matrices if one.is_stacked}
+    stacked = {_leaf(one.parameter): one for one in matrices if one.is_stacked}
     if not stacked:
         return None
+    # The projections of experts that are stored one by one have the names of their tensors.
+    apart = {_leaf(one.parameter): tuple(map(_leaf, one.sources)) for one in targets if one.sources}
     return Experts(
-        parameters={name: _projections(name) or (name,) for name in stacked},
+        parameters={name: apart.get(name) or _projections(name) or (name,) for name in stacked},
         transposed=any(one.transposed for one in stacked.values()),
         interleaved=any(one.interleaved for one in stacked.values()),
         fused_by_peft=fused_by_peft,
     )
+
+
+def _leaf(path: str) -> str:
+    """The last component of a path, without .weight; patterns of paths may have a backslash before dots."""
+    return path.replace("\\", "").removesuffix(".weight").rpartition(".")[2]
 
 
 def _projections(parameter: str) -> tuple[str, ...]:
@@ -284,29 +295,28 @@ def _cut(stored: _Stored, parameters: Sequence[str], matrices: Sequence["Network
 def _of_experts(stored: _Stored, matrix: "NetworkMatrix") -> Iterator[Slot]:
     """The slots of the matrices of single experts."""
     transposed, joined = _arrangement(stored, matrix)
-    transposed ^= matrix.transposed
-    rows = stored.rows if joined else None
-    leaf = matrix.parameter.rpartition(".")[2]
+    leaf = _leaf(matrix.parameter)
     projections = _projections(leaf)
-    projection = (
-        projections[stored.target.sources.index(stored.target.source)] if joined and projections else leaf
-    )
+    if joined and not projections:
+        raise _UnknownArrangement("it is put together from parts of unknown meaning")
+    projection = projections[stored.target.sources.index(stored.target.source)] if joined else leaf
     apart = len(stored.shape) == _MATRIX
-    names = [stored.name] if apart else [part_name(stored.name, expert) for expert in range(stored.shape[0])]
+    names = [stored.name] if apart else [part_name(stored.name, number) for number in range(stored.shape[0])]
     for number, name in enumerate(names):
         expert = stored.expert if apart else number
+        place = Place(
+            parameter=matrix.parameter,
+            expert=expert,
+            rows=stored.rows if joined else None,
+            transposed=transposed ^ matrix.transposed,
+            projections=() if joined else projections,
+            interleaved=matrix.interleaved and not joined and bool(projections),
+        )
         yield Slot(
             name=name,
             role=expert_role(projection),
             layer=matrix.layer,
-            module=f"{matrix.module}.{expert}.{projection}",
+            module=name.removesuffix(".weight") if apart else f"{matrix.module}.{expert}.{projection}",
             expert=expert,
-            place=Place(
-                parameter=matrix.parameter,
-                expert=expert,
-                rows=rows,
-                transposed=transposed,
-                projections=() if joined else projections,
-                interleaved=matrix.interleaved and not joined and bool(projections),
-            ),
+            place=place,
         )

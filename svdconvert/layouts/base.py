@@ -209,7 +209,7 @@ class Layout:
 
 def _with_rows(slot: Slot, info: TensorInfo) -> Place | None:
     """The place of a slot with the number of its rows, which only the tensor's header tells."""
-    if slot.place is None or slot.place.rows is None or slot.place.rows.count:
+    if slot.place is None or slot.place.rows is None or slot.place.rows.size:
         return slot.place
     count = info.shape[0]
     return replace(slot.place, rows=Rows(slot.place.rows.first * count, count))

@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 
 class Rows(NamedTuple):
-    """Some rows of a matrix: `count` of them from `first` on, every `step`-th one."""
+    """Some rows of a matrix: `size` of them from `first` on, every `step`-th one."""
 
     first: int
-    count: int
+    size: int
     step: int = 1
 
     @property
     def slice(self) -> slice:
         """The rows as an index."""
-        return slice(self.first, self.first + self.count * self.step, self.step)
+        return slice(self.first, self.first + self.size * self.step, self.step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
