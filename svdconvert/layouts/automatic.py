@@ -127,7 +127,11 @@ def _experts(
     if not stacked:
         return None
     # The projections of experts that are stored one by one have the names of their tensors.
-    apart = {_leaf(one.parameter): tuple(map(_leaf, one.sources)) for one in targets if one.sources}
+    apart = {
+        _leaf(one.parameter): tuple(map(_leaf, one.sources))
+        for one in targets
+        if any(step.name == "MergeModulelist" for step in one.steps)
+    }
     return Experts(
         parameters={name: apart.get(name) or _projections(name) or (name,) for name in stacked},
         transposed=any(one.transposed for one in stacked.values()),

@@ -1,7 +1,8 @@
 """Automatic layouts that were found before, in the user's cache: reading one imports no transformers.
 
-A layout depends on config.json, on the names and shapes of the tensors, and on the versions of svdconvert and
-transformers. A file that cannot be read or written is no error: the layout is found anew.
+A layout depends on config.json, on the names and shapes of the tensors, on the code that comes with the
+model, and on the versions of svdconvert and transformers. A file that cannot be read or written is no error:
+the layout is found anew.
 """
 
 import hashlib
@@ -30,14 +31,12 @@ def cached_automatic_layout(
 ) -> AutomaticLayout:
     """The automatic layout of the model in `path`, from the cache if it is there.
 
-    A model whose own code runs is never cached. Raises what `automatic_layout` raises.
+    Raises what `automatic_layout` raises.
     """
-    if trust_remote_code and "auto_map" in config:
-        return automatic_layout(path, config, infos, trust_remote_code=True)
-    file = _folder() / f"{_key(config, infos)}.json"
+    file = _folder() / f"{_key(path, config, infos)}.json"
     layout = _read(file)
     if layout is None:
-        layout = automatic_layout(path, config, infos, trust_remote_code=False)
+        layout = automatic_layout(path, config, infos, trust_remote_code=trust_remote_code)
         _write(file, layout)
     return layout
 
@@ -47,9 +46,14 @@ def _folder() -> Path:
     return (Path(given) if given else Path.home() / ".cache") / "svdconvert" / "layouts"
 
 
-def _key(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
+def _key(path: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> str:
     tensors = [[info.name, info.shape] for info in infos.values()]
-    text = json.dumps([__version__, version("transformers"), config, tensors], sort_keys=True)
+    code = []
+    if "auto_map" in config and path.is_dir():
+        code = [
+            [file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in sorted(path.glob("*.py"))
+        ]
+    text = json.dumps([__version__, version("transformers"), config, tensors, code], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 

@@ -94,7 +94,7 @@ def open_training_start(
     else:
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-        opened = open_model(model)
+        opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
         if METHODS.get(split.method).split is None:
             return FullStart(
                 weights=opened.path,

@@ -8,14 +8,16 @@ from tests.families.check import Family
 _HEADER = """# Families
 
 Written by `make families`, with transformers {transformers} and PEFT {peft}. For every model type that
-`{kinds}` know, a tiny model with random weights is made, and these must hold:
+`{kinds}` know, a tiny model with
+random weights is made, and these must hold:
 
-- the initial adapter, which stock PEFT loads onto the residual, gives the source's logits to 1e-4 of their spread;
+- the initial adapter, which stock PEFT loads onto the residual, gives the source's logits to 1e-4 of their
+  spread;
 - merging the untrained adapter from the base gives the base's bytes back;
 - after training, `to-lora` on the base gives the logits of the merged model, to 1e-4 of their spread.
 
-The last column names the layers in which the targets differ from those of PEFT's `all-linear`, which also takes
-routers, vectors and what is outside the repeated blocks; experts are targets here and not there.
+The last column names the layers in which the targets differ from those of PEFT's `all-linear`, which also
+takes routers, vectors, towers and what is outside the repeated blocks. Experts are targets here, not there.
 
 """
 
