@@ -42,6 +42,9 @@ def cached_automatic_layout(
 
 
 def _folder() -> Path:
+    """$SVDCONVERT_CACHE, else svdconvert in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("SVDCONVERT_CACHE"):
+        return Path(own) / "layouts"
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "svdconvert" / "layouts"
 
