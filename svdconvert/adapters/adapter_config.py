@@ -66,6 +66,8 @@ class AdapterConfig:
     """Modules that are trained in full, as PEFT matches them."""
     bias: str = "none"
     """Which biases are trained: none, all or lora_only."""
+    fan_in_fan_out: bool = False
+    """True if adapted layers have their weights as (in, out), as transformers' Conv1D."""
     base_is_residual: bool | None = None
     """True if the adapter was started from a part of the base and belongs to a residual, False if it started
     at zero; None if svdconvert did not write the initial adapter."""
@@ -98,7 +100,7 @@ class AdapterConfig:
             **({"auto_mapping": {ENTRY: {"base_is_residual": self.base_is_residual}}} if has_entry else {}),
             "base_model_name_or_path": self.base,
             "bias": self.bias,
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,
             "init_lora_weights": self.initialised,
             "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
@@ -174,6 +176,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
         bias=read.text("bias") or "none",
+        fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         base_is_residual=read.base_is_residual(),
     )
 

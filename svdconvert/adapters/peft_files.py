@@ -257,10 +257,17 @@ def target_parameters(chosen: Iterable[str], others: Collection[str]) -> list[st
 def target_modules(chosen: Iterable[str], linears: Collection[str]) -> list[str]:
     """The shortest `target_modules` that selects exactly the modules `chosen` among `linears`.
 
-    A module's entry is its last component ("q_proj") if all modules that end in it are chosen, else its full
-    path.
+    A module's entry is its last component ("q_proj", or "mlp.0" if that is a number) if all modules that end
+    in it are chosen, else its full path.
     """
     targets = set(chosen)
-    last = {module: module.rsplit(".", 1)[-1] for module in {*targets, *linears}}
+    last = {module: _ending(module) for module in {*targets, *linears}}
     partly_chosen = {last[module] for module in linears if module not in targets}
     return sorted({module if last[module] in partly_chosen else last[module] for module in targets})
+
+
+def _ending(module: str) -> str:
+    """A path from its last component on that is no number: blocks have numbers too."""
+    parts = module.split(".")
+    first = next((number for number in range(len(parts) - 1, 0, -1) if not parts[number].isdigit()), 0)
+    return ".".join(parts[first:])

@@ -19,9 +19,14 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import TargetError, did_you_mean
 from svdconvert.layouts.experts import Experts
 from svdconvert.manifest.place import Place, Rows
+from svdconvert.models.roles import TOWERS
 from svdconvert.plugins import Registry
 
 ALL_LINEAR = "all-linear"
+AUTOMATIC = "auto"
+"""The name of the layout that is found from the network of transformers."""
+BY_NAMES = "names"
+"""The name of the layout that is inferred from the tensors' names."""
 _WRAPPERS = ("_orig_mod.", "module.")
 _NUMBER = re.compile(r"\\\{(layer|expert)\\\}")  # {layer}, as re.escape returns it
 _STACKED = 3  # axes of a tensor with the matrices of all experts
@@ -74,6 +79,13 @@ class Layout:
     """Models that could be mistaken for this layout, and are refused by name."""
     family: "LayoutFamily | None" = None
     """Set if several layouts hold the same tensors and `convert` goes from one to another."""
+
+    fan_in_fan_out: bool = False
+    """True if linear layers of the network have their weights as (in, out), as GPT-2's."""
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the layout, one sentence each."""
+        return ()
 
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
@@ -156,7 +168,8 @@ class Layout:
     def select(self, infos: Mapping[str, TensorInfo], targets: Sequence[str]) -> dict[str, Slot]:
         """The slots that at least one of `targets` matches, in the checkpoint's order.
 
-        A target is "all-linear", a role or its first part ("attn.q", "mlp"), or a glob on tensor names.
+        A target is "all-linear" (without the towers of models that see or hear), a role or its first part
+        ("attn.q", "mlp", "vision"), or a glob on tensor names.
         Raises TargetError if one of them matches nothing.
         """
         slots = self.slots(infos)
@@ -209,7 +222,9 @@ def _numbered(pattern: str) -> str:
 
 def _matches(target: str, slot: Slot) -> bool:
     role = slot.role == target or slot.role.startswith(target + ".")
-    return target == ALL_LINEAR or role or fnmatchcase(slot.name, target)
+    if target == ALL_LINEAR:
+        return slot.role.split(".")[0] not in TOWERS
+    return role or fnmatchcase(slot.name, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,5 +264,8 @@ class LayoutFamily:
 
 
 LAYOUTS: Registry[Layout] = Registry(
-    "svdconvert.layouts", "LAYOUT", Layout, shared=("base", "blocks", "detect", "experts", "loading")
+    "svdconvert.layouts",
+    "LAYOUT",
+    Layout,
+    shared=("automatic", "automatic_cache", "base", "blocks", "by_names", "detect", "experts", "loading"),
 )

@@ -111,6 +111,7 @@ def _config(
         alpha_pattern=as_pattern({name: scaling.alpha for name, scaling in every.items()}, alpha),
         dropout=options.dropout,
         task=chosen.layout.task_of(chosen.infos),
+        fan_in_fan_out=chosen.layout.fan_in_fan_out and bool(targets),
     )
     if options.experts == "each" and not _fused_by_peft(chosen, config):
         config = replace(config, peft_type=PER_EXPERT)

@@ -18,7 +18,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import LAYOUTS, Layout, Slot
+from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -60,15 +60,19 @@ class DecomposePlan:
     """The tensors of the model; stacked experts are divided."""
     shards: tuple[PlannedFile, ...]
     adapter: AdapterPlan
+    layout_in_use: Layout
+    """The layout with the name `layout`."""
     without_role: tuple[str, ...] = ()
     """Matrices of the repeated blocks that the layout does not know and that stay as they are."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the plan."""
+        remarks = self.layout_in_use.remarks()
         if not self.without_role:
-            return ()
+            return remarks
         return (
+            *remarks,
             f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
             f"({len(self.without_role)} such names): these matrices stay as they are",
         )
@@ -117,7 +121,16 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
     adapter = plan_adapter(Chosen(layout, source.infos, slots, scaled, method, options))
     without_role = _matrices_without_role(model, layout, source.infos)
     return DecomposePlan(
-        method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
+        method,
+        layout_name,
+        options,
+        slots,
+        scaled,
+        source.infos,
+        tuple(shards),
+        adapter,
+        layout,
+        without_role,
     )
 
 
@@ -313,7 +326,7 @@ class DecomposeJob:
     def write(self, staged: StagedOutput, run: Run) -> None:
         """Decompose or copy every tensor, then put the factors of experts together."""
         device = pick_device(run.device, run.ranks.local)
-        source = LAYOUTS.get(self.plan.layout).divided(self.model.source)
+        source = self.plan.layout_in_use.divided(self.model.source)
         stream(decompose_work(self.plan, device), source, staged, run)
         if run.ranks.leads:
             stack_experts(self.plan.adapter, staged)

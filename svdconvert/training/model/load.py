@@ -15,6 +15,7 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.errors import CheckpointError
 from svdconvert.layouts.base import Layout, LayoutFamily
+from svdconvert.models.matrices import is_conv1d
 from svdconvert.training.model.compare import require_complete, require_complete_body
 
 if TYPE_CHECKING:
@@ -119,11 +120,11 @@ def load_tokenizer(
 
 
 def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight in weights.items():
-        parameter = model.get_submodule(path).get_parameter("weight")
+    """Copy `weights` (O, I), by module path, into linear layers; the dtype of each layer stays."""
+    for path, weight_OI in weights.items():
+        module = model.get_submodule(path)
         with torch.no_grad():
-            parameter.copy_(weight)
+            module.get_parameter("weight").copy_(weight_OI.mT if is_conv1d(module) else weight_OI)
 
 
 def _family_module(family: LayoutFamily) -> Any:
