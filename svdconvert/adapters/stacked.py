@@ -128,10 +128,10 @@ class Stack:
 
 def _overlap(rows: Rows, first: int, last: int) -> tuple[slice, slice]:
     """(place of a member's rows in the block from `first` to `last`, these rows of the member)."""
-    assert rows.step == 1, "matrices that are stored by themselves are consecutive rows"
-    begin = max(first, rows.first)
-    end = max(begin, min(last, rows.first + rows.size))
-    return slice(begin - first, end - first), slice(begin - rows.first, end - rows.first)
+    begin = max(0, -((rows.first - first) // rows.step))
+    end = max(begin, min(rows.size, -((rows.first - last) // rows.step)))
+    start = rows.first + begin * rows.step - first
+    return slice(start, start + (end - begin) * rows.step, rows.step), slice(begin, end)
 
 
 def stacks_of(modules: Mapping[str, tuple[int, int, int]], core: str | None = None) -> list[Stack]:
