@@ -1,13 +1,14 @@
-"""The frozen experts of a layer plus low-rank adapters.  E: experts, N: tokens, K: experts per token, H: hidden
-size, O: out features, I: in features.
+"""The frozen experts of a layer plus low-rank adapters.
+
+E: experts, N: tokens, K: experts per token, H: hidden size, O: out features, I: in features.
 
 transformers has all experts of a layer in one module, with parameters (E, O, I) or (E, I, O). PEFT adds the
-change to all of them in every step. Here only the tokens that the router sends to an expert are multiplied with
-its factors, and no matrix of the size of an expert is made.
+change to all of them in every step. Here only the tokens that the router sends to an expert are multiplied
+with its factors, and no matrix of the size of an expert is made.
 
-Modules that follow transformers' interface for experts (`transformers.integrations.moe`, of version 5) say what
-is computed between the two products; what is used of it is private there (`_apply_gate`), so this file is the
-only one that uses it. For other modules the change is added to the parameters, as PEFT does it.
+Modules that follow transformers' interface for experts (`transformers.integrations.moe`, of version 5) say
+what is computed between the two products; a part of it is private there (`_apply_gate`), and this file is
+the only one that uses it. For other modules the change is added to the parameters, as PEFT does it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_ga
 
 
 class AdaptedExperts(nn.Module):
-    """The module `base`, whose parameters are (E, O, I) or (E, I, O), plus factors for each of its experts."""
+    """The module `base`, with parameters (E, O, I) or (E, I, O), plus factors for each of its experts."""
 
     def __init__(self, base: nn.Module, branches: Mapping[str, Sequence[ExpertBranch]]) -> None:
         """`branches` are the factors by the names of the parameters that they change."""

@@ -155,7 +155,8 @@ def correct_gradient(left_OR: Tensor, right_RI: Tensor, scale: float) -> None:
     """Replace every gradient g of B by g (scale^2 A A^T)^-1 (second version of LoRA-FA, arXiv:2308.03303v2).
 
     This is the least-squares solution dB of scale * dB A = dW, where dW is the gradient of the full matrix.
-    The factors may be those of several matrices, (..., O, R) and (..., R, I). The correction is linear in g, so it may be applied to each backward pass of an accumulated step.
+    The factors may be those of several matrices, (..., O, R) and (..., R, I). The correction is linear in
+    g, so it may be applied to each backward pass of an accumulated step.
     """
     inverse_RR = torch.linalg.pinv((right_RI.double() @ right_RI.double().mT) * scale**2, hermitian=True)
     inverse_RR = inverse_RR.to(left_OR.dtype)

@@ -1,5 +1,6 @@
-"""The factors of the experts of one parameter, as a part of a network.  E: experts, R: rank, O: out features,
-I: in features, N: tokens.
+"""The factors of the experts of one parameter, as a part of a network.
+
+E: experts, R: rank, O: out features, I: in features, N: tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +27,10 @@ class Training:
 
 
 class ExpertBranch(nn.Module):
-    """scale * B core A for several experts: lora_A (E, R, I), lora_B (E, O, R), lora_S (E, R), lora_R (E, R, R).
+    """scale * B core A for several experts.
 
-    The factors are float32 on `device`. Trained factors are parameters, the others buffers.
+    lora_A is (E, R, I), lora_B (E, O, R), and a core lora_S (E, R) or lora_R (E, R, R), all in float32.
+    Trained factors are parameters, the others buffers.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ExpertBranch(nn.Module):
         return Applied(self, {name: self.factor(name).unbind(0) for name in self._factor_names})
 
     def delta(self) -> Tensor:
-        """scale * B core A of the experts that it has, (E, O, I) in float32."""
+        """The products scale * B core A of the experts that it has, (E, O, I) in float32."""
         right = self.factor("lora_A")
         if self.has_singular_values:
             right = self.factor("lora_S")[..., None] * right

@@ -17,7 +17,7 @@ ScaledFactors = Mapping[str, tuple[Factors, float]]
 """Name of a linear layer in the adapter -> (factors, scale)."""
 
 
-def inject_adapters(
+def inject_adapters(  # noqa: PLR0913 (what is injected, where to, and how it is trained)
     model: nn.Module,
     adapters: ScaledFactors,
     trains: frozenset[str],

@@ -54,7 +54,7 @@ class Penalty:
         return sum(self._add(factor, is_right, count) for factor, is_right in factors) / count
 
     def _add(self, factor: nn.Parameter, is_right: bool, count: int) -> float:
-        """Add the gradients of a factor, (R, I) or (O, R), or of those of several experts; return the norms."""
+        """Add the gradient of a factor, (R, I) or (O, R), or of several experts' factors; return the norm."""
         rows_RX = factor if is_right else factor.mT
         error_RR = rows_RX @ rows_RX.mT
         error_RR.diagonal(dim1=-2, dim2=-1).sub_(1.0)
