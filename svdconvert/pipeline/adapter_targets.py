@@ -83,8 +83,8 @@ def refuse_dropout(dropout: float, parameters: Sequence[str]) -> None:
     """Raise RecipeError for a dropout on parameters that are adapted by their names."""
     if parameters and dropout:
         raise RecipeError(
-            f"--dropout {dropout:g} is not possible for {parameters[0]}: PEFT applies no dropout to parameters; "
-            "leave it out, or choose other --targets"
+            f"--dropout {dropout:g} is not possible for {parameters[0]}: PEFT applies no dropout to "
+            "parameters; leave it out, or choose other --targets"
         )
 
 
@@ -129,7 +129,7 @@ def _others(chosen: Chosen, adapted: Collection[str]) -> tuple[list[str], list[s
     modules = [
         slots[name].module if name in slots else chosen.layout.module(name)
         for name, info in chosen.infos.items()
-        if len(info.shape) == 2  # noqa: PLR2004 (a matrix)
+        if len(info.shape) >= 2  # noqa: PLR2004 (a matrix or, which PEFT adapts too, a convolution)
         and not (chosen.options.experts == "fused" and name in slots and slots[name].expert is not None)
     ]
     parameters = [f"{module}.weight" for module in modules]
