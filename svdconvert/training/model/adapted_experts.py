@@ -69,7 +69,7 @@ class AdaptedExperts(nn.Module):
         return (weight + (delta.mT if transposed else delta)).to(weight.dtype)
 
     def _of(self, name: str) -> list[ExpertBranch]:
-        return [module for module in self.branches[name] if isinstance(module, ExpertBranch)]  # type: ignore[union-attr]
+        return [module for module in self.branches[name].modules() if isinstance(module, ExpertBranch)]
 
     def _routed(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(..., H) -> (..., H): the sum over each token's experts, weighted by the router.
@@ -104,7 +104,7 @@ class AdaptedExperts(nn.Module):
         parts = [
             _one_expert(part, weight.mT if base.is_transposed else weight, bias, applied, expert)
             for expert, (part, weight, bias) in enumerate(
-                zip(x.split(list(sizes)), weights, biases or [None] * len(weights), strict=True)
+                zip(torch.split(x, list(sizes)), weights, biases or [None] * len(weights), strict=True)
             )
             if len(part)
         ]
