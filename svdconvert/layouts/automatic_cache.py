@@ -24,6 +24,10 @@ from svdconvert.manifest.place import Place, Rows
 from svdconvert.version import __version__
 
 _LARGEST = 1 << 26  # bytes of a file
+_KEPT = (
+    "roles", "experts", "task", "summary", "table", "parameters", "left_out", "assumptions", "fan_in_fan_out",
+)  # fmt: skip
+"""The fields of an automatic layout; its model types are kept too."""
 
 
 def cached_automatic_layout(
@@ -69,9 +73,8 @@ def _read(file: Path) -> AutomaticLayout | None:
 
 def _write(file: Path, layout: AutomaticLayout) -> None:
     values = asdict(layout)
-    text = json.dumps(
-        {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
-    )
+    kept = {name: values[name] for name in _KEPT} | {"model_types": sorted(layout.model_types)}
+    text = json.dumps(kept)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
