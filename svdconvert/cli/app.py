@@ -135,9 +135,8 @@ def decompose(
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("decompose") as track:
-                settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
-                settings |= {"trust_remote_code": trust_remote_code, "shard_sink": output.shard_sink}
-                run = _run(shared, track, **settings)
+                run = _run(shared, track, overwrite=overwrite, threads=threads, device=device, stream=stream)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_decomposed(output.place, manifest)
 
@@ -226,9 +225,8 @@ def merge(
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
-                settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
-                settings |= {"trust_remote_code": trust_remote_code, "shard_sink": output.shard_sink}
-                run = _run(shared, track, **settings)
+                run = _run(shared, track, overwrite=overwrite, threads=threads, device=device, stream=stream)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
@@ -391,5 +389,5 @@ def _required(value: T | None, what: str) -> T:
 def _run(shared: Recipe, track: Track | None, **settings: Any) -> Run:
     """The run's settings: from the command line, else from the recipe."""
     given = {name: value for name, value in settings.items() if value is not None}
-    recipe = {name: shared[name] for name in ("threads", "device") if shared.get(name)}
+    recipe = {name: shared.get(name) for name in ("threads", "device") if shared.get(name)}
     return Run(**recipe | given, ranks=find_ranks(), track=track or Run().track, notify=notify)

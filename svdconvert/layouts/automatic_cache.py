@@ -1,8 +1,8 @@
 """Automatic layouts that were found before, in the user's cache: reading one imports no transformers.
 
 A layout depends on config.json, on the names and shapes of the tensors, on the code that comes with the
-model, and on the versions of svdconvert and transformers. A file that cannot be read or written is no error:
-the layout is found anew.
+model, on the code that finds it, and on the version of transformers. A file that cannot be read or written is
+no error: the layout is found anew.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from svdconvert.layouts.automatic import AutomaticLayout, automatic_layout
 from svdconvert.layouts.base import Slot
 from svdconvert.layouts.experts import Experts
 from svdconvert.manifest.place import Place, Rows
-from svdconvert.version import __version__
 
 _LARGEST = 1 << 26  # bytes of a file
 _KEPT = (
@@ -57,11 +57,21 @@ def _key(path: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo])
     tensors = [[info.name, info.shape] for info in infos.values()]
     code = []
     if "auto_map" in config and path.is_dir():
-        code = [
-            [file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in sorted(path.glob("*.py"))
-        ]
-    text = json.dumps([__version__, version("transformers"), config, tensors, code], sort_keys=True)
+        code = [[file.name, _digest(file)] for file in sorted(path.glob("*.py"))]
+    text = json.dumps([_own_code(), version("transformers"), config, tensors, code], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@cache
+def _own_code() -> list[str]:
+    """Checksums of the modules that find a layout."""
+    package = Path(__file__).parents[1]
+    names = ("layouts/automatic.py", "models/architecture.py", "models/matrices.py", "models/roles.py")
+    return [_digest(package / name) for name in names]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _read(file: Path) -> AutomaticLayout | None:

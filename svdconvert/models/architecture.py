@@ -54,12 +54,12 @@ class Step:
 class Architecture:
     """A network on the meta device, and the tables with which transformers loads files into it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         """`network` is a PreTrainedModel on the meta device."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.network: Any = network
+        self.network = network
         self._state = dict.fromkeys(network.state_dict(), True)
         self._buffers = {name for name, _ in network.named_buffers()}
         ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
