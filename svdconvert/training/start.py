@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.checkpoint.parts import with_parts
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
 from svdconvert.config.execution import Run
@@ -195,6 +196,7 @@ def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    source = with_parts(source, known)
     for name, mark in known.items():
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
@@ -245,7 +247,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         method=plan.options.method,
         layout=plan.layout,
         base_is_residual=plan.method.residual,
-        config=plan.adapter_config(),
+        config=plan.adapter.config,
         base=model.origin(checksums),
         residual=None,
         matrices=matrices,
