@@ -188,11 +188,6 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
         )
     if found := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
-    if values.get("fan_in_fan_out"):
-        raise ArtifactError(
-            f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
-            "merge it with PEFT"
-        )
     known = [PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())]
     if values.get("peft_type") not in known:
         raise ArtifactError(

@@ -5,7 +5,7 @@ Commands are imported when they run, so that `--help` imports no torch.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -135,9 +135,8 @@ def decompose(
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("decompose") as track:
-                run = _run(shared, track, overwrite, threads, device)
-                run = replace(run, stream=stream, shard_sink=output.shard_sink)
-                run = replace(run, trust_remote_code=trust_remote_code)
+                run = _run(shared, track, overwrite=overwrite, threads=threads, device=device, stream=stream)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_decomposed(output.place, manifest)
 
@@ -178,7 +177,7 @@ def train(
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         asked = options(SplitOptions, shared, given)
         chosen = options(TrainOptions, shared, typed)
-        run = replace(_run(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code)
+        run = _run(shared, None, overwrite=overwrite, threads=threads, trust_remote_code=trust_remote_code)
         split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
@@ -219,15 +218,15 @@ def merge(
         chosen = options(MergeOptions, shared, typed)
         if plan:
             refuse_push_options(push, pushing)
-            sources = Sources(base=base, residual=residual, init=init, stream=True)
-            sources = replace(sources, trust_remote_code=trust_remote_code)
+            sources = Sources(
+                base=base, residual=residual, init=init, stream=True, trust_remote_code=trust_remote_code
+            )
             summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
-                run = _run(shared, track, overwrite, threads, device)
-                run = replace(run, stream=stream, shard_sink=output.shard_sink)
-                run = replace(run, trust_remote_code=trust_remote_code)
+                run = _run(shared, track, overwrite=overwrite, threads=threads, device=device, stream=stream)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
@@ -262,7 +261,7 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         with published(out, push, pushing) as output:
             with progress.tensors("to-lora", of_bytes=False) as track:
-                run = _run(shared, track, overwrite, None, None)
+                run = _run(shared, track, overwrite=overwrite)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
@@ -294,7 +293,7 @@ def convert(
         source = _required(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("convert") as track:
-                run = _run(shared, track, overwrite, None, None)
+                run = _run(shared, track, overwrite=overwrite)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_converted(output.place, manifest)
@@ -387,16 +386,8 @@ def _required(value: T | None, what: str) -> T:
     return value
 
 
-def _run(
-    shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
-) -> Run:
+def _run(shared: Recipe, track: Track | None, **settings: Any) -> Run:
     """The run's settings: from the command line, else from the recipe."""
-    defaults = Run()
-    return Run(
-        overwrite=overwrite,
-        threads=threads or shared.get("threads"),
-        device=device or shared.get("device") or defaults.device,
-        ranks=find_ranks(),
-        track=track or defaults.track,
-        notify=notify,
-    )
+    given = {name: value for name, value in settings.items() if value is not None}
+    recipe = {name: shared.get(name) for name in ("threads", "device") if shared.get(name)}
+    return Run(**recipe | given, ranks=find_ranks(), track=track or Run().track, notify=notify)

@@ -87,23 +87,23 @@ def automatic_layout(
     found = find_matrices(architecture.network, architecture.output_heads())
     targets = architecture.targets(infos)
     _refuse_unexplained(path, architecture, infos, targets)
-    left_out = dict(found.left_out)
+    lost = {one.parameter for one in found.known.values() if not architecture.peft_finds(one.module)}
+    known = {name: one for name, one in found.known.items() if name not in lost}
+    left_out = found.left_out | dict.fromkeys(lost, "PEFT would not find its factors under its name")
     table: dict[str, Slot] = {}
     for stored in _stored(infos, targets):
-        for slot in _slots(stored, found.known, left_out):
+        for slot in _slots(stored, known, left_out):
             table[slot.name] = slot
     return AutomaticLayout(
         model_types=frozenset({str(config.get("model_type"))}),
         roles={slot.role: _pattern(slot) for slot in table.values()},
-        experts=_experts(
-            found.known.values(), targets.values(), fused_by_peft=architecture.peft_fuses_experts()
-        ),
+        experts=_experts(known.values(), targets.values(), fused_by_peft=architecture.peft_fuses_experts()),
         task=_task(architecture),
         summary=f"{type(architecture.network).__name__} of transformers",
         table={name: table[name] for name in sorted(table, key=_order(infos))},
         parameters={name: target.parameter for name, target in targets.items() if not target.steps},
         left_out={_starred(name): why for name, why in left_out.items()},
-        fan_in_fan_out=any(one.transposed and not one.is_stacked for one in found.known.values()),
+        fan_in_fan_out=any(one.transposed and not one.is_stacked for one in known.values()),
     )
 
 

@@ -1,8 +1,8 @@
 """Automatic layouts that were found before, in the user's cache: reading one imports no transformers.
 
 A layout depends on config.json, on the names and shapes of the tensors, on the code that comes with the
-model, and on the versions of svdconvert and transformers. A file that cannot be read or written is no error:
-the layout is found anew.
+model, on the code that finds it, and on the version of transformers. A file that cannot be read or written is
+no error: the layout is found anew.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from svdconvert.layouts.automatic import AutomaticLayout, automatic_layout
 from svdconvert.layouts.base import Slot
 from svdconvert.layouts.experts import Experts
 from svdconvert.manifest.place import Place, Rows
-from svdconvert.version import __version__
 
 _LARGEST = 1 << 26  # bytes of a file
+_KEPT = (
+    "roles", "experts", "task", "summary", "table", "parameters", "left_out", "assumptions", "fan_in_fan_out",
+)  # fmt: skip
+"""The fields of an automatic layout; its model types are kept too."""
 
 
 def cached_automatic_layout(
@@ -53,11 +57,21 @@ def _key(path: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo])
     tensors = [[info.name, info.shape] for info in infos.values()]
     code = []
     if "auto_map" in config and path.is_dir():
-        code = [
-            [file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in sorted(path.glob("*.py"))
-        ]
-    text = json.dumps([__version__, version("transformers"), config, tensors, code], sort_keys=True)
+        code = [[file.name, _digest(file)] for file in sorted(path.glob("*.py"))]
+    text = json.dumps([_own_code(), version("transformers"), config, tensors, code], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@cache
+def _own_code() -> list[str]:
+    """Checksums of the modules that find a layout."""
+    package = Path(__file__).parents[1]
+    names = ("layouts/automatic.py", "models/architecture.py", "models/matrices.py", "models/roles.py")
+    return [_digest(package / name) for name in names]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _read(file: Path) -> AutomaticLayout | None:
@@ -69,9 +83,8 @@ def _read(file: Path) -> AutomaticLayout | None:
 
 def _write(file: Path, layout: AutomaticLayout) -> None:
     values = asdict(layout)
-    text = json.dumps(
-        {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
-    )
+    kept = {name: values[name] for name in _KEPT} | {"model_types": sorted(layout.model_types)}
+    text = json.dumps(kept)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:

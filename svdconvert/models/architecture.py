@@ -54,12 +54,12 @@ class Step:
 class Architecture:
     """A network on the meta device, and the tables with which transformers loads files into it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         """`network` is a PreTrainedModel on the meta device."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.network: Any = network
+        self.network = network
         self._state = dict.fromkeys(network.state_dict(), True)
         self._buffers = {name for name, _ in network.named_buffers()}
         ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -102,10 +102,10 @@ class Architecture:
         found: dict[str, Target] = {}
         for name in sorted(names, key=dot_natural_key):
             renamed, pattern = self._rename(name)
-            if renamed not in self._state and name in self._state:
-                renamed, pattern = name, None
             if renamed in self._state:
                 found[name] = Target(renamed) if pattern is None else _target(renamed, pattern, converters)
+            elif name in self._state:
+                found[name] = Target(name)
         return found
 
     def _rename(self, name: str) -> tuple[str, str | None]:
@@ -115,6 +115,20 @@ class Architecture:
             name, self._renamings, self._converters, self.network.base_model_prefix, self._state
         )
         return renamed
+
+    def peft_finds(self, module: str) -> bool:
+        """True if PEFT loads the factors of a module under the name that they are stored with.
+
+        PEFT applies the tables to the names of factors too. A pattern that also matches names at run time
+        then turns a right name into a wrong one, and PEFT drops the factors with a warning.
+        """
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import rename_source_key
+
+        if get_checkpoint_conversion_mapping(str(getattr(self.config, "model_type", ""))) is None:
+            return True
+        key = f"{module}.lora_A.weight"
+        return bool(rename_source_key(key, self._renamings, [])[0] == key)
 
     def peft_fuses_experts(self) -> bool:
         """True if PEFT turns factors of single experts into those of a fused parameter when it loads them."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from svdconvert.models.roles import ROUTERS, expert_role, role_of, tower_of
@@ -49,7 +50,7 @@ class NetworkMatrices:
 
     known: Mapping[str, NetworkMatrix]
     """By parameter."""
-    left_out: Mapping[str, str]
+    left_out: dict[str, str]
     """Parameter of a matrix in the blocks without a role -> why."""
 
 
@@ -69,7 +70,7 @@ def find_matrices(network: Any, heads: set[int]) -> NetworkMatrices:
                 if len(shape) == 2 and not isinstance(module, nn.Embedding):  # noqa: PLR2004 (a matrix)
                     left_out[full] = "a router" if _is_router(path, module) else "no linear layer"
                 continue
-            if reason := _unsuitable(network, path, shape):
+            if reason := _unsuitable(network, path, module, shape):
                 left_out[full] = reason
                 continue
             experts = len(shape) == _STACKED
@@ -104,16 +105,31 @@ def _is_matrix(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
     return False
 
 
-def _unsuitable(network: Any, path: str, shape: tuple[int, ...]) -> str | None:
+def _unsuitable(network: Any, path: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
     """Why the linear layer at `path` is not adapted; None if it is."""
     if 1 in shape[-2:]:
         return "a vector"
+    if isinstance(module, nn.Linear) and not _is_ordinary(module):
+        return f"{type(module).__name__} does not multiply its input by its weight"
     parent, _, leaf = path.rpartition(".")
-    if leaf != "in_proj" and hasattr(holder := network.get_submodule(parent), "ssm_state_size"):
+    holder = network.get_submodule(parent)
+    is_mixer = hasattr(holder, "ssm_state_size") and leaf != "in_proj"
+    if is_mixer or isinstance(holder, nn.MultiheadAttention):
         return f"{type(holder).__name__} reads its weight without calling it"
-    if leaf.lower() in ROUTERS and _has_experts(network.get_submodule(parent)):
+    if "Router" in type(holder).__name__ or leaf.lower() in ROUTERS and _has_experts(holder):
         return "a router"
     return None
+
+
+def _is_ordinary(linear: nn.Linear) -> bool:
+    """True if a linear layer, also one with a forward of its own, maps (1, 1, in) to (1, 1, out)."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    try:
+        out = linear(torch.empty(1, 1, linear.in_features, dtype=linear.weight.dtype, device="meta"))
+    except Exception:  # code of a model
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, 1, linear.out_features)
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -27,6 +27,8 @@ TOLERANCE = 1e-4
 """Of the spread of the logits."""
 LARGEST = 10_000_000
 """Parameters of a tiny model."""
+WIDEST = 4096
+"""Rows or columns of its matrices: random ones are made by QR decompositions."""
 TOKENS = 3 + torch.arange(24).reshape(2, 12) % (VOCABULARY // 2)
 KINDS: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText}
 
@@ -102,6 +104,9 @@ def _refuse_large(model_type: str, kind: str) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGEST:
         raise NotMade(f"{size / 1e6:.0f} million parameters")
+    widest = max(max(parameter.shape, default=0) for parameter in model.parameters())
+    if widest > WIDEST:
+        raise NotMade(f"a matrix with {widest} rows or columns")
 
 
 def tiny_configuration(model_type: str) -> PretrainedConfig:

@@ -119,7 +119,8 @@ def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     chosen = _representatives(lists, count)
     yield count_name, len(chosen)
     for name, value in lists.items():
-        yield name, [value[number] for number in chosen]
+        small = [value[number] for number in chosen]
+        yield name, [min(one, SMALL[name]) for one in small] if name in SMALL else small
 
 
 def _representatives(lists: Mapping[str, list[Any]], count: int) -> list[int]:

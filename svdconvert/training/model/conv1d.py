@@ -10,7 +10,8 @@ def as_linear(module: nn.Module) -> nn.Module:
     if not is_conv1d(module):
         return module
     weight_IO = module.get_parameter("weight")
-    linear = nn.Linear(*weight_IO.shape, device="meta")
+    inputs, outputs = weight_IO.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
     linear.weight = nn.Parameter(weight_IO.detach().mT, requires_grad=False)
     linear.bias = nn.Parameter(module.get_parameter("bias").detach(), requires_grad=False)
     return linear
