@@ -59,6 +59,8 @@ class Penalty:
         error_RR = rows_RX @ rows_RX.mT
         error_RR.diagonal(dim1=-2, dim2=-1).sub_(1.0)
         norms = torch.linalg.matrix_norm(error_RR)
+        if not norms.any():
+            return 0.0
         # At 0 the norm is not differentiable; 0 is a subgradient.
         weights = torch.where(norms > 0.0, 2.0 * self.weight / (count * norms), 0.0)
         gradient_RX = error_RR @ rows_RX * weights[..., None, None]
