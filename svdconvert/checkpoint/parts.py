@@ -71,8 +71,12 @@ def find_part(infos: Mapping[str, TensorInfo], name: str) -> Part | None:
 class PartsSource:
     """A TensorSource that shows some tensors of another source as their parts."""
 
-    def __init__(self, source: TensorSource, names: Iterable[str]) -> None:
-        """Show the parts `names` instead of their tensors. Raises CheckpointError if one is incomplete."""
+    def __init__(self, source: TensorSource, names: Iterable[str], *, complete: bool = True) -> None:
+        """Show the parts `names` instead of their tensors.
+
+        A tensor of which parts are missing is an error if `complete`; otherwise it is shown too. Raises
+        CheckpointError.
+        """
         self.whole = source
         """The source with undivided tensors."""
         self._parts: dict[str, Part] = {}
@@ -87,7 +91,12 @@ class PartsSource:
                 infos[name] = info
                 continue
             parts = sorted(by_whole[name], key=lambda part: part.begin)
-            _require_complete(info, parts)
+            if not _is_complete(info, parts):
+                if complete:
+                    raise CheckpointError(
+                        f"{name} {info.shape} is not what its layout divides it into; give another --layout"
+                    )
+                infos[name] = info
             infos |= {part.info.name: part.info for part in parts}
         self.infos: Mapping[str, TensorInfo] = infos
 
@@ -118,6 +127,12 @@ def with_parts(source: TensorSource, names: Iterable[str]) -> TensorSource:
     return PartsSource(source, names) if names else source
 
 
+def with_known_parts(source: TensorSource, names: Iterable[str]) -> TensorSource:
+    """The source with those of `names` that are parts of its tensors, and other tensors as they are."""
+    names = [name for name in names if find_part(source.infos, name)]
+    return PartsSource(source, names, complete=False) if names else source
+
+
 def undivided(source: TensorSource) -> TensorSource:
     """The source as its files have it, without the division into parts."""
     return source.whole if isinstance(source, PartsSource) else source
@@ -141,13 +156,10 @@ def joined(infos: Iterable[TensorInfo], wholes: Mapping[str, TensorInfo]) -> lis
     return list(found.values())
 
 
-def _require_complete(whole: TensorInfo, parts: Iterable[Part]) -> None:
+def _is_complete(whole: TensorInfo, parts: Iterable[Part]) -> bool:
     end = 0
     for part in parts:
         if part.begin != end:
-            break
+            return False
         end += part.info.nbytes
-    if end != whole.nbytes:
-        raise CheckpointError(
-            f"{whole.name} {whole.shape} is not what its layout divides it into; give another --layout"
-        )
+    return end == whole.nbytes

@@ -188,7 +188,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
         name, layout = opened.layout()
     except UnknownNameError as error:
         return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
-    slots = layout.slots(infos)
+    slots = layout.slots(layout.divided(opened.source).infos)
     details |= {
         "layout": name,
         "matrices": len(slots),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from svdconvert.checkpoint.parts import undivided, with_parts
+from svdconvert.checkpoint.parts import undivided, with_known_parts
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import Fingerprint, config_checksum, headers_checksum, tensor_checksum
@@ -25,7 +25,7 @@ def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], sourc
     """
     known = origin.fingerprint
     whole = source
-    source = with_parts(source, known.tensors)
+    source = with_known_parts(source, known.tensors)
     if known.headers != headers_checksum(whole.infos.values()):
         raise ArtifactError(
             _other_model(directory, origin, "its tensor names, shapes or element types differ")

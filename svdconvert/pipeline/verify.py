@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.adapters.matrix_factors import matrix_factors
 from svdconvert.adapters.peft_files import Adapter
-from svdconvert.checkpoint.parts import with_parts
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
 from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
 from svdconvert.config.execution import Run
@@ -100,7 +100,7 @@ def check_directory(directory: Path, manifest: Manifest, base: OpenModel | None,
 def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str, str | None]]:
     """(file, tensor, fault or None) for every tensor that is stored or listed."""
     for file, checksums in manifest.files.items():
-        source = with_parts(open_file(directory / file), checksums)
+        source = with_known_parts(open_file(directory / file), checksums)
         for name in [*checksums, *(name for name in source.infos if name not in checksums)]:
             if name not in source.infos:
                 yield file, name, "is missing"
@@ -131,9 +131,9 @@ def check_matrices(
 ) -> Iterator[MatrixCheck]:
     """Compare every adapted matrix with the base, several at the same time."""
     initial = open_initial_adapter(directory, manifest)
-    base = with_parts(base, manifest.matrices)
+    base = with_known_parts(base, manifest.matrices)
     residual = (
-        with_parts(open_checkpoint(directory), manifest.matrices) if manifest.base_is_residual else None
+        with_known_parts(open_checkpoint(directory), manifest.matrices) if manifest.base_is_residual else None
     )
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.adapters.stacked import stack_factors
-from svdconvert.checkpoint.parts import with_parts
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
 from svdconvert.config.execution import Run
@@ -202,7 +202,7 @@ def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
-    source = with_parts(source, known)
+    source = with_known_parts(source, known)
     for name, mark in known.items():
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")

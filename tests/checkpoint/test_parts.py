@@ -14,6 +14,7 @@ from svdconvert.checkpoint.parts import (
     part_name,
     undivided,
     whole_name,
+    with_known_parts,
     with_parts,
 )
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
@@ -76,6 +77,12 @@ def test_a_source_without_such_tensors_stays_as_it_is(source: TensorSource) -> N
 def test_some_of_the_parts_are_not_enough(source: TensorSource, names: list[str]) -> None:
     with pytest.raises(CheckpointError, match="is not what its layout divides it into"):
         with_parts(source, names)
+
+
+def test_known_parts_of_a_tensor_are_shown_next_to_it(source: TensorSource) -> None:
+    shown = with_known_parts(source, ["s[1]", "m[0:2]", "m[2:6]", "a"])
+    assert set(shown.infos) == {"a", "m[0:2]", "m[2:6]", "s", "s[1]"}
+    assert torch.equal(shown.read("s[1]"), STACK[1]) and torch.equal(shown.read("s"), STACK)
 
 
 def test_a_tensor_that_is_called_like_a_part_is_none(tmp_path: Path) -> None:
