@@ -189,11 +189,25 @@ def test_the_adapter_of_peft_for_experts_is_merged_and_converted(model: Build, t
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     made.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "merged", base=str(base), init="none")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=str(base))
     assert distance(plain(tmp_path / "merged"), made) < CLOSE
     to_lora(tmp_path / "adapter", tmp_path / "lora", LoraOptions(experts="each"), base=str(base))
     merge(tmp_path / "lora", tmp_path / "again", base=str(base), init="none")
     assert distance(plain(tmp_path / "again"), made) < CLOSE
+
+
+@every_storage
+def test_a_lost_initial_adapter_is_recovered_from_base_and_residual(
+    stacked: bool, model: Build, tmp_path: Path
+) -> None:
+    base = model("qwen3_moe", stacked)
+    out = split(base, tmp_path / "out")
+    trained = trained_from(out, tmp_path / "trained")
+    merge(trained, tmp_path / "merged", base=str(base), residual=str(out))
+    (out / "svdconvert.json").unlink()
+    shutil.rmtree(out / "pissa_init")
+    to_lora(trained, tmp_path / "lora", base=str(base), residual=str(out))
+    assert distance(adapted(base, tmp_path / "lora"), plain(tmp_path / "merged")) < CLOSE
 
 
 @every_storage
