@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from svdconvert.commands.verify import verify
 from tests.loopback_hub.server import Hub
 from tests.mixtures import mixture
 from tests.process import finish, start, sums, wait_until_finished
@@ -66,4 +65,4 @@ def test_a_streamed_mixture_has_the_same_bytes_on_disk_and_on_the_hub(
         name: (tmp_path / "fetched" / name).read_bytes() for name in files
     }
     assert not any("experts.safetensors" in name for name in repository.names())
-    assert verify(tmp_path / "fetched").faults == []
+    alice.succeeds("verify", tmp_path / "fetched")
