@@ -56,7 +56,8 @@ def test_no_two_roles_claim_one_tensor_and_every_role_is_there(model_type: str, 
     slots = layout.select(source.infos, ["all-linear"])
     places = {(slot.role, slot.layer, slot.expert) for slot in slots.values()}
     assert len(places) == len(slots)
-    assert {role for role, _, _ in places} == {role for role in layout.roles if "vision" not in role}
+    joint = {"experts.gate_up"}  # of tensors with all experts of a layer
+    assert {role for role, _, _ in places} == {role for role in layout.roles if "vision" not in role} - joint
     assert {layer for _, layer, _ in places} == {0, 1}
     for name in source.infos:
         assert sum(pattern.fullmatch(name) is not None for _, pattern in layout._patterns) <= 1

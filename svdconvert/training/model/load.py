@@ -1,13 +1,13 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
@@ -15,7 +15,6 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.errors import CheckpointError
 from svdconvert.layouts.base import Layout, LayoutFamily
-from svdconvert.models.matrices import is_conv1d
 from svdconvert.training.model.compare import require_complete, require_complete_body
 
 if TYPE_CHECKING:
@@ -117,14 +116,6 @@ def load_tokenizer(
         )
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     return tokenizer
-
-
-def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` (O, I), by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight_OI in weights.items():
-        module = model.get_submodule(path)
-        with torch.no_grad():
-            module.get_parameter("weight").copy_(weight_OI.mT if is_conv1d(module) else weight_OI)
 
 
 def _family_module(family: LayoutFamily) -> Any:
