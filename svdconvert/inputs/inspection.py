@@ -188,11 +188,12 @@ def _inspect_checkpoint(model: str) -> Inspection:
         name, layout = opened.layout()
     except UnknownNameError as error:
         return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
-    slots = layout.slots(infos)
+    slots = layout.slots(layout.divided(opened.source).infos)
     details |= {
         "layout": name,
         "matrices": len(slots),
         "roles": dict(Counter(slot.role for slot in slots.values())),
+        "note": "; ".join(layout.remarks()) or None,
     }
     if not slots:
         reason = layout.without_slots(infos)
