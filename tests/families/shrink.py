@@ -83,6 +83,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "llama4_text": {"moe_layers": [1, 3]},
 }
 _NO_DEFAULT = ("gemma4_assistant",)
 # Names of layer counts: lists with one entry per layer become as long.
