@@ -11,9 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.commands.decompose import decompose
 from svdconvert.config.options import SplitOptions
+from svdconvert.manifest.place import Place
+from svdconvert.manifest.schema import Matrix
 from svdconvert.training.model.conv1d import as_linear
 from svdconvert.training.model.inject import inject_adapters
-from svdconvert.training.model.load import replace_weights
+from svdconvert.training.model.residuals import replace_weights
 from tests.families.check import TOLERANCE, load, logits, make
 from tests.stock import start_of
 
@@ -32,9 +34,13 @@ def test_a_conv1d_becomes_the_linear_layer_that_does_the_same() -> None:
 
 def test_residuals_are_written_transposed_into_a_conv1d() -> None:
     network = torch.nn.ModuleDict({"conv": Conv1D(5, 3)})
-    weight_OI = torch.randn(5, 3)
-    replace_weights(network, {"conv": weight_OI})
-    assert torch.equal(network["conv"].weight, weight_OI.T)
+    stored_IO = torch.randn(3, 5)
+    place = Place(parameter="conv.weight", transposed=True)
+    matrix = Matrix(
+        module="conv", role="mlp.conv", place=place, shape=(5, 3), dtype="F32", rank=1, scale=1.0, error=0.0
+    )
+    replace_weights(network, {"conv.weight": stored_IO}, {"conv.weight": matrix}, {"conv": "conv"})
+    assert torch.equal(network["conv"].weight, stored_IO)
 
 
 @pytest.mark.slow
