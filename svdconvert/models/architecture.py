@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from svdconvert.checkpoint.tensors import TensorInfo
-from svdconvert.errors import CheckpointError, UnknownNameError, brief
+from svdconvert.errors import CheckpointError, SvdConvertError, UnknownNameError, brief
 
 _LAYER_COUNT = re.compile(r"(?:num_.*|n_|.*_)?(?:layers?|blocks|depth)(?:_per_stack)?")
 _SMALLEST_COUNT = 512
@@ -169,15 +169,23 @@ def build_architecture(
             f"{path} has the model type {brief(config.get('model_type'))}, which neither svdconvert nor "
             "transformers knows; update transformers, or give --layout names to go by tensor names"
         )
-    with _quiet():
-        try:
-            return Architecture(_network(path, config, trust_remote_code=trust_remote_code))
-        except Exception as error:  # a configuration can make a network's code raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise CheckpointError(
-                f"transformers cannot build the network that {path / 'config.json'} describes ({reason}); "
-                "restore the file, or give --layout names to go by tensor names"
-            ) from error
+    with network_errors(path), _quiet():
+        return Architecture(_network(path, config, trust_remote_code=trust_remote_code))
+
+
+@contextmanager
+def network_errors(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for any error of a network's code: a configuration can make it raise anything."""
+    try:
+        yield
+    except SvdConvertError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"transformers cannot build the network that {path / 'config.json'} describes ({reason}); "
+            "restore the file, or give --layout names to go by tensor names"
+        ) from error
 
 
 def _is_known(model_type: object) -> bool:
