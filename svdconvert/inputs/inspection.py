@@ -193,6 +193,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
         "layout": name,
         "matrices": len(slots),
         "roles": dict(Counter(slot.role for slot in slots.values())),
+        "note": "; ".join(layout.remarks()) or None,
     }
     if not slots:
         reason = layout.without_slots(infos)

@@ -80,12 +80,13 @@ def automatic_layout(
     Raises CheckpointError if a tensor has no place in the network, or if the network cannot be built, and
     UnknownNameError if transformers does not know the model type.
     """
-    from svdconvert.models.architecture import build_architecture
+    from svdconvert.models.architecture import build_architecture, network_errors
     from svdconvert.models.matrices import find_matrices
 
     architecture = build_architecture(path, config, infos, trust_remote_code=trust_remote_code)
-    found = find_matrices(architecture.network, architecture.output_heads())
-    targets = architecture.targets(infos)
+    with network_errors(path):
+        found = find_matrices(architecture.network, architecture.output_heads())
+        targets = architecture.targets(infos)
     _refuse_unexplained(path, architecture, infos, targets)
     lost = {one.parameter for one in found.known.values() if not architecture.peft_finds(one.module)}
     known = {name: one for name, one in found.known.items() if name not in lost}

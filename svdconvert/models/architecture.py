@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from svdconvert.checkpoint.tensors import TensorInfo
-from svdconvert.errors import CheckpointError, UnknownNameError, brief
+from svdconvert.errors import CheckpointError, SvdConvertError, UnknownNameError, brief
 
 _LAYER_COUNT = re.compile(r"(?:num_.*|n_|.*_)?(?:layers?|blocks|depth)(?:_per_stack)?")
 _SMALLEST_COUNT = 512
 """Up to this many layers are built whatever the checkpoint holds."""
+_LEFT_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Patterns of tensors that older versions of transformers stored, and that every network ignores."""
 _MAPPED_LIKE = ("mixtral", "qwen2_moe")
 """Types whose experts, if stored one by one, PEFT fuses when it loads an adapter."""
 
@@ -63,7 +65,7 @@ class Architecture:
         self._state = dict.fromkeys(network.state_dict(), True)
         self._buffers = {name for name, _ in network.named_buffers()}
         ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
-        self._ignored = [re.compile(pattern) for pattern in sorted(ignored)]
+        self._ignored = [re.compile(pattern) for pattern in sorted({*ignored, *_LEFT_OVER})]
         tables = list(get_model_conversion_mapping(self.network))
         self._renamings = [table for table in tables if isinstance(table, WeightRenaming)]
         self._converters = [table for table in tables if isinstance(table, WeightConverter)]
@@ -72,16 +74,6 @@ class Architecture:
     def config(self) -> Any:
         """The configuration of the network."""
         return self.network.config
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of its language model: the same one if there is nothing else."""
-        return self.config.get_text_config()
-
-    @property
-    def is_custom(self) -> bool:
-        """True if its code is not a part of transformers."""
-        return bool(self.network.is_custom_code()) if hasattr(self.network, "is_custom_code") else False
 
     def output_heads(self) -> set[int]:
         """The ids of modules that turn hidden states into logits."""
@@ -177,15 +169,23 @@ def build_architecture(
             f"{path} has the model type {brief(config.get('model_type'))}, which neither svdconvert nor "
             "transformers knows; update transformers, or give --layout names to go by tensor names"
         )
-    with _quiet():
-        try:
-            return Architecture(_network(path, config, trust_remote_code=trust_remote_code))
-        except Exception as error:  # a configuration can make a network's code raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise CheckpointError(
-                f"transformers cannot build the network that {path / 'config.json'} describes ({reason}); "
-                "restore the file, or give --layout names to go by tensor names"
-            ) from error
+    with network_errors(path), _quiet():
+        return Architecture(_network(path, config, trust_remote_code=trust_remote_code))
+
+
+@contextmanager
+def network_errors(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for any error of a network's code: a configuration can make it raise anything."""
+    try:
+        yield
+    except SvdConvertError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"transformers cannot build the network that {path / 'config.json'} describes ({reason}); "
+            "restore the file, or give --layout names to go by tensor names"
+        ) from error
 
 
 def _is_known(model_type: object) -> bool:

@@ -25,7 +25,7 @@ from tests.tiny import fill
 RANK = 2
 TOLERANCE = 1e-4
 """Of the spread of the logits."""
-LARGEST = 10_000_000
+LARGEST = 20_000_000
 """Parameters of a tiny model."""
 WIDEST = 4096
 """Rows or columns of its matrices: random ones are made by QR decompositions."""

@@ -51,19 +51,34 @@ SMALL: Mapping[str, int] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 16),
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
 }
+
+
+def _sections(*sections: int) -> dict[str, Any]:
+    """Rotary embeddings of a language model whose sections fill the small heads."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    partial = HEAD // 2 - sum(sections)
+    return {"text_config": {"rope_parameters": rope | ({"partial_rotary_factor": 0.5} if partial else {})}}
+
+
 # What the rule above gets wrong: sizes that depend on one another in a way of their own.
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
     "jamba": {"num_hidden_layers": 8},
     "roc_bert": {"pronunciation_vocab_size": 128, "shape_vocab_size": 128},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": None},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "zamba": {"num_hidden_layers": 6, "attention_hidden_size": 64, "attention_head_dim": 16},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga"), _sections(2, 1, 1)),
+    **dict.fromkeys(("paddleocr_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1)),
+    "glm4v_moe": _sections(1, 1, 0),
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "qwen4_exp_text": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -79,7 +94,16 @@ def shrunk(model_type: str) -> PretrainedConfig:
     """A tiny configuration of `model_type`. Raises whatever its class raises."""
     config_class = CONFIG_MAPPING[model_type]
     values = config_class().to_dict() if model_type not in _NO_DEFAULT else {}
-    return config_class(**(overrides(values) | dict(SPECIAL.get(model_type, {}))))
+    return config_class(**_merged(overrides(values), SPECIAL.get(model_type, {})))
+
+
+def _merged(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the entries of `special`, also in configurations inside it."""
+    inner = {
+        name: _merged(values[name], value) if isinstance(values.get(name), Mapping) else value
+        for name, value in special.items()
+    }
+    return {**values, **inner}
 
 
 def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,10 +116,18 @@ def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             changed[name] = min(value, SMALL[name])
         elif name == "head_dim" and value is None:
             changed[name] = HEAD
+        elif _is_wide(name, value):
+            changed[name] = 48 if "intermediate" in name else WIDTH
     heads = values.get("num_attention_heads")
     if heads is not None and heads == values.get("num_key_value_heads"):
         changed["num_key_value_heads"] = changed["num_attention_heads"]
     return changed | dict(_layers(values)) | _tokens(values)
+
+
+def _is_wide(name: str, value: Any) -> bool:
+    """True for a width that SMALL does not know by name."""
+    is_width = name.endswith(("_size", "_dim")) and "vocab" not in name and "patch" not in name
+    return is_width and isinstance(value, int) and value >= 1024
 
 
 def _tokens(values: Mapping[str, Any]) -> dict[str, Any]:
