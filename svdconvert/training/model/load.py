@@ -1,13 +1,13 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
@@ -116,14 +116,6 @@ def load_tokenizer(
         )
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     return tokenizer
-
-
-def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight in weights.items():
-        parameter = model.get_submodule(path).get_parameter("weight")
-        with torch.no_grad():
-            parameter.copy_(weight)
 
 
 def _family_module(family: LayoutFamily) -> Any:
