@@ -21,7 +21,7 @@ from svdconvert.training.logs.drift import measure_drift
 from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
-from svdconvert.training.model.compare import embedding_rows, require_embedded
+from svdconvert.training.model.compare import embedding_rows, require_embedded, require_image_tokens
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
@@ -134,8 +134,8 @@ def load_training_job(
     accelerator = make_accelerator(options)
     output = load_output(start, options, data, accelerator.mixed_precision, run)
     data = data.padded_below(embedding_rows(output.network))
-    examples = (*data.splits.train, *data.splits.held_out)
-    require_embedded(start.weights, output.network, data.tokenizer, examples)
+    require_embedded(start.weights, output.network, data.tokenizer, data.splits.all)
+    require_image_tokens(start.weights, output.network, data.tokenizer, data.splits.all)
     return TrainingJob(
         start=start,
         options=options,
@@ -163,7 +163,7 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
     if checkpoints.step:
         staged.keep()
         run.notify(f"going on from {staged.path}: {checkpoints.step} steps are done")
-    samples = Samples.of(network, job.data.tokenizer, job.data.splits.held_out, options)
+    samples = Samples.of(network, job.data, options)
     trackers = Trackers(job.accelerator, options, staged.out.name)
     metrics = MetricsLog(staged.path, checkpoints.step, samples, trackers, leads=run.ranks.leads)
     initial: Mapping[str, Factors] = {}

@@ -5,7 +5,7 @@ ShareGPT does (`conversations` with from and value).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -75,9 +75,14 @@ def chat_of_prompt(prompt: str, response: str, row: Row) -> Chat:
     return Chat(turns, {len(turns) - 1: True}, _tools(row))
 
 
-def read_chat(row: Row, field: str) -> Chat:
-    """The chat in a field of a row. Raises DataError if it is none, or has no answer to another message."""
+def read_chat(row: Row, field: str, prepare: Callable[[list[Turn]], list[Turn]] | None = None) -> Chat:
+    """The chat in a field of a row, whose turns `prepare` may change.
+
+    Raises DataError if it is none, or has no answer to another message.
+    """
     turns = _with_system(_turns(row, field), row)
+    if prepare is not None:
+        turns = prepare(turns)
     answers = {index: _weight(turn) for index, turn in enumerate(turns) if turn["role"] == "assistant"}
     for turn in turns:
         if turn["role"] != "assistant" and _weight(turn, default=False):

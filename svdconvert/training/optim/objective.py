@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.training.data.example import IGNORED, Example, collate
+from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.optim.cross_entropy import summed_cross_entropy
 from svdconvert.training.optim.head import has_plain_head, head_restricted_to, head_skipped
 
@@ -48,6 +49,8 @@ class NextToken:
     """Next-token prediction, as causal language models are trained."""
 
     pad_id: int
+    vision: ImageTextProcessor | None = None
+    """Prepares the images of rows; None if no row has any."""
     skips_head: bool = False
     """Compute the loss from the input of the head, so that the logits never exist all at once."""
 
@@ -56,8 +59,15 @@ class NextToken:
         return replace(self, skips_head=has_plain_head(plain))
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """input_ids, labels and, if examples are packed, position_ids: int64, (B, T)."""
-        return collate(examples, self.pad_id)
+        """input_ids, labels and, if examples are packed, position_ids: int64, (B, T).
+
+        For examples with images also what the processor makes of these. Raises DataError if one of them
+        cannot be read any more.
+        """
+        batch = collate(examples, self.pad_id)
+        if self.vision is not None and examples[0].images is not None:
+            batch |= self.vision.inputs(examples, batch["input_ids"].shape[1])
+        return batch
 
     def masked(self, batch: Batch) -> Batch:
         """The same batch with nothing in the loss."""
