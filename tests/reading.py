@@ -28,17 +28,20 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer_of(WORDS).save_pretrained(directory)
 
 
-def tokenizer_of(words: Sequence[str], special: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word, of which those in `special` are never split; `named` are roles."""
+def tokenizer_of(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word; `special` are the names of special tokens among the words."""
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    roles: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    roles: dict[str, Any] = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
     if special:
-        roles |= {"additional_special_tokens": list(special)}
-    if named:
-        roles |= {"extra_special_tokens": named}
+        roles |= {"extra_special_tokens": special}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 

@@ -23,8 +23,8 @@ from transformers import (
     SmolVLMConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests import tiny
@@ -79,8 +79,9 @@ def _qwen(text: dict[str, Any]) -> PretrainedConfig:
         "out_hidden_size": tiny.HIDDEN, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
         "fullatt_block_indexes": [1],
     }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     return Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        text_config={**text, "rope_parameters": rope},
         vision_config=vision, image_token_id=_id("<image>"), video_token_id=_id("<video>"),
         vision_start_token_id=_id("<boi>"), vision_end_token_id=_id("<eoi>"), tie_word_embeddings=False,
     )  # fmt: skip
@@ -158,9 +159,8 @@ def build(family: str, directory: Path, template: str = TEMPLATE) -> Path:
     model.to(torch.float32).save_pretrained(directory)
     tokenizer = tokenizer_of(
         [*WORDS, *SPECIAL],
-        SPECIAL,
-        image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", video_token="<video>",
-        fake_image_token="<fake>", global_image_token="<global>",
+        image_token="<image>", end_of_turn_token="<end>", boi_token="<boi>", eoi_token="<eoi>",
+        video_token="<video>", fake_image_token="<fake>", global_image_token="<global>",
     )  # fmt: skip
     make_processor(tokenizer, template).save_pretrained(directory)
     return directory

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.json_text import parse_json
@@ -43,6 +44,7 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss")
 DATE = datetime(2024, 7, 26)
 """The date that chat templates print. It is constant, so that a run gives the same bytes on every day; this
 is the one that Llama 3's own template prints if it is given none."""
+_PROBE = "svdconvert-text"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZ"
 
 
@@ -217,11 +219,12 @@ def render_turns(
 
     if tokenizer is None or not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template: give a template with {prompt} in it")
+    template = tokenizer.get_chat_template(tools=tools)
     try:
         text = tokenizer.apply_chat_template(
-            turns,
+            _as_parts(turns) if _takes_parts_only(tokenizer, template) else turns,
             tools=tools,  # type: ignore[arg-type]
-            chat_template=_with_constant_date(tokenizer.get_chat_template(tools=tools)),
+            chat_template=_with_constant_date(template),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
@@ -229,6 +232,36 @@ def render_turns(
         raise DataError(f"the chat template refuses its messages: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def _as_parts(turns: list[Turn]) -> list[Turn]:
+    """The turns with every text as a list of one part."""
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if isinstance(turn.get("content"), str)
+        else turn
+        for turn in turns
+    ]
+
+
+@lru_cache(maxsize=4)
+def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """True for a template that drops a text that is not in a list of parts, as those of LLaVA do."""
+    if "type" not in template:
+        return False
+    from jinja2 import TemplateError
+
+    def keeps_text(turns: list[Turn]) -> bool:
+        try:
+            text = tokenizer.apply_chat_template(
+                turns, chat_template=_with_constant_date(template), tokenize=False
+            )
+        except (TemplateError, TypeError, KeyError, ValueError):
+            return False
+        return _PROBE in str(text)
+
+    turns: list[Turn] = [{"role": "user", "content": _PROBE}]
+    return not keeps_text(turns) and keeps_text(_as_parts(turns))
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -5,17 +5,19 @@ B: rows, T: tokens, V: entries of the vocabulary, N: tokens in the loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from svdconvert.errors import DataError
 from svdconvert.training.data.example import IGNORED, Example, collate
 from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.optim.cross_entropy import summed_cross_entropy
 from svdconvert.training.optim.head import has_plain_head, head_restricted_to, head_skipped
 
 Batch = dict[str, Tensor]
+_OF_TEXTS = {"input_ids", "position_ids"}
 Predictions = list[tuple[float, float]]
 """(label, prediction) of every row."""
 
@@ -85,13 +87,27 @@ class NextToken:
         targets_N = targets_BT[in_loss_BT]
         if self.skips_head:
             with head_skipped(in_loss_BT, plain) as found:
-                model(**inputs)
+                _outputs(model, inputs)
             return found[0].cross_entropy(targets_N)
         with head_restricted_to(in_loss_BT, plain) as is_restricted:
-            logits = model(**inputs).logits
+            logits = _outputs(model, inputs).logits
         logits_NV = logits.flatten(0, 1) if is_restricted else logits[in_loss_BT]
         return summed_cross_entropy(logits_NV, targets_N)
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
         """Empty: the loss is the only measure."""
         return {}
+
+
+def _outputs(model: nn.Module, inputs: Batch) -> Any:
+    """The model's outputs. Raises DataError if it refuses the images, as prepared by a wrong processor."""
+    if inputs.keys() <= _OF_TEXTS:
+        return model(**inputs)
+    try:
+        return model(**inputs)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"the model cannot use the images as its processor prepares them: {reason}; give the processor "
+            "that belongs to the model"
+        ) from error
