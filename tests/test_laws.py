@@ -17,14 +17,13 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
-from svdconvert.layouts.detect import find_layout
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.decompose import SplitOptions
 from svdconvert.pipeline.merge import MergeOptions
 from tests.stock import adapted, logits, plain, same_bits, same_bytes, start_of, tensors, trained_from
-from tests.tiny import SHARDED
+from tests.tiny import SHARDED, layout_of
 from tests.ways import REBASED, WAYS, chosen, every_pair, every_peft_pair, every_rebased_pair, every_way
 
 RANK = 4
@@ -104,9 +103,7 @@ def test_what_is_stored_adds_up_to_the_base_within_one_rounding(  # noqa: PLR091
     out = decomposed(base, **chosen(way), dtype=factors)
     before, manifest, start = tensors(base), read_manifest(out), open_adapter(start_of(out))
     after = tensors(out) or before
-    assert (
-        manifest.matrices.keys() == find_layout(None, family, "")[1].slots(open_checkpoint(base).infos).keys()
-    )
+    assert manifest.matrices.keys() == layout_of(base).slots(open_checkpoint(base).infos).keys()
     for name, matrix in manifest.matrices.items():
         whole, wanted = after[name].float(), before[name].float()
         if WAYS[way].residual:

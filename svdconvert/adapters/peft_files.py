@@ -7,12 +7,14 @@ metadata is exactly {"format": "pt"}, and the configuration is sorted by key.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from svdconvert.adapters.expert_factors import Expert, Slices, find_experts, piece_shape
 from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
@@ -50,11 +52,20 @@ class Adapter:
     """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
+    experts: Mapping[str, Expert] = field(default_factory=dict)
+    """Module -> which expert it is, for the modules `PARAMETER[3]`, whose factors are in shared tensors."""
 
     def factors(self, module: str) -> Factors:
         """A module's factors as stored. Raises ArtifactError if one has changed, or contains NaN or Inf."""
         names = self.modules[module]
+        if (expert := self.experts.get(module)) is not None:
+            slices = self._slices
+            return Factors.of({factor: slices.piece(factor, name, expert) for factor, name in names.items()})
         return Factors.of({factor: self._checked(name) for factor, name in names.items()})
+
+    @cached_property
+    def _slices(self) -> Slices:
+        return Slices(self._checked)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter trained in full. Raises ArtifactError if it has changed, or contains NaN or Inf."""
@@ -76,7 +87,9 @@ class Adapter:
 
     def shape(self, module: str, piece: str) -> tuple[int, ...]:
         """The shape of a factor, from the header."""
-        return self.source.infos[self.modules[module][piece]].shape
+        shape = self.source.infos[self.modules[module][piece]].shape
+        expert = self.experts.get(module)
+        return shape if expert is None else piece_shape(piece, shape, expert)
 
 
 def key(module: str, piece: str) -> str:
@@ -106,6 +119,24 @@ def open_adapter(directory: Path) -> Adapter:
         )
     config = read_adapter_config(directory)
     source = open_file(weights)
+    modules, extras, copies = _sorted_names(weights, config, source)
+    named, experts = find_experts(weights, config, source, modules)
+    single = {module: names for module, names in named.items() if module not in experts}
+    if single or not experts:
+        check_factors(weights, source, single)
+    _check_ranks(weights, config, source, single)
+    if not config.targets and not config.parameters:
+        config = replace(config, targets=sorted(named))
+    return Adapter(directory, config, source, named, extras, copies=copies, experts=experts)
+
+
+def _sorted_names(
+    weights: Path, config: AdapterConfig, source: TensorSource
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """(module -> factor -> name, parameter trained in full -> name, parameter of the base -> name).
+
+    Raises ArtifactError for a tensor that is none of these.
+    """
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     copies: dict[str, str] = {}
@@ -123,10 +154,7 @@ def open_adapter(directory: Path) -> Adapter:
             others.append(name)
     if others:
         raise _unknown(weights, others)
-    check_factors(weights, source, modules)
-    _check_ranks(weights, config, source, modules)
-    config = config if config.targets else replace(config, targets=sorted(modules))
-    return Adapter(directory, config, source, modules, extras, copies=copies)
+    return modules, extras, copies
 
 
 def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
@@ -215,13 +243,31 @@ def adapter_infos(module: str, pieces: Mapping[str, tuple[int, ...]], dtype: str
     return [TensorInfo(key(module, piece), shape, dtype) for piece, shape in pieces.items()]
 
 
+def target_parameters(chosen: Iterable[str], others: Collection[str]) -> list[str]:
+    """The shortest `target_parameters` that selects exactly the parameters `chosen`, and none of `others`.
+
+    A parameter's entry is its last two components ("experts.gate_up_proj") if no other parameter ends in
+    them, else its full path.
+    """
+    last = {name: ".".join(name.rsplit(".", 2)[-2:]) for name in {*chosen, *others}}
+    partly_chosen = {last[name] for name in others}
+    return sorted({name if last[name] in partly_chosen else last[name] for name in chosen})
+
+
 def target_modules(chosen: Iterable[str], linears: Collection[str]) -> list[str]:
     """The shortest `target_modules` that selects exactly the modules `chosen` among `linears`.
 
-    A module's entry is its last component ("q_proj") if all modules that end in it are chosen, else its full
-    path.
+    A module's entry is its last component ("q_proj", or "mlp.0" if that is a number) if all modules that end
+    in it are chosen, else its full path.
     """
     targets = set(chosen)
-    last = {module: module.rsplit(".", 1)[-1] for module in {*targets, *linears}}
+    last = {module: _ending(module) for module in {*targets, *linears}}
     partly_chosen = {last[module] for module in linears if module not in targets}
     return sorted({module if last[module] in partly_chosen else last[module] for module in targets})
+
+
+def _ending(module: str) -> str:
+    """A path from its last component on that is no number: blocks have numbers too."""
+    parts = module.split(".")
+    first = next((number for number in range(len(parts) - 1, 0, -1) if not parts[number].isdigit()), 0)
+    return ".".join(parts[first:])

@@ -115,6 +115,7 @@ def decompose(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
     debug: DebugOpt = False,
@@ -129,12 +130,14 @@ def decompose(
         source = _required(model or shared.get("model"), "a MODEL")
         if plan:
             refuse_push_options(push, pushing)
-            summaries.show_estimate(source, plan_decompose(source, chosen))
+            estimate = plan_decompose(source, chosen, trust_remote_code=trust_remote_code)
+            summaries.show_estimate(source, estimate)
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("decompose") as track:
                 run = _run(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                run = replace(run, trust_remote_code=trust_remote_code)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_decomposed(output.place, manifest)
 
@@ -201,6 +204,7 @@ def merge(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
     debug: DebugOpt = False,
@@ -216,12 +220,14 @@ def merge(
         if plan:
             refuse_push_options(push, pushing)
             sources = Sources(base=base, residual=residual, init=init, stream=True)
+            sources = replace(sources, trust_remote_code=trust_remote_code)
             summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
                 run = _run(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                run = replace(run, trust_remote_code=trust_remote_code)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )

@@ -10,11 +10,11 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
-from svdconvert.layouts.base import Layout
-from svdconvert.layouts.detect import find_layout, has_signature_tensor
+from svdconvert.layouts.base import LAYOUTS, Layout
+from svdconvert.layouts.detect import has_signature_tensor, layout_of_model
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
-from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
+from svdconvert.output.sidecars import CONFIG, has_config, read_config, refuse_foreign_sidecars
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class OpenModel:
     snapshot: Snapshot
     source: TensorSource
     config: Mapping[str, Any]
-    """config.json; empty for a model that is a single file."""
+    """config.json; empty for a single file without one next to it."""
+    trust_remote_code: bool = False
+    """True if code of the model's repository may run, to find its layout."""
 
     @property
     def path(self) -> Path:
@@ -32,8 +34,16 @@ class OpenModel:
         return self.snapshot.path
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
-        """(name, layout): the layout called `name`, else the one that fits. Raises as `find_layout`."""
-        return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
+        """(name, layout): the layout called `name`, else the one that fits. Raises as `layout_of_model`."""
+        if name is None and not self.config and not has_signature_tensor(self.source.infos):
+            first = next(iter(self.source.infos), "none")
+            raise CheckpointError(
+                f"{self.path} has tensors of no known layout (such as {first}) and no {CONFIG} next to "
+                "it; give a model's directory, an adapter to merge, or --layout names"
+            )
+        return layout_of_model(
+            name, self.path, self.config, self.source.infos, trust_remote_code=self.trust_remote_code
+        )
 
     def identity(self) -> dict[str, Any]:
         """Describes the model: an interrupted run continues only if this is unchanged."""
@@ -87,6 +97,16 @@ def open_headers(model: str, command: str | None = None) -> OpenModel:
         return open_model(model)
 
 
+def layout_of_weights(name: str, path: Path) -> Layout:
+    """The layout `name` of a manifest, whose weights are in `path`.
+
+    Their headers are only read if the layout depends on them.
+    """
+    if name in LAYOUTS.names():
+        return LAYOUTS.get(name)
+    return open_headers(str(path)).layout(name)[1]
+
+
 def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
     """The model of `origin`, at `given` or else at the manifest's location; None if it is absent there.
 
@@ -125,14 +145,12 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     refuse_foreign_sidecars(snapshot.path)
     streamed = stream and snapshot.revision is not None
     source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
-    known_by_names = has_signature_tensor(source.infos)
-    if snapshot.path.is_file() and not known_by_names:
-        raise CheckpointError(
-            f"{snapshot.path} has tensors of no known layout (such as "
-            f"{next(iter(source.infos), 'none')}); give a model's directory, or an adapter to merge"
-        )
-    without_config = known_by_names and not (snapshot.path / CONFIG).exists()
-    return OpenModel(snapshot, source, {} if without_config else read_config(snapshot.path))
+    if has_config(snapshot.path):
+        folder = snapshot.path if snapshot.path.is_dir() else snapshot.path.parent
+        return OpenModel(snapshot, source, read_config(folder))
+    if snapshot.path.is_dir() and not has_signature_tensor(source.infos):
+        return OpenModel(snapshot, source, read_config(snapshot.path))
+    return OpenModel(snapshot, source, {})
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:

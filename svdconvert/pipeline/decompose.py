@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
-from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
-from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, target_modules
+from svdconvert.adapters.peft_files import key
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import LAYOUTS, Layout, Slot
+from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -28,10 +27,12 @@ from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.linalg.triplets import Spectrum
 from svdconvert.manifest.schema import Manifest, Matrix, roles_of
 from svdconvert.methods.base import METHODS, Method, init_folder
-from svdconvert.output.plan import PlannedFile, plan_file, plan_shards
+from svdconvert.output.plan import PlannedFile, plan_divided
 from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
-from svdconvert.pipeline.effects import refuse_idle_options
+from svdconvert.pipeline.adapter_plan import AdapterPlan, plan_adapter, stack_experts
+from svdconvert.pipeline.adapter_targets import Chosen, matrix_shape
+from svdconvert.pipeline.effects import refuse_idle_experts, refuse_idle_options
 from svdconvert.pipeline.runner import (
     TensorJob,
     TensorResult,
@@ -40,7 +41,7 @@ from svdconvert.pipeline.runner import (
     source_checksums,
     stream,
 )
-from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
+from svdconvert.pipeline.scaling import Scaling, scalings
 
 _NUMBER = re.compile(r"\.\d+\.")
 
@@ -56,17 +57,22 @@ class DecomposePlan:
     scalings: Mapping[str, Scaling]
     """Rank and scale, by tensor."""
     infos: Mapping[str, TensorInfo]
+    """The tensors of the model; stacked experts are divided."""
     shards: tuple[PlannedFile, ...]
-    adapter: PlannedFile
+    adapter: AdapterPlan
+    layout_in_use: Layout
+    """The layout with the name `layout`."""
     without_role: tuple[str, ...] = ()
     """Matrices of the repeated blocks that the layout does not know and that stay as they are."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the plan."""
+        remarks = self.layout_in_use.remarks()
         if not self.without_role:
-            return ()
+            return remarks
         return (
+            *remarks,
             f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
             f"({len(self.without_role)} such names): these matrices stay as they are",
         )
@@ -77,46 +83,19 @@ class DecomposePlan:
         return init_folder(self.options.method)
 
     @property
-    def per_expert(self) -> bool:
-        """True if single experts of a mixture are adapted."""
-        return any(slot.expert is not None for slot in self.slots.values())
-
-    @property
     def files(self) -> list[PlannedFile]:
-        """All files of tensors that are written."""
-        return [*self.shards, self.adapter]
+        """All files of tensors that are written and stay."""
+        return [*self.shards, self.adapter.file]
 
     def residual_dtype(self, name: str) -> str:
         """The element type of the residual of the tensor `name`."""
         return _residual_code(self.options, self.method, self.infos[name])
 
-    def adapter_config(self) -> AdapterConfig:
-        """The configuration of the initial adapter."""
-        linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
-        chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
-        others = linears - set(chosen)
-        rank = self.options.rank
-        alpha = float(self.options.alpha or self.options.rank)
-        ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
-        alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
-        return AdapterConfig(
-            rank=rank,
-            alpha=alpha,
-            targets=target_modules(chosen.values(), [*chosen.values(), *others]),
-            peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
-            base_is_residual=self.method.residual,
-            rslora=self.options.rslora,
-            rank_pattern=as_pattern(ranks, rank),
-            alpha_pattern=as_pattern(alphas, alpha),
-            dropout=self.options.dropout,
-            task=LAYOUTS.get(self.layout).task_of(self.infos),
-        )
-
 
 def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan:
     """Plan from headers. Raises TargetError if a target cannot be decomposed."""
     layout_name, layout = model.layout(options.layout)
-    source = model.source
+    source = layout.divided(model.source)
     method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
         raise TargetError(
@@ -125,6 +104,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         )
     refuse_idle_options(method, options)
     slots = layout.select(source.infos, options.targets)
+    refuse_idle_experts(options.experts, any(slot.expert is not None for slot in slots.values()))
     if options.layout is not None:
         _refuse_partial_layout(layout_name, layout, source)
     scaled = scalings(layout, source.infos, slots, options)
@@ -136,16 +116,21 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         for name, info in source.infos.items()
     ]
     keep = method.residual or options.copy_base
-    shards = plan_shards(outputs, parse_size(options.max_shard_size)) if keep else []
-    dtype = dtype_code(getattr(torch, options.dtype))
-    pieces: list[TensorInfo] = []
-    for tensor, slot in slots.items():
-        rows, columns = source.infos[tensor].shape
-        pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
-    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
-    without_role = _matrices_without_role(model, layout)
+    limit = parse_size(options.max_shard_size)
+    shards = plan_divided(outputs, model.source.infos, limit) if keep else []
+    adapter = plan_adapter(Chosen(layout, source.infos, slots, scaled, method, options))
+    without_role = _matrices_without_role(model, layout, source.infos)
     return DecomposePlan(
-        method, layout_name, options, slots, scaled, source.infos, tuple(shards), adapter, without_role
+        method,
+        layout_name,
+        options,
+        slots,
+        scaled,
+        source.infos,
+        tuple(shards),
+        adapter,
+        layout,
+        without_role,
     )
 
 
@@ -162,17 +147,22 @@ def _refuse_partial_layout(name: str, layout: Layout, source: TensorSource) -> N
 
     In a mixture of experts either an expert's matrix or that of a dense layer is enough.
     """
-    known = {slot.role.rpartition(".")[2] for slot in layout.slots(source.infos).values()}
-    if missing := [role for role in layout.roles if role.rpartition(".")[2] not in known]:
+    known = {
+        part
+        for slot in layout.slots(source.infos).values()
+        for part in slot.role.rpartition(".")[2].split("_")
+    }
+    if missing := [role for role in layout.roles if not known.issuperset(role.rpartition(".")[2].split("_"))]:
         raise TargetError(
             f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
             "add a layout for this family, which is one file (see the README)"
         )
 
 
-def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
+def _matrices_without_role(
+    model: OpenModel, layout: Layout, infos: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
     """Matrices of the repeated blocks that a layout of other models does not know; "*" for numbers."""
-    infos = model.source.infos
     if model.config.get("model_type") in layout.model_types or layout.signature_tensor in infos:
         return ()
     slots = layout.slots(infos)
@@ -210,17 +200,19 @@ def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Sca
 
 def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
     """How each tensor of the source is processed: split, copied, or only read for its checksum."""
-    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    copies = {info.name: file.path for file in plan.shards for info in file.units}
     order = list(copies) or list(plan.infos)
     count = matrices_at_once(plan, device)
 
     def compute(name: str, stored: Tensor) -> TensorResult:
-        factors, base_OI, matrix = split_tensor(plan, name, stored, alone=count == 1)
+        factors, base, matrix = split_tensor(plan, name, stored, alone=count == 1)
         tensors = {
-            (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
+            (piece.file, key(piece.module, factor)): tensor
+            for piece in plan.adapter.pieces[name]
+            for factor, tensor in piece.of(factors).pieces().items()
         }
         if name in copies:
-            tensors[copies[name], name] = base_OI
+            tensors[copies[name], name] = base
         return TensorResult(tensors, asdict(matrix))
 
     return TensorJob(
@@ -241,9 +233,10 @@ def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor, Matrix]:
-    """(factors as stored, the base's matrix (O, I) or its residual, measurements) of the matrix `name`.
+    """(factors as stored, the base's matrix or its residual, measurements) of the matrix `name`.
 
-    If the dtype stays the same, the residual overwrites `stored` (O, I), which must not be used afterwards.
+    `stored` and what becomes of it are (O, I), or (I, O) if the files have the matrix so. If the dtype stays
+    the same, the residual may overwrite `stored`, which must not be used afterwards.
 
     The factors are rounded first and the residual is computed from the rounded factors, so the only error is
     the single rounding of the residual. Raises TargetError if the matrix contains NaN or Inf.
@@ -256,24 +249,28 @@ def split_tensor(
     norm = _finite_norm(name, stored)
     solver = Solver(name, options.svd, options.tol, options.seed, alone)
     assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
-    split = plan.method.split(stored, rank, scale, solver)
+    transposed = slot.place is not None and slot.place.transposed
+    weight_OI = stored.T.contiguous() if transposed else stored
+    split = plan.method.split(weight_OI, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI = stored
+    base = stored
     error = 0.0
     if plan.method.residual:
-        base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        base, lost = residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        base = base.T.contiguous() if transposed else base
         error = lost / norm if norm > 0 else 0.0
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
-        shape=(info.shape[0], info.shape[1]),
+        place=slot.place,
+        shape=matrix_shape(info, slot),
         dtype=info.dtype,
         rank=rank,
         scale=scale,
         error=error,
         **(_measured(split.spectrum) if split.spectrum else {}),
     )
-    return factors, base_OI, matrix
+    return factors, base, matrix
 
 
 def _measured(spectrum: Spectrum) -> dict[str, Any]:
@@ -314,8 +311,8 @@ class DecomposeJob:
 
     @property
     def files(self) -> list[PlannedFile]:
-        """The shards of the residual, and the initial adapter."""
-        return self.plan.files
+        """The shards of the residual, the initial adapter, and what it is put together from."""
+        return [*self.plan.shards, *self.plan.adapter.files]
 
     @property
     def inputs(self) -> list[Path]:
@@ -327,15 +324,18 @@ class DecomposeJob:
         return {"model": self.model.identity()}
 
     def write(self, staged: StagedOutput, run: Run) -> None:
-        """Decompose or copy every tensor."""
+        """Decompose or copy every tensor, then put the factors of experts together."""
         device = pick_device(run.device, run.ranks.local)
-        stream(decompose_work(self.plan, device), self.model.source, staged, run)
+        source = self.plan.layout_in_use.divided(self.model.source)
+        stream(decompose_work(self.plan, device), source, staged, run)
+        if run.ranks.leads:
+            stack_experts(self.plan.adapter, staged)
 
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
             complete_checkpoint(self.model.path, directory, self.plan.shards)
-        (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
+        (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter.config.text())
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the decomposed directory."""

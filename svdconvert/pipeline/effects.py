@@ -22,6 +22,12 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
         raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
 
 
+def refuse_idle_experts(experts: str, has_experts: bool) -> None:  # noqa: FBT001 (one fact)
+    """Raise RecipeError if factors of experts are to be stored in a special way and there are none."""
+    if experts != _DEFAULT.experts and not has_experts:
+        raise _idle(f"--experts {experts}", "no expert is adapted")
+
+
 def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
     """Raise RecipeError for an option of `merge` that has no effect.
 

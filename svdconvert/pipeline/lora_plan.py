@@ -115,7 +115,7 @@ def _peft_keys(delta: AdapterDelta) -> Keys:
 def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
     """The names in RWKV-PEFT's format. Raises ArtifactError if a module or parameter has none there."""
     known = delta.manifest
-    layout = LAYOUTS.get(known.layout) if known and known.layout else None
+    layout = LAYOUTS.get(known.layout) if known and known.layout in LAYOUTS.names() else None
     paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
     names = {
         module: layout.network_path(paths[module]) if layout and module in paths else module

@@ -145,6 +145,7 @@ def _config(plan: LoraPlan) -> AdapterConfig:
         task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
+        fan_in_fan_out=own.fan_in_fan_out,
         peft_type=WITH_PARAMETERS if mixed else "LORA",
     )
 

@@ -18,7 +18,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.sizes import parse_size
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import TrainResult
@@ -96,7 +96,7 @@ class TrainedAdapter:
         run: Run,
     ) -> "TrainedAdapter":
         """Load the weights in `dtype`, or as stored if that is None, and inject the adapters."""
-        layout = LAYOUTS.get(start.layout)
+        layout = layout_of_weights(start.layout, start.weights)
         head: Mapping[str, Any] = {}
         if data.labels is None:
             network = load_network(start.weights, layout, dtype, run)
@@ -137,7 +137,9 @@ class TrainedAdapter:
     def write_weights(self, staged: StagedOutput) -> None:
         """Write both adapters."""
         start = self.start
-        parameters = extract_parameters(self.network, start.fully_trained, LAYOUTS.get(start.layout))
+        parameters = extract_parameters(
+            self.network, start.fully_trained, layout_of_weights(start.layout, start.weights)
+        )
         _write_adapter(staged, self._initial_file, start.factors)
         _write_adapter(staged, self._trained_file, extract_factors(self.network), parameters)
 
@@ -242,7 +244,7 @@ class FineTunedModel:
 
         Raises ArtifactError if a trained parameter could not be written back under the checkpoint's names.
         """
-        layout = LAYOUTS.get(start.layout)
+        layout = layout_of_weights(start.layout, start.weights)
         network = load_network(start.weights, layout, torch.float32, run)
         network.requires_grad_(True)
         model = FineTunedModel(start, network, open_checkpoint(start.weights))
@@ -257,7 +259,7 @@ class FineTunedModel:
 
     def _parameters_by_tensor(self) -> dict[str, Tensor]:
         """Tensor on disk -> parameter of the network, for all tensors that are parameters."""
-        layout = LAYOUTS.get(self.start.layout)
+        layout = layout_of_weights(self.start.layout, self.start.weights)
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         paths = {name: layout.runtime_name(name) for name in self.source.infos}
         return {name: parameters[path] for name, path in paths.items() if path in parameters}

@@ -9,7 +9,7 @@ from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, digest
 from svdconvert.manifest.schema import Manifest
@@ -126,7 +126,7 @@ def load_training_job(
     """
     dropout = start.config.dropout if isinstance(start, AdapterStart) else 0.0
     options = resolve_defaults(options, METHODS.get(start.method), dropout, run.notify)
-    layout = LAYOUTS.get(start.layout)
+    layout = layout_of_weights(start.layout, start.weights)
     data = open_training_data(start.weights, layout, options, trust_remote_code=run.trust_remote_code)
     for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings):
         if warning:

@@ -16,8 +16,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
-from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
@@ -57,7 +56,7 @@ class AdapterStart:
 
     def network_paths(self) -> dict[str, str]:
         """Module, as the adapter names it -> its path in the network."""
-        layout = LAYOUTS.get(self.layout)
+        layout = layout_of_weights(self.layout, self.weights)
         return {matrix.module: layout.network_path(name) for name, matrix in self.matrices.items()}
 
 
@@ -95,7 +94,7 @@ def open_training_start(
     else:
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-        opened = open_model(model)
+        opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
         if METHODS.get(split.method).split is None:
             return FullStart(
                 weights=opened.path,
@@ -111,7 +110,7 @@ def open_training_start(
         )
     if not train_also:
         return start
-    layout = LAYOUTS.get(start.layout)
+    layout = layout_of_weights(start.layout, start.weights)
     return replace(
         start, fully_trained=choose_parameters(opened.source.infos, layout, start.matrices, train_also)
     )

@@ -7,6 +7,7 @@ from torch import nn
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import Factors, factor_shapes
 from svdconvert.training.model.adapted_linear import AdaptedLinear
+from svdconvert.training.model.conv1d import as_linear
 
 ScaledFactors = Mapping[str, tuple[Factors, float]]
 """Name of a linear layer in the adapter -> (factors, scale)."""
@@ -35,7 +36,7 @@ def inject_adapters(
         raise ArtifactError("the adapter does not fit the model:\n  " + "\n  ".join(problems))
     model.requires_grad_(False)
     for name, (factors, scale) in adapters.items():
-        base = modules[path_of[name]]
+        base = as_linear(modules[path_of[name]])
         assert isinstance(base, nn.Linear)
         parent, _, attribute = path_of[name].rpartition(".")
         layer = AdaptedLinear(base, factors, scale, trains, dropout, corrected=corrected)
@@ -52,7 +53,7 @@ def _problems(
         module = modules.get(path)
         if module is None:
             yield f"{path}: the model has no such module"
-        elif not isinstance(module, nn.Linear):
+        elif not isinstance(module := as_linear(module), nn.Linear):
             yield f"{path}: is not a linear layer but {type(module).__name__}"
         elif wrong := _shape_problems(module, factors, trains):
             yield f"{path}: {wrong}"

@@ -17,6 +17,7 @@ from svdconvert.config.execution import Run
 from svdconvert.errors import ArtifactError, CheckpointError, MissingPackageError, brief
 from svdconvert.layouts.base import Layout, LayoutFamily
 from svdconvert.layouts.loading import generating_class, is_encoder_decoder
+from svdconvert.models.matrices import is_conv1d
 from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
@@ -180,11 +181,11 @@ def load_processor(path: Path, *, trust_remote_code: bool = False) -> ImageTextP
 
 
 def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight in weights.items():
-        parameter = model.get_submodule(path).get_parameter("weight")
+    """Copy `weights` (O, I), by module path, into linear layers; the dtype of each layer stays."""
+    for path, weight_OI in weights.items():
+        module = model.get_submodule(path)
         with torch.no_grad():
-            parameter.copy_(weight)
+            module.get_parameter("weight").copy_(weight_OI.mT if is_conv1d(module) else weight_OI)
 
 
 def _family_module(family: LayoutFamily) -> Any:
