@@ -109,7 +109,8 @@ def _unsuitable(network: Any, path: str, shape: tuple[int, ...]) -> str | None:
     if 1 in shape[-2:]:
         return "a vector"
     parent, _, leaf = path.rpartition(".")
-    if leaf != "in_proj" and hasattr(holder := network.get_submodule(parent), "ssm_state_size"):
+    holder = network.get_submodule(parent)
+    if isinstance(holder, nn.MultiheadAttention) or (leaf != "in_proj" and hasattr(holder, "ssm_state_size")):
         return f"{type(holder).__name__} reads its weight without calling it"
     if leaf.lower() in ROUTERS and _has_experts(network.get_submodule(parent)):
         return "a router"

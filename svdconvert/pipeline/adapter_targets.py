@@ -124,7 +124,7 @@ def _others(chosen: Chosen, adapted: Collection[str]) -> tuple[list[str], list[s
     modules = [
         slots[name].module if name in slots else chosen.layout.module(name)
         for name, info in chosen.infos.items()
-        if len(info.shape) == 2  # noqa: PLR2004 (a matrix)
+        if len(info.shape) >= 2  # noqa: PLR2004 (a matrix, or a convolution, which PEFT adapts too)
     ]
     parameters = [f"{module}.weight" for module in modules]
     parameters += [slot.place.parameter for slot in slots.values() if slot.place is not None]

@@ -22,6 +22,7 @@ from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
 from svdconvert.training.model.compare import embedding_rows, require_embedded, require_image_tokens
+from svdconvert.training.model.towers import adapts_tower, untrained_towers
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
@@ -128,10 +129,12 @@ def load_training_job(
     options = resolve_defaults(options, METHODS.get(start.method), dropout, run.notify)
     layout = layout_of_weights(start.layout, start.weights)
     data = open_training_data(start.weights, layout, options, trust_remote_code=run.trust_remote_code)
-    for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings):
+    matrices = start.matrices.values() if isinstance(start, AdapterStart) else ()
+    idle = untrained_towers(matrices, data.splits) if adapts_tower(matrices) else None
+    for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings, idle):
         if warning:
             run.notify(warning)
-    accelerator = make_accelerator(options)
+    accelerator = make_accelerator(options, some_unused=adapts_tower(matrices))
     output = load_output(start, options, data, accelerator.mixed_precision, run)
     data = data.padded_below(embedding_rows(output.network))
     require_embedded(start.weights, output.network, data.tokenizer, data.splits.all)

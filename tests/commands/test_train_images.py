@@ -238,3 +238,70 @@ def test_a_text_with_the_token_of_images_is_refused(chain: Chain, tmp_path: Path
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
     with pytest.raises(DataError, match="a row without an image has the token '<image>'"):
         train(home / "start", tmp_path / "out", TrainOptions(data=str(tmp_path / "rows.jsonl")), RUN)
+
+
+# --- towers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(family, targets by commas) -> a decomposed directory; made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, targets: str) -> Path:
+        if (family, targets) not in made:
+            out = tmp_path_factory.mktemp("seeing") / "start"
+            decompose(
+                chain(family) / "base", out, SplitOptions(rank=4, targets=tuple(targets.split(","))), RUN
+            )
+            made[family, targets] = out
+        return made[family, targets]
+
+    return make
+
+
+@every_family
+def test_a_decomposed_tower_sees_what_the_base_sees(
+    family: str, chain: Chain, seeing: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    home = chain(family)
+    start = seeing(family, "all-linear,vision")
+    base = AutoModelForImageTextToText.from_pretrained(home / "base").eval()
+    expected = stock_loss(base, home)
+    residual = AutoModelForImageTextToText.from_pretrained(start).eval()
+    assert stock_loss(residual, home) != pytest.approx(expected, rel=1e-3)
+    adapted = PeftModel.from_pretrained(residual, start / "pissa_init")
+    assert stock_loss(adapted, home) == pytest.approx(expected, rel=1e-5)
+    merge(start, tmp_path / "merged", run=RUN)
+    assert same_bytes(tensors(tmp_path / "merged"), tensors(home / "base"))
+
+
+@every_family
+def test_a_tower_alone_is_trained_by_images(
+    family: str, chain: Chain, seeing: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    home = chain(family)
+    start = seeing(family, "vision")
+    train(start, tmp_path / "out", TrainOptions(data=str(home / "rows.jsonl"), **STEPS), RUN)
+    losses = measured(tmp_path / "out", "eval_loss")
+    assert losses[-1] != losses[0]
+    residual = AutoModelForImageTextToText.from_pretrained(start).eval()
+    trained = PeftModel.from_pretrained(residual, tmp_path / "out")
+    assert stock_loss(trained, home) == pytest.approx(losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["vision", "all-linear,vision"])
+def test_a_tower_without_images_is_refused_or_reported(
+    targets: str, chain: Chain, seeing: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    start = seeing("llava", targets)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"question": "what is ?", "answer": "1"}) + "\n") * 4)
+    options = TrainOptions(data=str(rows), steps=2, lr=1e-2)
+    if targets == "vision":
+        with pytest.raises(DataError, match="4 of the 4 rows have no image, and only towers are adapted"):
+            train(start, tmp_path / "out", options, RUN)
+        return
+    said: list[str] = []
+    train(start, tmp_path / "out", options, Run(device="cpu", threads=1, notify=said.append))
+    assert any("14 of the 28 adapted matrices are in towers that no row reaches" in text for text in said)
