@@ -11,7 +11,7 @@ A matrix that several stored matrices make up, such as gate and up of an expert,
 side: A = [A0; A1], B = [[B0, 0], [0, B1]].
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,10 +128,10 @@ class Stack:
 
 def _overlap(rows: Rows, first: int, last: int) -> tuple[slice, slice]:
     """(place of a member's rows in the block from `first` to `last`, these rows of the member)."""
-    assert rows.step == 1, "matrices that are stored by themselves are consecutive rows"
-    begin = max(first, rows.first)
-    end = max(begin, min(last, rows.first + rows.size))
-    return slice(begin - first, end - first), slice(begin - rows.first, end - rows.first)
+    begin = max(0, -((rows.first - first) // rows.step))
+    end = max(begin, min(rows.size, -((rows.first - last) // rows.step)))
+    start = rows.first + begin * rows.step - first
+    return slice(start, start + (end - begin) * rows.step, rows.step), slice(begin, end)
 
 
 def stacks_of(modules: Mapping[str, tuple[int, int, int]], core: str | None = None) -> list[Stack]:
@@ -172,16 +172,21 @@ def _is_last(name: str) -> bool:
     return "down" in name or "output" in name or name in ("w2", "wo", "fc2")
 
 
-def joined_factors(members: Sequence[Member], factors: Sequence[Factors], rows: int, rank: int) -> Factors:
-    """The factors of one expert's matrix with `rows` rows, of rank `rank`, from those of its members."""
-    first = factors[0]
-    left_OR = first.left_OR.new_zeros(rows, rank)
-    right_RI = first.right_RI.new_zeros(rank, first.right_RI.shape[1])
-    core = None if first.core is None else first.core.new_zeros([rank] * first.core.dim())
-    for member, each in zip(members, factors, strict=True):
-        place = slice(member.offset, member.offset + member.rank)
-        left_OR[(member.rows or Rows(0, rows)).slice, place] = each.left_OR
-        right_RI[place] = each.right_RI
-        if core is not None and each.core is not None:
-            core[(place,) * core.dim()] = each.core
-    return Factors(left_OR, right_RI, core)
+def stack_factors(stack: Stack, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The factors of each of the stack's modules from those of its members, by module."""
+    first = next(iter(factors.values()))
+    shape = (stack.shape[0], stack.rank)
+    found: dict[str, Factors] = {}
+    for expert, module in enumerate(stack.modules):
+        left_OR = first.left_OR.new_zeros(shape)
+        right_RI = first.right_RI.new_zeros(stack.rank, stack.shape[1])
+        core = None if first.core is None else first.core.new_zeros([stack.rank] * first.core.dim())
+        for member in (one for one in stack.members if one.expert == expert):
+            own = factors[member.module]
+            place = slice(member.offset, member.offset + member.rank)
+            left_OR[(member.rows or Rows(0, shape[0])).slice, place] = own.left_OR
+            right_RI[place] = own.right_RI
+            if core is not None and own.core is not None:
+                core[(place,) * core.dim()] = own.core
+        found[module] = Factors(left_OR, right_RI, core)
+    return found

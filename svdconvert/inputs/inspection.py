@@ -88,7 +88,8 @@ def _summary(manifest: Manifest) -> str:
 
 def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
-    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    stock = is_transformers(manifest.layout) and manifest.options.get("experts") != "each"
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if stock else []
     base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],

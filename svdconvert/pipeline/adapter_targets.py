@@ -75,12 +75,17 @@ def adapter_config(
         scaling = _scaling_of(chosen, stack)
         named = targets if stack.experts is None else parameters
         named[stack.parameter.removesuffix(".weight") if stack.experts is None else stack.parameter] = scaling
-    if parameters and options.dropout:
-        raise RecipeError(
-            f"--dropout {options.dropout:g} is not possible for {next(iter(parameters))}: PEFT applies no "
-            "dropout to parameters; leave it out, or choose other --targets"
-        )
+    refuse_dropout(options.dropout, list(parameters))
     return _config(chosen, targets, parameters)
+
+
+def refuse_dropout(dropout: float, parameters: Sequence[str]) -> None:
+    """Raise RecipeError for a dropout on parameters that are adapted by their names."""
+    if parameters and dropout:
+        raise RecipeError(
+            f"--dropout {dropout:g} is not possible for {parameters[0]}: PEFT applies no dropout to "
+            "parameters; leave it out, or choose other --targets"
+        )
 
 
 def _scaling_of(chosen: Chosen, stack: Stack) -> Scaling:
@@ -124,7 +129,8 @@ def _others(chosen: Chosen, adapted: Collection[str]) -> tuple[list[str], list[s
     modules = [
         slots[name].module if name in slots else chosen.layout.module(name)
         for name, info in chosen.infos.items()
-        if len(info.shape) >= 2  # noqa: PLR2004 (a matrix, or a convolution, which PEFT adapts too)
+        if len(info.shape) >= 2  # noqa: PLR2004 (a matrix or, which PEFT adapts too, a convolution)
+        and not (chosen.options.experts == "fused" and name in slots and slots[name].expert is not None)
     ]
     parameters = [f"{module}.weight" for module in modules]
     parameters += [slot.place.parameter for slot in slots.values() if slot.place is not None]

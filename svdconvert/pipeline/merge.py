@@ -1,6 +1,6 @@
 """merge: an adapter is merged into the base or its residual, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import hypot, isfinite
 from pathlib import Path
@@ -14,6 +14,8 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError, TargetError
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.tensor_names import joined_product
 from svdconvert.linalg.delta import Product, as_lora, merged_
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
@@ -77,7 +79,7 @@ class MergeJob:
                 f"{weights.delta.directory} has a head that the model lacks: merge it without --stream"
             )
         device = pick_device(run.device, run.ranks.local)
-        stream(merge_work(self.plan, device), weights.model.source, staged, run)
+        stream(merge_work(self.plan, device), self.plan.source, staged, run)
         if run.ranks.leads:
             _write_added(self.plan, staged)
 
@@ -140,7 +142,7 @@ class MergeJob:
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     """How each tensor of the base or residual is merged or copied."""
     copies = {
-        info.name: file.path for file in plan.shards for info in file.infos if info.name not in plan.added
+        info.name: file.path for file in plan.shards for info in file.units if info.name not in plan.added
     }
     return TensorJob(
         order=list(copies),
@@ -161,18 +163,21 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     if name in plan.extras:
         tensor = delta.parameter(plan.extras[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
-    module = plan.modules[name]
-    factors, scale = delta.trained(module)
     on_base = plan.weights.side == "base"
     is_known = on_base or not delta.is_lost
-    update = as_lora(factors, scale, *delta.initial(module)) if is_known else None
+    changes = plan.modules[name]
+    rows = stored.shape[1] if changes[0].share.transposed else stored.shape[0]
+
+    def joined(product_of: Callable[[AdapterDelta, str], Product]) -> Product:
+        return joined_product([(product_of(delta, one.module), one.share) for one in changes], rows)
+
+    update = joined(_update) if is_known else None
     if on_base:
         assert update is not None
         product = update
         update = None
     else:
-        left, right = factors.folded()
-        product = left * scale, right
+        product = joined(_adapter)
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
     merged, realised = merged_(
@@ -187,10 +192,23 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
 
 
+def _update(delta: AdapterDelta, module: str) -> Product:
+    """The change of a module's matrix by training."""
+    factors, scale = delta.trained(module)
+    return as_lora(factors, scale, *delta.initial(module))
+
+
+def _adapter(delta: AdapterDelta, module: str) -> Product:
+    """The product of a module's factors."""
+    factors, scale = delta.trained(module)
+    left, right = factors.folded()
+    return left * scale, right
+
+
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
     """Raise ArtifactError if the adapter has its own copy of a base tensor, with other values."""
     delta = plan.weights.delta
-    parameter = plan.extras.get(name) or f"{plan.modules[name]}.weight"
+    parameter = plan.extras.get(name) or f"{plan.modules[name][0].module}.weight"
     key = delta.adapter.copies.get(parameter)
     if key is None or delta.initial_adapter is not None:
         return

@@ -1,6 +1,6 @@
 """merge: what will be written, planned from headers alone."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,26 +10,36 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapted_tensors import TensorNames, adapted_tensors, is_head
+from svdconvert.inputs.adapted_tensors import adapted_tensors, is_head
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
-from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.storage_format import refuse_codes
+from svdconvert.inputs.tensor_names import Share, TensorNames
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
-from svdconvert.output.plan import PlannedFile, plan_model
+from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The change of a tensor by the factors of one module."""
+
+    module: str
+    share: Share
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """What will be written, planned from headers alone."""
 
+    source: TensorSource
+    """The weights, divided as the layout has it."""
     weights: MergeWeights
     layout: str
     options: MergeOptions
-    modules: Mapping[str, str]
-    """Tensor -> module, for the adapted matrices."""
+    modules: Mapping[str, Sequence[Change]]
+    """Tensor -> what changes it, for the adapted matrices."""
     extras: Mapping[str, str]
     """Tensor -> parameter, for tensors that are replaced by parameters trained in full."""
     added: Mapping[str, str]
@@ -47,31 +57,39 @@ class MergePlan:
 def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
-    source = weights.model.source
     name, layout = weights.model.layout(delta.layout_name)
-    modules = {tensor: module for module, tensor in adapted_tensors(delta, weights.model).items()}
+    source = layout.divided(weights.model.source)
+    modules: dict[str, list[Change]] = {}
+    for module, shares in adapted_tensors(delta, weights.model).items():
+        _refuse_shape(delta, module, shares, source.infos)
+        for share in shares:
+            modules.setdefault(share.tensor, []).append(Change(module, share))
     refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
-    for tensor, module in modules.items():
-        _refuse_shape(delta, module, source.infos[tensor])
     added = _added(delta, source, layout)
-    extras = _replaced(delta, weights.model, layout, set(added.values()))
+    extras = _replaced(delta, source.infos, layout, set(added.values()))
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
     outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
     outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
     refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
-    shards = tuple(_files(outputs, weights.side, layout, options))
-    return MergePlan(weights, name, options, modules, extras, added, shards, dtypes)
+    shards = tuple(_files(outputs, weights.model.source.infos, weights.side, layout, options))
+    return MergePlan(source, weights, name, options, modules, extras, added, shards, dtypes)
 
 
-def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
-    """The files of the plain checkpoint.
+def _files(
+    outputs: list[TensorInfo],
+    stored: Mapping[str, TensorInfo],
+    side: Side,
+    layout: Layout,
+    options: MergeOptions,
+) -> list[PlannedFile]:
+    """The files of the plain checkpoint. `stored` are the tensors of the model, undivided.
 
     The tensors are in the source's order. If that is a residual, whose order differs, they are in the
     layout's.
     """
     limit = parse_size(options.max_shard_size)
     if layout.family is None:
-        return plan_model(outputs, limit)
+        return plan_divided(outputs, stored, limit)
     if side == "residual":
         by_name = {info.name: info for info in outputs}
         outputs = [by_name[name] for name in sort_by_rules(by_name, layout.family.rules)]
@@ -96,10 +114,9 @@ def _new(delta: AdapterDelta, name: str, parameter: str) -> TensorInfo:
 
 
 def _replaced(
-    delta: AdapterDelta, model: OpenModel, layout: Layout, added: Collection[str]
+    delta: AdapterDelta, infos: Mapping[str, TensorInfo], layout: Layout, added: Collection[str]
 ) -> dict[str, str]:
     """Tensor -> parameter, for tensors of the model that the adapter trained in full."""
-    infos = model.source.infos
     names = TensorNames(layout, infos)
     replaced: dict[str, str] = {}
     for parameter, key in delta.adapter.extras.items():
@@ -151,9 +168,21 @@ def _refuse_other_vocabulary(
         )
 
 
-def _refuse_shape(delta: AdapterDelta, module: str, info: TensorInfo) -> None:
+def _refuse_shape(
+    delta: AdapterDelta, module: str, shares: Sequence[Share], infos: Mapping[str, TensorInfo]
+) -> None:
+    """Raise ArtifactError if the factors of a module do not fit the tensors that make up its matrix."""
     adapted = (delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1])
-    if adapted != info.shape:
+    rows = 0
+    for share in shares:
+        info = infos[share.tensor]
+        shape = info.shape[::-1] if share.transposed else info.shape
+        count = share.of_tensor.size if share.of_tensor else shape[0]
+        rows = max(rows, share.of_module.slice.stop if share.of_module else count)
+        if len(shape) != 2 or adapted[1] != shape[1] or adapted[0] < rows:  # noqa: PLR2004 (a matrix)
+            rows = -1
+            break
+    if rows != adapted[0]:
         _refuse_other_vocabulary(delta, module, adapted, info.shape)
         raise ArtifactError(
             f"{delta.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"

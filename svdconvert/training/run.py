@@ -16,6 +16,7 @@ from svdconvert.manifest.schema import Manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.adapter_targets import refuse_dropout
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.logs.drift import measure_drift
 from svdconvert.training.logs.metrics import Log, MetricsLog
@@ -127,6 +128,8 @@ def load_training_job(
     """
     dropout = start.config.dropout if isinstance(start, AdapterStart) else 0.0
     options = resolve_defaults(options, METHODS.get(start.method), dropout, run.notify)
+    if isinstance(start, AdapterStart):
+        refuse_dropout(options.dropout, start.config.parameters)
     layout = layout_of_weights(start.layout, start.weights)
     data = open_training_data(start.weights, layout, options, trust_remote_code=run.trust_remote_code)
     matrices = start.matrices.values() if isinstance(start, AdapterStart) else ()

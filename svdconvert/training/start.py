@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
+from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.adapters.stacked import stack_factors
+from svdconvert.checkpoint.parts import with_parts
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
 from svdconvert.config.execution import Run
@@ -17,6 +19,7 @@ from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
+from svdconvert.inputs.placed import Projection, projections_of
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
@@ -46,13 +49,22 @@ class AdapterStart:
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
     residuals: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module -> residual, if `weights` holds the base and the method needs a residual."""
+    """Tensor of the base -> its residual, if `weights` holds the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
 
     def scaled_factors(self) -> ScaledFactors:
         """Module -> (factors, scale)."""
         return {module: (factors, self.config.scale(module)) for module, factors in self.factors.items()}
+
+    def projections(self) -> dict[str, Projection]:
+        """Module -> its place, for the experts that have factors of their own."""
+        return {
+            projection.module: projection
+            for matrix in self.matrices.values()
+            if matrix.place is not None
+            for projection in projections_of(matrix.module, matrix.place, matrix.shape[0])
+        }
 
     def network_paths(self) -> dict[str, str]:
         """Module, as the adapter names it -> its path in the network."""
@@ -103,11 +115,6 @@ def open_training_start(
                 base=opened.origin(),
             )
         start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
-    if start.config.peft_type == PER_EXPERT:
-        raise ArtifactError(
-            f"{model} adapts experts one by one, but transformers fuses them at run time, so train "
-            "cannot inject them; decompose with --targets attn, or train it elsewhere"
-        )
     if not train_also:
         return start
     layout = layout_of_weights(start.layout, start.weights)
@@ -195,6 +202,7 @@ def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    source = with_parts(source, known)
     for name, mark in known.items():
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
@@ -223,29 +231,32 @@ def start_from_decomposed(
 
 def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
+    source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
     residuals: dict[str, Tensor] = {}
     checksums: dict[str, str] = {}
-    total_bytes = sum(model.source.infos[name].nbytes for name in plan.slots)
+    total_bytes = sum(source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
-        stored = model.source.read(name)
+        stored = source.read(name)
         checksums[name] = checksum(tensor_bytes(stored))
-        initial, base_OI, matrix = split_tensor(plan, name, stored, alone=True)
-        matrices[name] = matrix
-        factors[matrix.module] = initial
+        initial, base, matrices[name] = split_tensor(plan, name, stored, alone=True)
+        factors |= {piece.module: piece.of(initial) for piece in plan.adapter.pieces[name]}
         if plan.method.residual:
-            residuals[matrix.module] = base_OI
-        done_bytes += model.source.infos[name].nbytes
+            residuals[name] = base
+        done_bytes += source.infos[name].nbytes
         track(Progress(name, "", done_bytes, total_bytes))
+    for stack in plan.adapter.stacks:
+        own = {member.module: factors.pop(member.module) for member in stack.members}
+        factors |= stack_factors(stack, own)
     return AdapterStart(
         weights=model.path,
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
         base_is_residual=plan.method.residual,
-        config=plan.adapter_config(),
+        config=plan.adapter.config,
         base=model.origin(checksums),
         residual=None,
         matrices=matrices,

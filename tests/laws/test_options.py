@@ -44,6 +44,7 @@ VALUES: dict[str, Words] = {
     "--residual-dtype": ["float16"],
     "--max-shard-size": ["8KB"],
     "--copy-base": [],
+    "--experts": ["each"],
     "--layout": ["bert"],
     "--base": [Path("other")],
     "--residual": [Path("other")],

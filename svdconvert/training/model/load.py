@@ -1,6 +1,6 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
@@ -17,7 +17,6 @@ from svdconvert.config.execution import Run
 from svdconvert.errors import ArtifactError, CheckpointError, MissingPackageError, brief
 from svdconvert.layouts.base import Layout, LayoutFamily
 from svdconvert.layouts.loading import generating_class, is_encoder_decoder
-from svdconvert.models.matrices import is_conv1d
 from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
@@ -178,14 +177,6 @@ def load_processor(path: Path, *, trust_remote_code: bool = False) -> ImageTextP
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return ImageTextProcessor(processor, place)
-
-
-def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` (O, I), by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight_OI in weights.items():
-        module = model.get_submodule(path)
-        with torch.no_grad():
-            module.get_parameter("weight").copy_(weight_OI.mT if is_conv1d(module) else weight_OI)
 
 
 def _family_module(family: LayoutFamily) -> Any:
