@@ -41,7 +41,7 @@ HIDDEN = 32
 ONE_FILE = "5GB"
 SHARDED = "8KB"
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 44,
@@ -139,7 +139,7 @@ def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint ma
 
     `tied` is as the family does it unless given; `pickled` writes pytorch_model.bin instead.
     """
-    values = _TEXT if tied is None else _TEXT | {"tie_word_embeddings": tied}
+    values = TEXT if tied is None else TEXT | {"tie_word_embeddings": tied}
     config = configuration(model_type, **values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(model_type.encode()))
