@@ -72,8 +72,8 @@ class DecomposePlan:
         narrow = [name for name in self.slots if self._is_narrow(name)]
         if narrow:
             remarks += (
-                f"{len(narrow)} matrices, such as {narrow[0]} {self.infos[narrow[0]].shape}, are narrower than "
-                f"rank {self.options.rank} and have the highest rank that they can have",
+                f"{len(narrow)} matrices, such as {narrow[0]} {self.infos[narrow[0]].shape}, are narrower "
+                f"than rank {self.options.rank} and have the highest rank that they can have",
             )
         if not self.without_role:
             return remarks
