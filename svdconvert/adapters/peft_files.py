@@ -5,7 +5,7 @@ metadata is exactly {"format": "pt"}, and the configuration is sorted by key.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -263,7 +263,16 @@ def target_modules(chosen: Iterable[str], linears: Collection[str]) -> list[str]
     targets = set(chosen)
     last = {module: _ending(module) for module in {*targets, *linears}}
     partly_chosen = {last[module] for module in linears if module not in targets}
+    # PEFT matches modules that contain others too: feed_forward.dense, next to feed_forward.dense.dense.
+    partly_chosen |= {_ending(holder) for module in last for holder in _holders(module)}
     return sorted({module if last[module] in partly_chosen else last[module] for module in targets})
+
+
+def _holders(module: str) -> Iterator[str]:
+    """The paths of the modules that contain a module."""
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
 
 
 def _ending(module: str) -> str:

@@ -16,7 +16,7 @@ from svdconvert.errors import CheckpointError
 from svdconvert.layouts.base import Layout, Slot
 from svdconvert.layouts.experts import Experts
 from svdconvert.manifest.place import Place, Rows
-from svdconvert.models.roles import expert_role
+from svdconvert.models.roles import expert_role, plain
 
 if TYPE_CHECKING:
     from svdconvert.models.architecture import Architecture, Target
@@ -100,6 +100,7 @@ def automatic_layout(
         roles={slot.role: _pattern(slot) for slot in table.values()},
         experts=_experts(known.values(), targets.values(), fused_by_peft=architecture.peft_fuses_experts()),
         task=_task(architecture),
+        limits_ranks=True,
         summary=f"{type(architecture.network).__name__} of transformers",
         table={name: table[name] for name in sorted(table, key=_order(infos))},
         parameters={name: target.parameter for name, target in targets.items() if not target.steps},
@@ -260,18 +261,21 @@ def _single(stored: _Stored, matrix: "NetworkMatrix") -> Slot:
     """The slot of a matrix that is stored as a tensor, or as one of several put below one another."""
     transposed, joined = _arrangement(stored, matrix)
     transposed ^= matrix.transposed
-    rows = stored.rows if joined else None
     if len(stored.shape) != _MATRIX or not (joined or _same(stored.shape, matrix, transposed)):
         raise _UnknownArrangement(
             f"its shape in the files is {stored.shape}, and {matrix.shape} in the network"
         )
-    place = Place(parameter=matrix.parameter, rows=rows, transposed=transposed)
+    if not joined:
+        place = Place(parameter=matrix.parameter, transposed=True) if transposed else None
+        return Slot(stored.name, matrix.role, matrix.layer, matrix.module, place=place)
+    # Named like its tensor, so that each of the matrices that the module combines has a name of its own.
+    leaf = _leaf(stored.name)
     return Slot(
         name=stored.name,
-        role=matrix.role,
+        role=f"{matrix.role.rpartition('.')[0]}.{plain(leaf)}",
         layer=matrix.layer,
-        module=matrix.module,
-        place=place if transposed or joined else None,
+        module=f"{matrix.module.rpartition('.')[0]}.{leaf}",
+        place=Place(parameter=matrix.parameter, rows=stored.rows, transposed=transposed),
     )
 
 

@@ -80,6 +80,9 @@ class Layout:
     family: "LayoutFamily | None" = None
     """Set if several layouts hold the same tensors and `convert` goes from one to another."""
 
+    limits_ranks: bool = False
+    """True if matrices that are narrower than the rank are adapted with the highest rank that they have,
+    unless all are narrower; otherwise they are refused."""
     fan_in_fan_out: bool = False
     """True if linear layers of the network have their weights as (in, out), as GPT-2's."""
 

@@ -37,6 +37,7 @@ def layout_by_names(path: Path, infos: Mapping[str, TensorInfo]) -> AutomaticLay
         model_types=frozenset(),
         roles={slot.role: slot.name.replace(f".{slot.layer}.", ".{layer}.", 1) for slot in table.values()},
         task=None,
+        limits_ranks=True,
         summary="a model known by its tensors' names only",
         table=table,
         assumptions=(

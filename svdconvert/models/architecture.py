@@ -114,10 +114,11 @@ class Architecture:
         PEFT applies the tables to the names of factors too. A pattern that also matches names at run time
         then turns a right name into a wrong one, and PEFT drops the factors with a warning.
         """
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers import conversion_mapping
         from transformers.core_model_loading import rename_source_key
 
-        if get_checkpoint_conversion_mapping(str(getattr(self.config, "model_type", ""))) is None:
+        mapping_of: Any = conversion_mapping.get_checkpoint_conversion_mapping
+        if mapping_of(str(getattr(self.config, "model_type", ""))) is None:
             return True
         key = f"{module}.lora_A.weight"
         return bool(rename_source_key(key, self._renamings, [])[0] == key)

@@ -8,7 +8,6 @@ named by its parameter.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import target_modules, target_parameters
@@ -92,8 +91,7 @@ def _scaling_of(chosen: Chosen, stack: Stack) -> Scaling:
     """The rank of a stack, and the alpha that gives it the scale of its matrices."""
     module = stack.members[0].module
     one = next(chosen.scalings[name] for name, slot in chosen.slots.items() if slot.module == module)
-    times = stack.rank / one.rank
-    return replace(one, rank=stack.rank, alpha=one.alpha * (sqrt(times) if one.rslora else times))
+    return one.at_rank(stack.rank)
 
 
 def _config(

@@ -69,6 +69,12 @@ class DecomposePlan:
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the plan."""
         remarks = self.layout_in_use.remarks()
+        narrow = [name for name in self.slots if self._is_narrow(name)]
+        if narrow:
+            remarks += (
+                f"{len(narrow)} matrices, such as {narrow[0]} {self.infos[narrow[0]].shape}, are narrower "
+                f"than rank {self.options.rank} and have the highest rank that they can have",
+            )
         if not self.without_role:
             return remarks
         return (
@@ -76,6 +82,9 @@ class DecomposePlan:
             f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
             f"({len(self.without_role)} such names): these matrices stay as they are",
         )
+
+    def _is_narrow(self, name: str) -> bool:
+        return self.scalings[name].rank == min(self.infos[name].shape) < self.options.rank
 
     @property
     def folder(self) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,8 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.errors import CheckpointError, TargetError, UnknownNameError
 from svdconvert.inputs.model import open_model
 from svdconvert.layouts.automatic import AutomaticLayout, automatic_layout
-from tests.families.check import make
+from tests.families.check import TOLERANCE, load, logits, make
+from tests.stock import start_of
 from tests.tiny import PEFT_MODEL_TYPES
 
 Build = Callable[..., Path]
@@ -199,3 +201,19 @@ def test_a_conv1d_is_placed_as_in_out(tmp_path: Path) -> None:
     layout = found(base)
     assert layout.fan_in_fan_out
     assert all(slot.place is not None and slot.place.transposed for slot in layout.table.values())
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT: those of parameters do count
+def test_a_matrix_that_is_narrower_than_the_rank_gets_the_rank_that_it_has(tmp_path: Path) -> None:
+    base = made("qwen3_next", tmp_path / "base")
+    plan = plan_decompose(base, SplitOptions(rank=12, alpha=24))
+    assert any("narrower than rank 12" in remark and "in_proj_ba" in remark for remark in plan.remarks)
+    manifest = decompose(base, tmp_path / "out", SplitOptions(rank=12, alpha=24))
+    narrow = [matrix for matrix in manifest.matrices.values() if matrix.rank != 12]
+    assert narrow and all(matrix.rank == min(matrix.shape) for matrix in narrow)
+    assert {matrix.scale for matrix in manifest.matrices.values()} == {2.0}
+    started = PeftModel.from_pretrained(load("causal", tmp_path / "out"), start_of(tmp_path / "out"))
+    wanted = logits(load("causal", base))
+    assert (logits(started) - wanted).abs().max() < TOLERANCE * wanted.std()
+    with pytest.raises(TargetError, match=r"rank 999 is above what .* give --rank"):
+        plan_decompose(base, SplitOptions(rank=999))

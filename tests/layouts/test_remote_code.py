@@ -58,7 +58,7 @@ class TinyForCausalLM(PreTrainedModel):
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SVDCONVERT_CACHE", str(tmp_path / "cache"))
-    base = tmp_path / "base"
+    base = tmp_path / f"base_{tmp_path.name}"  # transformers keeps the code of a directory by its name
     base.mkdir()
     (base / "configuration_tiny.py").write_text(CONFIGURATION)
     (base / "modeling_tiny.py").write_text(MODELING.format(mark=tmp_path / "ran"))
