@@ -6,15 +6,22 @@ rows of a gate, then rows of an up projection.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+# Bounds for what a manifest says.
+_Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
+_Row = Annotated[int, Field(ge=0, lt=1 << 32)]
+_Step = Annotated[int, Field(ge=1, lt=1 << 8)]
 
 
 class Rows(NamedTuple):
     """Some rows of a matrix: `size` of them from `first` on, every `step`-th one."""
 
-    first: int
-    size: int
-    step: int = 1
+    first: _Row
+    size: _Row
+    step: _Step = 1
 
     @property
     def slice(self) -> slice:
@@ -28,7 +35,7 @@ class Place:
 
     parameter: str
     """The path of the parameter at run time, such as model.layers.0.mlp.experts.gate_up_proj."""
-    expert: int | None = None
+    expert: _Expert | None = None
     """Its index on the first axis of the parameter; None if the parameter is a single matrix."""
     rows: Rows | None = None
     """Its rows (out features) in that matrix; None if it is all of it."""
