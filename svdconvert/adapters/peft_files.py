@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from svdconvert.adapters.embedding_factors import embedding_piece, piece_info
 from svdconvert.adapters.expert_factors import Expert, Slices, find_experts, piece_shape
-from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
+from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, is_vocabulary, parameter_of
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
@@ -31,7 +32,6 @@ _KEY = re.compile(
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile add to names."""
 _UNSUPPORTED = {
-    "lora_embedding_": "a low-rank adapter of an embedding",
     "lora_magnitude_vector": "a magnitude of DoRA",
     "trainable_tokens_": "single trained rows of an embedding (trainable_token_indices)",
 }
@@ -54,6 +54,8 @@ class Adapter:
     """Checksum that each tensor of the file must have, if a manifest knows them."""
     experts: Mapping[str, Expert] = field(default_factory=dict)
     """Module -> which expert it is, for the modules `PARAMETER[3]`, whose factors are in shared tensors."""
+    embeddings: Collection[str] = ()
+    """The modules that are embeddings, whose factors are stored transposed."""
 
     def factors(self, module: str) -> Factors:
         """A module's factors as stored. Raises ArtifactError if one has changed, or contains NaN or Inf."""
@@ -61,15 +63,28 @@ class Adapter:
         if (expert := self.experts.get(module)) is not None:
             slices = self._slices
             return Factors.of({factor: slices.piece(factor, name, expert) for factor, name in names.items()})
-        return Factors.of({factor: self._checked(name) for factor, name in names.items()})
+        pieces = {factor: self._checked(name) for factor, name in names.items()}
+        if module in self.embeddings:
+            pieces = {factor: piece.T.contiguous() for factor, piece in pieces.items()}
+        return Factors.of(pieces)
 
     @cached_property
     def _slices(self) -> Slices:
         return Slices(self._checked)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter trained in full. Raises ArtifactError if it has changed, or contains NaN or Inf."""
-        return self._checked(self.extras[name])
+        """A parameter trained in full, or the copy of one of the base.
+
+        Raises ArtifactError if it has changed, or contains NaN or Inf.
+        """
+        return self._checked(self._parameter_key(name))
+
+    def parameter_info(self, name: str) -> TensorInfo:
+        """The header of a parameter."""
+        return self.source.infos[self._parameter_key(name)]
+
+    def _parameter_key(self, name: str) -> str:
+        return self.extras[name] if name in self.extras else self.copies[name]
 
     def _checked(self, name: str) -> Tensor:
         tensor = self.source.read(name)
@@ -87,7 +102,7 @@ class Adapter:
 
     def shape(self, module: str, piece: str) -> tuple[int, ...]:
         """The shape of a factor, from the header."""
-        shape = self.source.infos[self.modules[module][piece]].shape
+        shape = piece_info(self.source, self.modules[module][piece], module, self.embeddings).shape
         expert = self.experts.get(module)
         return shape if expert is None else piece_shape(piece, shape, expert)
 
@@ -119,21 +134,24 @@ def open_adapter(directory: Path) -> Adapter:
         )
     config = read_adapter_config(directory)
     source = open_file(weights)
-    modules, extras, copies = _sorted_names(weights, config, source)
+    modules, extras, copies, embeddings = _sorted_names(weights, config, source)
     named, experts = find_experts(weights, config, source, modules)
     single = {module: names for module, names in named.items() if module not in experts}
     if single or not experts:
-        check_factors(weights, source, single)
-    _check_ranks(weights, config, source, single)
+        check_factors(weights, source, single, embeddings)
+    _check_ranks(weights, config, source, single, embeddings)
     if not config.targets and not config.parameters:
         config = replace(config, targets=sorted(named))
-    return Adapter(directory, config, source, named, extras, copies=copies, experts=experts)
+    return Adapter(
+        directory, config, source, named, extras, copies=copies, experts=experts, embeddings=embeddings
+    )
 
 
 def _sorted_names(
     weights: Path, config: AdapterConfig, source: TensorSource
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
-    """(module -> factor -> name, parameter trained in full -> name, parameter of the base -> name).
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], set[str]]:
+    """(module -> factor -> name, parameter trained in full -> name, parameter of the base -> name,
+    modules that are embeddings).
 
     Raises ArtifactError for a tensor that is none of these.
     """
@@ -141,20 +159,24 @@ def _sorted_names(
     extras: dict[str, str] = {}
     copies: dict[str, str] = {}
     others: list[str] = []
+    embeddings: set[str] = set()
     opened = weights, source
     for name in source.infos:
         plain = _WRAPPERS.sub("", name)
         if match := _KEY.fullmatch(plain):
             _put(modules.setdefault(match["module"], {}), match["piece"], name, opened)
+        elif piece := embedding_piece(plain):
+            embeddings.add(piece[0])
+            _put(modules.setdefault(piece[0], {}), piece[1], name, opened)
         elif is_copy(plain):
             _put(copies, parameter_of(plain), name, opened)
-        elif is_declared(plain, config.modules_to_save, config.bias):
+        elif is_declared(plain, config.modules_to_save, config.bias) or is_vocabulary(plain):
             _put(extras, parameter_of(plain), name, opened)
         else:
             others.append(name)
     if others:
         raise _unknown(weights, others)
-    return modules, extras, copies
+    return modules, extras, copies, embeddings
 
 
 def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
@@ -186,14 +208,19 @@ def _weights_file(directory: Path) -> Path:
     return pickled if pickled.is_file() and not (directory / WEIGHTS).exists() else directory / WEIGHTS
 
 
-def check_factors(file: Path, source: TensorSource, modules: Mapping[str, Mapping[str, str]]) -> None:
+def check_factors(
+    file: Path,
+    source: TensorSource,
+    modules: Mapping[str, Mapping[str, str]],
+    embeddings: Collection[str] = (),
+) -> None:
     """Raise ArtifactError for a factor that is missing, is empty, or has a wrong shape or element type."""
     if not modules:
         raise ArtifactError(f"{file} holds no lora_A and lora_B; it is not a LoRA adapter")
     for module, names in modules.items():
         if absent := {"lora_A", "lora_B"} - set(names):
             raise ArtifactError(f"{file} has no {min(absent)} for {module}; restore the file")
-        infos = {factor: source.infos[name] for factor, name in names.items()}
+        infos = {factor: piece_info(source, name, module, embeddings) for factor, name in names.items()}
         for factor, info in infos.items():
             _check_factor(file, factor, info)
         rank = infos["lora_A"].shape[0]
@@ -226,11 +253,15 @@ def _check_factor(file: Path, factor: str, info: TensorInfo) -> None:
 
 
 def _check_ranks(
-    file: Path, config: AdapterConfig, source: TensorSource, modules: Mapping[str, Mapping[str, str]]
+    file: Path,
+    config: AdapterConfig,
+    source: TensorSource,
+    modules: Mapping[str, Mapping[str, str]],
+    embeddings: Collection[str],
 ) -> None:
     """Raise ArtifactError if a factor's rank differs from the configuration's: its scale would be wrong."""
     for module, names in modules.items():
-        stored = source.infos[names["lora_A"]].shape[0]
+        stored = piece_info(source, names["lora_A"], module, embeddings).shape[0]
         if stored != (rank := config.rank_of(module)):
             raise ArtifactError(
                 f"{file}: the factors of {module} have rank {stored}, but rank {rank} in {CONFIG}; restore "

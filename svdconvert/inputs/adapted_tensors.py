@@ -15,8 +15,9 @@ _HEADS = ("lm_head", "embed_out")
 def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, Sequence[Share]]:
     """Module -> tensors of `model`, for every module that the adapter has factors for.
 
-    It need not be a matrix of the layout: heads, routers and vision towers are linear layers too. Raises
-    ArtifactError if the model has no such matrix, or if it is the model's tied head.
+    It need not be a matrix of the layout: heads, embeddings, routers and vision towers are adapted too. A
+    head that is tied to the embeddings, and so not stored, is left out. Raises ArtifactError if the model has
+    no such matrix.
     """
     _, layout = model.layout(delta.layout_name)
     names = TensorNames(layout, layout.divided(model.source).infos)
@@ -24,12 +25,8 @@ def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, Sequence
     absent: list[str] = []
     for module in delta.modules:
         shares = names.shares(module)
-        if is_head(module) and (not shares or ties_embeddings(model.config)):
-            raise ArtifactError(
-                f"{delta.directory} adapts {module}, which {model.path} ties to its embeddings: merging "
-                "would change the embeddings too; merge it with PEFT into a model whose embeddings are "
-                "not tied, or train without it"
-            )
+        if not shares and is_head(module):
+            continue  # tied to the embeddings: it becomes a tensor of its own
         if not shares:
             absent.append(module)
         else:

@@ -8,7 +8,8 @@ from math import hypot
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.extra_parameters import extra_key
+from svdconvert.adapters.embedding_factors import embedding_key
+from svdconvert.adapters.extra_parameters import copy_key, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
 from svdconvert.checkpoint.rename_rules import RenameRule
@@ -103,10 +104,11 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None
         count = delta.adapter.shape(keys.owner(module), "lora_B")[0] if rows is None else rows.size
         columns = delta.adapter.shape(keys.owner(module), "lora_A")[1]
         shape = (rank, columns) if piece == "lora_A" else (count, rank)
+        shape = shape[::-1] if keys.owner(module) in delta.adapter.embeddings else shape
         infos.append(TensorInfo(name, shape, dtype_code(dtype)))
     infos += [info for stack in form.stacks for info in stack.infos(dtype_code(dtype))]
     infos += [
-        TensorInfo(name, delta.adapter.source.infos[delta.adapter.extras[parameter]].shape, dtype_code(dtype))
+        TensorInfo(name, delta.adapter.parameter_info(parameter).shape, dtype_code(dtype))
         for parameter, name in keys.extras.items()
     ]
     if options.format == "rwkv-peft":
@@ -118,9 +120,16 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None
 
 def _peft_keys(delta: AdapterDelta, form: LoraForm) -> Keys:
     written = {name: rows for parts in form.pieces.values() for name, rows in parts}
-    pieces = {(name, piece): key(name, piece) for name in written for piece in _SIDES}
+    embeddings = delta.adapter.embeddings
+    pieces = {
+        (name, piece): embedding_key(name, piece) if name in embeddings else key(name, piece)
+        for name in written
+        for piece in _SIDES
+    }
     adapted = delta.modules
     extras = {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras}
+    if delta.initial_adapter is None:
+        extras |= {parameter: copy_key(parameter) for parameter in delta.adapter.copies}
     owners = {name: module for module, parts in form.pieces.items() for name, _ in parts}
     return Keys(pieces, extras, {name: rows for name, rows in written.items() if rows}, owners)
 

@@ -26,6 +26,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer, tokenizer_changes
+from svdconvert.pipeline.merge_extras import with_entries
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -88,9 +89,8 @@ class MergeJob:
         weights = self.plan.weights
         complete_checkpoint(weights.model.path, directory, self.plan.shards)
         copy_tokenizer(weights.delta.directory, directory)
-        manifest = weights.delta.manifest
-        if manifest is not None and manifest.head:
-            write_config(directory, read_config(directory) | dict(manifest.head))
+        if self.plan.head:
+            write_config(directory, with_entries(read_config(directory), self.plan.head))
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the merged checkpoint."""
@@ -110,7 +110,7 @@ class MergeJob:
                 side=weights.side,
                 update=measured_update(notes(staged, self.plan.modules)),
                 recovered=RecoveredFactors(by=recovered.way) if recovered else None,
-                head=known.head if known else None,
+                head=self.plan.head or None,
             ),
             files=file_checksums(staged),
             roles=roles_of(self.files),
@@ -171,6 +171,9 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     def joined(product_of: Callable[[AdapterDelta, str], Product]) -> Product:
         return joined_product([(product_of(delta, one.module), one.share) for one in changes], rows)
 
+    if name in plan.resized:
+        stored = delta.parameter(plan.resized[name]).to(stored.device, stored.dtype)
+        rows = len(stored)
     update = joined(_update) if is_known else None
     if on_base:
         assert update is not None
@@ -210,7 +213,7 @@ def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
     delta = plan.weights.delta
     parameter = plan.extras.get(name) or f"{plan.modules[name][0].module}.weight"
     key = delta.adapter.copies.get(parameter)
-    if key is None or delta.initial_adapter is not None:
+    if key is None or delta.initial_adapter is not None or name in plan.resized or name in plan.extras:
         return
     copy = delta.adapter.source.read(key).to(stored.device, stored.dtype)
     if not torch.equal(copy, stored):
@@ -225,10 +228,21 @@ def _to_device_of(product: Product, like: Tensor) -> Product:
 
 
 def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
-    """Write the tensors of a trained head that the model does not have."""
+    """Write the tensors of a head that the model does not have."""
     files = {info.name: file.path for file in plan.shards for info in file.infos}
-    for name, parameter in plan.added.items():
-        tensor = plan.weights.delta.parameter(parameter)
+    delta = plan.weights.delta
+    for name, new in plan.added.items():
+        if name in staged.finished:
+            continue
+        dtype = torch_dtype(plan.dtypes[name])
+        if new.parameter is not None:
+            tensor = delta.parameter(new.parameter)
+        else:
+            tensor = plan.source.read(new.copied)
+        if new.module is not None:
+            product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
+            tensor, _ = merged_(tensor.clone(), product, dtype, None, None)
+        tensor = cast_finite(name, tensor, dtype).contiguous()
         staged.write(files[name], name, tensor)
         staged.finish(name, {"files": {files[name]: {name: checksum(tensor_bytes(tensor))}}})
 

@@ -1,7 +1,8 @@
 """merge: what will be written, planned from headers alone."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -10,15 +11,17 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapted_tensors import adapted_tensors, is_head
+from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.storage_format import refuse_codes
-from svdconvert.inputs.tensor_names import Share, TensorNames
+from svdconvert.inputs.tensor_names import Share
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
+from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
+from svdconvert.pipeline.merge_extras import NewTensor, plan_extras, refuse_other_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,15 @@ class MergePlan:
     """Tensor -> what changes it, for the adapted matrices."""
     extras: Mapping[str, str]
     """Tensor -> parameter, for tensors that are replaced by parameters trained in full."""
-    added: Mapping[str, str]
-    """Tensor -> parameter, for the tensors of a trained head that the model does not have."""
+    added: Mapping[str, NewTensor]
+    """Tensor -> how it is made, for the tensors of a trained head that the model does not have."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
     """Element type of every tensor that is merged or replaced."""
+    resized: Mapping[str, str]
+    """Tensor -> parameter of the adapter that is its base, for tensors of another number of rows."""
+    head: Mapping[str, Any]
+    """Entries of config.json that describe what the adapter adds or resizes."""
 
     @property
     def nbytes(self) -> int:
@@ -59,20 +66,41 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     delta = weights.delta
     name, layout = weights.model.layout(delta.layout_name)
     source = layout.divided(weights.model.source)
+    shares = adapted_tensors(delta, weights.model)
+    extras = plan_extras(delta, weights.model, source.infos, layout)
     modules: dict[str, list[Change]] = {}
-    for module, shares in adapted_tensors(delta, weights.model).items():
-        _refuse_shape(delta, module, shares, source.infos)
-        for share in shares:
+    for module, of_module in shares.items():
+        if module in extras.heads:
+            continue
+        if of_module[0].tensor not in extras.rows:
+            _refuse_shape(delta, module, of_module, source.infos)
+        for share in of_module:
             modules.setdefault(share.tensor, []).append(Change(module, share))
     refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
-    added = _added(delta, source, layout)
-    extras = _replaced(delta, source.infos, layout, set(added.values()))
-    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
-    outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
-    outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
+    replaced = extras.replaced
+    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *replaced]}
+    outputs = [
+        replace(info, dtype=dtypes.get(tensor, info.dtype), shape=extras.shape(info))
+        for tensor, info in source.infos.items()
+    ]
+    for tensor, new in extras.added.items():
+        dtypes[tensor] = new.dtype if new.module is None else _merged_code(delta, new.info(tensor), options)
+        outputs.append(replace(new.info(tensor), dtype=dtypes[tensor]))
     refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
     shards = tuple(_files(outputs, weights.model.source.infos, weights.side, layout, options))
-    return MergePlan(source, weights, name, options, modules, extras, added, shards, dtypes)
+    return MergePlan(
+        source=source,
+        weights=weights,
+        layout=name,
+        options=options,
+        modules=modules,
+        extras=replaced,
+        added=extras.added,
+        shards=shards,
+        dtypes=dtypes,
+        resized={tensor: parameter for tensor, parameter in extras.bases.items() if tensor in modules},
+        head=extras.config,
+    )
 
 
 def _files(
@@ -98,78 +126,6 @@ def _files(
     return plan_model(outputs, limit, layout.family.file)
 
 
-def _added(delta: AdapterDelta, source: TensorSource, layout: Layout) -> dict[str, str]:
-    """Tensor -> parameter, for the parameters of a trained head that the model does not have."""
-    if not (delta.manifest and delta.manifest.head):
-        return {}
-    stored = {layout.runtime_name(name) for name in source.infos}
-    prefixed = any(name.startswith(layout.prefix) for name in source.infos)
-    return {
-        parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
-        for parameter in delta.adapter.extras
-        if parameter not in stored
-    }
-
-
-def _new(delta: AdapterDelta, name: str, parameter: str) -> TensorInfo:
-    return replace(delta.adapter.source.infos[delta.adapter.extras[parameter]], name=name)
-
-
-def _replaced(
-    delta: AdapterDelta, infos: Mapping[str, TensorInfo], layout: Layout, added: Collection[str]
-) -> dict[str, str]:
-    """Tensor -> parameter, for tensors of the model that the adapter trained in full."""
-    names = TensorNames(layout, infos)
-    replaced: dict[str, str] = {}
-    for parameter, key in delta.adapter.extras.items():
-        if parameter in added:
-            continue
-        tensor = names.tensor(parameter)
-        if tensor is None:
-            raise _absent(delta, parameter)
-        shape = delta.adapter.source.infos[key].shape
-        if shape != (known := infos[tensor].shape):
-            _refuse_other_vocabulary(delta, parameter.removesuffix(".weight"), shape, known)
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter} with the shape {shape}, and the model has it with "
-                f"{known}; give the model that it was made for"
-            )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in infos):
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
-                "would change the head too; untie them first, or train without it"
-            )
-        replaced[tensor] = parameter
-    return replaced
-
-
-def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
-    """The error for a parameter that was trained in full and that the model does not store."""
-    if is_head(parameter.rpartition(".")[0]):
-        return ArtifactError(
-            f"{delta.directory} trained {parameter} in full, which the model does not store, because its "
-            "head is tied to the embeddings; merge it with PEFT into a model whose embeddings are not tied"
-        )
-    return ArtifactError(
-        f"{delta.directory} trained {parameter} in full, which the model does not have: a new part, such as "
-        "a head for classification, is merged only if train made it; merge it with PEFT into the class of "
-        "transformers that has this part"
-    )
-
-
-def _refuse_other_vocabulary(
-    delta: AdapterDelta, module: str, adapted: tuple[int, ...], stored: tuple[int, ...]
-) -> None:
-    """Raise ArtifactError if embeddings or a head differ in their rows only."""
-    is_vocabulary = is_head(module) or module.rpartition(".")[2] == "embed_tokens"
-    if is_vocabulary and adapted[1:] == stored[1:]:
-        raise ArtifactError(
-            f"{delta.directory} has {module} with {adapted[0]} rows, and the model with {stored[0]}: it was "
-            "trained with another vocabulary; resize the model (resize_token_embeddings of transformers), "
-            "save it, and give it with --base"
-        )
-
-
 def _refuse_shape(
     delta: AdapterDelta, module: str, shares: Sequence[Share], infos: Mapping[str, TensorInfo]
 ) -> None:
@@ -185,7 +141,7 @@ def _refuse_shape(
             rows = -1
             break
     if rows != adapted[0]:
-        _refuse_other_vocabulary(delta, module, adapted, info.shape)
+        refuse_other_vocabulary(delta, module, adapted, info.shape)
         raise ArtifactError(
             f"{delta.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"
         )

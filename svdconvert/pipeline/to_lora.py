@@ -135,6 +135,7 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
         for factor in padded:
             own = stored[factor][rows.slice].contiguous() if rows and factor == "lora_B" else stored[factor]
             name = plan.keys.pieces[written, factor]
+            own = own.T.contiguous() if module in plan.delta.adapter.embeddings else own
             staged.write(plan.file.path, name, own)
             checksums[name] = checksum(tensor_bytes(own))
     return {

@@ -178,7 +178,8 @@ def _mark_before(row: _EncodedRow, text: TrainingText, place: int, vision: Image
         return
     ids, in_loss = tokenize(before, vision.tokenizer, vision.adds_special_tokens(text.text))
     if ids and ids != row.ids[: len(ids)] and ids[-1] == vision.tokenizer.eos_token_id:
-        ids, in_loss = ids[:-1], in_loss[:-1]
+        ids = ids[:-1]
+        in_loss = in_loss[:-1]
     same = _common(ids, row.ids)
     _require_located(in_loss[same:])
     row.in_loss[:same] = in_loss[:same]
