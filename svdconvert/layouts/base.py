@@ -203,6 +203,9 @@ class Layout:
                 f"target {target!r} matches only tensors that are never decomposed, such as {others[0]} "
                 "(embeddings, heads, norms and biases are copied); choose other --targets"
             )
+        if target == ALL_LINEAR:
+            reasons = "".join(f"; {remark}" for remark in self.remarks())
+            return f"no matrix of the language model can be adapted; give --targets vision or audio{reasons}"
         groups = {role.split(".")[0] for role in self.roles}
         return (
             f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role "

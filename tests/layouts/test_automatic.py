@@ -203,7 +203,9 @@ def test_a_conv1d_is_placed_as_in_out(tmp_path: Path) -> None:
     assert all(slot.place is not None and slot.place.transposed for slot in layout.table.values())
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT: those of parameters do count
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys"
+)  # PEFT: those of parameters do count
 def test_a_matrix_that_is_narrower_than_the_rank_gets_the_rank_that_it_has(tmp_path: Path) -> None:
     base = made("qwen3_next", tmp_path / "base")
     plan = plan_decompose(base, SplitOptions(rank=12, alpha=24))

@@ -20,9 +20,10 @@ from svdconvert.commands.train import train
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.output.measurements import losses as recorded_losses
 from svdconvert.training.model.adapted_experts import AdaptedExperts
 from svdconvert.training.model.inject import extract_factors, inject_adapters
 from svdconvert.training.optim.orthonormality import Penalty
@@ -146,6 +147,31 @@ def test_train_writes_what_merge_and_peft_take(how: str, form: str, tmp_path: Pa
         lora = adapted(base, tmp_path / "lora")(**tokens).logits
     assert (lora - merged).abs().max() < 1e-4 * merged.std()
     assert (before - merged).abs().max() > 1e-3 * merged.std()
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"train_also": ("norms",)}], ids=str
+)
+def test_experts_are_trained_with_the_options_of_train(options: dict[str, object], tmp_path: Path) -> None:
+    out = decomposed("mixtral", tmp_path, stacked=True)
+    write_tokenizer(tmp_path / "base")
+    write_tokenizer(out)
+    data = str(write_sums(tmp_path / "rows.jsonl", rows=8))
+    common = {"data": data, "steps": 6, "batch_size": 4, "max_length": 48, "lr": 0.02}
+    train(out, tmp_path / "trained", TrainOptions(**common, **options), RUN)  # type: ignore[arg-type]
+    found, _ = recorded_losses(tmp_path / "trained" / "metrics.jsonl")
+    assert len(found) == 6 and found[-1] < found[0]
+    before, after = open_adapter(start_of(out)), open_adapter(tmp_path / "trained")
+    assert before.modules.keys() == after.modules.keys()
+    merge(tmp_path / "trained", tmp_path / "merged", base=str(tmp_path / "base"))
+
+
+def test_dropout_on_experts_is_refused(tmp_path: Path) -> None:
+    out = decomposed("mixtral", tmp_path)
+    write_tokenizer(out)
+    data = str(write_sums(tmp_path / "rows.jsonl", rows=8))
+    with pytest.raises(RecipeError, match="--dropout 0.1 is not possible for .*experts"):
+        train(out, tmp_path / "trained", TrainOptions(data=data, steps=1, dropout=0.1), RUN)
 
 
 def test_factors_of_other_experts_are_refused(tmp_path: Path) -> None:
