@@ -19,7 +19,6 @@ from svdconvert.inputs.tensor_names import Share
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
-from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
 from svdconvert.pipeline.merge_extras import NewTensor, plan_extras, refuse_other_vocabulary
 
