@@ -5,8 +5,8 @@ from pathlib import Path
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
-from svdconvert.linalg.threads import use_threads
 from svdconvert.hub.download import fetch
+from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.output.staging import recorded

@@ -58,9 +58,7 @@ def trained(base: Path, kind: str, out: Path, more: int = 0) -> tuple[torch.Tens
     return logits(adapted), adapted
 
 
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @every_kind
 @ties
@@ -80,9 +78,7 @@ def test_the_merged_model_and_the_lora_compute_what_peft_computes(
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @every_kind
 def test_without_ties_it_is_what_peft_merges(kind: str, checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("llama", dtype=torch.float32, tied=False)
@@ -95,9 +91,7 @@ def test_without_ties_it_is_what_peft_merges(kind: str, checkpoint: Build, tmp_p
         torch.testing.assert_close(tensor, stock[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @every_kind
 @ties
 def test_a_resized_vocabulary_is_merged_and_converted(
@@ -124,6 +118,7 @@ def test_a_resized_vocabulary_is_merged_and_converted(
     torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_untied_head_is_rounded_once_to_the_type_of_the_embeddings(
     checkpoint: Build, tmp_path: Path
 ) -> None:

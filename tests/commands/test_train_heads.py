@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from svdconvert import Run, SplitOptions, TrainOptions, decompose, merge, read_manifest, to_lora, train
-from svdconvert.errors import ArtifactError, DataError, MissingPackageError
+from svdconvert.errors import DataError, MissingPackageError
 from svdconvert.publish.card import CardContext, write_card
 from svdconvert.publish.files import SourceRepos
 from tests.conftest import Build
