@@ -16,7 +16,7 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.commands.train import train
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import ArtifactError, RecipeError
+from svdconvert.errors import RecipeError
 from svdconvert.pipeline.decompose import SplitOptions
 from tests.reading import readable, write_sums
 from tests.stock import adapted, logits, plain, tensors
