@@ -129,7 +129,8 @@ def _peft_keys(delta: AdapterDelta, form: LoraForm) -> Keys:
     adapted = delta.modules
     extras = {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras}
     if delta.initial_adapter is None:
-        extras |= {parameter: copy_key(parameter) for parameter in delta.adapter.copies}
+        copies = [parameter for parameter in delta.adapter.copies if parameter not in extras]
+        extras |= {parameter: copy_key(parameter) for parameter in copies}
     owners = {name: module for module, parts in form.pieces.items() for name, _ in parts}
     return Keys(pieces, extras, {name: rows for name, rows in written.items() if rows}, owners)
 

@@ -235,7 +235,8 @@ def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
         if name in staged.finished:
             continue
         dtype = torch_dtype(plan.dtypes[name])
-        tensor = delta.parameter(new.parameter) if new.parameter is not None else plan.source.read(new.copied)
+        own = new.parameter
+        tensor = plan.source.read(new.copied) if own is None else delta.parameter(own)
         if new.module is not None:
             product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
             tensor, _ = merged_(tensor.clone(), product, dtype, None, None)

@@ -228,8 +228,8 @@ def _resize(delta: AdapterDelta, model: OpenModel, extras: Extras, infos: Mappin
         most = max(sizes, key=lambda name: sizes[name])
         raise ArtifactError(
             f"{delta.directory} was trained with another vocabulary: {most} would have {sizes[most]} rows "
-            f"and {least} {sizes[least]}; resize the model (resize_token_embeddings of transformers), save "
-            "it, and give it with --base"
+            f"and {least} {sizes[least]}; resize the model (resize_token_embeddings of transformers), "
+            "save it, and give it with --base"
         )
     extras.config[_SIZE] = next(iter(sizes.values()))
 

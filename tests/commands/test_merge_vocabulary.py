@@ -118,6 +118,7 @@ def test_a_resized_vocabulary_is_merged_and_converted(
     torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_untied_head_is_rounded_once_to_the_type_of_the_embeddings(
     checkpoint: Build, tmp_path: Path
 ) -> None:
