@@ -12,6 +12,7 @@ from svdconvert.version import __version__ as __version__
 if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
+        ExtractOptions,
         LoraOptions,
         MergeOptions,
         PushOptions,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvertOptions",
+    "ExtractOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -44,6 +47,7 @@ __all__ = [
     "TrainPlan",
     "convert",
     "decompose",
+    "extract",
     "inspect",
     "list_plugins",
     "merge",
@@ -56,6 +60,7 @@ __all__ = [
 
 _MODULES = {
     "ConvertOptions": "config.options",
+    "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
     "MergeOptions": "config.options",

@@ -115,7 +115,8 @@ def _replaced(
                 f"{delta.directory} trained {parameter} with the shape {shape}, and the model has it with "
                 f"{known}; give the model that it was made for"
             )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in infos):
+        tied = delta.adapter.config.ties_saved_modules
+        if parameter.endswith("embed_tokens.weight") and not (tied or any("head" in name for name in infos)):
             raise ArtifactError(
                 f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
                 "would change the head too; untie them first, or train without it"
