@@ -16,15 +16,16 @@ from svdconvert.adapters.extra_parameters import contains_adapters, declaration,
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, target_modules
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
-from svdconvert.inputs.adapted_tensors import ties_embeddings
+from svdconvert.inputs.adapted_tensors import HEADS, ties_embeddings
 from svdconvert.linalg.approximation import Approximation
 from svdconvert.linalg.factors import factor_shapes
 from svdconvert.linalg.low_rank import product_distance
 from svdconvert.manifest.fingerprint import CHUNK, Checksum, checksum, file_checksum
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput, os_errors_as_output_error
-from svdconvert.pipeline.extract_plan import ExtractPlan, is_vocabulary
+from svdconvert.pipeline.extract_plan import ExtractPlan
 
+CAUSAL_LM = "CAUSAL_LM"
 _SIDES = ("lora_A", "lora_B")
 
 
@@ -103,10 +104,25 @@ class ExtractedLora:
         """Tensor -> its name at run time, for what is stored in full."""
         return {name: self.plan.layout.runtime_name(name) for name in self.kept}
 
+    @property
+    def tied_head(self) -> str | None:
+        """The head's parameter if embeddings are stored that it is tied to: PEFT's files have both."""
+        return f"{HEADS[0]}.weight" if self._tied_embeddings else None
+
+    @property
+    def _tied_embeddings(self) -> str | None:
+        """The embeddings that are stored and to which the base ties its head; None if there are none."""
+        found = [name for name in self.kept if name.endswith("embed_tokens.weight")]
+        is_decoder = self.plan.layout.task_of(self.plan.infos) == CAUSAL_LM
+        return found[0] if found and is_decoder and ties_embeddings(self.plan.pair.base.config) else None
+
     def keys(self) -> dict[str, str]:
-        """Tensor -> name in the file, for what is stored in full."""
+        """Name in the file -> tensor, for what is stored in full."""
         adapted = self.modules.values()
-        return {name: extra_key(parameter, adapted) for name, parameter in self.parameters.items()}
+        named = {extra_key(parameter, adapted): name for name, parameter in self.parameters.items()}
+        if self.tied_head and self._tied_embeddings:
+            named[extra_key(self.tied_head, adapted)] = self._tied_embeddings
+        return named
 
     def file(self) -> PlannedFile:
         """The file of the factors and of what is stored in full."""
@@ -118,7 +134,7 @@ class ExtractedLora:
             infos += adapter_infos(module, {side: shapes[side] for side in _SIDES}, code)
         tuned = self.plan.pair.tuned.source.infos
         infos += [
-            TensorInfo(key_, tuned[name].shape, tuned[name].dtype) for name, key_ in self.keys().items()
+            TensorInfo(stored, tuned[name].shape, tuned[name].dtype) for stored, name in self.keys().items()
         ]
         return plan_file(WEIGHTS, infos, "adapter")
 
@@ -127,7 +143,8 @@ class ExtractedLora:
         infos = self.plan.infos
         linears = {self.plan.layout.module(name) for name, info in infos.items() if len(info.shape) == 2}
         modules = list(self.modules.values())
-        saved, bias = declaration(self.parameters.values(), modules)
+        parameters = [*self.parameters.values(), *([self.tied_head] if self.tied_head else [])]
+        saved, bias = declaration(parameters, modules)
         mixed = contains_adapters(self.parameters.values(), modules)
         base = self.plan.pair.base
         kind = PER_EXPERT if self.plan.per_expert else WITH_PARAMETERS if mixed else "LORA"
@@ -140,7 +157,7 @@ class ExtractedLora:
             modules_to_save=saved,
             bias=bias,
             peft_type=kind,
-            ties_saved_modules=ties_embeddings(base.config) and any(map(is_vocabulary, self.kept)),
+            ties_saved_modules=self.tied_head is not None,
         )
 
     def write(self, scratch: Scratch, staged: StagedOutput) -> dict[str, Any]:
@@ -152,11 +169,11 @@ class ExtractedLora:
             stored = staged.finished[name]["note"]["rank"]
             factors = scratch.read(name, self.plan.infos[name].shape, stored, self.ranks[name])
             rounding[name] = self._write_factors(module, factors, staged, checksums)
-        for name, key_ in self.keys().items():
+        for stored_name, name in self.keys().items():
             hasher = Checksum()
             chunks = self.plan.pair.tuned.source.chunks(name, CHUNK)
-            staged.write_bytes(WEIGHTS, key_, chunks, hasher.update)
-            checksums[key_] = hasher.text()
+            staged.write_bytes(WEIGHTS, stored_name, chunks, hasher.update)
+            checksums[stored_name] = hasher.text()
         with os_errors_as_output_error(staged.path):
             (staged.path / CONFIG).write_text(self.config().text(), encoding="utf-8")
         note = {"ranks": dict(self.ranks), "kept": list(self.kept), "rounding": rounding}

@@ -16,6 +16,7 @@ from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
+from svdconvert.manifest.fingerprint import tensor_checksum
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options
@@ -106,6 +107,8 @@ def _replaced(
         if parameter in added:
             continue
         tensor = names.tensor(parameter)
+        if tensor is None and _is_copy_for_tied_head(delta, parameter):
+            continue
         if tensor is None:
             raise _absent(delta, parameter)
         shape = delta.adapter.source.infos[key].shape
@@ -123,6 +126,16 @@ def _replaced(
             )
         replaced[tensor] = parameter
     return replaced
+
+
+def _is_copy_for_tied_head(delta: AdapterDelta, parameter: str) -> bool:
+    """True for a head that is stored in addition to the same embeddings, and tied to them in the model."""
+    if not (delta.adapter.config.ties_saved_modules and is_head(parameter.removesuffix(".weight"))):
+        return False
+    adapter = delta.adapter
+    known = tensor_checksum(adapter.source, adapter.extras[parameter])
+    others = (name for name in adapter.extras.values() if name.endswith("embed_tokens.weight"))
+    return any(tensor_checksum(adapter.source, name) == known for name in others)
 
 
 def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
