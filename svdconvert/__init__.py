@@ -12,6 +12,7 @@ from svdconvert.version import __version__ as __version__
 if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.diff import diff
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
@@ -47,6 +48,7 @@ __all__ = [
     "TrainPlan",
     "convert",
     "decompose",
+    "diff",
     "extract",
     "inspect",
     "list_plugins",

@@ -30,6 +30,7 @@ LEVELS = (
     "publish",
     "pipeline",
     "training",
+    "reports",
     "commands",
     "cli",
     "__main__",
