@@ -1,15 +1,17 @@
-"""The commands about adapters: merge and to-lora."""
+"""The commands about adapters: merge, to-lora and combine."""
 
 from dataclasses import replace
 
-from svdconvert.cli import progress, summaries
+from svdconvert.cli import combine_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
     BaseOpt,
+    ConfigOpt,
     DebugOpt,
     DeviceOpt,
     InitOpt,
+    InputsArg,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -22,6 +24,7 @@ from svdconvert.cli.arguments import (
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import LoraOptions, MergeOptions, PushOptions
 from svdconvert.config.recipe import options, read_recipe
 
@@ -104,3 +107,38 @@ def to_lora(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_lora(output.place, manifest)
+
+
+@app.command(cls=SingleOptions, epilog="Example: svdconvert combine math code -o both --weights 0.7,0.3")
+@with_options(PushOptions, into="pushing", panel="Publishing")
+@with_options(CombineOptions)
+def combine(
+    typed: Typed,
+    pushing: Typed,
+    inputs: InputsArg = None,
+    out: OutOpt = None,
+    config: ConfigOpt = None,
+    base: BaseOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    stream: StreamOpt = False,
+    push: PushOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Merge several adapters into one LoRA, or several checkpoints into one checkpoint."""
+    with report_errors(debug=debug, out=out):
+        from svdconvert.commands.combine import combine as command
+
+        shared = read_recipe(recipe)
+        chosen = options(CombineOptions, shared, typed)
+        with published(out, push, pushing, stream=stream) as output:
+            with progress.tensors("combine") as track:
+                run = run_settings(shared, track, overwrite, threads, device)
+                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                manifest = command(
+                    inputs or [], output.directory, chosen, run, base=base, init=init, config=config
+                )
+            combine_summaries.show_combined(output.place, manifest)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
 from svdconvert.config.train import REPEATED, TrainOptions
 from svdconvert.errors import RecipeError, brief, did_you_mean
@@ -27,6 +28,7 @@ SECTIONS: Mapping[str, type] = {
     "merge": MergeOptions,
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
+    "combine": CombineOptions,
 }
 COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
@@ -37,11 +39,22 @@ COMMAND_OF_KIND: Mapping[str, str] = {
     "converted": "convert",
 }
 """Kind of a directory -> the section of the command that wrote it."""
+
+
+def section_of(kind: str, command: str | None) -> str:
+    """The section with the options of the command that wrote a directory; `command` is in its manifest."""
+    return command if command is not None and command in SECTIONS else COMMAND_OF_KIND[kind]
+
+
 SHARED: Mapping[str, type] = {"model": str, "seed": int, "threads": int, "device": str}
 _LONGEST = 300  # characters that are shown of a message of the YAML reader
 _SPELLINGS = {"from": "side"}  # a reserved word in Python
 # Options of which only one can be given: if one is typed, those of the recipe are ignored.
-_EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
+_EXCLUSIVE = {
+    "train": {"steps", "epochs"},
+    "to_lora": {"rank", "tol", "rank_budget"},
+    "combine": {"rank", "tol", "rank_budget"},
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,8 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
         written = {key: value for key, value in written.items() if key not in rivals}
     values = {**written, **given}
-    if section == "merge" and values.get("rounding") != "stochastic":
-        _drop_shared_seed(values, recipe, given)
+    if section == "combine" or (section == "merge" and values.get("rounding") != "stochastic"):
+        _drop_shared_seed(values, recipe.sections.get(section, {}), given)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -125,9 +138,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         raise RecipeError(f"{source}: {wrong}") from None
 
 
-def _drop_shared_seed(values: dict[str, Any], recipe: Recipe, given: Mapping[str, Any]) -> None:
+def _drop_shared_seed(values: dict[str, Any], written: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """A recipe's seed serves all commands; a merge that draws no random numbers does not take it."""
-    if "seed" not in given and "seed" not in recipe.sections.get("merge", {}):
+    if "seed" not in given and "seed" not in written:
         values.pop("seed", None)
 
 

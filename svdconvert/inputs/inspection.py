@@ -9,7 +9,7 @@ from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.config.recipe import COMMAND_OF_KIND, non_default_options
+from svdconvert.config.recipe import non_default_options, section_of
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
@@ -65,7 +65,7 @@ def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
         "layout": manifest.layout,
         "base": _location(manifest.base),
         "residual": _location(manifest.residual),
-        "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
+        "options": non_default_options(section_of(manifest.kind, manifest.command), manifest.options),
         **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
     }

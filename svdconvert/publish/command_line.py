@@ -3,13 +3,13 @@
 import shlex
 from pathlib import Path
 
-from svdconvert.config.recipe import COMMAND_OF_KIND, to_cli_args
+from svdconvert.config.recipe import section_of, to_cli_args
 from svdconvert.manifest.schema import Manifest, Origin
 
 
 def command_of(manifest: Manifest, repository: str) -> str:
     """What is typed to make such a directory and push it to `repository`."""
-    section = COMMAND_OF_KIND[manifest.kind]
+    section = section_of(manifest.kind, manifest.command)
     options = to_cli_args(section, manifest.options)
     words = ["svdconvert", section.replace("_", "-"), *_inputs(manifest), *options]
     return shlex.join([*words, "-o", repository.split("/")[-1], "--push", repository])
@@ -17,6 +17,10 @@ def command_of(manifest: Manifest, repository: str) -> str:
 
 def _inputs(manifest: Manifest) -> list[str]:
     """The positional argument and, for an adapter started on a plain model, how it was started."""
+    if manifest.command == "combine":
+        return ["INPUT", "INPUT"]
+    if manifest.command == "extract":
+        return [_name(manifest.base, "BASE"), "TUNED"]
     if manifest.kind in ("decomposed", "converted"):
         return [_name(manifest.base, "MODEL")]
     if manifest.kind == "finetuned":

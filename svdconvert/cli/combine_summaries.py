@@ -1,0 +1,36 @@
+"""What `combine` prints when it is done."""
+
+from typing import TYPE_CHECKING
+
+from svdconvert.cli.summaries import show_lora, summary
+from svdconvert.layouts.loading import loading
+
+if TYPE_CHECKING:
+    from svdconvert.manifest.schema import Manifest
+
+
+def show_combined(out_dir: object, manifest: "Manifest") -> None:
+    """Print the result of combine."""
+    from svdconvert.manifest.results import MergeResult
+
+    if not isinstance(manifest.result, MergeResult):
+        show_lora(out_dir, manifest, "combined")
+        return
+    update = manifest.result.update
+    summary(
+        f"combined into {out_dir}",
+        {
+            "method": manifest.method,
+            "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "update as stored": (
+                f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
+                if update
+                else None
+            ),
+        },
+        [
+            command
+            for command in (f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir))
+            if command
+        ],
+    )
