@@ -137,10 +137,10 @@ def _refuse_misfits(group: AdapterGroup) -> None:
     for module, each in group.modules.items():
         shapes = {_shape(group.deltas[index], own): index for index, own in each.items()}
         if len(shapes) > 1:
-            (one, first), (other, second), *_ = shapes.items()
+            (one, owner), (other, other_owner), *_ = shapes.items()
             raise ArtifactError(
-                f"{group.deltas[first].directory} adapts {module} as {one}, and "
-                f"{group.deltas[second].directory} as {other}: they belong to different models"
+                f"{group.deltas[owner].directory} adapts {module} as {one}, and "
+                f"{group.deltas[other_owner].directory} as {other}: they belong to different models"
             )
     first = group.deltas[0]
     for delta in group.deltas[1:]:
