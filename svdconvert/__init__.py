@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.combine import combine
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
+        ExtractOptions,
         LoraOptions,
         MergeOptions,
         PushOptions,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CombineOptions",
     "ConvertOptions",
+    "ExtractOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -48,6 +51,7 @@ __all__ = [
     "combine",
     "convert",
     "decompose",
+    "extract",
     "inspect",
     "list_plugins",
     "merge",
@@ -61,6 +65,7 @@ __all__ = [
 _MODULES = {
     "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
+    "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
     "MergeOptions": "config.options",

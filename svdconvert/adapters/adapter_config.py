@@ -64,6 +64,9 @@ class AdapterConfig:
     """Modules that are trained in full, as PEFT matches them."""
     bias: str = "none"
     """Which biases are trained: none, all or lora_only."""
+    ties_saved_modules: bool = False
+    """True if embeddings in modules_to_save also replace the head that is tied to them (PEFT's
+    ensure_weight_tying)."""
     base_is_residual: bool | None = None
     """True if the adapter was started from a part of the base and belongs to a residual, False if it started
     at zero; None if svdconvert did not write the initial adapter."""
@@ -86,6 +89,7 @@ class AdapterConfig:
             **({"auto_mapping": {ENTRY: {"base_is_residual": self.base_is_residual}}} if has_entry else {}),
             "base_model_name_or_path": self.base,
             "bias": self.bias,
+            **({"ensure_weight_tying": True} if self.ties_saved_modules else {}),
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": self.initialised,
@@ -160,6 +164,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
         bias=read.text("bias") or "none",
+        ties_saved_modules=values.get("ensure_weight_tying") is True,
         base_is_residual=read.base_is_residual(),
     )
 

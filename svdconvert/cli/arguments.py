@@ -40,6 +40,9 @@ StreamOpt = Annotated[
         help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
     ),
 ]
+ReadOnlyStreamOpt = Annotated[
+    bool, typer.Option("--stream", help="Store no weights on disk: read them from the Hub.")
+]
 OutOpt = Annotated[
     Path | None,
     typer.Option("-o", "--out", help="The directory to write; it appears complete or not at all."),

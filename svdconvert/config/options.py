@@ -3,7 +3,7 @@
 The text under a field is its help. This module imports no torch, so that `--help` is fast.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -133,10 +133,15 @@ class LoraOptions:
 
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:
-        given = [name for name in ("rank", "tol", "rank_budget") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        refuse_rivals(self, ("rank", "tol", "rank_budget"))
         return self
+
+
+def refuse_rivals(options: object, names: Sequence[str]) -> None:
+    """Raise ValueError if more than one of these options is given."""
+    given = [name for name in names if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -151,3 +156,34 @@ class PushOptions:
     """Message of the commit."""
     pull_request: bool = False
     """Open a pull request instead of committing to the branch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExtractOptions:
+    """The options of `extract`."""
+
+    rank: Rank | None = None
+    """Rank of every matrix's factors; 64 if no rule for the ranks is given."""
+    tol: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For every matrix the smallest rank whose error is at most this share of its change's norm."""
+    energy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For every matrix the smallest rank that holds this share of its change's squared norm, such as 0.9."""
+    rank_budget: Rank | None = None
+    """Ranks whose sum is this, distributed over the matrices so that the total error is smallest."""
+    targets: Names = ("all-linear",)
+    """What becomes factors: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    keep: Literal["changed", "none"] = "changed"
+    """changed stores norms, biases, embeddings and heads that differ, in full; none leaves them out."""
+    dtype: Float = "float32"
+    """Element type of the stored factors."""
+    layout: str | None = None
+    """The layout, if config.json's model_type does not tell it; see `svdconvert list layouts`."""
+
+    @model_validator(mode="after")
+    def _refuse_rivals(self) -> Self:
+        refuse_rivals(self, RANK_RULES)
+        return self
+
+
+RANK_RULES = ("rank", "tol", "energy", "rank_budget")
+"""The options of `extract` of which one at most can be given."""

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.config.combine import CombineOptions
-from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
+from svdconvert.config.options import (
+    RANK_RULES,
+    ConvertOptions,
+    ExtractOptions,
+    LoraOptions,
+    MergeOptions,
+    SplitOptions,
+)
 from svdconvert.config.train import REPEATED, TrainOptions
 from svdconvert.errors import RecipeError, brief, did_you_mean
 
@@ -29,6 +36,7 @@ SECTIONS: Mapping[str, type] = {
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
     "combine": CombineOptions,
+    "extract": ExtractOptions,
 }
 COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
@@ -54,6 +62,7 @@ _EXCLUSIVE = {
     "train": {"steps", "epochs"},
     "to_lora": {"rank", "tol", "rank_budget"},
     "combine": {"rank", "tol", "rank_budget"},
+    "extract": {*RANK_RULES},
 }
 
 

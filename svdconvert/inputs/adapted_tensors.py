@@ -15,7 +15,7 @@ from svdconvert.layouts.base import Layout
 # Modules that only contain the body of a model: versions of transformers, and a body that is saved without
 # its head, differ in them.
 _CONTAINERS = re.compile(r"^(?:(?:model|language_model|text_model)\.)+")
-_HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, str]:
 
 def is_head(module: str) -> bool:
     """True for the module that makes logits of the last hidden state."""
-    return module.rpartition(".")[2] in _HEADS
+    return module.rpartition(".")[2] in HEADS
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:

@@ -154,6 +154,21 @@ class StagedOutput:
         for file in self._files:
             self._lay_out(file, create=False)
 
+    @property
+    def files(self) -> Sequence[PlannedFile]:
+        """Every file of tensors that is laid out."""
+        return self._files
+
+    def add(self, file: PlannedFile) -> None:
+        """Lay out one more file, which could only be planned from what is finished; in the leading rank.
+
+        Raises OutputError if the disk has no room for it.
+        """
+        self._files = [*self._files, file]
+        self._require_space()
+        with os_errors_as_output_error(self.path / file.path):
+            self._lay_out(file, create=True)
+
     def _require_space(self) -> None:
         present = (
             sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0

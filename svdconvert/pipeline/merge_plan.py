@@ -16,6 +16,7 @@ from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
+from svdconvert.manifest.fingerprint import tensor_checksum
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options
@@ -106,6 +107,8 @@ def _replaced(
         if parameter in added:
             continue
         tensor = names.tensor(parameter)
+        if tensor is None and _is_copy_for_tied_head(delta, parameter):
+            continue
         if tensor is None:
             raise _absent(delta, parameter)
         shape = delta.adapter.source.infos[key].shape
@@ -115,13 +118,24 @@ def _replaced(
                 f"{delta.directory} trained {parameter} with the shape {shape}, and the model has it with "
                 f"{known}; give the model that it was made for"
             )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in infos):
+        tied = delta.adapter.config.ties_saved_modules
+        if parameter.endswith("embed_tokens.weight") and not (tied or any("head" in name for name in infos)):
             raise ArtifactError(
                 f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
                 "would change the head too; untie them first, or train without it"
             )
         replaced[tensor] = parameter
     return replaced
+
+
+def _is_copy_for_tied_head(delta: AdapterDelta, parameter: str) -> bool:
+    """True for a head that is stored in addition to the same embeddings, and tied to them in the model."""
+    if not (delta.adapter.config.ties_saved_modules and is_head(parameter.removesuffix(".weight"))):
+        return False
+    adapter = delta.adapter
+    known = tensor_checksum(adapter.source, adapter.extras[parameter])
+    others = (name for name in adapter.extras.values() if name.endswith("embed_tokens.weight"))
+    return any(tensor_checksum(adapter.source, name) == known for name in others)
 
 
 def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
