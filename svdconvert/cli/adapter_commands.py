@@ -6,6 +6,7 @@ from svdconvert.cli import combine_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
+    AdaptersArg,
     BaseOpt,
     ConfigOpt,
     DebugOpt,
@@ -37,7 +38,7 @@ from svdconvert.config.recipe import options, read_recipe
 def merge(
     typed: Typed,
     pushing: Typed,
-    adapter: AdapterArg,
+    adapters: AdaptersArg,
     out: OutOpt = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
@@ -51,25 +52,29 @@ def merge(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Merge an adapter into its base or residual, as a plain checkpoint."""
+    """Merge an adapter into its base or residual, or several into their base, as a plain checkpoint."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
+        from svdconvert.pipeline.merge_group import open_group_merge
 
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
         if plan:
             refuse_push_options(push, pushing)
             sources = Sources(base=base, residual=residual, init=init, stream=True)
-            summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
+            if len(adapters) > 1 or chosen.weights is not None:
+                combine_summaries.show_group_plan(open_group_merge(adapters, chosen, sources))
+            else:
+                summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
                 run = run_settings(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(
-                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
+                    adapters, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_merged(output.place, manifest)
 

@@ -30,6 +30,13 @@ InputsArg = Annotated[
         metavar="INPUT...", help="Adapters of one base, or checkpoints of one shape; local or on the Hub."
     ),
 ]
+AdaptersArg = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER...",
+        help="Directories of decompose or train, or any LoRAs in PEFT's format; local or on the Hub.",
+    ),
+]
 DirArg = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
 ]

@@ -7,16 +7,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from svdconvert.config.options import AutoFloat
+from svdconvert.config.options import AutoFloat, Weights
 from svdconvert.config.sizes import SizeText
 
-_LARGEST = 1e6
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-def parse_numbers(value: Any) -> Any:
-    """ "0.7,-0.4" as a tuple of numbers."""
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 def _parse_values(value: Any) -> Any:
@@ -39,9 +33,7 @@ def _value(text: str) -> bool | float | str:
         return text
 
 
-Weight = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
-Weights = Annotated[tuple[Weight, ...], BeforeValidator(parse_numbers)]
-Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -10,12 +10,13 @@ from torch import Tensor
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapted_tensors import TensorNames, without_containers
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model
 from svdconvert.inputs.open_adapter import open_adapter_delta
-from svdconvert.inputs.recover_init import settle_init
+from svdconvert.inputs.recover_init import recover_init, settle_init
 from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.unused_sources import check_unused
-from svdconvert.manifest.origin import base_conflict
+from svdconvert.manifest.origin import base_conflict, same_model
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class AdapterGroup:
         return self.base.source.read(tensor).float()
 
 
-def open_group(adapters: Sequence[str], sources: Sources, alpha: float | None = None) -> AdapterGroup:
+def open_group(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
     """Open adapters, each with its start settled, and check that they fit together.
 
     The base is opened if parameters that were trained in full differ between the adapters. Raises
     ArtifactError if they are not of one base, or if the base is needed and missing.
     """
     own = replace(sources, base=None)
-    deltas = [open_adapter_delta(adapter, replace(own, residual=None), alpha) for adapter in adapters]
+    deltas = [open_adapter_delta(adapter, own) for adapter in adapters]
     needs_base = [delta.is_lost or delta.is_assumed_zero for delta in deltas]
     settled = [
         settle_init(delta, sources if needed else own)
@@ -114,6 +115,30 @@ def open_group(adapters: Sequence[str], sources: Sources, alpha: float | None = 
         return replace(group, base=_needed_base(group, differing[0], sources))
     if sources.base and not any(needs_base):
         check_unused(settled[0], sources, base_used=False)
+    return group
+
+
+def open_group_on_base(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
+    """Open adapters and the base that they are merged into, each with its start settled.
+
+    Raises ArtifactError if the base is not found, or if an adapter belongs to another one.
+    """
+    init = replace(sources, base=None, residual=None)
+    deltas = [open_adapter_delta(adapter, init) for adapter in adapters]
+    origins = [delta.manifest.base for delta in deltas if delta.manifest and delta.manifest.base]
+    base = find_model(origins[0] if origins else None, sources.base, stream=sources.stream)
+    if base is None:
+        raise ArtifactError(
+            f"the base of {deltas[0].directory} is not found; several adapters, or one with a weight, are "
+            "merged into their base: give it with --base"
+        )
+    for origin in origins:
+        same_model(origin, base.path, base.config, base.source)
+    for delta in deltas:
+        refuse_hidden_init(delta, base)
+    settled = tuple(recover_init(delta, sources.base, base) for delta in deltas)
+    group = AdapterGroup(settled, base)
+    _refuse_misfits(group)
     return group
 
 

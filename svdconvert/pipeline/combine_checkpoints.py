@@ -20,7 +20,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.checkpoint_plan import CheckpointPlan, Merged
-from svdconvert.pipeline.merge import FAITHFUL, measured_update
+from svdconvert.pipeline.merge import measured_update, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 
 _BLOCK = 1 << 20  # entries that are measured at a time
@@ -83,18 +83,7 @@ class CheckpointJob:
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
         """A warning if rounding lost too much of some updates."""
-        assert isinstance(manifest.result, MergeResult)
-        update = manifest.result.update
-        if update is None:
-            return
-        low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
-        if low:
-            worst = min(low, key=low.__getitem__)
-            yield (
-                f"rounding swallows updates in {len(low)} of {len(update.matrices)} tensors: the cosine "
-                f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-                "--dtype float32 keeps it"
-            )
+        return remark_on_rounding(manifest, "--dtype float32 keeps it")
 
 
 def combine_work(plan: CheckpointPlan, device: torch.device) -> TensorJob:

@@ -123,18 +123,26 @@ class MergeJob:
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
                 "differ from the model's"
             )
-        assert isinstance(manifest.result, MergeResult)
-        update = manifest.result.update
-        if update is None or self.options.rounding != "nearest":
-            return
-        low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
-        if low:
-            worst = min(low, key=low.__getitem__)
-            yield (
-                f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
-                f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-                "--dtype float32 keeps it, --rounding stochastic does on average"
+        if self.options.rounding == "nearest":
+            yield from remark_on_rounding(
+                manifest, "--dtype float32 keeps it, --rounding stochastic does on average"
             )
+
+
+def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
+    """A warning if rounding lost too much of some updates."""
+    assert isinstance(manifest.result, MergeResult)
+    update = manifest.result.update
+    if update is None:
+        return
+    low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
+    if low:
+        worst = min(low, key=low.__getitem__)
+        yield (
+            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
+            f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
+            f"{advice}"
+        )
 
 
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
