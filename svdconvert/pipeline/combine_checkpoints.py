@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from svdconvert.checkpoint.tensors import torch_dtype
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
+from svdconvert.linalg.delta import Realised, realised_change
 from svdconvert.linalg.threads import pick_device
-from svdconvert.manifest.results import KeptUpdate, MergeResult
+from svdconvert.manifest.results import MergeResult
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
@@ -23,7 +23,6 @@ from svdconvert.pipeline.checkpoint_plan import CheckpointPlan, Merged
 from svdconvert.pipeline.merge import measured_update, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 
-_BLOCK = 1 << 20  # entries that are measured at a time
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """The keys of config.json for the number of layers."""
 
@@ -105,7 +104,7 @@ def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) ->
     exact = _exact(plan, merged, start)
     dtype = torch_dtype(plan.dtypes[name])
     rounded = cast_finite(name, exact, dtype)
-    return TensorResult({(file, name): rounded}, _realised(start, exact, rounded))
+    return TensorResult({(file, name): rounded}, _note(realised_change(start, exact, rounded)))
 
 
 def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
@@ -124,23 +123,8 @@ def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
     return plan.method.changes(changes, merged.settings) + start
 
 
-def _realised(start: Tensor, exact: Tensor, rounded: Tensor) -> Mapping[str, Any]:
-    """How much of the change from `start` to `exact` rounding has kept; empty if nothing changed."""
-    uu = ue = ee = 0.0
-    flat = [tensor.reshape(-1) for tensor in (start, exact, rounded)]
-    for begin in range(0, start.numel(), _BLOCK):
-        part, goal, got = (tensor[begin : begin + _BLOCK] for tensor in flat)
-        change = goal - part
-        uu += float(torch.dot(change, change))
-        if rounded.dtype != torch.float32:
-            error = got.float() - goal
-            ue += float(torch.dot(change, error))
-            ee += float(torch.dot(error, error))
-    if uu == 0.0:
-        return {}
-    realised = uu + 2.0 * ue + ee
-    cosine = (uu + ue) / sqrt(uu * realised) if realised > 0.0 else 0.0
-    return asdict(KeptUpdate(size=sqrt(uu), cosine=cosine, kept=(uu + ue) / uu))
+def _note(realised: Realised | None) -> dict[str, Any]:
+    return asdict(realised) if realised else {}
 
 
 def with_layers(config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError, TargetError
-from svdconvert.linalg.delta import Product, as_lora, merged_
+from svdconvert.linalg.delta import Product, as_lora, merged_, realised_change
+from svdconvert.linalg.dora import scaled_rows
+from svdconvert.linalg.rounding import stochastic
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.fingerprint import checksum
@@ -170,6 +172,8 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
         tensor = delta.parameter(plan.extras[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
     module = plan.modules[name]
+    if delta.adapter.config.dora:
+        return _merge_dora(plan, name, file, stored)
     factors, scale = delta.trained(module)
     on_base = plan.weights.side == "base"
     is_known = on_base or not delta.is_lost
@@ -181,8 +185,8 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     else:
         left, right = factors.folded()
         product = left * scale, right
-    stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
-    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if is_stochastic else None
     merged, realised = merged_(
         stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
     )
@@ -193,6 +197,21 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
             "another --dtype"
         )
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
+
+
+def _merge_dora(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
+    """Merge a matrix whose rows are scaled to the adapter's magnitudes."""
+    adapter = plan.weights.delta.adapter
+    module = plan.modules[name]
+    left, right = adapter.factors(module).folded()
+    dtype = torch_dtype(plan.dtypes[name])
+    product = _to_device_of((left * adapter.config.scale(module), right), stored)
+    exact = scaled_rows(stored, *product, adapter.magnitude(module).to(stored.device))
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device)
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    merged = stochastic(exact, dtype, generator) if is_stochastic else cast_finite(name, exact, dtype)
+    realised = realised_change(stored.float(), exact, merged)
+    return TensorResult({(file, name): merged}, asdict(realised) if realised else {})
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
