@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.combine import combine
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.diff import diff
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
@@ -51,6 +52,7 @@ __all__ = [
     "combine",
     "convert",
     "decompose",
+    "diff",
     "extract",
     "inspect",
     "list_plugins",

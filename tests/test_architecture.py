@@ -31,6 +31,7 @@ LEVELS = (
     "publish",
     "pipeline",
     "training",
+    "reports",
     "commands",
     "cli",
     "__main__",

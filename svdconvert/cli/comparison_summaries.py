@@ -1,13 +1,18 @@
 """What the commands print that compare two checkpoints or adapters."""
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import is_transformers, vllm_advice
 
+_MANY = 40  # rows of a table that a screen shows
+
 if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest
+    from svdconvert.pipeline.diff import ModelDiff
+    from svdconvert.pipeline.diff_adapters import AdapterDiff
     from svdconvert.pipeline.extract_estimate import ExtractEstimate
 
 
@@ -66,3 +71,100 @@ def show_extracted(out_dir: object, manifest: "Manifest") -> None:
             f"svdconvert merge {out_dir} -o MERGED",
         ],
     )
+
+
+def diff_json(found: "ModelDiff | AdapterDiff") -> dict[str, Any]:
+    """Everything that was measured, for --json; a comparison of models also has its sums by role."""
+    from svdconvert.pipeline.diff import ModelDiff
+
+    content = asdict(found)
+    if isinstance(found, ModelDiff):
+        for row, tensor in zip(content["tensors"], found.tensors, strict=True):
+            row["relative"] = tensor.relative
+        content["groups"] = [asdict(group) for group in found.groups()]
+    return content
+
+
+def show_diff(found: "ModelDiff | AdapterDiff") -> None:
+    """Print how much two checkpoints or adapters differ."""
+    from svdconvert.pipeline.diff import ModelDiff
+
+    if isinstance(found, ModelDiff):
+        _show_models(found)
+    else:
+        _show_adapters(found)
+
+
+def _show_models(found: "ModelDiff") -> None:
+    listing(
+        (
+            "role", "tensors", "changed", "moved", "|change| / |A|", "least cosine", "stable rank",
+            "effective rank", "rank for 90 %", "99 %",
+        ),
+        [
+            (
+                row.role, row.tensors, row.changed, f"{row.moved:.1%}", _number(row.relative, ".2e"),
+                _number(row.cosine, ".6f"), _number(row.stable_rank, ".1f"),
+                _number(row.effective_rank, ".1f"), _number(row.rank_90, ".1f"), _number(row.rank_99, ".1f"),
+            )
+            for row in found.groups()
+        ],
+    )  # fmt: skip
+    changed = sum(one.moved > 0 for one in found.tensors)
+    others = len(found.mismatches) - 3
+    summary(
+        f"{found.second} differs from {found.first}"
+        if changed
+        else f"{found.first} and {found.second} agree",
+        {
+            "changed": f"{changed} of {len(found.tensors)} tensors",
+            "not read": f"{found.equal_files} tensors of equal files" if found.equal_files else None,
+            "not compared": "; ".join(found.mismatches[:3]) + (f"; {others} more" if others > 0 else "")
+            or None,
+        },
+        [f"svdconvert extract {found.first} {found.second} -o LORA --plan --sketch"] if changed else [],
+    )
+
+
+def _show_adapters(found: "AdapterDiff") -> None:
+    listing(
+        ("module", "|A|", "|B|", "|B - A|", "cosine", "ranks", "left angles", "right angles"),
+        [
+            (
+                one.module,
+                *(f"{norm:.3e}" for norm in one.relation.norms),
+                f"{one.relation.distance:.3e}",
+                _number(one.relation.cosine, ".4f"),
+                " and ".join(map(str, one.relation.ranks)),
+                _angles(one.relation.left_angles),
+                _angles(one.relation.right_angles),
+            )
+            for one in found.modules[:_MANY]
+        ],
+    )
+    hidden = len(found.modules) - _MANY
+    summary(
+        f"{found.second} compared with {found.first}",
+        {
+            "norms": f"{found.norms[0]:.3e} and {found.norms[1]:.3e}",
+            "cosine": _number(found.cosine, ".4f"),
+            "modules": f"{len(found.modules)}" + (f", {hidden} more with --json" if hidden > 0 else ""),
+            "only in the first": _first_names(found.only_first),
+            "only in the second": _first_names(found.only_second),
+            "not compared": _first_names(found.parameters),
+        },
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _angles(degrees: tuple[float, ...]) -> str:
+    """The smallest and the largest principal angle."""
+    return f"{degrees[0]:.1f} to {degrees[-1]:.1f} degrees" if degrees else ""
+
+
+def _first_names(names: list[str]) -> str | None:
+    more = f", {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or None

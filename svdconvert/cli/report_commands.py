@@ -1,23 +1,29 @@
 """The commands that describe, check or publish what exists, and write no tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from svdconvert.cli import progress, summaries
+from svdconvert.cli import comparison_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     BaseOpt,
     DebugOpt,
+    DeviceOpt,
     DirArg,
     JsonOpt,
+    ReadOnlyStreamOpt,
+    ThreadsOpt,
+    run_settings,
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.terminal import as_json
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
+from svdconvert.config.recipe import Recipe
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
@@ -56,6 +62,38 @@ def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> 
         summaries.show_report(report)
         if not report.passed:
             raise typer.Exit(1)
+
+
+@app.command(
+    cls=SingleOptions, epilog="Example: svdconvert diff org/name org/name-instruct --picture diff.svg"
+)
+def diff(
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A checkpoint or an adapter, local or on the Hub.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one of the same model.")],
+    json: JsonOpt = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write the changes by layer and role to this .svg file.")
+    ] = None,
+    stream: ReadOnlyStreamOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Show where and how much two checkpoints differ, or two adapters."""
+    with report_errors(debug=debug, out=None):
+        from svdconvert.commands.diff import diff as command
+        from svdconvert.reports.diff_picture import check_picture, write_picture
+
+        if picture is not None:
+            check_picture(picture)
+        with progress.tensors("diff", of_bytes=False) as track:
+            run = run_settings(Recipe(), track, False, threads, device)
+            found = command(first, second, replace(run, stream=stream))
+        if picture is not None:
+            write_picture(picture, found)
+        as_json(comparison_summaries.diff_json(found)) if json else comparison_summaries.show_diff(found)
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert inspect trained --json")

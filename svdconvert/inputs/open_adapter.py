@@ -6,6 +6,7 @@ from pathlib import Path
 from svdconvert.adapters.adapter_config import CONFIG, KASA
 from svdconvert.adapters.peft_files import WEIGHTS, Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
+from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
@@ -17,6 +18,16 @@ from svdconvert.methods.base import init_folder
 
 # PEFT's names of initial states that are subtracted from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq", KASA)
+
+
+def is_any_adapter(name: str | Path) -> bool:
+    """True for what `open_adapter_delta` opens, False for a plain checkpoint."""
+    path = fetch(str(name), "sidecars").path
+    if has_manifest(path):
+        return read_manifest(path).kind not in PLAIN
+    if is_adapter_file(path):
+        return any(".lora_A" in name for name in open_file(path).infos)
+    return is_adapter(path)
 
 
 def open_initial_adapter(directory: Path, manifest: Manifest) -> Adapter:

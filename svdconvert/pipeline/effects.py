@@ -46,5 +46,11 @@ def refuse_idle_stream_of_pair(pair: ModelPair, run: Run) -> None:
         raise _idle("--stream", f"{pair.base.path} and {pair.tuned.path} are on this disk")
 
 
+def refuse_stream_of_adapters(run: Run) -> None:
+    """Raise RecipeError for --stream if only adapters are read."""
+    if run.stream:
+        raise _idle("--stream", "adapters are small, and are downloaded as a whole")
+
+
 def _idle(option: str, reason: str) -> RecipeError:
     return RecipeError(f"{option} changes nothing here: {reason}; leave it out")
