@@ -3,9 +3,9 @@
     python benchmarks/combining.py adapters DIR
     python benchmarks/combining.py checkpoints DIR --mergekit VENV/bin/mergekit-yaml [--repeat N]
 
-adapters: ten LoRAs of rank 16 on two layers of the shape of a 1.1B Llama, combined into one of rank 16. PEFT's
-combination_type svd has the model in memory. checkpoints: three models of SmolLM2's shape and their base in
-bfloat16, merged in float32. mergekit 0.1.5 runs from an environment of its own.
+adapters: ten LoRAs of rank 16 on two layers of the shape of a 1.1B Llama, combined into one of rank 16.
+PEFT's combination_type svd has the model in memory. checkpoints: three models of SmolLM2's shape and their
+base in bfloat16, merged in float32. mergekit 0.1.5 runs from an environment of its own.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Adapters of other types than LoRA, opened as the LoRAs that they equal."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def _shape(kind: AdapterType, shapes: Mapping[str, Shape]) -> Shape | None:
 
 
 def _sorted_names(
-    weights: Path, source: TensorSource, kind: AdapterType, saved: tuple[str, ...], bias: str
+    weights: Path, source: TensorSource, kind: AdapterType, saved: Sequence[str], bias: str
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """(module -> piece -> name, parameter trained in full -> name) of a file."""
     pattern = re.compile(

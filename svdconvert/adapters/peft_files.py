@@ -120,7 +120,7 @@ def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapte
         raise ArtifactError(
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
-    kind = read_json_object(directory / CONFIG).get("peft_type")
+    kind = str(read_json_object(directory / CONFIG).get("peft_type"))
     source = open_file(weights)
     if kind in TYPES:
         config, made = read_other_type(directory, weights, source, kind, find_shape or _no_shape(directory))

@@ -1,5 +1,6 @@
 """The change made by training: the factors of an adapter before and after it, matrix by matrix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class AdapterDelta:
     """True if no file records the initial state: it is assumed to be zero until the weights are compared."""
     uses_base: bool = False
     """True if the base's headers gave the shapes of the adapted matrices, which its file does not store."""
+    approximation: Callable[[str], tuple[float, float]] | None = None
+    """Module -> (||change - factors||_F, ||change||_F), if the factors only approximate the change."""
     recovered: RecoveredInit | None = None
     """The initial state as recovered from the weights."""
 

@@ -160,6 +160,13 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
 
 
 def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
+    if delta.approximation is not None:
+        ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
+        lost = {module: delta.approximation(module) for module in delta.modules}
+        errors = {module: rest / norm if norm else 0.0 for module, (rest, norm) in lost.items()}
+        total = hypot(*(norm for _, norm in lost.values()))
+        rest = hypot(*(rest for rest, _ in lost.values()))
+        return Truncation(ranks, errors, rest / total if total else 0.0)
     return choose_ranks(delta.modules, lambda module: exact_factors(delta, module), options)
 
 

@@ -149,6 +149,12 @@ def test_one_adapter_with_weight_and_density_one_is_unchanged(name: str) -> None
     assert np.linalg.norm(merged(name, pairs) - expected) < 1e-6 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("name", ADAPTER_METHODS)
+def test_adapters_that_change_nothing_are_combined_to_nothing(name: str) -> None:
+    nothing = [(torch.zeros(ROWS, 3), right) for _, right in products((3, 3))]
+    assert not merged(name, nothing, density=[DENSITY] * 2).any()
+
+
 @pytest.mark.parametrize("name", MERGES.names())
 def test_every_parameter_changes_the_result(name: str) -> None:
     method = MERGES.get(name)
