@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from svdconvert.commands.combine import combine
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.diff import diff
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
     from svdconvert.commands.verify import verify, verify_merge
+    from svdconvert.config.combine import CombineOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
+    "CombineOptions",
     "ConvertOptions",
     "ExtractOptions",
     "LoraOptions",
@@ -46,6 +49,7 @@ __all__ = [
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "combine",
     "convert",
     "decompose",
     "diff",
@@ -62,6 +66,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
     "ExtractOptions": "config.options",
     "LoraOptions": "config.options",

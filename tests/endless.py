@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 from svdconvert import (
+    CombineOptions,
     ConvertOptions,
     MergeOptions,
     Run,
     SplitOptions,
     TrainOptions,
+    combine,
     convert,
     decompose,
     merge,
@@ -23,7 +25,16 @@ from svdconvert import (
 from svdconvert.config.progress import Progress
 
 ENDLESS = [sys.executable, "-m", "tests.endless"]
-COMMANDS = ("decompose", "train", "merge", "to-lora", "convert to hf", "convert to blinkdl")
+COMMANDS = (
+    "decompose",
+    "train",
+    "merge",
+    "to-lora",
+    "combine adapters",
+    "combine checkpoints",
+    "convert to hf",
+    "convert to blinkdl",
+)
 STEPS = 40
 """Steps of training, with a checkpoint after each."""
 _PAUSE = 0.02
@@ -40,6 +51,11 @@ def write(name: str, source: Path, out: Path, run: Run) -> None:
         merge(source, out, MergeOptions(max_shard_size="1MB"), run)
     elif name == "to-lora":
         to_lora(source, out, run=run)
+    elif name == "combine adapters":
+        combine([source, source], out, CombineOptions(method="ties", weights=(0.5, 2.0)), run)
+    elif name == "combine checkpoints":
+        options = CombineOptions(method="dare-linear", density=0.5, max_shard_size="1MB")
+        combine([source / "one", source / "two"], out, options, run, base=str(source / "base"))
     else:
         options = ConvertOptions(layout=name.removeprefix("convert to "), max_shard_size="100KB")
         convert(source, out, options, run)

@@ -22,6 +22,7 @@ LEVELS = (
     "hub",
     "output",
     "methods",
+    "merging",
     "manifest",
     "adapters",
     "models",
@@ -38,7 +39,12 @@ LEVELS = (
 )
 LEVEL = {package: number for number, package in enumerate(LEVELS)}
 # A module of these packages imports no other one of its package, except those that they share.
-PLUG_INS = {"layouts": {"base", "blocks"}, "methods": {"base"}, "commands": set()}
+PLUG_INS = {
+    "layouts": {"base", "blocks"},
+    "methods": {"base"},
+    "merging": {"base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"},
+    "commands": set(),
+}
 # Heavy or remote: library -> the only packages that may import it.
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},

@@ -12,6 +12,7 @@ import svdconvert
 from tests.conftest import Build
 
 NAMES = [
+    "CombineOptions",
     "ConvertOptions",
     "LoraOptions",
     "Manifest",
@@ -22,6 +23,7 @@ NAMES = [
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "combine",
     "convert",
     "decompose",
     "inspect",
@@ -35,6 +37,7 @@ NAMES = [
 ]
 ALIASES = {"TrainPlan": "TrainOptions"}
 PARAMETERS = {
+    "combine": ["inputs", "out", "options", "run", "*base", "*init", "*config"],
     "convert": ["model", "out", "options", "run"],
     "decompose": ["model", "out", "options", "run"],
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],

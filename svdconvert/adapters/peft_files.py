@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
+from svdconvert.adapters.other_types import FindShape, read_other_type
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import FACTOR_AXES, Factors
 from svdconvert.manifest.fingerprint import checksum
+from svdconvert.output.sidecars import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -26,6 +29,11 @@ PICKLED = "adapter_model.bin"
 _KEY = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})(?:\.default)?\.weight"
 )
+_MAGNITUDE = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?"
+)
+_KASA_CORE = re.compile(r"\.lora_diag$")
+"""KaSA's name of the diagonal between B and A."""
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?<![^.])_orig_mod\.")
 """What DistributedDataParallel and torch.compile add to names."""
 _UNSUPPORTED = {
@@ -48,6 +56,8 @@ class Adapter:
     """Parameter that is trained in full -> name in the file."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
+    magnitudes: Mapping[str, str] = field(default_factory=dict)
+    """Module -> name in the file of its magnitudes, for DoRA."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
 
@@ -59,6 +69,10 @@ class Adapter:
     def parameter(self, name: str) -> Tensor:
         """A parameter trained in full. Raises ArtifactError if it has changed, or contains NaN or Inf."""
         return self._checked(self.extras[name])
+
+    def magnitude(self, module: str) -> Tensor:
+        """The magnitudes of a module's rows (DoRA). Raises ArtifactError as `factors`."""
+        return self._checked(self.magnitudes[module])
 
     def _checked(self, name: str) -> Tensor:
         tensor = self.source.read(name)
@@ -92,11 +106,13 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and ((directory / WEIGHTS).exists() or not holds_model(directory))
 
 
-def open_adapter(directory: Path) -> Adapter:
+def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapter:
     """Open an adapter in PEFT's format: adapter_model.safetensors, else adapter_model.bin.
 
-    Raises ArtifactError if it is missing or incomplete, or if it contains anything that cannot be converted
-    (DoRA, tensors that its configuration does not declare): no part of an adapter is ever dropped.
+    An adapter of another type than LoRA is opened as the LoRA that it equals; `find_shape` gives the shapes
+    of the base's matrices for types whose files do not tell them. Raises ArtifactError if it is missing or
+    incomplete, or if it contains anything that cannot be converted (tensors that its configuration does not
+    declare): no part of an adapter is ever dropped.
     """
     weights = _weights_file(directory)
     if not (directory / CONFIG).is_file() or not weights.is_file():
@@ -104,29 +120,78 @@ def open_adapter(directory: Path) -> Adapter:
         raise ArtifactError(
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
-    config = read_adapter_config(directory)
+    kind = str(read_json_object(directory / CONFIG).get("peft_type"))
     source = open_file(weights)
-    modules: dict[str, dict[str, str]] = {}
-    extras: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    others: list[str] = []
-    opened = weights, source
+    if kind in TYPES:
+        config, made = read_other_type(directory, weights, source, kind, find_shape or _no_shape(directory))
+        return Adapter(directory, config, made.source, made.modules, made.extras)
+    config = read_adapter_config(directory)
+    names = _Names()
     for name in source.infos:
-        plain = _WRAPPERS.sub("", name)
+        names.sort(name, config, (weights, source))
+    if names.others:
+        raise _unknown(weights, names.others)
+    check_factors(weights, source, names.modules)
+    _check_ranks(weights, config, source, names.modules)
+    if config.dora:
+        _check_magnitudes(weights, source, names)
+    config = config if config.targets else replace(config, targets=sorted(names.modules))
+    return Adapter(
+        directory,
+        config,
+        source,
+        names.modules,
+        names.extras,
+        copies=names.copies,
+        magnitudes=names.magnitudes,
+    )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names of a file's tensors by what they mean; see `Adapter`."""
+
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
+    magnitudes: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    def sort(self, name: str, config: AdapterConfig, opened: tuple[Path, TensorSource]) -> None:
+        """Add the name of one tensor of the file `opened`."""
+        plain = _KASA_CORE.sub(".lora_S.weight", _WRAPPERS.sub("", name))
         if match := _KEY.fullmatch(plain):
-            _put(modules.setdefault(match["module"], {}), match["piece"], name, opened)
+            _put(self.modules.setdefault(match["module"], {}), match["piece"], name, opened)
+        elif config.dora and (match := _MAGNITUDE.fullmatch(plain)):
+            _put(self.magnitudes, match["module"], name, opened)
         elif is_copy(plain):
-            _put(copies, parameter_of(plain), name, opened)
+            _put(self.copies, parameter_of(plain), name, opened)
         elif is_declared(plain, config.modules_to_save, config.bias):
-            _put(extras, parameter_of(plain), name, opened)
+            _put(self.extras, parameter_of(plain), name, opened)
         else:
-            others.append(name)
-    if others:
-        raise _unknown(weights, others)
-    check_factors(weights, source, modules)
-    _check_ranks(weights, config, source, modules)
-    config = config if config.targets else replace(config, targets=sorted(modules))
-    return Adapter(directory, config, source, modules, extras, copies=copies)
+            self.others.append(name)
+
+
+def _no_shape(directory: Path) -> FindShape:
+    """For types whose files do not tell the shapes of the matrices, if the base is not known."""
+
+    def refuse(module: str) -> tuple[int, ...]:
+        raise ArtifactError(
+            f"{directory} does not store the shape of {module}, and its base is not known; give "
+            "it with --base"
+        )
+
+    return refuse
+
+
+def _check_magnitudes(file: Path, source: TensorSource, found: _Names) -> None:
+    """Raise ArtifactError if a module of a DoRA adapter has no magnitude for each of its rows."""
+    for module, names in found.modules.items():
+        rows = source.infos[names["lora_B"]].shape[0]
+        if module not in found.magnitudes or source.infos[found.magnitudes[module]].shape != (rows,):
+            raise ArtifactError(
+                f"{file} has no lora_magnitude_vector of {rows} rows for {module}; restore the file"
+            )
 
 
 def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:

@@ -1,15 +1,18 @@
-"""The commands about adapters: merge and to-lora."""
+"""The commands about adapters: merge, to-lora and combine."""
 
 from dataclasses import replace
 
-from svdconvert.cli import progress, summaries
+from svdconvert.cli import combine_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
+    AdaptersArg,
     BaseOpt,
+    ConfigOpt,
     DebugOpt,
     DeviceOpt,
     InitOpt,
+    InputsArg,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -22,6 +25,7 @@ from svdconvert.cli.arguments import (
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import LoraOptions, MergeOptions, PushOptions
 from svdconvert.config.recipe import options, read_recipe
 
@@ -34,7 +38,7 @@ from svdconvert.config.recipe import options, read_recipe
 def merge(
     typed: Typed,
     pushing: Typed,
-    adapter: AdapterArg,
+    adapters: AdaptersArg,
     out: OutOpt = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
@@ -48,25 +52,29 @@ def merge(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Merge an adapter into its base or residual, as a plain checkpoint."""
+    """Merge an adapter into its base or residual, or several into their base, as a plain checkpoint."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
+        from svdconvert.pipeline.merge_group import open_group_merge
 
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
         if plan:
             refuse_push_options(push, pushing)
             sources = Sources(base=base, residual=residual, init=init, stream=True)
-            summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
+            if len(adapters) > 1 or chosen.weights is not None:
+                combine_summaries.show_group_plan(open_group_merge(adapters, chosen, sources))
+            else:
+                summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
                 run = run_settings(shared, track, overwrite, threads, device)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(
-                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
+                    adapters, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_merged(output.place, manifest)
 
@@ -104,3 +112,38 @@ def to_lora(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_lora(output.place, manifest)
+
+
+@app.command(cls=SingleOptions, epilog="Example: svdconvert combine math code -o both --weights 0.7,0.3")
+@with_options(PushOptions, into="pushing", panel="Publishing")
+@with_options(CombineOptions)
+def combine(
+    typed: Typed,
+    pushing: Typed,
+    inputs: InputsArg = None,
+    out: OutOpt = None,
+    config: ConfigOpt = None,
+    base: BaseOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    stream: StreamOpt = False,
+    push: PushOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Merge several adapters into one LoRA, or several checkpoints into one checkpoint."""
+    with report_errors(debug=debug, out=out):
+        from svdconvert.commands.combine import combine as command
+
+        shared = read_recipe(recipe)
+        chosen = options(CombineOptions, shared, typed)
+        with published(out, push, pushing, stream=stream) as output:
+            with progress.tensors("combine") as track:
+                run = run_settings(shared, track, overwrite, threads, device)
+                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                manifest = command(
+                    inputs or [], output.directory, chosen, run, base=base, init=init, config=config
+                )
+            combine_summaries.show_combined(output.place, manifest)

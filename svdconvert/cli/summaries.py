@@ -185,8 +185,8 @@ def _update(update: "Update | None") -> str | None:
     return f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
 
 
-def show_lora(out_dir: object, manifest: "Manifest") -> None:
-    """Print the result of to-lora."""
+def show_lora(out_dir: object, manifest: "Manifest", done: str = "converted") -> None:
+    """Print the result of to-lora, or of another command that has `done` something to make a LoRA."""
     from svdconvert.manifest.results import LoraResult
 
     result = manifest.result
@@ -196,9 +196,9 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
     if result.rounding:
         loss = f"{loss if cut else 'no rank left out'}, rounding error {result.rounding:.2e}"
-    scale = f"lora_alpha {result.rank}" if manifest.options["format"] != "peft" else "scale 1"
+    scale = f"lora_alpha {result.rank}" if manifest.options.get("format", "peft") != "peft" else "scale 1"
     summary(
-        f"converted into {out_dir}",
+        f"{done} into {out_dir}",
         {
             "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
             "initial adapter": _recovery(result.recovered),

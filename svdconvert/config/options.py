@@ -37,6 +37,13 @@ def _parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def _split_numbers(value: Any) -> Any:
+    """ "0.7,-0.4" as a tuple of numbers."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Weight = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Weights = Annotated[tuple[Weight, ...], BeforeValidator(_split_numbers)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 Rank = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -98,6 +105,8 @@ class MergeOptions:
     """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
+    weights: Weights | None = None
+    """One factor for the change of each adapter, such as 0.7,-0.4; without it all are 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import (
     RANK_RULES,
     ConvertOptions,
@@ -34,6 +35,7 @@ SECTIONS: Mapping[str, type] = {
     "merge": MergeOptions,
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
+    "combine": CombineOptions,
     "extract": ExtractOptions,
 }
 COMMAND_OF_KIND: Mapping[str, str] = {
@@ -59,6 +61,7 @@ _SPELLINGS = {"from": "side"}  # a reserved word in Python
 _EXCLUSIVE = {
     "train": {"steps", "epochs"},
     "to_lora": {"rank", "tol", "rank_budget"},
+    "combine": {"rank", "tol", "rank_budget"},
     "extract": {*RANK_RULES},
 }
 
@@ -129,8 +132,8 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
         written = {key: value for key, value in written.items() if key not in rivals}
     values = {**written, **given}
-    if section == "merge" and values.get("rounding") != "stochastic":
-        _drop_shared_seed(values, recipe, given)
+    if section == "combine" or (section == "merge" and values.get("rounding") != "stochastic"):
+        _drop_shared_seed(values, recipe.sections.get(section, {}), given)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -144,9 +147,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         raise RecipeError(f"{source}: {wrong}") from None
 
 
-def _drop_shared_seed(values: dict[str, Any], recipe: Recipe, given: Mapping[str, Any]) -> None:
+def _drop_shared_seed(values: dict[str, Any], written: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """A recipe's seed serves all commands; a merge that draws no random numbers does not take it."""
-    if "seed" not in given and "seed" not in recipe.sections.get("merge", {}):
+    if "seed" not in given and "seed" not in written:
         values.pop("seed", None)
 
 

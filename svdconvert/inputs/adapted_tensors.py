@@ -39,12 +39,12 @@ class TensorNames:
         """As `_exact`, without containers; names that are the same without them are left out."""
         found: dict[str, set[str]] = {}
         for parameter, name in self._exact.items():
-            found.setdefault(_without_containers(parameter), set()).add(name)
+            found.setdefault(without_containers(parameter), set()).add(name)
         return {parameter: min(names) for parameter, names in found.items() if len(names) == 1}
 
     def tensor(self, parameter: str) -> str | None:
         """The tensor that is the parameter with this name at run time; None if there is none."""
-        return self._exact.get(parameter) or self._without_containers.get(_without_containers(parameter))
+        return self._exact.get(parameter) or self._without_containers.get(without_containers(parameter))
 
 
 def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, str]:
@@ -101,5 +101,6 @@ def _refuse_same_tensor(delta: AdapterDelta, found: Mapping[str, str]) -> None:
         modules[tensor] = module
 
 
-def _without_containers(parameter: str) -> str:
+def without_containers(parameter: str) -> str:
+    """The name without the modules that only contain a model's body, which versions of a model differ in."""
     return _CONTAINERS.sub("", parameter)

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_other_config
+from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
@@ -17,6 +18,7 @@ from svdconvert.inputs.model import open_headers
 from svdconvert.layouts.loading import is_transformers, loading
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.output.sidecars import read_json_object
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,12 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
 
 
 def _inspect_adapter(path: Path) -> Inspection:
+    kind = read_json_object(path / CONFIG).get("peft_type")
+    if kind in TYPES:
+        config = read_other_config(path, TYPES[kind].rank_key, TYPES[kind].alpha_key)
+        summary = f"{_adapter_summary(config)}, read as the LoRA that it equals"
+        details = {"rank": config.rank, "base": config.base}
+        return Inspection(str(path), "adapter", summary, _adapter_commands(path, config), details)
     adapter = open_adapter(path)
     config = adapter.config
     details = {

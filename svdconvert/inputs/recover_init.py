@@ -24,7 +24,7 @@ def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
     check_unused(delta, sources, base_used=needs_weights)
     if not delta.is_assumed_zero:
         return recover_init(delta, sources.base)
-    base = _find_base(delta, sources.base)
+    base = find_base(delta, sources.base)
     if base is None:
         raise ArtifactError(
             f"{delta.directory} does not record its initial state; give its base with --base to determine "
@@ -44,7 +44,7 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
     """
     if not delta.is_lost:
         return delta
-    base = base or _find_base(delta, given)
+    base = base or find_base(delta, given)
     method = str(delta.adapter.config.initialised)
     if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
@@ -71,7 +71,8 @@ def lost_init(delta: AdapterDelta) -> ArtifactError:
     )
 
 
-def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+def find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+    """The base at `given`, in the manifest, or in the configuration of a foreign adapter; None without."""
     named = delta.adapter.config.base
     if given is None and delta.manifest is None and named and Path(named).is_dir():
         given = named

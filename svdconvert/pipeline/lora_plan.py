@@ -1,9 +1,10 @@
 """to-lora: which factors will be written, with which ranks and names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import hypot
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,25 @@ from svdconvert.output.plan import PlannedFile, plan_file
 
 _SIDES = ("lora_A", "lora_B")
 _RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
+
+
+class RankOptions(Protocol):
+    """Options of which one decides the ranks of a LoRA."""
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of every matrix."""
+        ...
+
+    @property
+    def tol(self) -> float | None:
+        """The largest share of each change's norm that may be lost."""
+        ...
+
+    @property
+    def rank_budget(self) -> int | None:
+        """The sum of all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -140,13 +160,23 @@ def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
 
 
 def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
+    if delta.approximation is not None:
+        ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
+        lost = {module: delta.approximation(module) for module in delta.modules}
+        errors = {module: rest / norm if norm else 0.0 for module, (rest, norm) in lost.items()}
+        total = hypot(*(norm for _, norm in lost.values()))
+        rest = hypot(*(rest for rest, _ in lost.values()))
+        return Truncation(ranks, errors, rest / total if total else 0.0)
+    return choose_ranks(delta.modules, lambda module: exact_factors(delta, module), options)
+
+
+def choose_ranks(
+    modules: Iterable[str], factors: Callable[[str], tuple[Tensor, Tensor]], options: RankOptions
+) -> Truncation | None:
     """The ranks that follow from the options; one module's factors are in memory at a time."""
     if options.rank is options.tol is options.rank_budget is None:
         return None
-    sigmas = {
-        module: singular_values(*(side.double() for side in exact_factors(delta, module)))
-        for module in delta.modules
-    }
+    sigmas = {module: singular_values(*(side.double() for side in factors(module))) for module in modules}
     if options.rank_budget is not None:
         ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:

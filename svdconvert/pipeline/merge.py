@@ -14,7 +14,9 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError, TargetError
-from svdconvert.linalg.delta import Product, as_lora, merged_
+from svdconvert.linalg.delta import Product, as_lora, merged_, realised_change
+from svdconvert.linalg.dora import scaled_rows
+from svdconvert.linalg.rounding import stochastic
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.fingerprint import checksum
@@ -123,18 +125,26 @@ class MergeJob:
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
                 "differ from the model's"
             )
-        assert isinstance(manifest.result, MergeResult)
-        update = manifest.result.update
-        if update is None or self.options.rounding != "nearest":
-            return
-        low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
-        if low:
-            worst = min(low, key=low.__getitem__)
-            yield (
-                f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
-                f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-                "--dtype float32 keeps it, --rounding stochastic does on average"
+        if self.options.rounding == "nearest":
+            yield from remark_on_rounding(
+                manifest, "--dtype float32 keeps it, --rounding stochastic does on average"
             )
+
+
+def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
+    """A warning if rounding lost too much of some updates."""
+    assert isinstance(manifest.result, MergeResult)
+    update = manifest.result.update
+    if update is None:
+        return
+    low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
+    if low:
+        worst = min(low, key=low.__getitem__)
+        yield (
+            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
+            f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
+            f"{advice}"
+        )
 
 
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
@@ -162,6 +172,8 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
         tensor = delta.parameter(plan.extras[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
     module = plan.modules[name]
+    if delta.adapter.config.dora:
+        return _merge_dora(plan, name, file, stored)
     factors, scale = delta.trained(module)
     on_base = plan.weights.side == "base"
     is_known = on_base or not delta.is_lost
@@ -173,8 +185,8 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     else:
         left, right = factors.folded()
         product = left * scale, right
-    stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
-    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if is_stochastic else None
     merged, realised = merged_(
         stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
     )
@@ -185,6 +197,21 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
             "another --dtype"
         )
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
+
+
+def _merge_dora(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
+    """Merge a matrix whose rows are scaled to the adapter's magnitudes."""
+    adapter = plan.weights.delta.adapter
+    module = plan.modules[name]
+    left, right = adapter.factors(module).folded()
+    dtype = torch_dtype(plan.dtypes[name])
+    product = _to_device_of((left * adapter.config.scale(module), right), stored)
+    exact = scaled_rows(stored, *product, adapter.magnitude(module).to(stored.device))
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device)
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    merged = stochastic(exact, dtype, generator) if is_stochastic else cast_finite(name, exact, dtype)
+    realised = realised_change(stored.float(), exact, merged)
+    return TensorResult({(file, name): merged}, asdict(realised) if realised else {})
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:

@@ -48,6 +48,10 @@ class MergePlan:
 def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
+    if delta.adapter.config.dora and (delta.initial_adapter is not None or delta.recovered is not None):
+        raise ArtifactError(
+            f"{delta.directory} is a DoRA adapter that started from a part of its base; merge it with PEFT"
+        )
     source = weights.model.source
     name, layout = weights.model.layout(delta.layout_name)
     modules = {tensor: module for module, tensor in adapted_tensors(delta, weights.model).items()}

@@ -141,7 +141,7 @@ def _config(plan: LoraPlan) -> AdapterConfig:
         rank=plan.rank,
         alpha=plan.rank,
         targets=own.targets,
-        base=_base_repository(plan.delta),
+        base=base_repository(plan.delta),
         task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
@@ -149,7 +149,7 @@ def _config(plan: LoraPlan) -> AdapterConfig:
     )
 
 
-def _base_repository(delta: AdapterDelta) -> str | None:
+def base_repository(delta: AdapterDelta) -> str | None:
     """org/name of the untouched base, as the manifest or an adapter that started at zero names it."""
     if delta.manifest is not None:
         base = delta.manifest.base

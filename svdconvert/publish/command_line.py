@@ -17,6 +17,8 @@ def command_of(manifest: Manifest, repository: str) -> str:
 
 def _inputs(manifest: Manifest) -> list[str]:
     """The positional argument and, for an adapter started on a plain model, how it was started."""
+    if manifest.command == "combine":
+        return ["INPUT", "INPUT"]
     if manifest.command == "extract":
         return [_name(manifest.base, "BASE"), "TUNED"]
     if manifest.kind in ("decomposed", "converted"):

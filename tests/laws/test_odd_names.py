@@ -72,6 +72,8 @@ def ends_well(*words: object) -> Ended:
         ["train", "split", "--data", "sums.jsonl", *TRAINING],
         ["merge", "split"],
         ["to-lora", "split"],
+        ["combine", "split", "split"],
+        ["combine", "base", "base"],
         ["convert", "rwkv.pth", "--layout", "hf"],
     ],
     ids=lambda words: str(words[0]),
@@ -91,8 +93,13 @@ def test_an_output_may_have_any_name(words: list[object], name: str, here: Path)
 def test_an_input_may_have_any_name(name: str, here: Path) -> None:
     place = f"./{name}"
     commands = {
-        "base": [["decompose", place, "--rank", 2, "--targets", "attn.q"]],
-        "split": [["merge", place], ["to-lora", place], ["train", place, "--data", "sums.jsonl", *TRAINING]],
+        "base": [["decompose", place, "--rank", 2, "--targets", "attn.q"], ["combine", place, "base"]],
+        "split": [
+            ["merge", place],
+            ["to-lora", place],
+            ["combine", place, "split"],
+            ["train", place, "--data", "sums.jsonl", *TRAINING],
+        ],
         "rwkv.pth": [["convert", place, "--layout", "hf"], ["inspect", place]],
         "sums.jsonl": [["train", "split", "--data", place, *TRAINING]],
     }
@@ -123,6 +130,10 @@ def test_a_name_that_is_not_there_is_refused(name: str, here: Path) -> None:
         ["merge", f"./{name}", "-o", "out"],
         ["merge", "split", "-o", "out", "--base", f"./{name}"],
         ["to-lora", f"./{name}", "-o", "out"],
+        ["combine", "split", f"./{name}", "-o", "out"],
+        ["combine", "--config", f"./{name}", "-o", "out"],
+        ["combine", "split", "split", "-o", "out", "--method", name],
+        ["combine", "split", "split", "-o", "out", "--set", f"{name}=1"],
         ["train", f"./{name}", "-o", "out", "--data", "sums.jsonl"],
         ["train", "split", "-o", "out", "--data", f"./{name}"],
         ["convert", f"./{name}", "-o", "out", "--layout", "hf"],

@@ -96,9 +96,16 @@ VALUES: dict[str, Words] = {
     "--message": ["text"],
     "--pull-request": [],
     "--seed": [3],
+    "--weights": ["0.5"],
+    "--density": [0.5],
+    "--set": ["lambda=0.5"],
 }
 
-OTHER_VALUES: dict[tuple[str, str], Words] = {("decompose", "--init"): ["random"]}
+OTHER_VALUES: dict[tuple[str, str], Words] = {
+    ("decompose", "--init"): ["random"],
+    ("combine", "--method"): ["mean"],
+    ("combine", "--weights"): ["2,0.5"],
+}
 
 # Options that must not change the files, each with the test that shows what it does instead.
 ELSEWHERE = {
@@ -118,6 +125,7 @@ ELSEWHERE = {
     "--track": "tests/training/logs/test_trackers.py",
     "--track-dir": "tests/training/logs/test_trackers.py",
     "--data": "tests/training/data/test_mixing.py",
+    "--config": "tests/pipeline/test_combine_checkpoints.py",
 }
 
 # Other options without which an option may have no effect, because of the values that are compared.
@@ -126,6 +134,9 @@ NEEDS: dict[tuple[str, str], Words] = {
     ("decompose", "--init"): ["--method", "lora-fa"],
     ("decompose", "--rank"): ["--rank", 4],
     ("decompose", "--rslora"): ["--alpha", 8],
+    ("combine", "--density"): ["--method", "ties"],
+    ("combine", "--set"): ["--method", "iso-c"],
+    ("combine", "--seed"): ["--method", "dare-linear", "--density", 0.5],
     ("train", "--too-long"): ["--max-length", 8],
     ("train", "--precision"): ["--precision", "fp32"],
     ("train", "--keep-checkpoints"): ["--save-every", 1],
@@ -135,6 +146,8 @@ NEEDS: dict[tuple[str, str], Words] = {
 WITHOUT_EFFECT = {
     ("merge", "--rounding", "decomposed"),
     ("merge", "--rounding", "initial"),
+    ("merge", "--weights", "decomposed"),
+    ("merge", "--weights", "initial"),
     *(("decompose", "--tol", kind) for kind in PLAIN),
 }
 
@@ -221,11 +234,19 @@ class Runner:
             self._count += 1
             out = self._scratch / str(self._count)
             places = [self._here / word if isinstance(word, Path) else word for word in words]
-            ended = svdconvert(command, self._here / kind, *self._needed(command, kind, words, out), *places)
+            ended = svdconvert(
+                command, *self._inputs(command, kind), *self._needed(command, kind, words, out), *places
+            )
             shown = ended.out.replace(str(out), "OUT")
             self._known[key] = Outcome(Ended(ended.status, shown, ended.err), _files(out))
             shutil.rmtree(out, ignore_errors=True)
         return self._known[key]
+
+    def _inputs(self, command: str, kind: str) -> Iterator[Path]:
+        """A directory of the kind and, for a command that takes several, another one to go with it."""
+        yield self._here / kind
+        if command == "combine":
+            yield self._here / (("finetuned" if kind == "plain" else "plain") if kind in PLAIN else "trained")
 
     def _needed(self, command: str, kind: str, words: Words, out: Path) -> Iterator[object]:
         if "--out" in options_of(command):
@@ -234,7 +255,7 @@ class Runner:
             yield from ("--rank", 4)
         if command == "train":
             yield from ("--data", self._here / "rows.jsonl", "--batch-size", 2)
-        if kind == "foreign" and command in ("merge", "to-lora"):
+        if kind == "foreign" and command in ("merge", "to-lora", "combine"):
             yield from ("--base", self._here / "plain")
 
 

@@ -27,6 +27,8 @@ COMMANDS: list[list[object]] = [
     ["merge", "MODEL", "-o", "OUT"],
     ["merge", "made", "-o", "OUT", "--base", "MODEL"],
     ["to-lora", "MODEL", "-o", "OUT"],
+    ["combine", "MODEL", "made", "-o", "OUT"],
+    ["combine", "made", "made", "-o", "OUT", "--base", "MODEL"],
     ["convert", "MODEL", "-o", "OUT", "--layout", "hf"],
     ["verify", "MODEL"],
     ["push", "MODEL", "alice/new"],
