@@ -20,7 +20,7 @@ from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
-from svdconvert.output import pth_archive
+from svdconvert.output import gguf_file, pth_archive
 from svdconvert.output.journal import Journal, Record, journals, other_journals, read_journal
 from svdconvert.output.ownership import (
     JOURNAL,
@@ -195,9 +195,9 @@ class StagedOutput:
         if path.suffix == pth_archive.ENDING:
             offsets: Mapping[str, int] = pth_archive.offsets(path, file.infos)
         else:
-            header, offsets = build_header(file.infos)
+            header, offsets = _header(file)
             if create:
-                os.ftruncate(descriptor, len(header) + file.nbytes)
+                os.ftruncate(descriptor, _size(file))
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
             self._positions[file.path, info.name] = (offsets[info.name], info)
@@ -378,8 +378,21 @@ def _laid_out(path: Path, file: PlannedFile) -> bool:
     """True if the file exists with the planned size."""
     if path.suffix == pth_archive.ENDING:
         return pth_archive.is_laid_out(path, file.infos)
-    header, _ = build_header(file.infos)
-    return path.is_file() and path.stat().st_size == len(header) + file.nbytes
+    return path.is_file() and path.stat().st_size == _size(file)
+
+
+def _header(file: PlannedFile) -> tuple[bytes, Mapping[str, int]]:
+    """The first bytes of a file, and the offset of each tensor in it."""
+    if file.path.endswith(gguf_file.ENDING):
+        return gguf_file.build_header(file.metadata, file.infos)
+    return build_header(file.infos)
+
+
+def _size(file: PlannedFile) -> int:
+    """The size of a finished file in bytes."""
+    if file.path.endswith(gguf_file.ENDING):
+        return gguf_file.file_size(file.metadata, file.infos)
+    return len(build_header(file.infos)[0]) + file.nbytes
 
 
 def _clear(directory: Path, *, except_for: str) -> None:
