@@ -126,12 +126,12 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
 
 
 def _inspect_adapter(path: Path) -> Inspection:
-    kind = read_json_object(path / CONFIG).get("peft_type")
+    kind = str(read_json_object(path / CONFIG).get("peft_type"))
     if kind in TYPES:
         config = read_other_config(path, TYPES[kind].rank_key, TYPES[kind].alpha_key)
         summary = f"{_adapter_summary(config)}, read as the LoRA that it equals"
-        details = {"rank": config.rank, "base": config.base}
-        return Inspection(str(path), "adapter", summary, _adapter_commands(path, config), details)
+        known = {"rank": config.rank, "base": config.base}
+        return Inspection(str(path), "adapter", summary, _adapter_commands(path, config), known)
     adapter = open_adapter(path)
     config = adapter.config
     details = {

@@ -98,7 +98,7 @@ MergeFactors = Callable[[Sequence[Product], Settings], Product]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """One method, as data and functions. No function changes the tensors that it gets."""
+    """One method, as data and functions."""
 
     summary: str
     """One line for `svdconvert list merges`."""
@@ -107,9 +107,9 @@ class MergeMethod:
     takes: frozenset[Input]
     parameters: tuple[Parameter, ...] = ()
     changes: MergeChanges | None = None
-    """The merged change, of float32 or float64 changes of one shape."""
+    """The merged change, of float32 or float64 changes of one shape, which it may overwrite."""
     weights: MergeWeights | None = None
-    """The merged tensor, of float32 tensors of one shape."""
+    """The merged tensor, of float32 tensors of one shape, which it does not change."""
     factors: MergeFactors | None = None
     """(B, A) of the merged change. For adapters it goes before `changes`."""
     least: int = 1

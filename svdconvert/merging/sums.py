@@ -23,7 +23,8 @@ def weighted_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
 def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     """lambda * the sum of those w_t D_t whose sign is that of sum_t w_t D_t, entry by entry.
 
-    With `normalize` each entry is divided by the weights of the models that are in its sum.
+    With `normalize` each entry is divided by the weights of the models that are in its sum. Overwrites the
+    changes.
     """
     weights = settings.numbers("weight")
     total = torch.zeros_like(changes[0])
@@ -33,7 +34,7 @@ def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     total.zero_()
     divisor = torch.zeros_like(total)
     for change, weight in zip(changes, weights, strict=True):
-        weighted = change * weight
+        weighted = change.mul_(weight)
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         total.add_(weighted.mul_(agrees))
         divisor.add_(agrees, alpha=weight)

@@ -79,7 +79,9 @@ class _Opened:
         base = self.base_of(part)
         known = list(part.sources)
         if base is not None and base not in [source.model for source in known]:
-            if known[0].layers is not None and self.method.base != "none":
+            if known[0].layers is not None:
+                if self.method.base != "needed":
+                    return known
                 raise RecipeError(
                     f"{self.place}: a slice does not say which layers of the base {base} it is merged with; "
                     "add the base to its sources"

@@ -47,6 +47,7 @@ def as_file(content: Mapping[str, Any], path: Path) -> Path:
 
 
 def merged(content: Mapping[str, Any], home: Path, **given: Any) -> dict[str, Tensor]:
+    home.mkdir(exist_ok=True)
     combine([], home / "out", CombineOptions(**given), RUN, config=as_file(content, home / "merge.yaml"))
     return tensors(home / "out")
 
@@ -255,6 +256,22 @@ def test_layers_of_two_models_make_a_deeper_one(models: Models, tmp_path: Path) 
     model = plain(tmp_path / "out")
     assert model.config.num_hidden_layers == 5
     assert logits(model).isfinite().all()
+
+
+def test_a_base_of_slices_that_are_passed_through_only_gives_its_sidecars(
+    models: Models, tmp_path: Path
+) -> None:
+    content = FILES["passthrough"](models)
+    merged(content | {"base_model": str(models["base"])}, tmp_path / "with")
+    merged(content, tmp_path / "without")
+    assert same_bytes(tensors(tmp_path / "with" / "out"), tensors(tmp_path / "without" / "out"))
+
+
+def test_slices_of_changes_name_the_layers_of_the_base(models: Models, tmp_path: Path) -> None:
+    content = FILES["task arithmetic of slices"](models)
+    content["slices"][0]["sources"].pop()
+    with pytest.raises(RecipeError, match="add the base to its sources"):
+        merged(content, tmp_path)
 
 
 def test_any_family_is_merged_also_one_that_is_not_decomposed(tmp_path: Path) -> None:
