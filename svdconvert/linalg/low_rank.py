@@ -12,9 +12,17 @@ from torch import Tensor
 
 def singular_values(left_OR: Tensor, right_RI: Tensor) -> Tensor:
     """The singular values of left @ right, descending, without those that must be zero."""
-    core = torch.linalg.qr(left_OR).R @ torch.linalg.qr(right_RI.T).R.T
+    # mode "r" makes no Q, which takes half of the time and memory
+    core = torch.linalg.qr(left_OR, mode="r").R @ torch.linalg.qr(right_RI.T, mode="r").R.T
     values: Tensor = torch.linalg.svdvals(core)
     return values
+
+
+def balanced_norm(left_OR: Tensor, right_RI: Tensor) -> float:
+    """Frobenius norm of left @ right by two products of R x R, for factors of which no large terms cancel."""
+    left = left_OR.double()
+    right = right_RI.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0.0).sqrt())
 
 
 def product_norm(left_OR: Tensor, right_RI: Tensor) -> float:

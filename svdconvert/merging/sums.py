@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdconvert.merging.base import Settings
+from svdconvert.merging.base import Product, Settings
 
 _TINY = 1e-8  # a sum of weights that counts as zero
 
@@ -41,6 +41,14 @@ def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     if settings.shared.get("normalize"):
         total.div_(divisor.masked_fill_(divisor == 0, 1.0))
     return _scaled(total, settings, 1.0)
+
+
+def concatenated(products: Sequence[Product], weights: Sequence[float]) -> Product:
+    """B = [w_1 B_1, ..., w_T B_T] and A = [A_1; ...; A_T]: the weighted sum of the products, exact."""
+    left = torch.cat([left for left, _ in products], dim=1)
+    ranks = torch.tensor([right.shape[0] for _, right in products], device=left.device)
+    factors = torch.tensor(weights, dtype=left.dtype, device=left.device)
+    return left.mul_(factors.repeat_interleave(ranks)), torch.cat([right for _, right in products])
 
 
 def _scaled(total: Tensor, settings: Settings, divisor: float) -> Tensor:

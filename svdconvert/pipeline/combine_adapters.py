@@ -20,7 +20,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.inputs.adapter_group import AdapterGroup
-from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
+from svdconvert.linalg.low_rank import balanced_norm, product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
@@ -104,7 +104,8 @@ def _combined(group: AdapterGroup, chosen: Chosen, module: str, rank: int | None
             products.append((torch.zeros(rows, 0), torch.zeros(0, columns)))
             scales.append(1.0)
         else:
-            products.append(exact_factors(delta, own))
+            left, right = exact_factors(delta, own)
+            products.append((left.double(), right.double()))
             starts_at_zero = delta.initial_adapter is None and delta.recovered is None
             scales.append(delta.trained(own)[1] if starts_at_zero else 1.0)
     settings = chosen.settings(module, (rows, columns), rank)
@@ -178,7 +179,7 @@ class CombineJob:
             layout=known[0].layout if known else "",
             method=self.plan.chosen.name,
             base=next((one.base for one in known if one.base), None),
-            options=asdict(self.options),
+            options=asdict(self.options) | {"inputs": [str(delta.directory) for delta in group.deltas]},
             result=LoraResult(
                 rank=self.plan.rank,
                 truncation=self.plan.truncation.result() if self.plan.truncation else None,
@@ -203,7 +204,9 @@ def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[
     left, right = _combined(plan.group, plan.chosen, module, rank)
     if left.shape[1] > rank or plan.truncation is not None:
         left, right = truncate(left, right, rank)
-    norm = product_norm(left, right)
+        norm = balanced_norm(left, right)
+    else:
+        norm = product_norm(left, right)
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
     tensors = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from svdconvert import CombineOptions, Run, combine, read_manifest
 from svdconvert.errors import ArtifactError, RecipeError, UnknownNameError
 from svdconvert.merging.base import MERGES
+from svdconvert.publish.command_line import command_of
 from tests.conftest import Build
 from tests.merging.mergekit import PROGRAM, run_mergekit
 from tests.stock import logits, plain, same_bytes, tensors
@@ -241,6 +242,11 @@ def test_a_merge_is_rounded_once_and_says_what_rounding_keeps(checkpoint: Build,
     assert 0.9 < update.cosine < 1.0 and len(update.matrices) == len(start)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     assert read_manifest(tmp_path / "out").command == "combine"
+    words = command_of(manifest, "me/mine")
+    assert words == (
+        f"svdconvert combine a b --base {base.name} --method task-arithmetic --weights 0.3,0.4 "
+        "--max-shard-size 8KB -o mine --push me/mine"
+    )
     logits(plain(tmp_path / "out"))
 
 
