@@ -103,10 +103,12 @@ def places(directory: Path) -> list[Path]:
 def combine_with_peft(directory: Path) -> None:
     """What a user of PEFT runs: load the model and all adapters, combine, save."""
     first, *others = places(directory)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory / "base"), first, "0")
-    for number, path in enumerate(others, 1):
-        model.load_adapter(path, str(number))
-    names = [str(number) for number in range(ADAPTERS)]
+    base = AutoModelForCausalLM.from_pretrained(directory / "base")
+    # PEFT would take an adapter called "0" for the first layer.
+    names = [f"adapter{number}" for number in range(ADAPTERS)]
+    model = PeftModel.from_pretrained(base, first, names[0])
+    for path, name in zip(others, names[1:], strict=True):
+        model.load_adapter(path, name)
     model.add_weighted_adapter(names, [1.0] * ADAPTERS, "combined", "svd", svd_rank=RANK)
     model.save_pretrained(directory / "theirs", selected_adapters=["combined"])
 

@@ -118,6 +118,8 @@ class MergeMethod:
     """The largest number of models, without the base; None if there is none."""
     rank: Callable[[Sequence[int], tuple[int, int]], int] = lambda ranks, shape: min(sum(ranks), *shape)
     """(ranks of the adapters, (O, I)) -> the rank of the result unless the user truncates it."""
+    is_dense: bool = False
+    """True if the result has the rank of the matrix before it is truncated."""
     base: Literal["needed", "optional", "none"] = "needed"
     """Whether checkpoints need a base. An optional one is merged like all others."""
     draws: bool = False

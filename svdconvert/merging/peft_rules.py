@@ -86,6 +86,7 @@ def on_products(rule: Rule, summary: str, *, draws: bool = False) -> MergeMethod
         parameters=(WEIGHT, DENSITY),
         factors=factors,
         rank=lambda ranks, shape: min(max(ranks), *shape),
+        is_dense=True,
         draws=draws,
     )
 

@@ -25,6 +25,7 @@ def test_three_checkpoints_of_the_hub_become_a_fourth(hub: Hub, alice: Visitor, 
         "models": [{"model": f"org/{name}", "parameters": {"weight": 0.5}} for name in names[1:]],
         "parameters": {"density": 0.5},
     }
+    alice.home.mkdir(exist_ok=True)
     (alice.home / "merge.yaml").write_text(yaml.safe_dump(file))
     said = alice.succeeds(
         *(
