@@ -111,7 +111,7 @@ class MergeMethod:
     weights: MergeWeights | None = None
     """The merged tensor, of float32 tensors of one shape, which it does not change."""
     factors: MergeFactors | None = None
-    """(B, A) of the merged change. For adapters it goes before `changes`."""
+    """(B, A) in float64 of the merged change, of float32 factors. For adapters it goes before `changes`."""
     least: int = 1
     """The smallest number of models, without the base."""
     most: int | None = None

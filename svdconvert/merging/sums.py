@@ -44,11 +44,12 @@ def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
 
 
 def concatenated(products: Sequence[Product], weights: Sequence[float]) -> Product:
-    """B = [w_1 B_1, ..., w_T B_T] and A = [A_1; ...; A_T]: the weighted sum of the products, exact."""
-    left = torch.cat([left for left, _ in products], dim=1)
+    """B = [w_1 B_1, ..., w_T B_T] and A = [A_1; ...; A_T] in float64: the weighted sum of the products."""
+    left = torch.cat([left for left, _ in products], dim=1).double()
     ranks = torch.tensor([right.shape[0] for _, right in products], device=left.device)
     factors = torch.tensor(weights, dtype=left.dtype, device=left.device)
-    return left.mul_(factors.repeat_interleave(ranks)), torch.cat([right for _, right in products])
+    right = torch.cat([right for _, right in products]).double()
+    return left.mul_(factors.repeat_interleave(ranks)), right
 
 
 def _scaled(total: Tensor, settings: Settings, divisor: float) -> Tensor:

@@ -105,8 +105,7 @@ def _combined(group: AdapterGroup, chosen: Chosen, module: str, rank: int | None
             products.append((torch.zeros(rows, 0), torch.zeros(0, columns)))
             scales.append(1.0)
         else:
-            left, right = exact_factors(delta, own)
-            products.append((left.double(), right.double()))
+            products.append(exact_factors(delta, own))
             starts_at_zero = delta.initial_adapter is None and delta.recovered is None
             scales.append(delta.trained(own)[1] if starts_at_zero else 1.0)
     settings = chosen.settings(module, (rows, columns), rank)
