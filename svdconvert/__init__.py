@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.push import push
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
-    from svdconvert.commands.verify import verify
+    from svdconvert.commands.verify import verify, verify_merge
     from svdconvert.config.combine import CombineOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
@@ -62,6 +62,7 @@ __all__ = [
     "to_lora",
     "train",
     "verify",
+    "verify_merge",
 ]
 
 _MODULES = {
@@ -78,6 +79,7 @@ _MODULES = {
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
     "read_manifest": "manifest.schema",
+    "verify_merge": "commands.verify",
 }
 """Exported name -> its module; a command's function is in the module of the same name."""
 

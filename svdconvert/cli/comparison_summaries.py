@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.cli.summaries import listing, summary
+from svdconvert.cli.terminal import say
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import is_transformers, vllm_advice
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from svdconvert.pipeline.diff import ModelDiff
     from svdconvert.pipeline.diff_adapters import AdapterDiff
     from svdconvert.pipeline.extract_estimate import ExtractEstimate
+    from svdconvert.pipeline.merge_audit import MergeAudit, Rule
 
 
 def show_extract_plan(base: object, tuned: object, plan: "ExtractEstimate") -> None:
@@ -168,3 +170,40 @@ def _angles(degrees: tuple[float, ...]) -> str:
 def _first_names(names: list[str]) -> str | None:
     more = f", {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more or None
+
+
+def show_audit(audit: "MergeAudit") -> None:
+    """Print how a merged checkpoint relates to the bases and the adapter."""
+    if len(audit.bases) > 1:
+        listing(
+            ("base", "fits", *_RULES, "faults"),
+            [
+                (
+                    one.base,
+                    "yes" if one.passed else "no",
+                    *(one.rules.get(rule, 0) for rule in _RULES),
+                    len(one.faults),
+                )
+                for one in audit.bases
+            ],
+        )
+    best = audit.best
+    for fault in best.faults[:20]:
+        say(fault)
+    hidden = len(best.faults) - 20
+    exact = [matrix.exact for matrix in best.matrices]
+    fits = f"{audit.merged} is {best.base} with {audit.adapter} merged into it"
+    wrong = (
+        f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {len(best.faults)} faults"
+    )
+    summary(
+        fits if audit.passed else wrong,
+        {
+            **{f"matrices: {rule}": count for rule, count in best.rules.items()},
+            "equal under one rounding": f"{sum(exact) / len(exact):.4f} of the entries" if exact else None,
+            "faults": f"{hidden} more are not shown" if hidden > 0 else None,
+        },
+    )
+
+
+_RULES: tuple["Rule", ...] = ("one rounding", "PEFT's order", "unchanged", "something else")

@@ -9,13 +9,12 @@ import typer
 from svdconvert.cli import comparison_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
-    BaseOpt,
     DebugOpt,
     DeviceOpt,
-    DirArg,
     JsonOpt,
     ReadOnlyStreamOpt,
     ThreadsOpt,
+    required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
@@ -52,16 +51,60 @@ def push(
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
-def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
-    """Recompute the checksums and errors in DIR's manifest; the exit status is 1 if one is wrong."""
+def verify(
+    directory: Annotated[
+        str | None,
+        typer.Argument(metavar="[DIR]", help="A directory that svdconvert wrote, local or on the Hub."),
+    ] = None,
+    merged: Annotated[
+        str | None,
+        typer.Option(
+            "--merged", help="A checkpoint into which any program merged --adapter, instead of DIR."
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="The adapter that was merged into --merged.")
+    ] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option("--base", help="The base's location; with --merged several, to find the one that fits."),
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
     with report_errors(debug=debug, out=None):
+        if merged is not None:
+            _verify_merge(directory, merged, adapter, base or [])
+            return
         from svdconvert.commands.verify import verify as command
 
+        if adapter is not None:
+            raise typer.BadParameter(
+                "--adapter is an option of --merged; add --merged MODEL, or leave it out"
+            )
+        if base and len(base) > 1:
+            raise typer.BadParameter("several --base belong to --merged; give one")
         with progress.tensors("verify", of_bytes=False) as track:
-            report = command(directory, Run(track=track), base=base)
+            report = command(required(directory, "a DIR"), Run(track=track), base=base[0] if base else None)
         summaries.show_report(report)
         if not report.passed:
             raise typer.Exit(1)
+
+
+def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases: list[str]) -> None:
+    """Audit a merge, and end with status 1 if no base fits."""
+    from svdconvert.commands.verify import verify_merge
+
+    if directory is not None:
+        raise typer.BadParameter(f"{directory} and --merged exclude each other: give one")
+    given = required(adapter, "--adapter ADAPTER")
+    if not bases:
+        raise typer.BadParameter("--base BASE is missing")
+    with progress.tensors("verify", of_bytes=False) as track:
+        audit = verify_merge(merged, bases, given, Run(track=track))
+    comparison_summaries.show_audit(audit)
+    if not audit.passed:
+        raise typer.Exit(1)
 
 
 @app.command(

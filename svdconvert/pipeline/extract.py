@@ -121,7 +121,11 @@ def _norm_of_change(plan: ExtractPlan, difference: Difference, name: str) -> flo
                 f"{' and '.join(str(model.path) for model in plan.pair.models)}: no LoRA can hold that change"
             )
         return 0.0
-    changes = (after.double() - before.double() for before, after in difference.blocks(name))
+    changes = (
+        after.double() - before.double()
+        for before, after in difference.blocks(name)
+        if before.dtype != after.dtype or not before.equal(after)
+    )
     return _finite(plan, name, sqrt(sum(float(change.square().sum()) for change in changes)))
 
 
