@@ -1,6 +1,7 @@
 """Checkpoints merged into one, against float64 references and against mergekit if it is installed."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from svdconvert import CombineOptions, Run, combine, read_manifest
 from svdconvert.errors import ArtifactError, RecipeError, UnknownNameError
 from svdconvert.merging.base import MERGES
 from svdconvert.publish.command_line import command_of
+from tests import rwkv6
 from tests.conftest import Build
 from tests.merging.mergekit import PROGRAM, run_mergekit
 from tests.stock import logits, plain, same_bytes, tensors
@@ -291,6 +293,20 @@ def test_any_family_is_merged_also_one_that_is_not_decomposed(tmp_path: Path) ->
     assert manifest.layout == ""
     a, b, found = (tensors(tmp_path / name) for name in ("a", "b", "out"))
     assert all(torch.allclose(found[name], (a[name] + b[name]) / 2, atol=1e-7) for name in a)
+
+
+def test_two_pth_files_of_rwkv_become_a_third(tmp_path: Path) -> None:
+    model = rwkv6.random_model(layers=1, width=32, head=16)
+    other = OrderedDict((name, 0.5 * value.flip(-1)) for name, value in model.items())
+    paths = [rwkv6.save(model, tmp_path / "one.pth"), rwkv6.save(other, tmp_path / "two.pth")]
+    manifest = combine(paths, tmp_path / "out", CombineOptions(weights=(3, 1)), RUN)
+    (file,) = manifest.files
+    assert file.endswith(".pth")
+    first, second, found = (torch.load(path) for path in (*paths, tmp_path / "out" / file))
+    assert found.keys() == first.keys()
+    for name, value in found.items():
+        expected = 0.75 * first[name].float() + 0.25 * second[name].float()
+        assert torch.allclose(value.float(), expected, rtol=2**-8, atol=1e-6), name
 
 
 def test_a_tied_head_is_merged_with_one_that_is_not(
