@@ -103,12 +103,14 @@ def places(directory: Path) -> list[Path]:
 def combine_with_peft(directory: Path) -> None:
     """What a user of PEFT runs: load the model and all adapters, combine, save."""
     first, *others = places(directory)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory / "base"), first, "0")
-    for number, path in enumerate(others, 1):
-        model.load_adapter(path, str(number))
-    names = [str(number) for number in range(ADAPTERS)]
-    model.add_weighted_adapter(names, [1.0] * ADAPTERS, "out", "svd", svd_rank=RANK)
-    model.save_pretrained(directory / "theirs", selected_adapters=["out"])
+    base = AutoModelForCausalLM.from_pretrained(directory / "base")
+    # PEFT would take an adapter called "0" for the first layer.
+    names = [f"adapter{number}" for number in range(ADAPTERS)]
+    model = PeftModel.from_pretrained(base, first, names[0])
+    for path, name in zip(others, names[1:], strict=True):
+        model.load_adapter(path, name)
+    model.add_weighted_adapter(names, [1.0] * ADAPTERS, "combined", "svd", svd_rank=RANK)
+    model.save_pretrained(directory / "theirs", selected_adapters=["combined"])
 
 
 def adapters(directory: Path, repeat: int) -> None:
@@ -123,10 +125,10 @@ def adapters(directory: Path, repeat: int) -> None:
         {"svdconvert": fresh(ours, lambda: run(words)), "PEFT": fresh(theirs, lambda: run(other))}, repeat
     )
     show("ten adapters into one of rank 16", found)
-    one, two = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs / "out"))
+    one, two = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs / "combined"))
     worst = 0.0
-    for name in (name.removesuffix("lora_A.weight") for name in one if "lora_A" in name):
-        products = [part[f"{name}lora_B.weight"] @ part[f"{name}lora_A.weight"] for part in (one, two)]
+    for name in (name for name in one if "lora_A" in name):
+        products = [part[name.replace("lora_A", "lora_B")] @ part[name] for part in (one, two)]
         worst = max(worst, float((products[0] - products[1]).norm() / products[1].norm()))
     console.print(f"largest distance of a product from PEFT's: {worst:.1e}")
 

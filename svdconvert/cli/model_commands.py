@@ -27,7 +27,7 @@ from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.config.options import ConvertOptions, PushOptions, SplitOptions
-from svdconvert.config.recipe import options, read_recipe
+from svdconvert.config.recipe import is_shared, options, read_recipe
 from svdconvert.config.train import TrainOptions
 
 
@@ -55,9 +55,12 @@ def decompose(
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.decompose import decompose as command
         from svdconvert.commands.decompose import plan_decompose
+        from svdconvert.pipeline.effects import without_idle_seed
 
         shared = read_recipe(recipe)
         chosen = options(SplitOptions, shared, typed)
+        if is_shared("seed", "decompose", shared, typed):
+            chosen = without_idle_seed(chosen)
         source = required(model or shared.get("model"), "a MODEL")
         if plan:
             refuse_push_options(push, pushing)
@@ -99,6 +102,7 @@ def train(
     """Train the adapter of a decomposed directory, or a new adapter of a plain MODEL."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.train import train as command
+        from svdconvert.pipeline.effects import without_idle_seed
         from svdconvert.training.start import split_for
 
         configure_malloc_for_training()
@@ -106,6 +110,8 @@ def train(
         source = required(model or shared.get("model"), "a MODEL")
         given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
         asked = options(SplitOptions, shared, given)
+        if is_shared("seed", "decompose", shared):
+            asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
         run = replace(
             run_settings(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code

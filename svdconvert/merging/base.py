@@ -98,7 +98,7 @@ MergeFactors = Callable[[Sequence[Product], Settings], Product]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """One method, as data and functions. No function changes the tensors that it gets."""
+    """One method, as data and functions."""
 
     summary: str
     """One line for `svdconvert list merges`."""
@@ -107,17 +107,19 @@ class MergeMethod:
     takes: frozenset[Input]
     parameters: tuple[Parameter, ...] = ()
     changes: MergeChanges | None = None
-    """The merged change, of float32 or float64 changes of one shape."""
+    """The merged change, of float32 or float64 changes of one shape, which it may overwrite."""
     weights: MergeWeights | None = None
-    """The merged tensor, of float32 tensors of one shape."""
+    """The merged tensor, of float32 tensors of one shape, which it does not change."""
     factors: MergeFactors | None = None
-    """(B, A) of the merged change. For adapters it goes before `changes`."""
+    """(B, A) in float64 of the merged change, of float32 factors. For adapters it goes before `changes`."""
     least: int = 1
     """The smallest number of models, without the base."""
     most: int | None = None
     """The largest number of models, without the base; None if there is none."""
     rank: Callable[[Sequence[int], tuple[int, int]], int] = lambda ranks, shape: min(sum(ranks), *shape)
     """(ranks of the adapters, (O, I)) -> the rank of the result unless the user truncates it."""
+    is_dense: bool = False
+    """True if the result has the rank of the matrix before it is truncated."""
     base: Literal["needed", "optional", "none"] = "needed"
     """Whether checkpoints need a base. An optional one is merged like all others."""
     draws: bool = False

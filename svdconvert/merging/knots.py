@@ -18,9 +18,9 @@ def merge(products: Sequence[Product], settings: Settings) -> Product:
     U and S come from an SVD in the joint column space of all B_t: the matrix (O, T I) is not made. V_t are
     merged as TIES does: the largest entries, an election of signs, the mean of those that agree.
     """
-    basis_OK, core = torch.linalg.qr(torch.cat([left for left, _ in products], dim=1))
+    basis_OK, core = torch.linalg.qr(torch.cat([left for left, _ in products], dim=1).double())
     cores = core.split([left.shape[1] for left, _ in products], dim=1)
-    side = torch.cat([part @ right for part, (_, right) in zip(cores, products, strict=True)], dim=1)
+    side = torch.cat([part @ right.double() for part, (_, right) in zip(cores, products, strict=True)], dim=1)
     outer, sigma, inner = triplets(side)
     width = settings.shape[1]
     parts: list[Tensor] = [inner[:, start : start + width] for start in range(0, inner.shape[1], width)]

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from svdconvert.errors import RecipeError
 from svdconvert.merging.base import ADAPTERS, MergeMethod, Product, Settings
 from svdconvert.merging.parameters import WEIGHT
+from svdconvert.merging.sums import concatenated
 
 
 def merge(products: Sequence[Product], settings: Settings) -> Product:
@@ -15,9 +14,7 @@ def merge(products: Sequence[Product], settings: Settings) -> Product:
     total = sum(weights)
     if abs(total) < 1e-8:
         raise RecipeError("the weights of a mean sum to zero; use --method sum, or other weights")
-    shares = [weight / total for weight in weights]
-    left = torch.cat([left * share for (left, _), share in zip(products, shares, strict=True)], dim=1)
-    return left, torch.cat([right for _, right in products])
+    return concatenated(products, [weight / total for weight in weights])
 
 
 METHOD = MergeMethod(

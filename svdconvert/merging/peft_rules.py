@@ -56,9 +56,11 @@ def on_factors(rule: Rule, summary: str, *, sparse: bool = True, draws: bool = F
         roots = [sqrt(abs(weight * scale)) for weight, scale in zip(weights, scales, strict=True)]
         signed = [copysign(root, w * s) for root, w, s in zip(roots, weights, scales, strict=True)]
         left = rule(
-            [left / scale for (left, _), scale in zip(products, scales, strict=True)], roots, settings
+            [left.double() / scale for (left, _), scale in zip(products, scales, strict=True)],
+            roots,
+            settings,
         )
-        return left, rule([right for _, right in products], signed, settings)
+        return left, rule([right.double() for _, right in products], signed, settings)
 
     return MergeMethod(
         summary=summary,
@@ -75,7 +77,9 @@ def on_products(rule: Rule, summary: str, *, draws: bool = False) -> MergeMethod
     """A method that merges the products s B A of one matrix, in memory, and cuts the result by an SVD."""
 
     def factors(products: Sequence[Product], settings: Settings) -> Product:
-        merged = rule([left @ right for left, right in products], settings.numbers("weight"), settings)
+        merged = rule(
+            [left.double() @ right.double() for left, right in products], settings.numbers("weight"), settings
+        )
         outer, sigma, inner = torch.linalg.svd(merged, full_matrices=False)
         return outer[:, : settings.rank] * sigma[: settings.rank], inner[: settings.rank]
 
@@ -86,6 +90,7 @@ def on_products(rule: Rule, summary: str, *, draws: bool = False) -> MergeMethod
         parameters=(WEIGHT, DENSITY),
         factors=factors,
         rank=lambda ranks, shape: min(max(ranks), *shape),
+        is_dense=True,
         draws=draws,
     )
 

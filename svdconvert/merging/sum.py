@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from svdconvert.merging.base import ADAPTERS, MergeMethod, Product, Settings
 from svdconvert.merging.parameters import WEIGHT
+from svdconvert.merging.sums import concatenated
 
 
 def merge(products: Sequence[Product], settings: Settings) -> Product:
     """B = [w_1 B_1, ..., w_T B_T] and A = [A_1; ...; A_T]."""
-    weights = settings.numbers("weight")
-    left = torch.cat([left * weight for (left, _), weight in zip(products, weights, strict=True)], dim=1)
-    return left, torch.cat([right for _, right in products])
+    return concatenated(products, settings.numbers("weight"))
 
 
 METHOD = MergeMethod(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdconvert.merging.base import Settings
+from svdconvert.merging.base import Product, Settings
 
 _TINY = 1e-8  # a sum of weights that counts as zero
 
@@ -23,7 +23,8 @@ def weighted_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
 def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     """lambda * the sum of those w_t D_t whose sign is that of sum_t w_t D_t, entry by entry.
 
-    With `normalize` each entry is divided by the weights of the models that are in its sum.
+    With `normalize` each entry is divided by the weights of the models that are in its sum. Overwrites the
+    changes.
     """
     weights = settings.numbers("weight")
     total = torch.zeros_like(changes[0])
@@ -33,13 +34,22 @@ def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     total.zero_()
     divisor = torch.zeros_like(total)
     for change, weight in zip(changes, weights, strict=True):
-        weighted = change * weight
+        weighted = change.mul_(weight)
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         total.add_(weighted.mul_(agrees))
         divisor.add_(agrees, alpha=weight)
     if settings.shared.get("normalize"):
         total.div_(divisor.masked_fill_(divisor == 0, 1.0))
     return _scaled(total, settings, 1.0)
+
+
+def concatenated(products: Sequence[Product], weights: Sequence[float]) -> Product:
+    """B = [w_1 B_1, ..., w_T B_T] and A = [A_1; ...; A_T] in float64: the weighted sum of the products."""
+    left = torch.cat([left for left, _ in products], dim=1).double()
+    ranks = torch.tensor([right.shape[0] for _, right in products], device=left.device)
+    factors = torch.tensor(weights, dtype=left.dtype, device=left.device)
+    right = torch.cat([right for _, right in products]).double()
+    return left.mul_(factors.repeat_interleave(ranks)), right
 
 
 def _scaled(total: Tensor, settings: Settings, divisor: float) -> Tensor:

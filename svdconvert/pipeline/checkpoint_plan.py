@@ -79,7 +79,9 @@ class _Opened:
         base = self.base_of(part)
         known = list(part.sources)
         if base is not None and base not in [source.model for source in known]:
-            if known[0].layers is not None and self.method.base != "none":
+            if known[0].layers is not None:
+                if self.method.base != "needed":
+                    return known
                 raise RecipeError(
                     f"{self.place}: a slice does not say which layers of the base {base} it is merged with; "
                     "add the base to its sources"
@@ -117,6 +119,7 @@ def plan_checkpoint(
     code = None if chosen is None else dtype_code(getattr(torch, chosen))
     dtypes = {name: code or info.dtype for name, info in source.infos.items() if info.dtype in REAL}
     outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
+    layout, single = _layout(kept)
     return CheckpointPlan(
         models=tuple(models.values()),
         first=first,
@@ -127,8 +130,8 @@ def plan_checkpoint(
         tensors=tensors,
         source=source,
         dtypes=dtypes,
-        shards=tuple(plan_model(outputs, parse_size(options.max_shard_size))),
-        layout=_layout(kept),
+        shards=tuple(plan_model(outputs, parse_size(options.max_shard_size), single)),
+        layout=layout,
         layers=_layers(opened, names[first]),
     )
 
@@ -279,9 +282,10 @@ def _refuse_quantised(model: OpenModel) -> None:
         )
 
 
-def _layout(model: OpenModel) -> str:
-    """The layout's name; empty for a family that svdconvert does not decompose."""
+def _layout(model: OpenModel) -> tuple[str, str | None]:
+    """(name of the layout, name of its only file); empty for a family that svdconvert does not decompose."""
     try:
-        return model.layout()[0]
+        name, layout = model.layout()
     except SvdConvertError:
-        return ""
+        return "", None
+    return name, layout.family.file if layout.family else None

@@ -115,7 +115,7 @@ def _of_file(
     method = find_method(file.method, "checkpoints")
     if options.seed and not method.draws:
         raise RecipeError(f"--seed changes nothing here: {file.method} draws no random numbers; leave it out")
-    return CheckpointJob(_planned(file, options, run, str(path)))
+    return CheckpointJob(_planned(file, options, run, str(path)), from_file=True)
 
 
 def _planned(file: MergeFile, options: CombineOptions, run: Run, place: str) -> CheckpointPlan:

@@ -20,9 +20,9 @@ from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.inputs.adapter_group import AdapterGroup
-from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
+from svdconvert.linalg.low_rank import product_distance, product_norm, truncated
 from svdconvert.manifest.fingerprint import checksum
-from svdconvert.manifest.results import LoraResult
+from svdconvert.manifest.results import LoraResult, TruncatedLora, TruncatedModule
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.merging.rank_space import combine_products
 from svdconvert.output.plan import PlannedFile, plan_file
@@ -30,7 +30,7 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.combine_settings import Chosen
 from svdconvert.pipeline.lora_formats import base_repository
-from svdconvert.pipeline.lora_plan import Truncation, choose_ranks, exact_factors
+from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
 
 
@@ -45,7 +45,6 @@ class CombinePlan:
     """Module -> rank; factors of smaller ranks are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
-    truncation: Truncation | None
 
     @property
     def rank(self) -> int:
@@ -62,9 +61,12 @@ def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOption
         raise RecipeError("--max-shard-size changes nothing here: an adapter is one file; leave it out")
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
     ranks = {module: _natural_rank(group, chosen, module) for module in group.modules}
-    truncation = choose_ranks(group.modules, lambda module: _combined(group, chosen, module, None), options)
-    if truncation is not None:
-        ranks = {module: max(1, rank) for module, rank in truncation.ranks.items()}
+    if options.rank is not None:
+        is_dense = chosen.method.is_dense
+        most = {one: min(group.shape(one)) if is_dense else rank for one, rank in ranks.items()}
+        ranks = {module: min(options.rank, rank) for module, rank in most.items()}
+    elif found := choose_ranks(group.modules, lambda one: _combined(group, chosen, one, None), options):
+        ranks = {module: max(1, rank) for module, rank in found.ranks.items()}
     rank = max(ranks.values())
     infos = []
     for module in group.modules:
@@ -83,7 +85,6 @@ def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOption
         ranks=ranks,
         dtype=dtype,
         file=plan_file(WEIGHTS, infos, "adapter"),
-        truncation=truncation,
     )
 
 
@@ -178,10 +179,10 @@ class CombineJob:
             layout=known[0].layout if known else "",
             method=self.plan.chosen.name,
             base=next((one.base for one in known if one.base), None),
-            options=asdict(self.options),
+            options=asdict(self.options) | {"inputs": [str(delta.directory) for delta in group.deltas]},
             result=LoraResult(
                 rank=self.plan.rank,
-                truncation=self.plan.truncation.result() if self.plan.truncation else None,
+                truncation=_truncation(self.plan, notes(staged, group.modules)),
                 rounding=lost / norm if norm else 0.0,
                 norm=norm,
                 head=known[0].head if known else None,
@@ -200,10 +201,17 @@ class CombineJob:
 
 def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[str, Any]:
     rank = plan.ranks[module]
-    left, right = _combined(plan.group, plan.chosen, module, rank)
-    if left.shape[1] > rank or plan.truncation is not None:
-        left, right = truncate(left, right, rank)
-    norm = product_norm(left, right)
+    product = [*_combined(plan.group, plan.chosen, module, rank)]
+    if product[0].shape[1] > rank or _is_truncated(plan.options):
+        found = truncated(product, rank)
+        left = found.left_OR
+        right = found.right_RI
+        norm = found.kept
+        left_out = found.lost
+    else:
+        left, right = product
+        norm = product_norm(left, right)
+        left_out = 0.0
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
     tensors = {
@@ -215,7 +223,25 @@ def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[
     checksums = {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
     stored = [tensors[key(module, factor)] for factor in ("lora_B", "lora_A")]
     lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *stored)
-    return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost}}
+    return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost, "left_out": left_out}}
+
+
+def _is_truncated(options: CombineOptions) -> bool:
+    return any(rule is not None for rule in (options.rank, options.tol, options.rank_budget))
+
+
+def _truncation(plan: CombinePlan, measured: Mapping[str, Mapping[str, Any]]) -> TruncatedLora | None:
+    """The errors of the truncation that the options ask for, by module and in total."""
+    if not _is_truncated(plan.options):
+        return None
+    modules = {}
+    for module, note in measured.items():
+        whole = hypot(note["norm"], note["left_out"])
+        error = note["left_out"] / whole if whole else 0.0
+        modules[module] = TruncatedModule(rank=plan.ranks[module], error=error)
+    lost = hypot(*(note["left_out"] for note in measured.values()))
+    whole = hypot(lost, *(note["norm"] for note in measured.values()))
+    return TruncatedLora(error=lost / whole if whole else 0.0, modules=modules)
 
 
 def _combined_parameter(plan: CombinePlan, name: str) -> Tensor:

@@ -32,6 +32,8 @@ class CheckpointJob:
     """The merge of several checkpoints."""
 
     plan: CheckpointPlan
+    from_file: bool = False
+    """True if a file in mergekit's format describes the merge, False if the options do."""
     command: str = "combine"
 
     @property
@@ -73,12 +75,19 @@ class CheckpointJob:
             layout=self.plan.layout,
             method=self.plan.method_name,
             base=self.plan.models[self.plan.first].origin(),
-            options=asdict(self.options),
+            options=asdict(self.options) | self._description(),
             result=MergeResult(side="base", update=measured_update(notes(staged, self.plan.dtypes))),
             files=file_checksums(staged),
             roles=roles_of(self.files),
             threads=threads,
         )
+
+    def _description(self) -> dict[str, Any]:
+        """For the manifest: what the file says, or the models in the order of the weights."""
+        if self.from_file:
+            return {"file": asdict(self.plan.file)}
+        found = [source.model for part in self.plan.file.slices for source in part.sources]
+        return {"inputs": found, "base": self.plan.file.base}
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
         """A warning if rounding lost too much of some updates."""
@@ -120,7 +129,7 @@ def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
         return plan.method.weights(tensors, merged.settings)
     assert plan.method.changes is not None
     changes = [tensor.sub_(start) for position, tensor in enumerate(tensors) if position != where]
-    return plan.method.changes(changes, merged.settings) + start
+    return plan.method.changes(changes, merged.settings).add_(start)
 
 
 def _note(realised: Realised | None) -> dict[str, Any]:

@@ -51,8 +51,11 @@ def choose(options: CombineOptions, kind: Input, models: int) -> Chosen:
     if kind == "checkpoints" and options.rank is not None:
         given["rank"] = float(options.rank)
     _refuse_unknown(name, method, given, options)
-    if options.seed and not method.draws:
-        raise RecipeError(f"--seed changes nothing here: {name} draws no random numbers; leave it out")
+    density = method.parameter("density")
+    keeps_all = density is not None and given.get("density", density.default) == 1.0
+    if options.seed and (not method.draws or keeps_all):
+        why = "all entries are kept" if method.draws else f"{name} draws no random numbers"
+        raise RecipeError(f"--seed changes nothing here: {why}; leave it out")
     each: dict[str, tuple[Value, ...]] = {"weight": _weights(name, method, options, models)}
     shared: dict[str, Value] = {}
     for parameter in method.parameters:

@@ -18,7 +18,7 @@ def command_of(manifest: Manifest, repository: str) -> str:
 def _inputs(manifest: Manifest) -> list[str]:
     """The positional argument and, for an adapter started on a plain model, how it was started."""
     if manifest.command == "combine":
-        return ["INPUT", "INPUT"]
+        return _combined(manifest)
     if manifest.command == "extract":
         return [_name(manifest.base, "BASE"), "TUNED"]
     if manifest.kind in ("decomposed", "converted"):
@@ -32,6 +32,14 @@ def _inputs(manifest: Manifest) -> list[str]:
     rank = max((matrix.rank for matrix in manifest.matrices.values()), default=None)
     start = ["--method", manifest.method, *(["--rank", str(rank)] if rank else [])]
     return [_name(manifest.base, "MODEL"), *start]
+
+
+def _combined(manifest: Manifest) -> list[str]:
+    """The inputs of `combine`: adapters, or a file that says how checkpoints were merged."""
+    if "file" in manifest.options:
+        return ["--config", "MERGE.yaml"]
+    base = ["--base", _name(manifest.base, "BASE")] if manifest.options.get("base") else []
+    return [*(Path(str(name)).name for name in manifest.options.get("inputs", ())), *base]
 
 
 def _name(origin: Origin | None, otherwise: str) -> str:

@@ -168,7 +168,7 @@ def test_every_parameter_changes_the_result(name: str) -> None:
             return left @ right
         settings = settings_of(method, count, **given)
         if method.changes is not None:
-            return method.changes(changes, settings)
+            return method.changes([change.clone() for change in changes], settings)
         assert method.weights is not None
         return method.weights(changes, replace(settings, base=0 if name == "slerp" else None))
 

@@ -1,6 +1,7 @@
 """Checkpoints merged into one, against float64 references and against mergekit if it is installed."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from svdconvert import CombineOptions, Run, combine, read_manifest
 from svdconvert.errors import ArtifactError, RecipeError, UnknownNameError
 from svdconvert.merging.base import MERGES
+from svdconvert.publish.command_line import command_of
+from tests import rwkv6
 from tests.conftest import Build
 from tests.merging.mergekit import PROGRAM, run_mergekit
 from tests.stock import logits, plain, same_bytes, tensors
@@ -47,6 +50,7 @@ def as_file(content: Mapping[str, Any], path: Path) -> Path:
 
 
 def merged(content: Mapping[str, Any], home: Path, **given: Any) -> dict[str, Tensor]:
+    home.mkdir(exist_ok=True)
     combine([], home / "out", CombineOptions(**given), RUN, config=as_file(content, home / "merge.yaml"))
     return tensors(home / "out")
 
@@ -240,6 +244,11 @@ def test_a_merge_is_rounded_once_and_says_what_rounding_keeps(checkpoint: Build,
     assert 0.9 < update.cosine < 1.0 and len(update.matrices) == len(start)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     assert read_manifest(tmp_path / "out").command == "combine"
+    words = command_of(manifest, "me/mine")
+    assert words == (
+        f"svdconvert combine a b --base {base.name} --method task-arithmetic --weights 0.3,0.4 "
+        "--max-shard-size 8KB -o mine --push me/mine"
+    )
     logits(plain(tmp_path / "out"))
 
 
@@ -257,6 +266,22 @@ def test_layers_of_two_models_make_a_deeper_one(models: Models, tmp_path: Path) 
     assert logits(model).isfinite().all()
 
 
+def test_a_base_of_slices_that_are_passed_through_only_gives_its_sidecars(
+    models: Models, tmp_path: Path
+) -> None:
+    content = FILES["passthrough"](models)
+    merged(content | {"base_model": str(models["base"])}, tmp_path / "with")
+    merged(content, tmp_path / "without")
+    assert same_bytes(tensors(tmp_path / "with" / "out"), tensors(tmp_path / "without" / "out"))
+
+
+def test_slices_of_changes_name_the_layers_of_the_base(models: Models, tmp_path: Path) -> None:
+    content = FILES["task arithmetic of slices"](models)
+    content["slices"][0]["sources"].pop()
+    with pytest.raises(RecipeError, match="add the base to its sources"):
+        merged(content, tmp_path)
+
+
 def test_any_family_is_merged_also_one_that_is_not_decomposed(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -268,6 +293,20 @@ def test_any_family_is_merged_also_one_that_is_not_decomposed(tmp_path: Path) ->
     assert manifest.layout == ""
     a, b, found = (tensors(tmp_path / name) for name in ("a", "b", "out"))
     assert all(torch.allclose(found[name], (a[name] + b[name]) / 2, atol=1e-7) for name in a)
+
+
+def test_two_pth_files_of_rwkv_become_a_third(tmp_path: Path) -> None:
+    model = rwkv6.random_model(layers=1, width=32, head=16)
+    other = OrderedDict((name, 0.5 * value.flip(-1)) for name, value in model.items())
+    paths = [rwkv6.save(model, tmp_path / "one.pth"), rwkv6.save(other, tmp_path / "two.pth")]
+    manifest = combine(paths, tmp_path / "out", CombineOptions(weights=(3, 1)), RUN)
+    (file,) = manifest.files
+    assert file.endswith(".pth")
+    first, second, found = (torch.load(path) for path in (*paths, tmp_path / "out" / file))
+    assert found.keys() == first.keys()
+    for name, value in found.items():
+        expected = 0.75 * first[name].float() + 0.25 * second[name].float()
+        assert torch.allclose(value.float(), expected, rtol=2**-8, atol=1e-6), name
 
 
 def test_a_tied_head_is_merged_with_one_that_is_not(
