@@ -100,7 +100,7 @@ def _peft(files: _Files) -> EngineReport:
     report = EngineReport("peft")
     kind = files.config.get("peft_type")
     own = {method.peft_type for method in METHODS.load_all()[0].values()} - {"LORA"}
-    if kind in own or str(kind).startswith("LORA_"):
+    if str(kind) in own or str(kind).startswith("LORA_"):
         report.refused.append(
             f"its peft_type {brief(kind)} is svdconvert's, for what PEFT would load wrongly"
         )

@@ -105,8 +105,8 @@ def _from_manifest(
     if manifest.kind == "lora":
         if GGUF_FILE in manifest.files:
             raise ArtifactError(
-                f"{directory} is for llama.cpp, whose order of rows svdconvert does not read; use the adapter "
-                "that it was made from"
+                f"{directory} is for llama.cpp, whose order of rows svdconvert does not read; use what "
+                "it was made from"
             )
         file = directory / FILE
         if file.is_file():
