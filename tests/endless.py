@@ -11,6 +11,7 @@ from pathlib import Path
 from svdconvert import (
     CombineOptions,
     ConvertOptions,
+    ExtractOptions,
     MergeOptions,
     Run,
     SplitOptions,
@@ -18,6 +19,7 @@ from svdconvert import (
     combine,
     convert,
     decompose,
+    extract,
     merge,
     to_lora,
     train,
@@ -34,6 +36,7 @@ COMMANDS = (
     "combine checkpoints",
     "convert to hf",
     "convert to blinkdl",
+    "extract",
 )
 STEPS = 40
 """Steps of training, with a checkpoint after each."""
@@ -56,6 +59,8 @@ def write(name: str, source: Path, out: Path, run: Run) -> None:
     elif name == "combine checkpoints":
         options = CombineOptions(method="dare-linear", density=0.5, max_shard_size="1MB")
         combine([source / "one", source / "two"], out, options, run, base=str(source / "base"))
+    elif name == "extract":
+        extract(source / "base", source / "one", out, ExtractOptions(rank_budget=100), run)
     else:
         layout = name.removeprefix("convert to ")
         size = {} if layout == "blinkdl" else {"max_shard_size": "100KB"}  # a .pth is never split

@@ -14,6 +14,7 @@ from tests.conftest import Build
 NAMES = [
     "CombineOptions",
     "ConvertOptions",
+    "ExtractOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -26,6 +27,8 @@ NAMES = [
     "combine",
     "convert",
     "decompose",
+    "diff",
+    "extract",
     "inspect",
     "list_plugins",
     "merge",
@@ -34,6 +37,7 @@ NAMES = [
     "to_lora",
     "train",
     "verify",
+    "verify_merge",
 ]
 ALIASES = {"TrainPlan": "TrainOptions"}
 PARAMETERS = {
@@ -44,7 +48,10 @@ PARAMETERS = {
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "verify": ["directory", "run", "*base"],
-    "inspect": ["model"],
+    "verify_merge": ["merged", "bases", "adapter", "run"],
+    "extract": ["base", "tuned", "out", "options", "run"],
+    "diff": ["first", "second", "run"],
+    "inspect": ["model", "engine"],
     "list_plugins": ["what"],
     "push": ["directory", "repository", "options", "*base", "*residual"],
     "read_manifest": ["directory"],

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters import mlx
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, parameter_of
@@ -114,6 +115,8 @@ def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapte
     incomplete, or if it contains anything that cannot be converted (tensors that its configuration does not
     declare): no part of an adapter is ever dropped.
     """
+    if mlx.is_adapter(directory):
+        return _open_mlx(directory)
     weights = _weights_file(directory)
     if not (directory / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
@@ -215,6 +218,19 @@ def _unknown(weights: Path, names: list[str]) -> ArtifactError:
         f"trained in full in {CONFIG}, and would be lost ({len(names)} such tensors); train without it, "
         "or merge with the program that wrote it"
     )
+
+
+def _open_mlx(directory: Path) -> Adapter:
+    """An adapter of mlx-lm, as PEFT would have it. Raises ArtifactError if it is not a LoRA."""
+    source, modules = mlx.open_factors(directory)
+    check_factors(directory / mlx.WEIGHTS, source, modules)
+    ranks = {source.infos[names["lora_A"]].shape[0] for names in modules.values()}
+    if len(ranks) > 1:
+        raise ArtifactError(
+            f"{directory / mlx.WEIGHTS} has factors of several ranks, which mlx-lm refuses; restore the file"
+        )
+    config = mlx.read_config(directory, ranks.pop(), target_modules(modules, []))
+    return Adapter(directory, config, source, modules)
 
 
 def _weights_file(directory: Path) -> Path:

@@ -142,6 +142,10 @@ def diff(
 @app.command(cls=SingleOptions, epilog="Example: svdconvert inspect trained --json")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
+    engine: Annotated[
+        Literal["peft", "vllm", "sglang", "mlx", "llama.cpp"] | None,
+        typer.Option("--for", help="Say what this engine will refuse or ignore of the adapter."),
+    ] = None,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
@@ -151,7 +155,7 @@ def inspect(
 
         from svdconvert.commands.inspect import inspect as command
 
-        found = command(model)
+        found = command(model, engine)
         as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 

@@ -127,8 +127,8 @@ class ConvertOptions:
 class LoraOptions:
     """The options of `to-lora`."""
 
-    format: Literal["peft", "rwkv-peft"] = "peft"
-    """PEFT's format, or the .pth that RWKV-PEFT trains and merges, with lora_alpha = rank."""
+    format: Literal["peft", "vllm", "mlx", "gguf", "rwkv-peft"] = "peft"
+    """For PEFT, vLLM (no more than it loads), mlx-lm, llama.cpp (gguf) or RWKV-PEFT (a .pth)."""
     dtype: Float = "float32"
     """Element type of the stored factors."""
     rank: Annotated[int, Field(ge=1)] | None = None

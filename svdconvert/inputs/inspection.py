@@ -14,6 +14,7 @@ from svdconvert.config.recipe import non_default_options, section_of
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
+from svdconvert.inputs.engines import FORMATS, Engine, report_for
 from svdconvert.inputs.model import open_headers
 from svdconvert.layouts.loading import is_transformers, loading
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
@@ -48,6 +49,21 @@ def describe(model: str | Path) -> Inspection:
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
         return _inspect_adapter_file(path)
     return _inspect_checkpoint(str(model))
+
+
+def describe_for(model: str | Path, engine: Engine) -> Inspection:
+    """Describe what an engine refuses or ignores of an adapter. Raises ArtifactError if it is none."""
+    path = Path(model)
+    path = path if path.exists() else fetch(str(model), "adapter").path
+    found = report_for(path, engine)
+    state = "loads as it is" if found.loads else "refuses" if found.refused else "loads only in part"
+    details = {
+        "refused": "; ".join(found.refused),
+        "ignored": "; ".join(found.ignored),
+        "needs": "; ".join(found.needed),
+    }
+    commands = [] if found.loads else [f"svdconvert to-lora {model} -o LORA --format {FORMATS[engine]}"]
+    return Inspection(str(model), "adapter", f"an adapter that {engine} {state}", commands, details)
 
 
 def _inspect_unfinished(path: Path) -> Inspection:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.adapters.adapter_config import CONFIG, KASA
+from svdconvert.adapters.gguf_names import FILE as GGUF_FILE
 from svdconvert.adapters.peft_files import WEIGHTS, Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
@@ -102,6 +103,11 @@ def _from_manifest(
             f"{directory} is {manifest.kind} already: it is a plain checkpoint and needs no merge"
         )
     if manifest.kind == "lora":
+        if GGUF_FILE in manifest.files:
+            raise ArtifactError(
+                f"{directory} is for llama.cpp, whose order of rows svdconvert does not read; use what "
+                "it was made from"
+            )
         file = directory / FILE
         if file.is_file():
             return AdapterDelta(directory, open_adapter_file(file, None), None, manifest)

@@ -15,13 +15,14 @@ from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.unused_sources import check_unused
 
 
-def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
+def settle_init(delta: AdapterDelta, sources: Sources, *, base_used: bool = False) -> AdapterDelta:
     """The delta with a known initial adapter: stored, recovered, or confirmed by the weights to be zero.
 
-    Raises ArtifactError if it is unknown and the base, which is needed to determine it, is not found.
+    `base_used` is True if the command needs the base in any case. Raises ArtifactError if the initial adapter
+    is unknown and the base, which is needed to determine it, is not found.
     """
     needs_weights = delta.is_lost or delta.is_assumed_zero
-    check_unused(delta, sources, base_used=needs_weights)
+    check_unused(delta, sources, base_used=base_used or needs_weights)
     if not delta.is_assumed_zero:
         return recover_init(delta, sources.base)
     base = find_base(delta, sources.base)
@@ -77,6 +78,15 @@ def find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
     if given is None and delta.manifest is None and named and Path(named).is_dir():
         given = named
     return find_model(delta.manifest.base if delta.manifest else None, given)
+
+
+def find_base_sidecars(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+    """As `find_base`, of which only the headers and config.json will be read."""
+    origin = delta.manifest.base if delta.manifest else None
+    named = delta.adapter.config.base
+    if given is None and origin is None and named and Path(named).is_dir():
+        given = named
+    return find_model(origin, given, stream=True)
 
 
 def _refuse_other_shapes(

@@ -20,6 +20,8 @@ class PlannedFile:
     infos: tuple[TensorInfo, ...]
     """Its tensors, in the order in which the file holds them."""
     role: FileRole = "model"
+    metadata: tuple[tuple[str, str | float], ...] = ()
+    """Of a GGUF file: key -> text or number."""
 
     @property
     def nbytes(self) -> int:

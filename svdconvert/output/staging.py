@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
+from svdconvert.output.file_layout import header_of, is_laid_out, size_of
 from svdconvert.output.journal import Journal, Record, journals, other_journals, read_journal
 from svdconvert.output.ownership import (
     JOURNAL,
@@ -117,7 +117,7 @@ class StagedOutput:
         """Check what an earlier run left; return the files that it uploaded."""
         uploaded = self._uploads.find_uploaded(journal.finished) if self._uploads else set()
         # If a file was removed or truncated, the tensors in it are not finished any more.
-        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in self._files):
+        if not all(file.path in uploaded or is_laid_out(self.path / file.path, file) for file in self._files):
             journal.clear()
             uploaded = set()
         if not journal.resumed:
@@ -188,16 +188,16 @@ class StagedOutput:
         path = self.path / file.path
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == pth_archive.ENDING and create and not _laid_out(path, file):
+        if path.suffix == pth_archive.ENDING and create and not is_laid_out(path, file):
             pth_archive.lay_out(path, file.infos)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         self._open[file.path] = descriptor
         if path.suffix == pth_archive.ENDING:
             offsets: Mapping[str, int] = pth_archive.offsets(path, file.infos)
         else:
-            header, offsets = build_header(file.infos)
+            header, offsets = header_of(file)
             if create:
-                os.ftruncate(descriptor, len(header) + file.nbytes)
+                os.ftruncate(descriptor, size_of(file))
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
             self._positions[file.path, info.name] = (offsets[info.name], info)
@@ -372,14 +372,6 @@ def os_errors_as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{error.filename or path} cannot be written: {reason}; correct that and repeat the command"
         ) from error
-
-
-def _laid_out(path: Path, file: PlannedFile) -> bool:
-    """True if the file exists with the planned size."""
-    if path.suffix == pth_archive.ENDING:
-        return pth_archive.is_laid_out(path, file.infos)
-    header, _ = build_header(file.infos)
-    return path.is_file() and path.stat().st_size == len(header) + file.nbytes
 
 
 def _clear(directory: Path, *, except_for: str) -> None:

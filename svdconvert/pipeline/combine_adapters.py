@@ -29,9 +29,9 @@ from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.combine_settings import Chosen
+from svdconvert.pipeline.lora_formats import base_repository
 from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
-from svdconvert.pipeline.to_lora import base_repository
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """to-lora: which factors will be written, with which ranks and names."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import hypot
@@ -10,22 +9,16 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import PER_EXPERT
-from svdconvert.adapters.extra_parameters import extra_key
-from svdconvert.adapters.peft_files import WEIGHTS, key
-from svdconvert.adapters.rwkv_peft import FILE, file_key
-from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import OpenModel
 from svdconvert.linalg.delta import as_lora
 from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
 from svdconvert.manifest.results import TruncatedLora, TruncatedModule
-from svdconvert.output.plan import PlannedFile, plan_file
-
-_SIDES = ("lora_A", "lora_B")
-_RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
+from svdconvert.output.plan import PlannedFile
+from svdconvert.pipeline.lora_formats import Keys, LoraFormat, lora_format
 
 
 class RankOptions(Protocol):
@@ -68,16 +61,6 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The names of the tensors in the file."""
-
-    pieces: Mapping[tuple[str, str], str]
-    """(module, piece) -> name."""
-    extras: Mapping[str, str]
-    """Parameter -> name."""
-
-
-@dataclass(frozen=True)
 class LoraPlan:
     """What will be written."""
 
@@ -86,16 +69,18 @@ class LoraPlan:
     rank: int
     """The largest rank of a module; factors of smaller ranks are padded with zeros."""
     dtype: torch.dtype
+    format: LoraFormat
     file: PlannedFile
     keys: Keys
     truncation: Truncation | None = None
     """None if the LoRA is exact."""
 
 
-def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
+def plan_lora(delta: AdapterDelta, options: LoraOptions, base: OpenModel | None = None) -> LoraPlan:
     """Determine the ranks in a first pass over the factors, and plan the file.
 
-    Raises ArtifactError if the adapter has factors for single experts.
+    `base` is needed for the format gguf only. Raises ArtifactError if the adapter has factors for single
+    experts.
     """
     if delta.adapter.config.peft_type == PER_EXPERT:
         raise ArtifactError(
@@ -108,55 +93,19 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
         rank = max(exact_factors(delta, module)[0].shape[1] for module in delta.modules)
     else:
         rank = max(1, *truncation.ranks.values())
-    keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta)
+    format_ = lora_format(options.format, delta, base)
+    keys = format_.keys(delta)
     infos = []
     for (module, piece), name in keys.pieces.items():
         rows = delta.adapter.shape(module, "lora_B")[0]
         columns = delta.adapter.shape(module, "lora_A")[1]
         shape = (rank, columns) if piece == "lora_A" else (rows, rank)
-        infos.append(TensorInfo(name, shape, dtype_code(dtype)))
+        infos.append(TensorInfo(name, format_.stored_shape(shape), dtype_code(dtype)))
     infos += [
         TensorInfo(name, delta.adapter.source.infos[delta.adapter.extras[parameter]].shape, dtype_code(dtype))
         for parameter, name in keys.extras.items()
     ]
-    if options.format == "rwkv-peft":
-        file = PlannedFile(FILE, tuple(infos), "adapter")
-    else:
-        file = plan_file(WEIGHTS, infos, "adapter")
-    return LoraPlan(delta, options, rank, dtype, file, keys, truncation)
-
-
-def _peft_keys(delta: AdapterDelta) -> Keys:
-    pieces = {(module, piece): key(module, piece) for module in delta.modules for piece in _SIDES}
-    adapted = delta.modules
-    return Keys(pieces, {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras})
-
-
-def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
-    """The names in RWKV-PEFT's format. Raises ArtifactError if a module or parameter has none there."""
-    known = delta.manifest
-    layout = LAYOUTS.get(known.layout) if known and known.layout else None
-    paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
-    names = {
-        module: layout.network_path(paths[module]) if layout and module in paths else module
-        for module in delta.modules
-    }
-    if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
-        raise ArtifactError(
-            f"{delta.directory} adapts {odd[0]}, but the format rwkv-peft is for RWKV-6 only; "
-            "use --format peft"
-        )
-    extras = {}
-    for parameter in delta.adapter.extras:
-        rule = layout.rename_rule(parameter) if layout and paths else RenameRule((parameter,), parameter)
-        if rule.to_layout is not None:
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
-                "merge it, or train the model in the layout blinkdl"
-            )
-        extras[parameter] = rule.canonical[0]
-    pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
-    return Keys(pieces, extras)
+    return LoraPlan(delta, options, rank, dtype, format_, format_.file(infos, rank), keys, truncation)
 
 
 def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:

@@ -13,22 +13,17 @@ import torch
 from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
-from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
-from svdconvert.adapters.extra_parameters import contains_adapters
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
-from svdconvert.hub.reference import is_repository
-from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
-from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.lora_plan import LoraPlan, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
 
@@ -57,7 +52,7 @@ class LoraJob:
 
     def identity(self) -> dict[str, Any]:
         """The adapter."""
-        return {"adapter": self.plan.delta.identity()}
+        return {"adapter": self.plan.delta.identity(), **self.plan.format.identity()}
 
     def write(self, staged: StagedOutput, run: Run) -> None:
         """Write the factors of every module and the parameters trained in full."""
@@ -74,10 +69,8 @@ class LoraJob:
                 staged.finish(name, {"files": {self.plan.file.path: checksums}})
 
     def write_sidecars(self, directory: Path) -> None:
-        """The configuration, if the format has one, and the adapter's own tokenizer."""
-        if self.options.format == "peft":
-            (directory / CONFIG).write_text(_config(self.plan).text())
-            copy_tokenizer(self.plan.delta.directory, directory)
+        """What the format has in addition to the factors: a configuration, a tokenizer."""
+        self.plan.format.write_sidecars(self.plan.delta, self.plan.rank, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the LoRA."""
@@ -121,42 +114,19 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
     norm = product_norm(left, right)
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
-    tensors = {
-        plan.keys.pieces[module, factor]: cast_finite(f"{module}.{factor}", tensor, plan.dtype)
-        for factor, tensor in padded.items()
+    format_ = plan.format
+    stored = {
+        piece: cast_finite(f"{module}.{piece}", format_.stored(module, piece, factor), plan.dtype)
+        for piece, factor in padded.items()
     }
-    for name, tensor in tensors.items():
+    checksums = {}
+    for piece, tensor in stored.items():
+        name = plan.keys.pieces[module, piece]
         staged.write(plan.file.path, name, tensor)
-    checksums = {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
-    stored = [tensors[plan.keys.pieces[module, factor]] for factor in ("lora_B", "lora_A")]
-    lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *stored)
+        checksums[name] = checksum(tensor_bytes(tensor))
+    rounded = [padded[piece].to(plan.dtype) for piece in ("lora_B", "lora_A")]
+    lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *rounded)
     return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost}}
-
-
-def _config(plan: LoraPlan) -> AdapterConfig:
-    """Scale 1 (alpha is the rank), no rslora, no patterns; the base is named if it is on the Hub."""
-    own = plan.delta.adapter.config
-    mixed = contains_adapters(plan.delta.adapter.extras, plan.delta.modules)
-    return AdapterConfig(
-        rank=plan.rank,
-        alpha=plan.rank,
-        targets=own.targets,
-        base=base_repository(plan.delta),
-        task=own.task,
-        modules_to_save=own.modules_to_save,
-        bias=own.bias,
-        peft_type=WITH_PARAMETERS if mixed else "LORA",
-    )
-
-
-def base_repository(delta: AdapterDelta) -> str | None:
-    """org/name of the untouched base, as the manifest or an adapter that started at zero names it."""
-    if delta.manifest is not None:
-        base = delta.manifest.base
-        return base.location if base and base.revision else None
-    named = delta.adapter.config.base
-    started_at_zero = delta.initial_adapter is None and delta.recovered is None and delta.residual is None
-    return named if started_at_zero and is_repository(named) else None
 
 
 def _layout_of_file(path: Path) -> str:

@@ -13,10 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdconvert import ExtractOptions, LoraOptions, Manifest, Run, extract, merge, to_lora
+from svdconvert.commands.extract import plan_extract
+from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, RecipeError, TargetError
 from svdconvert.manifest.results import Extraction, LoraResult
 from tests import stock
 from tests.conftest import Build
+from tests.loopback_hub.server import Hub
+from tests.program import svdconvert
+from tests.tiny import SHARDED
+from tests.visitor import Visitor
 
 RUN = Run(device="cpu", threads=1)
 Change = Callable[[str, Tensor, torch.Generator], Tensor]
@@ -242,3 +248,90 @@ def test_stream_without_the_hub_is_refused(models: tuple[Path, Path], tmp_path: 
 def test_two_rules_for_the_rank_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="tol and energy exclude each other"):
         ExtractOptions(tol=0.1, energy=0.9)
+
+
+def test_the_sketch_predicts_the_errors_that_are_measured_later(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan = plan_extract(*models, ExtractOptions(keep="none"), RUN, sketch=True)
+    assert plan.changed == 14 and plan.read > 0 and [row.rank for row in plan.ranks] == [1, 2, 4, 8, 16]
+    for row in plan.ranks:
+        found = extraction(extract(*models, tmp_path / f"{row.rank}", ExtractOptions(rank=row.rank), RUN))
+        lost = sum((matrix.error * matrix.norm) ** 2 for matrix in found.modules.values())
+        whole = sum(matrix.norm**2 for matrix in found.modules.values())
+        assert row.error == pytest.approx(sqrt(lost / whole), rel=2e-3)
+        assert row.budget_error <= row.error * (1 + 1e-6)
+        factors = {
+            name: one for name, one in stock.tensors(tmp_path / f"{row.rank}").items() if "lora_" in name
+        }
+        assert row.nbytes == sum(tensor.nbytes for tensor in factors.values())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_plans_and_sketches(models: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = svdconvert("extract", *models, "--plan")
+    assert shown.status == 0 and "attn.q" in shown.out and "--rank-budget" not in shown.out
+    sketched = svdconvert("extract", *models, "--plan", "--sketch")
+    assert sketched.status == 0 and "--rank-budget" in sketched.out and "--energy 0.9" in sketched.out
+    assert svdconvert("extract", *models, "--sketch", "-o", tmp_path / "out").status == 2
+    done = svdconvert("extract", *models, "-o", tmp_path / "out", "--rank", 4)
+    assert done.status == 0 and "relative error" in done.out and "kept in full" in done.out
+    assert svdconvert("verify", tmp_path / "out").status == 0
+    assert "extract" not in svdconvert("inspect", tmp_path / "out").err
+
+
+def test_a_damaged_factor_file_is_computed_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """As after a power cut: the journal has the matrix, and the file of its factors is not what it says."""
+    extract(*models, tmp_path / "whole", ExtractOptions(rank=4), RUN)
+    broken: list[str] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total // 2:
+            file = tmp_path / "out.partial" / "factors" / "1.f32"
+            broken.append(progress.name)
+            file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(*models, tmp_path / "out", ExtractOptions(rank=4), Run(device="cpu", threads=1, track=stop))
+    assert broken
+    extract(*models, tmp_path / "out", ExtractOptions(rank=4), RUN)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "svdconvert.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+HUB = """
+from svdconvert import ExtractOptions, Run, extract
+from svdconvert.hub.equal_files import shared_weights
+from svdconvert.inputs.model_pair import open_pair
+pair = open_pair("alice/base", "alice/tuned", "extract", stream={stream})
+extract("alice/base", "alice/tuned", "out", ExtractOptions(rank=4), Run(threads=1, stream={stream}))
+result = [len(pair.equal), len(pair.base.source.infos)]
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_equal_files_of_the_hub_are_not_downloaded(
+    stream: bool, hub: Hub, alice: Visitor, checkpoint: Build, tmp_path: Path
+) -> None:
+    def one_layer(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+        return noise(name, tensor, generator) if "layers.1." in name else tensor
+
+    base = checkpoint("llama", dtype=torch.float32, tied=False, shard=SHARDED)
+    tuned = tuned_from(base, tmp_path / "tuned", one_layer)
+    hub.create("alice/base", base)
+    hub.create("alice/tuned", tuned)
+    equal, every = alice.runs(HUB.format(stream=stream))
+    assert 0 < equal < every
+    extract(base, tuned, tmp_path / "local", ExtractOptions(rank=4), RUN)
+    found = load_file(alice.home / "out" / "adapter_model.safetensors")
+    assert stock.same_bytes(found, stock.tensors(tmp_path / "local"))
+    shared = [
+        file.name
+        for file in base.glob("*.safetensors")
+        if file.read_bytes() == (tuned / file.name).read_bytes()
+    ]
+    assert shared
+    cached = {path.name for path in alice.home.rglob("*.safetensors") if "snapshots" in path.parts}
+    assert not cached & {*shared}
+    assert bool(cached) == (not stream)

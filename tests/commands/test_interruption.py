@@ -59,6 +59,7 @@ def sources(model: Path, checkpoint: Build, tmp_path_factory: pytest.TempPathFac
         "to-lora": decomposed,
         "combine adapters": decomposed,
         "combine checkpoints": several,
+        "extract": several,
         "convert to hf": pth,
         "convert to blinkdl": hf,
     }

@@ -39,6 +39,16 @@ def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
     assert sums(tmp_path / "combined-by-two") == sums(tmp_path / "combined")
 
 
+def test_two_ranks_extract_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
+    tuned = medium.build(tmp_path / "tuned", layers=8, seed=1)
+    for rule in (["--rank", 8], ["--rank-budget", 100], ["--tol", 0.6, "--keep", "none"]):
+        words = ["extract", model, tuned, *rule, "--dtype", "bfloat16"]
+        name = rule[0]
+        finish(start(*words, "-o", tmp_path / f"one{name}"))
+        finish(start(*words, "-o", tmp_path / f"two{name}", program=TORCHRUN))
+        assert sums(tmp_path / f"two{name}") == sums(tmp_path / f"one{name}")
+
+
 def test_two_matrices_at_once_have_the_bytes_of_one_after_the_other(model: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
         out = tmp_path / f"{threads}"

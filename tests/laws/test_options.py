@@ -74,6 +74,9 @@ VALUES: dict[str, Words] = {
     "--rounding": ["stochastic"],
     "--format": ["rwkv-peft"],
     "--rank-budget": [10],
+    "--energy": [0.3],
+    "--keep": ["none"],
+    "--for": ["sglang"],
     "--state": [Path("plain")],
     "--stream": [],
     "--method": ["milora"],
@@ -136,6 +139,10 @@ ELSEWHERE = {
     "--out": "tests/output/test_staging.py",
     "--recipe": "tests/test_recipes.py",
     "--plan": "tests/cli/test_app.py",
+    "--picture": "tests/commands/test_diff.py",
+    "--sketch": "tests/commands/test_extract.py",
+    "--adapter": "tests/commands/test_verify_merge.py",
+    "--merged": "tests/commands/test_verify_merge.py",
     "--overwrite": "tests/output/test_ownership.py",
     "--threads": "tests/linalg/test_truncated.py",
     "--device": "tests/test_refusals.py",
@@ -272,6 +279,8 @@ class Runner:
     def _inputs(self, command: str, kind: str) -> Iterator[Path]:
         """A directory of the kind and, for a command that takes several, another one to go with it."""
         yield self._here / kind
+        if command in ("extract", "diff"):
+            yield self._here / ("finetuned" if kind != "finetuned" else "plain")
         if command == "combine":
             yield self._here / (("finetuned" if kind == "plain" else "plain") if kind in PLAIN else "trained")
 
