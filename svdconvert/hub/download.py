@@ -31,7 +31,7 @@ Part = Literal["all", "adapter", "sidecars"]
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED_ADAPTER = "adapter_model.bin"
-_MLX_ADAPTER = "adapters.safetensors"
+_OTHER_ADAPTERS = ("adapters.safetensors", "adapter.gguf")  # mlx-lm's and llama.cpp's
 _FOLDERS = ("*_init", "additional_chat_templates")
 _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
@@ -219,7 +219,7 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
         folder, _, file = name.rpartition("/")
         here = not folder or fnmatchcase(folder, "*_init")
         pickled = file == _PICKLED_ADAPTER and name.removesuffix(file) + _ADAPTER not in files
-        if here and (file in (_ADAPTER, _MLX_ADAPTER) or pickled):
+        if here and (file in (_ADAPTER, *_OTHER_ADAPTERS) or pickled):
             yield name
     if part == "all":
         yield from _own_weights(repository, commit, files)

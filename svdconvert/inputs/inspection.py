@@ -106,7 +106,11 @@ def _summary(manifest: Manifest) -> str:
 
 def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
-    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    form = manifest.options.get("format", "peft")
+    is_peft = form in ("peft", "vllm") and is_transformers(manifest.layout)
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_peft else []
+    if form == "gguf":
+        return [f"llama-cli -m BASE.gguf --lora {path}/adapter.gguf", f"svdconvert verify {path}"]
     base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
