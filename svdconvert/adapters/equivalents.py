@@ -17,7 +17,7 @@ from svdconvert.errors import ArtifactError
 Product = tuple[Tensor, Tensor]
 """(left_OK, right_KI)."""
 Shape = tuple[int, ...]
-_MOST_VALUES = 1 << 33  # of the factors of one matrix
+_MOST_VALUES = 1 << 30  # of the factors of one matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,11 @@ def check_pieces(
     """Raise ArtifactError if a module's pieces do not fit each other, or make factors of an absurd size."""
     if absent := sorted(set(kind.required) - set(shapes)):
         raise ArtifactError(f"{file} has no {absent[0]} for {module}; restore the file")
+    if any(0 in size for size in shapes.values()):
+        raise ArtifactError(
+            f"{file}: a tensor of {module} is empty, as DeepSpeed ZeRO-3 saves parameters that it did not "
+            "gather; save the adapter again with gathered weights"
+        )
     try:
         rank = kind.rank(shapes, shape)
         meta = {name: torch.empty(size, device="meta") for name, size in shapes.items()}

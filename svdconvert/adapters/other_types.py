@@ -103,11 +103,15 @@ def read_other_type(
     rank = 1
     for module, names in found.items():
         shapes = {piece: source.infos[own].shape for piece, own in names.items()}
+        if name == "ADALORA" and _is_pruned(shapes):
+            continue
         shape = _shape(kind, shapes) or find_shape(module)
         check_pieces(weights, module, kind, shapes, shape)
         own_rank = kind.rank(shapes, shape)
         modules[module] = _Module(names, shape, kind.scale(config, module, own_rank))
         rank = max(rank, own_rank)
+    if not modules:
+        raise ArtifactError(f"{weights} changes nothing: all ranks were taken away; train it again")
     made = LoraSource(source, kind, modules, rank)
     factors = {
         module: {factor: f"{PREFIX}{module}.{factor}.weight" for factor in ("lora_A", "lora_B")}
@@ -125,6 +129,13 @@ def read_other_type(
         base_is_residual=False,
     )
     return plain, OtherAdapter(made, factors, extras)
+
+
+def _is_pruned(shapes: Mapping[str, Shape]) -> bool:
+    """True for a module of which AdaLoRA has taken all ranks away: it changes nothing."""
+    right = shapes.get("lora_A", ())
+    left = shapes.get("lora_B", ())
+    return len(right) == len(left) == 2 and right[0] == left[1] == 0 and right[1] * left[0] > 0
 
 
 def _shape(kind: AdapterType, shapes: Mapping[str, Shape]) -> Shape | None:
@@ -146,7 +157,7 @@ def _sorted_names(
     extras: dict[str, str] = {}
     for name, info in source.infos.items():
         if match := pattern.fullmatch(name):
-            if info.dtype not in REAL or 0 in info.shape:
+            if info.dtype not in REAL:
                 raise ArtifactError(f"{weights}: {name} holds no float values; save the adapter again")
             modules.setdefault(match["module"], {})[match["piece"]] = name
         elif is_declared(name, saved, bias):

@@ -14,6 +14,7 @@ from svdconvert.errors import RecipeError, brief, did_you_mean
 Scalar = bool | int | float | str
 _LARGEST_FILE = 1 << 20
 _MOST_ENTRIES = 10_000  # of a list of models, slices or values
+_MOST_IN_ALL = 200_000
 _MOST_LAYERS = 100_000
 _KEYS = (
     "base_model", "chat_template", "dtype", "merge_method", "models", "out_dtype", "parameters", "slices",
@@ -93,6 +94,13 @@ class _Reader:
 
     def __init__(self, place: str) -> None:
         self._place = place
+        self._read = 0
+
+    def _count(self, entries: int) -> None:
+        """Count what was read: with YAML's aliases, a short file can repeat a list without end."""
+        self._read += entries
+        if self._read > _MOST_IN_ALL:
+            raise RecipeError(f"{self._place} has more than {_MOST_IN_ALL} entries; give a shorter file")
 
     def file(self, content: object) -> MergeFile:
         """The whole file."""
@@ -195,6 +203,7 @@ class _Reader:
                 f"{self._place}: {name} is {brief(value)}, which must be a number, a list of numbers, or "
                 "conditions with value and filter"
             )
+        self._count(len(parts))
         values = tuple(one for one in parts if isinstance(one, Scalar))
         return values if isinstance(value, list) else values[0]
 
@@ -211,6 +220,7 @@ class _Reader:
     def _list(self, value: object, key: str) -> list[Any]:
         if not isinstance(value, list) or not 0 < len(value) <= _MOST_ENTRIES:
             raise RecipeError(f"{self._place}: {key} is {brief(value)}, which must be a list")
+        self._count(len(value))
         return value
 
     def _mapping(self, value: object, what: str, known: Sequence[str]) -> Mapping[str, Any]:

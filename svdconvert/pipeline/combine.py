@@ -6,6 +6,7 @@ from pathlib import Path
 
 from svdconvert.adapters.peft_files import is_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file
+from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
 from svdconvert.config.mergekit_file import (
@@ -141,4 +142,6 @@ def _is_adapter(location: str) -> bool:
     path = path if path.exists() else fetch(location, "sidecars").path
     if path.is_dir() and has_manifest(path):
         return read_manifest(path).kind not in PLAIN
-    return is_adapter(path) if path.is_dir() else is_adapter_file(path)
+    if path.is_dir():
+        return is_adapter(path)
+    return is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos)

@@ -114,6 +114,28 @@ def test_an_adalora_with_fewer_ranks_keeps_its_first_scale(base: Path, tmp_path:
         assert torch.allclose(value, expected[key], atol=1e-6), key
 
 
+def test_a_module_without_ranks_changes_nothing(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter", "adalora")
+    values = load_file(adapter / WEIGHTS)
+    for key in [key for key in values if "q_proj" in key]:
+        axis = 1 if key.endswith("lora_B") else 0
+        values[key] = values[key].narrow(axis, 0, 0).contiguous()
+    save_file(values, adapter / WEIGHTS, metadata={"format": "pt"})
+    merge(adapter, tmp_path / "out", run=RUN, base=str(base))
+    start, found = tensors(base), tensors(tmp_path / "out")
+    changed = {key for key, value in start.items() if not torch.equal(value, found[key])}
+    assert changed == {key for key in start if any(part in key for part in ("up_proj", "down_proj"))}
+
+
+def test_factors_of_an_absurd_size_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter", "lokr")
+    part = "base_model.model.model.layers.0.mlp.up_proj.lokr"
+    values = {f"{part}_w1": torch.ones(200_000, 1), f"{part}_w2": torch.ones(200_000, 1)}
+    save_file(values, adapter / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="do not fit together"):
+        to_lora(adapter, tmp_path / "out", run=RUN)
+
+
 def test_adapters_of_several_types_are_combined(base: Path, tmp_path: Path) -> None:
     chosen = [adapter_of(base, tmp_path / name, name) for name in ("loha", "lokr", "miss", "kasa")]
     combine(chosen, tmp_path / "out", CombineOptions(weights=(1, 1, 1, 1)), RUN)

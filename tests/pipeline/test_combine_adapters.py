@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdconvert import CombineOptions, Run, combine, merge
+from svdconvert import CombineOptions, Run, SplitOptions, combine, decompose, merge
 from svdconvert.errors import ArtifactError, RecipeError
 from tests.conftest import Build
-from tests.stock import logits, plain
+from tests.stock import logits, plain, tensors, trained_from
 
 RUN = Run(threads=1)
 WEIGHTS = (0.7, -0.4)
@@ -243,3 +243,22 @@ def test_adapters_of_other_shapes_or_kinds_are_refused(
     (other / "adapter_config.json").write_text(json.dumps(absent))
     with pytest.raises(ArtifactError, match="does not record its initial state"):
         combine([other, other], tmp_path / "out", run=RUN)
+
+
+def test_adapters_of_single_experts_are_combined(checkpoint: Build, tmp_path: Path) -> None:
+    base = checkpoint("mixtral", dtype=torch.float32)
+    decompose(base, tmp_path / "start", SplitOptions(rank=2, method="lora"), RUN)
+    each = [
+        trained_from(tmp_path / "start", tmp_path / name, amount) for name, amount in (("a", 0.1), ("b", 0.3))
+    ]
+    combine(each, tmp_path / "both", CombineOptions(weights=WEIGHTS), RUN)
+    merged = {}
+    for path in (*each, tmp_path / "both"):
+        merge(path, tmp_path / f"merged-{path.name}", run=RUN, base=str(base))
+        merged[path.name] = tensors(tmp_path / f"merged-{path.name}")
+    start = tensors(base)
+    assert any("experts" in name for name in start)
+    for name, value in start.items():
+        changes = [merged[own][name] - value for own in ("a", "b")]
+        expected = value + WEIGHTS[0] * changes[0] + WEIGHTS[1] * changes[1]
+        assert torch.allclose(merged["both"][name], expected, atol=1e-5), name
