@@ -21,10 +21,11 @@ _LLAMA_7B = {
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 2000},
     "300m": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 32000},
+    "1b2": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "vocab_size": 32000},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
     **{f"7b{layers}": _LLAMA_7B | {"num_hidden_layers": layers} for layers in (1, 2, 8)},
 }
-"""7b1, 7b2 and 7b8 have that many layers of a model of seven billion parameters."""
+"""1b2 has two layers of a model of 1.1 billion parameters, 7b1, 7b2 and 7b8 that many of one of seven."""
 HEADS = 32
 GROUPS = 4
 

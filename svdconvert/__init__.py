@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from svdconvert.commands.combine import combine
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
+    from svdconvert.commands.diff import diff
+    from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
     from svdconvert.commands.push import push
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
-    from svdconvert.commands.verify import verify
+    from svdconvert.commands.verify import verify, verify_merge
+    from svdconvert.config.combine import CombineOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
+        ExtractOptions,
         LoraOptions,
         MergeOptions,
         PushOptions,
@@ -32,7 +37,9 @@ if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
+    "CombineOptions",
     "ConvertOptions",
+    "ExtractOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -42,8 +49,11 @@ __all__ = [
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "combine",
     "convert",
     "decompose",
+    "diff",
+    "extract",
     "inspect",
     "list_plugins",
     "merge",
@@ -52,10 +62,13 @@ __all__ = [
     "to_lora",
     "train",
     "verify",
+    "verify_merge",
 ]
 
 _MODULES = {
+    "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
+    "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
     "MergeOptions": "config.options",
@@ -66,6 +79,7 @@ _MODULES = {
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
     "read_manifest": "manifest.schema",
+    "verify_merge": "commands.verify",
 }
 """Exported name -> its module; a command's function is in the module of the same name."""
 

@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 from svdconvert import (
+    CombineOptions,
     ConvertOptions,
+    ExtractOptions,
     MergeOptions,
     Run,
     SplitOptions,
     TrainOptions,
+    combine,
     convert,
     decompose,
+    extract,
     merge,
     to_lora,
     train,
@@ -23,7 +27,17 @@ from svdconvert import (
 from svdconvert.config.progress import Progress
 
 ENDLESS = [sys.executable, "-m", "tests.endless"]
-COMMANDS = ("decompose", "train", "merge", "to-lora", "convert to hf", "convert to blinkdl")
+COMMANDS = (
+    "decompose",
+    "train",
+    "merge",
+    "to-lora",
+    "combine adapters",
+    "combine checkpoints",
+    "convert to hf",
+    "convert to blinkdl",
+    "extract",
+)
 STEPS = 40
 """Steps of training, with a checkpoint after each."""
 _PAUSE = 0.02
@@ -40,6 +54,13 @@ def write(name: str, source: Path, out: Path, run: Run) -> None:
         merge(source, out, MergeOptions(max_shard_size="1MB"), run)
     elif name == "to-lora":
         to_lora(source, out, run=run)
+    elif name == "combine adapters":
+        combine([source, source], out, CombineOptions(method="ties", weights=(0.5, 2.0)), run)
+    elif name == "combine checkpoints":
+        options = CombineOptions(method="dare-linear", density=0.5, max_shard_size="1MB")
+        combine([source / "one", source / "two"], out, options, run, base=str(source / "base"))
+    elif name == "extract":
+        extract(source / "base", source / "one", out, ExtractOptions(rank_budget=100), run)
     else:
         layout = name.removeprefix("convert to ")
         size = {} if layout == "blinkdl" else {"max_shard_size": "100KB"}  # a .pth is never split

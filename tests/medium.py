@@ -8,10 +8,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def build(directory: Path, *, layers: int, hidden: int = 128, wide: int = 352, vocabulary: int = 512) -> Path:
+def build(
+    directory: Path,
+    *,
+    layers: int,
+    hidden: int = 128,
+    wide: int = 352,
+    vocabulary: int = 512,
+    seed: int | None = None,
+) -> Path:
     """Write a checkpoint of `layers` layers in bfloat16, with one shard for every two layers."""
     directory.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(layers)
+    generator = torch.Generator().manual_seed(layers if seed is None else seed)
     shards: list[dict[str, Tensor]] = [{}]
     shards[0]["model.embed_tokens.weight"] = _matrix(vocabulary, hidden, generator)
     for layer in range(layers):

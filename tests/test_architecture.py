@@ -22,6 +22,7 @@ LEVELS = (
     "hub",
     "output",
     "methods",
+    "merging",
     "manifest",
     "adapters",
     "models",
@@ -30,6 +31,7 @@ LEVELS = (
     "publish",
     "pipeline",
     "training",
+    "reports",
     "commands",
     "cli",
     "__main__",
@@ -37,7 +39,12 @@ LEVELS = (
 )
 LEVEL = {package: number for number, package in enumerate(LEVELS)}
 # A module of these packages imports no other one of its package, except those that they share.
-PLUG_INS = {"layouts": {"base", "blocks", "experts"}, "methods": {"base"}, "commands": set()}
+PLUG_INS = {
+    "layouts": {"base", "blocks", "experts"},
+    "methods": {"base"},
+    "merging": {"base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"},
+    "commands": set(),
+}
 # These modules of such packages are no plug-ins.
 NO_PLUG_INS = {"automatic", "automatic_cache", "base", "by_names", "detect", "experts", "loading"}
 # Heavy or remote: library -> the only packages that may import it.

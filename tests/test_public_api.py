@@ -12,7 +12,9 @@ import svdconvert
 from tests.conftest import Build
 
 NAMES = [
+    "CombineOptions",
     "ConvertOptions",
+    "ExtractOptions",
     "LoraOptions",
     "Manifest",
     "MergeOptions",
@@ -22,8 +24,11 @@ NAMES = [
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "combine",
     "convert",
     "decompose",
+    "diff",
+    "extract",
     "inspect",
     "list_plugins",
     "merge",
@@ -32,16 +37,21 @@ NAMES = [
     "to_lora",
     "train",
     "verify",
+    "verify_merge",
 ]
 ALIASES = {"TrainPlan": "TrainOptions"}
 PARAMETERS = {
+    "combine": ["inputs", "out", "options", "run", "*base", "*init", "*config"],
     "convert": ["model", "out", "options", "run"],
     "decompose": ["model", "out", "options", "run"],
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "verify": ["directory", "run", "*base"],
-    "inspect": ["model"],
+    "verify_merge": ["merged", "bases", "adapter", "run"],
+    "extract": ["base", "tuned", "out", "options", "run"],
+    "diff": ["first", "second", "run"],
+    "inspect": ["model", "engine"],
     "list_plugins": ["what"],
     "push": ["directory", "repository", "options", "*base", "*residual"],
     "read_manifest": ["directory"],

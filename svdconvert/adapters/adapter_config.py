@@ -35,6 +35,8 @@ _UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",
 )
+KASA = "kasa"
+"""`AdapterConfig.initialised` of KaSA: on loading, PEFT takes the smallest triplets out of the base."""
 _LARGEST_RANK = 1 << 20
 _LARGEST_ALPHA = 1e9
 _LONGEST_NAME = 1000  # characters of a pattern or of a base's name
@@ -68,6 +70,11 @@ class AdapterConfig:
     """Which biases are trained: none, all or lora_only."""
     fan_in_fan_out: bool = False
     """True if adapted layers have their weights as (in, out), as transformers' Conv1D."""
+    ties_saved_modules: bool = False
+    """True if embeddings in modules_to_save also replace the head that is tied to them (PEFT's
+    ensure_weight_tying)."""
+    dora: bool = False
+    """True if the rows of the adapted matrix are scaled to stored magnitudes (DoRA)."""
     base_is_residual: bool | None = None
     """True if the adapter was started from a part of the base and belongs to a residual, False if it started
     at zero; None if svdconvert did not write the initial adapter."""
@@ -100,6 +107,7 @@ class AdapterConfig:
             **({"auto_mapping": {ENTRY: {"base_is_residual": self.base_is_residual}}} if has_entry else {}),
             "base_model_name_or_path": self.base,
             "bias": self.bias,
+            **({"ensure_weight_tying": True} if self.ties_saved_modules else {}),
             "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,
             "init_lora_weights": self.initialised,
@@ -177,14 +185,49 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         modules_to_save=read.names("modules_to_save"),
         bias=read.text("bias") or "none",
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
+        ties_saved_modules=values.get("ensure_weight_tying") is True,
+        dora=bool(values.get("use_dora")),
         base_is_residual=read.base_is_residual(),
     )
 
 
+def read_other_config(directory: Path, rank_key: str, alpha_key: str | None) -> AdapterConfig:
+    """The configuration of an adapter of another type than LoRA, which calls rank and alpha otherwise.
+
+    Raises ArtifactError for a value that PEFT would refuse.
+    """
+    path = directory / CONFIG
+    values = read_json_object(path)
+    if values.get("fan_in_fan_out"):
+        raise _transposed(path)
+    read = _Reader(path, values)
+    has_patterns = alpha_key == "alpha"  # LoHa and LoKr; AdaLoRA lists which ranks are left
+    return AdapterConfig(
+        rank=read.integer(rank_key, values.get(rank_key)),
+        alpha=read.number(alpha_key, values.get(alpha_key)) if alpha_key else 1.0,
+        targets=read.targets(),
+        base=read.text("base_model_name_or_path"),
+        peft_type=str(values.get("peft_type")),
+        rank_pattern=read.pattern("rank_pattern", read.integer) if has_patterns else None,
+        alpha_pattern=read.pattern("alpha_pattern", read.number) if has_patterns else None,
+        task=read.text("task_type"),
+        modules_to_save=read.names("modules_to_save"),
+        bias=read.text("bias") or "none",
+        initialised=str(values.get("init_weights", True)),
+    )
+
+
+def _transposed(path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
+        "merge it with PEFT"
+    )
+
+
 def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
-    if values.get("use_dora"):
+    if values.get("use_dora") and values.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise ArtifactError(
-            f"{path} is a DoRA adapter, whose magnitudes no plain LoRA can express; merge it with PEFT"
+            f"{path} is a DoRA adapter that started from a part of its base; merge it with PEFT"
         )
     if found := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
@@ -247,6 +290,8 @@ class _Reader:
 
     def initialised(self) -> str | bool:
         """How PEFT initialised the factors."""
+        if isinstance(self._values.get("kasa_config"), dict):
+            return KASA
         value = self._values.get("init_lora_weights", True)
         return value if isinstance(value, str | bool) else True
 

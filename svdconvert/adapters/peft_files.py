@@ -4,37 +4,33 @@ Conventions of PEFT 0.21: keys are `base_model.model.<module>.lora_A.weight`, th
 metadata is exactly {"format": "pt"}, and the configuration is sorted by key.
 """
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from svdconvert.adapters import mlx
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_adapter_config
-from svdconvert.adapters.embedding_factors import embedding_piece, piece_info
+from svdconvert.adapters.embedding_factors import piece_info
+from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.expert_factors import Expert, Slices, find_experts, piece_shape
-from svdconvert.adapters.extra_parameters import PREFIX, is_copy, is_declared, is_vocabulary, parameter_of
+from svdconvert.adapters.extra_parameters import PREFIX
+from svdconvert.adapters.file_names import FileNames
+from svdconvert.adapters.other_types import FindShape, read_other_type
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
 from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
 from svdconvert.errors import ArtifactError
-from svdconvert.linalg.factors import FACTOR_AXES, Factors
+from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
+from svdconvert.output.sidecars import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 """The file of older versions of PEFT. Only tensors are unpickled, so no code in it can run."""
-_KEY = re.compile(
-    rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<piece>{'|'.join(FACTOR_AXES)})(?:\.default)?\.weight"
-)
-_WRAPPERS = re.compile(r"^(?:module\.)+|(?<![^.])_orig_mod\.")
-"""What DistributedDataParallel and torch.compile add to names."""
-_UNSUPPORTED = {
-    "lora_magnitude_vector": "a magnitude of DoRA",
-    "trainable_tokens_": "single trained rows of an embedding (trainable_token_indices)",
-}
+PieceNames = Mapping[str, Mapping[str, str]]
+"""Module -> factor -> name in the file."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +40,13 @@ class Adapter:
     directory: Path
     config: AdapterConfig
     source: TensorSource
-    modules: Mapping[str, Mapping[str, str]]
-    """Module -> factor -> name in the file."""
+    modules: PieceNames
     extras: Mapping[str, str] = field(default_factory=dict)
     """Parameter that is trained in full -> name in the file."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
+    magnitudes: Mapping[str, str] = field(default_factory=dict)
+    """Module -> name in the file of its magnitudes, for DoRA."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Checksum that each tensor of the file must have, if a manifest knows them."""
     experts: Mapping[str, Expert] = field(default_factory=dict)
@@ -86,6 +83,10 @@ class Adapter:
     def _parameter_key(self, name: str) -> str:
         return self.extras[name] if name in self.extras else self.copies[name]
 
+    def magnitude(self, module: str) -> Tensor:
+        """The magnitudes of a module's rows (DoRA). Raises ArtifactError as `factors`."""
+        return self._checked(self.magnitudes[module])
+
     def _checked(self, name: str) -> Tensor:
         tensor = self.source.read(name)
         if self.expected and self.expected.get(name) != checksum(tensor_bytes(tensor)):
@@ -120,86 +121,91 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and ((directory / WEIGHTS).exists() or not holds_model(directory))
 
 
-def open_adapter(directory: Path) -> Adapter:
+def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapter:
     """Open an adapter in PEFT's format: adapter_model.safetensors, else adapter_model.bin.
 
-    Raises ArtifactError if it is missing or incomplete, or if it contains anything that cannot be converted
-    (DoRA, tensors that its configuration does not declare): no part of an adapter is ever dropped.
+    An adapter of another type than LoRA is opened as the LoRA that it equals; `find_shape` gives the shapes
+    of the base's matrices for types whose files do not tell them. Raises ArtifactError if it is missing or
+    incomplete, or if it contains anything that cannot be converted (tensors that its configuration does not
+    declare): no part of an adapter is ever dropped.
     """
+    if mlx.is_adapter(directory):
+        return _open_mlx(directory)
     weights = _weights_file(directory)
     if not (directory / CONFIG).is_file() or not weights.is_file():
         absent = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
         raise ArtifactError(
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
-    config = read_adapter_config(directory)
+    kind = str(read_json_object(directory / CONFIG).get("peft_type"))
     source = open_file(weights)
-    modules, extras, copies, embeddings = _sorted_names(weights, config, source)
-    named, experts = find_experts(weights, config, source, modules)
-    single = {module: names for module, names in named.items() if module not in experts}
+    if kind in TYPES:
+        config, made = read_other_type(directory, weights, source, kind, find_shape or _no_shape(directory))
+        return Adapter(directory, config, made.source, made.modules, made.extras)
+    config = read_adapter_config(directory)
+    names = FileNames.of(weights, config, source)
+    named, experts = find_experts(weights, config, source, names.modules)
+    single = {module: pieces for module, pieces in named.items() if module not in experts}
     if single or not experts:
-        check_factors(weights, source, single, embeddings)
-    _check_ranks(weights, config, source, single, embeddings)
+        check_factors(weights, source, single, names.embeddings)
+    _check_ranks(weights, config, source, single, names.embeddings)
+    if config.dora:
+        _check_magnitudes(weights, source, named, names, experts)
     if not config.targets and not config.parameters:
         config = replace(config, targets=sorted(named))
     return Adapter(
-        directory, config, source, named, extras, copies=copies, experts=experts, embeddings=embeddings
+        directory,
+        config,
+        source,
+        named,
+        names.extras,
+        copies=names.copies,
+        magnitudes=names.magnitudes,
+        experts=experts,
+        embeddings=names.embeddings,
     )
 
 
-def _sorted_names(
-    weights: Path, config: AdapterConfig, source: TensorSource
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], set[str]]:
-    """(module -> factor -> name, parameter trained in full -> name, parameter of the base -> name,
-    modules that are embeddings).
+def _no_shape(directory: Path) -> FindShape:
+    """For types whose files do not tell the shapes of the matrices, if the base is not known."""
 
-    Raises ArtifactError for a tensor that is none of these.
-    """
-    modules: dict[str, dict[str, str]] = {}
-    extras: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    others: list[str] = []
-    embeddings: set[str] = set()
-    opened = weights, source
-    for name in source.infos:
-        plain = _WRAPPERS.sub("", name)
-        if match := _KEY.fullmatch(plain):
-            _put(modules.setdefault(match["module"], {}), match["piece"], name, opened)
-        elif piece := embedding_piece(plain):
-            embeddings.add(piece[0])
-            _put(modules.setdefault(piece[0], {}), piece[1], name, opened)
-        elif is_copy(plain):
-            _put(copies, parameter_of(plain), name, opened)
-        elif is_declared(plain, config.modules_to_save, config.bias) or is_vocabulary(plain):
-            _put(extras, parameter_of(plain), name, opened)
-        else:
-            others.append(name)
-    if others:
-        raise _unknown(weights, others)
-    return modules, extras, copies, embeddings
+    def refuse(module: str) -> tuple[int, ...]:
+        raise ArtifactError(
+            f"{directory} does not store the shape of {module}, and its base is not known; give "
+            "it with --base"
+        )
+
+    return refuse
 
 
-def _put(names: dict[str, str], meaning: str, name: str, file: tuple[Path, TensorSource]) -> None:
-    """Add a tensor. PEFT saves a resized head twice, as `x` and as `x.modules_to_save`, with one value."""
-    path, source = file
-    known = names.setdefault(meaning, name)
-    if known != name and not torch.equal(source.read(known), source.read(name)):
-        raise ArtifactError(f"{path}: {known} and {name} mean the same and differ; remove one")
-
-
-def _unknown(weights: Path, names: list[str]) -> ArtifactError:
-    """The error for tensors that no plain LoRA has."""
-    for part, what in _UNSUPPORTED.items():
-        if part in names[0]:
-            return ArtifactError(
-                f"{weights} holds {names[0]}, {what}, which is not supported ({len(names)} such tensors); "
-                "merge it with PEFT"
+def _check_magnitudes(
+    file: Path, source: TensorSource, modules: PieceNames, found: FileNames, experts: Collection[str]
+) -> None:
+    """Raise ArtifactError if a module of a DoRA adapter has no magnitude for each of its rows."""
+    for module, names in modules.items():
+        if module in experts or module in found.embeddings:
+            raise ArtifactError(
+                f"{file} is a DoRA adapter of {module}, and svdconvert reads the magnitudes of linear layers "
+                "only; merge it with PEFT"
             )
-    return ArtifactError(
-        f"{weights} holds {names[0]}, which is neither a low-rank factor nor named as "
-        f"trained in full in {CONFIG}, and would be lost ({len(names)} such tensors); train without it, "
-        "or merge with the program that wrote it"
-    )
+        rows = source.infos[names["lora_B"]].shape[0]
+        if module not in found.magnitudes or source.infos[found.magnitudes[module]].shape != (rows,):
+            raise ArtifactError(
+                f"{file} has no lora_magnitude_vector of {rows} rows for {module}; restore the file"
+            )
+
+
+def _open_mlx(directory: Path) -> Adapter:
+    """An adapter of mlx-lm, as PEFT would have it. Raises ArtifactError if it is not a LoRA."""
+    source, modules = mlx.open_factors(directory)
+    check_factors(directory / mlx.WEIGHTS, source, modules)
+    ranks = {source.infos[names["lora_A"]].shape[0] for names in modules.values()}
+    if len(ranks) > 1:
+        raise ArtifactError(
+            f"{directory / mlx.WEIGHTS} has factors of several ranks, which mlx-lm refuses; restore the file"
+        )
+    config = mlx.read_config(directory, ranks.pop(), target_modules(modules, []))
+    return Adapter(directory, config, source, modules)
 
 
 def _weights_file(directory: Path) -> Path:
@@ -211,7 +217,7 @@ def _weights_file(directory: Path) -> Path:
 def check_factors(
     file: Path,
     source: TensorSource,
-    modules: Mapping[str, Mapping[str, str]],
+    modules: PieceNames,
     embeddings: Collection[str] = (),
 ) -> None:
     """Raise ArtifactError for a factor that is missing, is empty, or has a wrong shape or element type."""
@@ -256,7 +262,7 @@ def _check_ranks(
     file: Path,
     config: AdapterConfig,
     source: TensorSource,
-    modules: Mapping[str, Mapping[str, str]],
+    modules: PieceNames,
     embeddings: Collection[str],
 ) -> None:
     """Raise ArtifactError if a factor's rank differs from the configuration's: its scale would be wrong."""

@@ -47,7 +47,11 @@ def is_weights(name: str) -> bool:
 def is_known_kind(name: str) -> bool:
     """True for the name of a file with tensors, a configuration, a tokenizer, code, a text or a licence."""
     file = name.rpartition("/")[2]
-    return is_weights(file) or any(fnmatchcase(file, pattern) for pattern in (*_OTHERS, *_LICENCES))
+    return (
+        is_weights(file)
+        or file.endswith(".gguf")
+        or any(fnmatchcase(file, pattern) for pattern in (*_OTHERS, *_LICENCES))
+    )
 
 
 def leads_outside(path: Path, directory: Path) -> bool:

@@ -81,7 +81,11 @@ def holds_model(directory: Path) -> bool:
 
 
 def open_file(path: Path) -> TensorSource:
-    """The tensors of one file: PyTorch's format if it ends in .pth or .bin, else safetensors."""
+    """The tensors of one file: PyTorch's format if it ends in .pth or .bin, GGUF, else safetensors."""
+    if path.suffix == ".gguf":
+        from svdconvert.checkpoint.gguf_files import GgufSource
+
+        return GgufSource(path)
     if path.suffix not in (".pth", ".bin"):
         return SafetensorsSource([path])
     from svdconvert.checkpoint.torch_files import PickledSource

@@ -1,15 +1,18 @@
-"""The commands about adapters: merge and to-lora."""
+"""The commands about adapters: merge, to-lora and combine."""
 
 from dataclasses import replace
 
-from svdconvert.cli import progress, summaries
+from svdconvert.cli import combine_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
+    AdaptersArg,
     BaseOpt,
+    ConfigOpt,
     DebugOpt,
     DeviceOpt,
     InitOpt,
+    InputsArg,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -23,6 +26,7 @@ from svdconvert.cli.arguments import (
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import LoraOptions, MergeOptions, PushOptions
 from svdconvert.config.recipe import options, read_recipe
 
@@ -35,7 +39,7 @@ from svdconvert.config.recipe import options, read_recipe
 def merge(
     typed: Typed,
     pushing: Typed,
-    adapter: AdapterArg,
+    adapters: AdaptersArg,
     out: OutOpt = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
@@ -50,11 +54,12 @@ def merge(
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
-    """Merge an adapter into its base or residual, as a plain checkpoint."""
+    """Merge an adapter into its base or residual, or several into their base, as a plain checkpoint."""
     with report_errors(debug=debug, out=out):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
+        from svdconvert.pipeline.merge_group import open_group_merge
 
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
@@ -63,7 +68,10 @@ def merge(
             sources = Sources(
                 base=base, residual=residual, init=init, stream=True, trust_remote_code=trust_remote_code
             )
-            summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
+            if len(adapters) > 1 or chosen.weights is not None:
+                combine_summaries.show_group_plan(open_group_merge(adapters, chosen, sources))
+            else:
+                summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
@@ -71,7 +79,7 @@ def merge(
                 run = run_settings(shared, track, **settings)
                 run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(
-                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
+                    adapters, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_merged(output.place, manifest)
 
@@ -109,3 +117,38 @@ def to_lora(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
             summaries.show_lora(output.place, manifest)
+
+
+@app.command(cls=SingleOptions, epilog="Example: svdconvert combine math code -o both --weights 0.7,0.3")
+@with_options(PushOptions, into="pushing", panel="Publishing")
+@with_options(CombineOptions)
+def combine(
+    typed: Typed,
+    pushing: Typed,
+    inputs: InputsArg = None,
+    out: OutOpt = None,
+    config: ConfigOpt = None,
+    base: BaseOpt = None,
+    init: InitOpt = None,
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    stream: StreamOpt = False,
+    push: PushOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Merge several adapters into one LoRA, or several checkpoints into one checkpoint."""
+    with report_errors(debug=debug, out=out):
+        from svdconvert.commands.combine import combine as command
+
+        shared = read_recipe(recipe)
+        chosen = options(CombineOptions, shared, typed)
+        with published(out, push, pushing, stream=stream) as output:
+            with progress.tensors("combine") as track:
+                settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
+                run = replace(run_settings(shared, track, **settings), shard_sink=output.shard_sink)
+                manifest = command(
+                    inputs or [], output.directory, chosen, run, base=base, init=init, config=config
+                )
+            combine_summaries.show_combined(output.place, manifest)

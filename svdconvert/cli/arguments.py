@@ -24,6 +24,19 @@ AdapterArg = Annotated[
         help="A directory of decompose or train, or any LoRA in PEFT's format; local or on the Hub.",
     ),
 ]
+InputsArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT...", help="Adapters of one base, or checkpoints of one shape; local or on the Hub."
+    ),
+]
+AdaptersArg = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER...",
+        help="Directories of decompose or train, or any LoRAs in PEFT's format; local or on the Hub.",
+    ),
+]
 DirArg = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
 ]
@@ -33,6 +46,9 @@ StreamOpt = Annotated[
         "--stream",
         help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
     ),
+]
+ReadOnlyStreamOpt = Annotated[
+    bool, typer.Option("--stream", help="Store no weights on disk: read them from the Hub.")
 ]
 OutOpt = Annotated[
     Path | None,
@@ -73,6 +89,11 @@ ResidualOpt = Annotated[
 InitOpt = Annotated[
     str | None,
     typer.Option("--init", help="The adapter before training, or none if it started at zero."),
+]
+
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option("--config", help="A file in mergekit's YAML that says which checkpoints are merged how."),
 ]
 
 

@@ -184,8 +184,8 @@ def _update(update: "Update | None") -> str | None:
     return f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
 
 
-def show_lora(out_dir: object, manifest: "Manifest") -> None:
-    """Print the result of to-lora."""
+def show_lora(out_dir: object, manifest: "Manifest", done: str = "converted") -> None:
+    """Print the result of to-lora, or of another command that has `done` something to make a LoRA."""
     from svdconvert.manifest.results import LoraResult
 
     result = manifest.result
@@ -195,20 +195,30 @@ def show_lora(out_dir: object, manifest: "Manifest") -> None:
     loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
     if result.rounding:
         loss = f"{loss if cut else 'no rank left out'}, rounding error {result.rounding:.2e}"
-    scale = f"lora_alpha {result.rank}" if manifest.options["format"] != "peft" else "scale 1"
+    form = manifest.options.get("format", "peft")
+    scale = f"lora_alpha {result.rank}" if form in ("gguf", "rwkv-peft") else "scale 1"
     summary(
-        f"converted into {out_dir}",
+        f"{done} into {out_dir}",
         {
             "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
             "initial adapter": _recovery(result.recovered),
             "for": base or "the base it was made for",
-            "vLLM": vllm_advice(result.rank),
+            "vLLM": vllm_advice(result.rank) if form in ("peft", "vllm") else None,
         },
-        [
-            *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
-            f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else f" --base {base or 'BASE'}"),
-        ],
+        _uses(out_dir, manifest, base or "BASE"),
     )
+
+
+def _uses(out_dir: object, manifest: "Manifest", base: str) -> list[str]:
+    """How a LoRA is loaded by the program whose format it has, and merged."""
+    form = manifest.options.get("format", "peft")
+    merge = f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else f" --base {base}")
+    if form == "gguf":
+        return [f"llama-cli -m BASE.gguf --lora {out_dir}/adapter.gguf"]
+    if form == "mlx":
+        return [f"mlx_lm.generate --model {base} --adapter-path {out_dir}", merge]
+    is_peft = form in ("peft", "vllm") and is_transformers(manifest.layout)
+    return [*([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_peft else []), merge]
 
 
 def _named_base(out_dir: object) -> str | None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from svdconvert.inputs.inspection import Inspection, describe
+from svdconvert.inputs.engines import Engine
+from svdconvert.inputs.inspection import Inspection, describe, describe_for
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: str | Path, engine: Engine | None = None) -> Inspection:
     """Describe a directory, a file or a model of the Hub, from headers and manifests alone.
 
-    Raises SvdConvertError if it is of no known kind.
+    With an `engine`, `model` is an adapter, and the description says what that engine will refuse or ignore
+    of it. Raises SvdConvertError if it is of no known kind.
     """
-    return describe(model)
+    return describe(model) if engine is None else describe_for(model, engine)

@@ -1,16 +1,17 @@
-"""svdconvert list: the available methods and layouts."""
+"""svdconvert list: the available methods, layouts and merge methods."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 from svdconvert.errors import PluginError
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
+from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
 
 
-def list_plugins(what: Literal["methods", "layouts"]) -> list[dict[str, Any]]:
-    """One row for each method or layout, including those of installed packages."""
-    return methods() if what == "methods" else layouts()
+def list_plugins(what: Literal["methods", "layouts", "merges"]) -> list[dict[str, Any]]:
+    """One row for each method, layout or merge method, including those of installed packages."""
+    return {"methods": methods, "layouts": layouts, "merges": merges}[what]()
 
 
 def methods() -> list[dict[str, Any]]:
@@ -87,3 +88,26 @@ def _layout_row(name: str) -> dict[str, Any]:
         "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
         "roles": ", ".join(layout.roles),
     }
+
+
+def merges() -> list[dict[str, Any]]:
+    """One row for each merge method, in the order of their names, or the reason why it cannot be loaded."""
+    return [_merge_row(name) for name in MERGES.names()]
+
+
+def _merge_row(name: str) -> dict[str, Any]:
+    try:
+        method = MERGES.get(name)
+    except PluginError as error:
+        return {"method": name, "what it does": str(error), "merges": "", "parameters": "", "paper": ""}
+    return {
+        "method": name,
+        "what it does": method.summary,
+        "merges": " and ".join(sorted(method.takes)),
+        "parameters": ", ".join(f"{one.name} {_plain(one.default)}" for one in method.parameters),
+        "paper": method.paper,
+    }
+
+
+def _plain(value: float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"

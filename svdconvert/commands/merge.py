@@ -1,5 +1,6 @@
 """svdconvert merge: merge an adapter into its base or residual, as a plain checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.job import run_job
 from svdconvert.pipeline.merge import MergeJob
+from svdconvert.pipeline.merge_group import GroupMergeJob, open_group_merge
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
 
 
 def merge(  # noqa: PLR0913 (three locations that override the manifest's)
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     out: str | Path,
     options: MergeOptions | None = None,
     run: Run | None = None,
@@ -28,15 +30,22 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
 ) -> Manifest:
     """Merge a trained or untrained adapter into its base or residual, and write a plain checkpoint to `out`.
 
-    `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA, local or on the Hub; `base`,
-    `residual` and `init` override the locations in the manifest. Raises SvdConvertError with one sentence.
+    `adapter` is a TRAINED, DECOMPOSED or LORA directory or any PEFT LoRA, local or on the Hub, or several of
+    them, whose weighted changes are added to the base with one rounding; `base`, `residual` and `init`
+    override the locations in the manifest. Raises SvdConvertError with one sentence.
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
     sources = Sources(
         base=base, residual=residual, init=init, stream=run.stream, trust_remote_code=run.trust_remote_code
     )
-    plan = open_merge(adapter, options or MergeOptions(), sources)
+    options = options or MergeOptions()
+    adapters = [str(adapter)] if isinstance(adapter, str | Path) else [str(one) for one in adapter]
+    if len(adapters) > 1 or options.weights is not None:
+        job = GroupMergeJob(open_group_merge(adapters, options, sources))
+        refuse_idle_stream(job.base, run)
+        return run_job(job, Path(out), run)
+    plan = open_merge(adapters[0], options, sources)
     refuse_idle_stream(plan.weights.model, run)
     return run_job(MergeJob(plan), Path(out), run)
 

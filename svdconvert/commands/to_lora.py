@@ -4,8 +4,9 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
+from svdconvert.inputs.dora_delta import approximated_dora
 from svdconvert.inputs.open_adapter import open_adapter_delta
-from svdconvert.inputs.recover_init import settle_init
+from svdconvert.inputs.recover_init import find_base, find_base_sidecars, settle_init
 from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
@@ -36,5 +37,10 @@ def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     run.ranks.alone("to-lora")
     check_free(Path(out), overwrite=run.overwrite)
     sources = Sources(base=base, residual=residual, init=init)
-    delta = settle_init(open_adapter_delta(adapter, sources, options.alpha), sources)
-    return run_job(LoraJob(plan_lora(delta, options, base)), Path(out), run)
+    delta = open_adapter_delta(adapter, sources, options.alpha)
+    if delta.adapter.config.dora:
+        delta = approximated_dora(delta, find_base(delta, base), options.rank)
+    needs_base = options.format == "gguf"
+    delta = settle_init(delta, sources, base_used=needs_base)
+    model = find_base_sidecars(delta, base) if needs_base else None
+    return run_job(LoraJob(plan_lora(delta, options, base, model)), Path(out), run)

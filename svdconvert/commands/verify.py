@@ -1,12 +1,18 @@
-"""svdconvert verify: recompute the checksums and errors in a directory's manifest."""
+"""svdconvert verify: recompute what a manifest claims, or audit a merge that any program made."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
+from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
-from svdconvert.inputs.model import find_model
+from svdconvert.inputs.merge_weights import choose_weights
+from svdconvert.inputs.model import find_model, open_plain_model
+from svdconvert.inputs.open_adapter import open_adapter_delta
+from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import read_manifest
+from svdconvert.pipeline.merge_audit import BaseAudit, MergeAudit, audit_merge
 from svdconvert.pipeline.verify import Report, check_directory
 
 
@@ -23,3 +29,30 @@ def verify(directory: str | Path, run: Run | None = None, *, base: str | None = 
         model = None  # only its identity is checked: other directories have nothing to recompute from it
     report = check_directory(path, manifest, model, run or Run())
     return replace(report, directory=Path(directory))
+
+
+def verify_merge(
+    merged: str | Path, bases: Sequence[str | Path], adapter: str | Path, run: Run | None = None
+) -> MergeAudit:
+    """Compare the checkpoint `merged` with what merging `adapter` into each of `bases` gives.
+
+    Any program may have made it. Each adapted matrix is W + sBA under one rounding, or in PEFT's order of
+    rounding, or the base's, or something else; the differences are in the audit. Raises SvdConvertError if
+    one of them cannot be read.
+    """
+    run = run or Run()
+    run.ranks.alone("verify")
+    if not bases:
+        raise ArtifactError(f"{merged} was merged from a base that is not given; add --base BASE")
+    opened = open_plain_model(str(merged), "verify --merged")
+    audits = []
+    for base in map(str, bases):
+        sources = Sources(base=base)
+        try:
+            weights = choose_weights(open_adapter_delta(adapter, sources), "base", sources)
+            audits.append(audit_merge(opened, weights, run))
+        except ArtifactError as error:
+            if len(bases) == 1:
+                raise
+            audits.append(BaseAudit(base, [], [str(error)]))
+    return MergeAudit(str(merged), str(adapter), audits)

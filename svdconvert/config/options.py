@@ -3,7 +3,7 @@
 The text under a field is its help. This module imports no torch, so that `--help` is fast.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -38,6 +38,13 @@ def _parse_pairs(value: Any) -> Any:
     return {name.strip(): number.strip() for name, _, number in pairs}
 
 
+def _split_numbers(value: Any) -> Any:
+    """ "0.7,-0.4" as a tuple of numbers."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Weight = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Weights = Annotated[tuple[Weight, ...], BeforeValidator(_split_numbers)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_at_commas)]
 Rank = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -101,6 +108,8 @@ class MergeOptions:
     """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
+    weights: Weights | None = None
+    """One factor for the change of each adapter, such as 0.7,-0.4; without it all are 1."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -121,8 +130,8 @@ class ConvertOptions:
 class LoraOptions:
     """The options of `to-lora`."""
 
-    format: Literal["peft", "rwkv-peft"] = "peft"
-    """PEFT's format, or the .pth that RWKV-PEFT trains and merges, with lora_alpha = rank."""
+    format: Literal["peft", "vllm", "mlx", "gguf", "rwkv-peft"] = "peft"
+    """For PEFT, vLLM (no more than it loads), mlx-lm, llama.cpp (gguf) or RWKV-PEFT (a .pth)."""
     dtype: Float = "float32"
     """Element type of the stored factors."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -138,10 +147,15 @@ class LoraOptions:
 
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:
-        given = [name for name in ("rank", "tol", "rank_budget") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        refuse_rivals(self, ("rank", "tol", "rank_budget"))
         return self
+
+
+def refuse_rivals(options: object, names: Sequence[str]) -> None:
+    """Raise ValueError if more than one of these options is given."""
+    given = [name for name in names if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -156,3 +170,34 @@ class PushOptions:
     """Message of the commit."""
     pull_request: bool = False
     """Open a pull request instead of committing to the branch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ExtractOptions:
+    """The options of `extract`."""
+
+    rank: Rank | None = None
+    """Rank of every matrix's factors; 64 if no rule for the ranks is given."""
+    tol: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For every matrix the smallest rank whose error is at most this share of its change's norm."""
+    energy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For every matrix the smallest rank that holds this share of its change's squared norm, such as 0.9."""
+    rank_budget: Rank | None = None
+    """Ranks whose sum is this, distributed over the matrices so that the total error is smallest."""
+    targets: Names = ("all-linear",)
+    """What becomes factors: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    keep: Literal["changed", "none"] = "changed"
+    """changed stores norms, biases, embeddings and heads that differ, in full; none leaves them out."""
+    dtype: Float = "float32"
+    """Element type of the stored factors."""
+    layout: str | None = None
+    """The layout, if config.json's model_type does not tell it; see `svdconvert list layouts`."""
+
+    @model_validator(mode="after")
+    def _refuse_rivals(self) -> Self:
+        refuse_rivals(self, RANK_RULES)
+        return self
+
+
+RANK_RULES = ("rank", "tol", "energy", "rank_budget")
+"""The options of `extract` of which one at most can be given."""

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from svdconvert.config.options import ConvertOptions, LoraOptions, MergeOptions, SplitOptions
+from svdconvert.config.combine import CombineOptions
+from svdconvert.config.options import (
+    RANK_RULES,
+    ConvertOptions,
+    ExtractOptions,
+    LoraOptions,
+    MergeOptions,
+    SplitOptions,
+)
 from svdconvert.config.train import REPEATED, TrainOptions
 from svdconvert.errors import RecipeError, brief, did_you_mean
 
@@ -27,6 +35,8 @@ SECTIONS: Mapping[str, type] = {
     "merge": MergeOptions,
     "to_lora": LoraOptions,
     "convert": ConvertOptions,
+    "combine": CombineOptions,
+    "extract": ExtractOptions,
 }
 COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
@@ -37,11 +47,23 @@ COMMAND_OF_KIND: Mapping[str, str] = {
     "converted": "convert",
 }
 """Kind of a directory -> the section of the command that wrote it."""
+
+
+def section_of(kind: str, command: str | None) -> str:
+    """The section with the options of the command that wrote a directory; `command` is in its manifest."""
+    return command if command is not None and command in SECTIONS else COMMAND_OF_KIND[kind]
+
+
 SHARED: Mapping[str, type] = {"model": str, "seed": int, "threads": int, "device": str}
 _LONGEST = 300  # characters that are shown of a message of the YAML reader
 _SPELLINGS = {"from": "side"}  # a reserved word in Python
 # Options of which only one can be given: if one is typed, those of the recipe are ignored.
-_EXCLUSIVE = {"train": {"steps", "epochs"}, "to_lora": {"rank", "tol", "rank_budget"}}
+_EXCLUSIVE = {
+    "train": {"steps", "epochs"},
+    "to_lora": {"rank", "tol", "rank_budget"},
+    "combine": {"rank", "tol", "rank_budget"},
+    "extract": {*RANK_RULES},
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
         written = {key: value for key, value in written.items() if key not in rivals}
     values = {**written, **given}
-    draws = section != "merge" or values.get("rounding") == "stochastic"
+    draws = section not in ("merge", "combine") or values.get("rounding") == "stochastic"
     if not draws and is_shared("seed", section, recipe, given):
         values.pop("seed", None)
     try:

@@ -32,6 +32,7 @@ Part = Literal["all", "adapter", "sidecars"]
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED_ADAPTER = "adapter_model.bin"
+_OTHER_ADAPTERS = ("adapters.safetensors", "adapter.gguf")  # mlx-lm's and llama.cpp's
 _FOLDERS = ("*_init", "additional_chat_templates")
 _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
@@ -60,10 +61,11 @@ class Snapshot:
         return f"{self.location}@{self.revision}" if self.revision else str(self.path)
 
 
-def fetch(model: str, part: Part = "all") -> Snapshot:
+def fetch(model: str, part: Part = "all", without: Collection[str] = ()) -> Snapshot:
     """The directory of `model`; a model of the Hub is downloaded into huggingface_hub's cache.
 
-    All files are of one commit, and the SHA-256 of downloaded weights is compared with the Hub's.
+    All files are of one commit, and the SHA-256 of downloaded weights is compared with the Hub's. Files in
+    `without` are not downloaded.
     Raises ModelNotFoundError if neither this machine nor the Hub has it, CheckpointError if the Hub is out of
     reach, refuses access or sends damaged files.
     """
@@ -74,7 +76,7 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
     assert reference.repository is not None
     with hub_errors_as(CheckpointError, reference.repository, reference.revision):
         reference = _with_organisation(reference)
-        path = _download(reference, part)
+        path = _download(reference, part, without)
     location = str(reference.repository)
     if reference.file is None:
         return Snapshot(path, location, path.name)
@@ -98,7 +100,7 @@ def _with_organisation(reference: ModelRef) -> ModelRef:
     return replace(reference, repository=info.id) if is_repository(info.id) else reference
 
 
-def _download(reference: ModelRef, part: Part) -> Path:
+def _download(reference: ModelRef, part: Part, without: Collection[str] = ()) -> Path:
     """The directory of the snapshot in the cache, which then holds all that `part` asks for."""
     repository = str(reference.repository)
     for _ in range(_ATTEMPTS):
@@ -109,7 +111,7 @@ def _download(reference: ModelRef, part: Part) -> Path:
             return Path(
                 api.snapshot_download(repository, revision=reference.revision, allow_patterns=patterns)
             )
-        path = _download_files(reference, *known, part)
+        path = _download_files(reference, *known, part, without)
         if path is not None:
             return path
     raise CheckpointError(
@@ -119,12 +121,17 @@ def _download(reference: ModelRef, part: Part) -> Path:
 
 
 def _download_files(
-    reference: ModelRef, commit: str, files: Mapping[str, str | None], part: Part
+    reference: ModelRef,
+    commit: str,
+    files: Mapping[str, str | None],
+    part: Part,
+    without: Collection[str],
 ) -> Path | None:
     """The directory of the snapshot `commit`; None if the revision is another commit by now."""
     repository = str(reference.repository)
     wanted = [name for name in files if _is_sidecar(name)]
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
+    wanted = [name for name in wanted if name not in without]
     if absent := [name for name in wanted if name not in files]:
         raise ModelNotFoundError(f"{repository} has no {absent[0]}; check the name of the file")
     if reference.file is None:
@@ -145,6 +152,16 @@ def _download_files(
         if (sha256 := files[name]) and name not in before and _sha256(path / name) != sha256:
             _fetch_again(repository, commit, path / name, name, sha256)
     return path
+
+
+def hashes_of_files(snapshot: Snapshot) -> dict[str, str]:
+    """File -> SHA-256 of the files of a Hub model that are stored in LFS; empty if the Hub does not answer.
+
+    Raises CheckpointError if the answer is not the Hub's.
+    """
+    with hub_errors_as(CheckpointError, snapshot.location, snapshot.revision):
+        known = _known_files(snapshot.location, snapshot.revision)
+    return {name: sha256 for name, sha256 in known[1].items() if sha256} if known else {}
 
 
 def _refuse_only_folders(repository: str, files: Collection[str]) -> None:
@@ -204,7 +221,7 @@ def _weights(repository: str, commit: str, files: Collection[str], part: Part) -
         folder, _, file = name.rpartition("/")
         here = not folder or fnmatchcase(folder, "*_init")
         pickled = file == _PICKLED_ADAPTER and name.removesuffix(file) + _ADAPTER not in files
-        if here and (file == _ADAPTER or pickled):
+        if here and (file in (_ADAPTER, *_OTHER_ADAPTERS) or pickled):
             yield name
     if part == "all":
         yield from _own_weights(repository, commit, files)

@@ -165,6 +165,10 @@ class RemoteSource:
             yield from in_chunks(memoryview(received), size, part)
             end += len(received)
 
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return self._extents[name][0].name
+
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size of every file; a commit never changes."""
         return {str(path): [file.size or 0] for path, file in self._files.items()}

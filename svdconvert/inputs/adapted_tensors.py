@@ -9,7 +9,7 @@ from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.tensor_names import Share, Shares, TensorNames
 from svdconvert.manifest.place import Rows
 
-_HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out")
 
 
 def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, Sequence[Share]]:
@@ -42,7 +42,7 @@ def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, Sequence
 
 def is_head(module: str) -> bool:
     """True for the module that makes logits of the last hidden state."""
-    return module.rpartition(".")[2] in _HEADS
+    return module.rpartition(".")[2] in HEADS
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:

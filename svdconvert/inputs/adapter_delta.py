@@ -1,5 +1,6 @@
 """The change made by training: the factors of an adapter before and after it, matrix by matrix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.peft_files import Adapter
+from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot
 from svdconvert.inputs.recovered_init import RecoveredInit
 from svdconvert.linalg.factors import Factors
@@ -34,6 +36,10 @@ class AdapterDelta:
     """True if the adapter did not start at zero and its initial state is not stored."""
     is_assumed_zero: bool = False
     """True if no file records the initial state: it is assumed to be zero until the weights are compared."""
+    uses_base: bool = False
+    """True if the base's headers gave the shapes of the adapted matrices, which its file does not store."""
+    approximation: Callable[[str], tuple[float, float]] | None = None
+    """Module -> (||change - factors||_F, ||change||_F), if the factors only approximate the change."""
     recovered: RecoveredInit | None = None
     """The initial state as recovered from the weights."""
 
@@ -65,7 +71,11 @@ class AdapterDelta:
         return Factors(torch.zeros_like(now.left_OR), now.right_RI, now.core), 1.0
 
     def trained(self, module: str) -> tuple[Factors, float]:
-        """(factors after training, their scale)."""
+        """(factors after training, their scale). Raises ArtifactError for DoRA: its change is no product."""
+        if self.adapter.config.dora:
+            raise ArtifactError(
+                f"{self.directory} is a DoRA adapter, whose magnitudes no LoRA can express exactly; use merge"
+            )
         return self.adapter.factors(module), self.adapter.config.scale(module)
 
     def parameter(self, name: str) -> Tensor:

@@ -5,18 +5,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdconvert.adapters.adapter_config import AdapterConfig
+from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig, read_other_config
+from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.config.recipe import COMMAND_OF_KIND, non_default_options
+from svdconvert.config.recipe import non_default_options, section_of
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
+from svdconvert.inputs.engines import FORMATS, Engine, report_for
 from svdconvert.inputs.model import open_headers
 from svdconvert.layouts.loading import is_transformers, loading
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.output.sidecars import read_json_object
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,21 @@ def describe(model: str | Path) -> Inspection:
     return _inspect_checkpoint(str(model))
 
 
+def describe_for(model: str | Path, engine: Engine) -> Inspection:
+    """Describe what an engine refuses or ignores of an adapter. Raises ArtifactError if it is none."""
+    path = Path(model)
+    path = path if path.exists() else fetch(str(model), "adapter").path
+    found = report_for(path, engine)
+    state = "loads as it is" if found.loads else "refuses" if found.refused else "loads only in part"
+    details = {
+        "refused": "; ".join(found.refused),
+        "ignored": "; ".join(found.ignored),
+        "needs": "; ".join(found.needed),
+    }
+    commands = [] if found.loads else [f"svdconvert to-lora {model} -o LORA --format {FORMATS[engine]}"]
+    return Inspection(str(model), "adapter", f"an adapter that {engine} {state}", commands, details)
+
+
 def _inspect_unfinished(path: Path) -> Inspection:
     out = str(path).removesuffix(".partial")
     return Inspection(
@@ -65,7 +83,7 @@ def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
         "layout": manifest.layout,
         "base": _location(manifest.base),
         "residual": _location(manifest.residual),
-        "options": non_default_options(COMMAND_OF_KIND[manifest.kind], manifest.options),
+        "options": non_default_options(section_of(manifest.kind, manifest.command), manifest.options),
         **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
     }
@@ -88,8 +106,12 @@ def _summary(manifest: Manifest) -> str:
 
 def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
-    stock = is_transformers(manifest.layout) and manifest.options.get("experts") != "each"
+    form = manifest.options.get("format", "peft")
+    is_peft = form in ("peft", "vllm") and is_transformers(manifest.layout)
+    stock = is_peft and manifest.options.get("experts") != "each"
     peft = [f'PeftModel.from_pretrained(base, "{path}")'] if stock else []
+    if form == "gguf":
+        return [f"llama-cli -m BASE.gguf --lora {path}/adapter.gguf", f"svdconvert verify {path}"]
     base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
@@ -125,6 +147,12 @@ def _matrix_details(manifest: Manifest) -> dict[str, Any]:
 
 
 def _inspect_adapter(path: Path) -> Inspection:
+    kind = str(read_json_object(path / CONFIG).get("peft_type"))
+    if kind in TYPES:
+        config = read_other_config(path, TYPES[kind].rank_key, TYPES[kind].alpha_key)
+        summary = f"{_adapter_summary(config)}, read as the LoRA that it equals"
+        known = {"rank": config.rank, "base": config.base}
+        return Inspection(str(path), "adapter", summary, _adapter_commands(path, config), known)
     adapter = open_adapter(path)
     config = adapter.config
     details = {

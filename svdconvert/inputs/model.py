@@ -78,12 +78,17 @@ def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenM
     weights are only usable together with an adapter.
     """
     sidecars = fetch(model, "sidecars")
-    manifest = read_manifest(sidecars.path) if has_manifest(sidecars.path) else None
-    if manifest is not None and manifest.kind not in PLAIN:
-        raise ArtifactError(f"{model} is a {manifest.kind} directory; {command} needs a plain checkpoint")
+    refuse_adapted(model, sidecars, command)
     if stream or sidecars.revision is None:
         return _opened(sidecars, stream=stream)
     return _opened(fetch(sidecars.name), stream=False)
+
+
+def refuse_adapted(model: str, sidecars: Snapshot, command: str) -> None:
+    """Raise ArtifactError for a directory whose weights are only usable together with an adapter."""
+    manifest = read_manifest(sidecars.path) if has_manifest(sidecars.path) else None
+    if manifest is not None and manifest.kind not in PLAIN:
+        raise ArtifactError(f"{model} is a {manifest.kind} directory; {command} needs a plain checkpoint")
 
 
 def open_headers(model: str, command: str | None = None) -> OpenModel:

@@ -3,19 +3,32 @@
 from dataclasses import replace
 from pathlib import Path
 
-from svdconvert.adapters.adapter_config import CONFIG
+from svdconvert.adapters.adapter_config import CONFIG, KASA
 from svdconvert.adapters.peft_files import WEIGHTS, Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
+from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.base_shapes import BaseShapes
+from svdconvert.inputs.gguf_names import FILE as GGUF_FILE
 from svdconvert.inputs.sources import NO_INIT, Sources
 from svdconvert.manifest.fingerprint import file_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
 from svdconvert.methods.base import init_folder
 
 # PEFT's names of initial states that are subtracted from the base.
-_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq", KASA)
+
+
+def is_any_adapter(name: str | Path) -> bool:
+    """True for what `open_adapter_delta` opens, False for a plain checkpoint."""
+    path = fetch(str(name), "sidecars").path
+    if has_manifest(path):
+        return read_manifest(path).kind not in PLAIN
+    if is_adapter_file(path):
+        return any(".lora_A" in name for name in open_file(path).infos)
+    return is_adapter(path)
 
 
 def open_initial_adapter(directory: Path, manifest: Manifest) -> Adapter:
@@ -46,7 +59,9 @@ def open_adapter_delta(
     residual = fetch(sources.residual, "adapter") if sources.residual else None
     init = Path(sources.init) if sources.init not in (None, NO_INIT) else None
     open_directory = _from_manifest if has_manifest(snapshot.path) else _from_peft
-    delta = open_directory(snapshot, residual, init)
+    shapes = BaseShapes(snapshot.path, sources.base)
+    delta = open_directory(snapshot, residual, init, shapes)
+    delta = replace(delta, uses_base=shapes.used)
     if sources.init == NO_INIT:
         delta = replace(delta, is_assumed_zero=False)
     if delta.initial_adapter is not None:
@@ -77,7 +92,9 @@ def _from_rwkv_file(path: Path, init: str | None, alpha: float | None) -> Adapte
     return AdapterDelta(path, adapter, None, None)
 
 
-def _from_manifest(snapshot: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+def _from_manifest(
+    snapshot: Snapshot, residual: Snapshot | None, init: Path | None, shapes: BaseShapes
+) -> AdapterDelta:
     """A directory that svdconvert wrote."""
     directory = snapshot.path
     manifest = read_manifest(directory)
@@ -86,6 +103,11 @@ def _from_manifest(snapshot: Snapshot, residual: Snapshot | None, init: Path | N
             f"{directory} is {manifest.kind} already: it is a plain checkpoint and needs no merge"
         )
     if manifest.kind == "lora":
+        if GGUF_FILE in manifest.files:
+            raise ArtifactError(
+                f"{directory} is for llama.cpp, whose order of rows svdconvert does not read; use what "
+                "it was made from"
+            )
         file = directory / FILE
         if file.is_file():
             return AdapterDelta(directory, open_adapter_file(file, None), None, manifest)
@@ -109,7 +131,9 @@ def _from_manifest(snapshot: Snapshot, residual: Snapshot | None, init: Path | N
     return AdapterDelta(directory, adapter, initial, manifest)
 
 
-def _from_peft(snapshot: Snapshot, residual: Snapshot | None, init: Path | None) -> AdapterDelta:
+def _from_peft(
+    snapshot: Snapshot, residual: Snapshot | None, init: Path | None, shapes: BaseShapes
+) -> AdapterDelta:
     """An adapter in PEFT's format that svdconvert did not write."""
     directory = snapshot.path
     if not is_adapter(directory):
@@ -117,7 +141,7 @@ def _from_peft(snapshot: Snapshot, residual: Snapshot | None, init: Path | None)
             f"{directory} is neither a directory of svdconvert nor an adapter: there is no svdconvert.json "
             "and no adapter_config.json; give what decompose, train or PEFT wrote"
         )
-    adapter = open_adapter(directory)
+    adapter = open_adapter(directory, shapes.find)
     if residual is None and init is None and (owner := _owner(directory)) is not None:
         # An untrained initial adapter, given by its own directory.
         return AdapterDelta(directory, adapter, adapter, read_manifest(owner), None)
@@ -130,7 +154,8 @@ def _from_peft(snapshot: Snapshot, residual: Snapshot | None, init: Path | None)
     if init is not None:
         return AdapterDelta(directory, adapter, open_adapter(init), None, residual)
     subtracted = is_subtracted(adapter.config.initialised) or adapter.config.base_is_residual is True
-    unknown = not subtracted and adapter.config.base_is_residual is None
+    from_zero = adapter.config.dora or adapter.config.initialised == "mica"
+    unknown = not (subtracted or from_zero) and adapter.config.base_is_residual is None
     return AdapterDelta(directory, adapter, None, None, is_lost=subtracted, is_assumed_zero=unknown)
 
 

@@ -15,16 +15,17 @@ from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.unused_sources import check_unused
 
 
-def settle_init(delta: AdapterDelta, sources: Sources) -> AdapterDelta:
+def settle_init(delta: AdapterDelta, sources: Sources, *, base_used: bool = False) -> AdapterDelta:
     """The delta with a known initial adapter: stored, recovered, or confirmed by the weights to be zero.
 
-    Raises ArtifactError if it is unknown and the base, which is needed to determine it, is not found.
+    `base_used` is True if the command needs the base in any case. Raises ArtifactError if the initial adapter
+    is unknown and the base, which is needed to determine it, is not found.
     """
     needs_weights = delta.is_lost or delta.is_assumed_zero
-    check_unused(delta, sources, base_used=needs_weights)
+    check_unused(delta, sources, base_used=base_used or needs_weights)
     if not delta.is_assumed_zero:
         return recover_init(delta, sources.base)
-    base = _find_base(delta, sources.base)
+    base = find_base(delta, sources.base)
     if base is None:
         raise ArtifactError(
             f"{delta.directory} does not record its initial state; give its base with --base to determine "
@@ -44,7 +45,7 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
     """
     if not delta.is_lost:
         return delta
-    base = base or _find_base(delta, given)
+    base = base or find_base(delta, given)
     method = str(delta.adapter.config.initialised)
     if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
@@ -79,11 +80,21 @@ def lost_init(delta: AdapterDelta) -> ArtifactError:
     )
 
 
-def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+def find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+    """The base at `given`, in the manifest, or in the configuration of a foreign adapter; None without."""
     named = delta.adapter.config.base
     if given is None and delta.manifest is None and named and Path(named).is_dir():
         given = named
     return find_model(delta.manifest.base if delta.manifest else None, given)
+
+
+def find_base_sidecars(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+    """As `find_base`, of which only the headers and config.json will be read."""
+    origin = delta.manifest.base if delta.manifest else None
+    named = delta.adapter.config.base
+    if given is None and origin is None and named and Path(named).is_dir():
+        given = named
+    return find_model(origin, given, stream=True)
 
 
 def _refuse_other_shapes(

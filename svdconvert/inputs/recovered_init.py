@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.adapter_config import KASA
 from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.tensor_names import Shares, read_matrix
@@ -21,7 +22,7 @@ from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
 
-REPEATABLE = ("pissa", "olora")
+REPEATABLE = ("pissa", "olora", KASA)
 """PEFT's names of the initialisations that the base alone determines; pissa_niter_4 is random."""
 _LARGEST_ERROR = 0.5  # relative; above it the difference is mostly rounding
 _FLOAT32 = 1e-5  # error of float32 arithmetic, as a share of the base
@@ -68,7 +69,7 @@ class RecoveredInit:
         rank = self.ranks[module]
         weight_OI = read_matrix(self.base, shares).float()
         if self.residual is None:
-            split = METHODS.get(self.method).split
+            split = METHODS.get("milora" if self.method == KASA else self.method).split
             assert split is not None
             return split(weight_OI, rank, 1.0, Solver(name, svd="exact")).factors
         norm = _norm(weight_OI)

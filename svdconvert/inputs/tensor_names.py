@@ -62,7 +62,7 @@ class TensorNames:
         """As `_exact`, without containers; names that are the same without them are left out."""
         found: dict[str, set[str]] = {}
         for parameter, name in self._exact.items():
-            found.setdefault(_without_containers(parameter), set()).add(name)
+            found.setdefault(without_containers(parameter), set()).add(name)
         return {parameter: min(names) for parameter, names in found.items() if len(names) == 1}
 
     @cached_property
@@ -71,18 +71,18 @@ class TensorNames:
         found: dict[str, list[Share]] = {}
         for name, slot in self.slots.items():
             for module, share in _shares(slot, self.infos[name].shape):
-                shares = found.setdefault(_without_containers(module), [])
+                shares = found.setdefault(without_containers(module), [])
                 if share not in shares:
                     shares.append(share)
         return found
 
     def tensor(self, parameter: str) -> str | None:
         """The tensor that is the parameter with this name at run time; None if there is none."""
-        return self._exact.get(parameter) or self._without_containers.get(_without_containers(parameter))
+        return self._exact.get(parameter) or self._without_containers.get(without_containers(parameter))
 
     def shares(self, module: str) -> Sequence[Share]:
         """The tensors that make up the matrix of a module; empty if there are none."""
-        if shares := self._placed.get(_without_containers(module)):
+        if shares := self._placed.get(without_containers(module)):
             return shares
         tensor = self.tensor(f"{module}.weight")
         return () if tensor is None else (Share(tensor),)
@@ -105,6 +105,17 @@ def _shares(slot: Slot, shape: tuple[int, ...]) -> Iterator[tuple[str, Share]]:
         for number, projection in enumerate(place.projections):
             part = Share(slot.name, of_tensor=place.rows_of(number, rows), transposed=place.transposed)
             yield f"{holder}.{projection}", part
+
+
+def shape_of_shares(infos: Mapping[str, TensorInfo], shares: Sequence[Share]) -> tuple[int, int]:
+    """(O, I) of the matrix of a module that these tensors make up."""
+    rows = 0
+    for share in shares:
+        shape = infos[share.tensor].shape
+        shape = shape[::-1] if share.transposed else shape
+        count = share.of_tensor.size if share.of_tensor else shape[0]
+        rows = max(rows, share.of_module.slice.stop if share.of_module else count)
+    return rows, shape[1]
 
 
 def read_matrix(source: TensorSource, shares: Sequence[Share]) -> Tensor:
@@ -143,5 +154,6 @@ def joined_product(products: Sequence[tuple[Product, Share]], rows: int) -> Prod
     return (right.T, left.T) if first.transposed else (left, right)
 
 
-def _without_containers(parameter: str) -> str:
+def without_containers(parameter: str) -> str:
+    """The name without the modules that only contain a model's body, which versions of a model differ in."""
     return _CONTAINERS.sub("", parameter)

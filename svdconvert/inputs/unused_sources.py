@@ -17,7 +17,7 @@ def check_unused(
     manifest = delta.manifest
     # An adapter without a manifest uses the manifest and the initial adapter of its residual's directory.
     residual_used = residual_used or delta.is_lost or not has_manifest(delta.directory)
-    if sources.base and not base_used:
+    if sources.base and not (base_used or delta.uses_base):
         _confirm("--base", sources.base, manifest.base if manifest else None, delta)
     if sources.residual and not residual_used:
         _confirm("--residual", sources.residual, manifest.residual if manifest else None, delta)

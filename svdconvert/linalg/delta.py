@@ -12,6 +12,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.rounding import stochastic
 
+_ENTRIES = 1 << 20  # that are measured at a time
 Product = tuple[Tensor, Tensor]
 """(left_OR, right_RI)."""
 
@@ -100,6 +101,21 @@ def merged_(
             change = matmul_f32(-update[0][rows], update[1])
         sums.add(change, exact.sub_(merged_OI[rows]))
     return merged_OI, sums.realised()
+
+
+def realised_change(before: Tensor, exact: Tensor, rounded: Tensor) -> Realised | None:
+    """What rounding leaves of the change from `before` to `exact`, both in float32; None if there is none."""
+    flat = [tensor.reshape(-1) for tensor in (before, exact, rounded)]
+    sums = _Sums()
+    for start in range(0, before.numel(), _ENTRIES):
+        old, goal, got = (tensor[start : start + _ENTRIES] for tensor in flat)
+        change = goal - old
+        sums.uu += float(torch.dot(change, change))
+        if rounded.dtype != torch.float32:
+            error = got.float() - goal
+            sums.ue += float(torch.dot(change, error))
+            sums.ee += float(torch.dot(error, error))
+    return sums.realised()
 
 
 @dataclass(slots=True)

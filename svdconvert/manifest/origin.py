@@ -8,7 +8,7 @@ from svdconvert.checkpoint.parts import undivided, with_known_parts
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import Fingerprint, config_checksum, headers_checksum, tensor_checksum
-from svdconvert.manifest.schema import Origin
+from svdconvert.manifest.schema import Manifest, Origin
 
 
 def fingerprint(config: Mapping[str, Any], source: TensorSource, tensors: Mapping[str, str]) -> Fingerprint:
@@ -47,3 +47,16 @@ def _other_model(directory: Path, origin: Origin, difference: str) -> str:
         f"{directory} is not the model that the adapter was made for ({model}): {difference}; "
         "give the right one"
     )
+
+
+def base_conflict(one: Manifest | None, other: Manifest | None) -> str:
+    """Why two directories belong to different bases; empty if they do not, or if that is not known."""
+    first = one.base.fingerprint if one and one.base else None
+    second = other.base.fingerprint if other and other.base else None
+    if first is None or second is None:
+        return ""
+    if first.headers != second.headers:
+        return "their tensor names, shapes or element types differ"
+    known = second.tensors
+    differing = [name for name, value in first.tensors.items() if known.get(name, value) != value]
+    return f"the values of {differing[0]} differ" if differing else ""

@@ -85,6 +85,34 @@ class MergeResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractedMatrix:
+    """Rank and measured error of one matrix of an extracted LoRA."""
+
+    rank: int
+    norm: float
+    """||change||_F, of the change TUNED - BASE in float32."""
+    error: float
+    """||change - BA||_F / ||change||_F."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extraction:
+    """What an extracted LoRA holds of the change from one checkpoint to another."""
+
+    tuned: str
+    """Location of the tuned checkpoint, with its commit if it is on the Hub."""
+    error: float
+    """||change - held||_F / ||change||_F over all tensors; what is kept in full has no error."""
+    norm: float
+    """||change||_F over all tensors."""
+    kept: tuple[str, ...] = ()
+    """Tensors that changed and are stored in full."""
+    omitted: Mapping[str, float] = field(default_factory=dict)
+    """||change||_F of the tensors that changed and are not in the LoRA."""
+    modules: Mapping[str, ExtractedMatrix] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoraResult:
     """Result of a LoRA for the untouched base."""
 
@@ -97,6 +125,8 @@ class LoraResult:
     norm: float | None = None
     """||BA||_F over all matrices; 0 if training changed nothing. None in a manifest of version 0.1."""
     recovered: RecoveredFactors | None = None
+    extracted: Extraction | None = None
+    """None unless it was extracted from two checkpoints."""
     head: Mapping[str, Any] | None = None
 
 

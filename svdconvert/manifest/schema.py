@@ -94,6 +94,8 @@ class Manifest:
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Checksum of every other file: configuration, tokenizer, metrics."""
     threads: int = 0
+    command: str | None = None
+    """The command that wrote the directory, if that is not the usual one of its kind: extract."""
     svdconvert: str = __version__
     format: int = FORMAT
 

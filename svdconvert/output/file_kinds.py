@@ -22,7 +22,7 @@ _WEIGHTS = (
     "*.npz", "*.npy", "*.pdparams", "*.pkl", "*.pickle", "*.distcp", "*.nemo", "*.engine",
     "consolidated*", "*.index.json",
 )  # fmt: skip
-_ADAPTER = ("adapter_config.json", "adapter_model.*")
+_ADAPTER = ("adapter_config.json", "adapter_model.*", "adapters.safetensors", "adapter.gguf")
 # A copy of a journal would replace that of the run that copies.
 _OURS = ("README.md", "svdconvert.json", "metrics.jsonl", "journal.jsonl", "journal-*.jsonl", "sent.jsonl")
 

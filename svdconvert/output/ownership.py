@@ -5,6 +5,7 @@ directory is ours if its journal begins with a line of ours, or if its manifest 
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -194,3 +195,12 @@ def _remove_own_files(directory: Path) -> None:
             path.unlink()
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     directory.rmdir()
+
+
+def clear(directory: Path, *, except_for: str) -> None:
+    """Delete everything in a directory but one file."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != except_for:
+            path.unlink()

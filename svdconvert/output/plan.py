@@ -25,6 +25,8 @@ class PlannedFile:
     """The parts in which some of the tensors are written; a tensor has all of its parts here, or none."""
     temporary: bool = False
     """True if the file is removed when the directory is complete."""
+    metadata: tuple[tuple[str, str | float], ...] = ()
+    """Of a GGUF file: key -> text or number."""
 
     @property
     def units(self) -> list[TensorInfo]:

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from svdconvert.checkpoint.header import build_header
 from svdconvert.checkpoint.parts import find_part
 from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.output import pth_archive
+from svdconvert.output.file_layout import header_of, is_laid_out, size_of
 from svdconvert.output.journal import Journal, Record, journals, other_journals, read_journal
 from svdconvert.output.ownership import (
     JOURNAL,
     check_free,
+    clear,
     install,
     staging_directory,
     sync_directory,
@@ -122,11 +123,11 @@ class StagedOutput:
         uploaded = self._uploads.find_uploaded(journal.finished) if self._uploads else set()
         # If a file was removed or truncated, the tensors in it are not finished any more.
         needed = [file for file in self._files if not (file.temporary and _REMOVED in journal.finished)]
-        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in needed):
+        if not all(file.path in uploaded or is_laid_out(self.path / file.path, file) for file in needed):
             journal.clear()
             uploaded = set()
         if not journal.resumed:
-            _clear(self.path, except_for=JOURNAL)
+            clear(self.path, except_for=JOURNAL)
         if self._uploads:
             self._uploads.open(discard=not uploaded)
         return uploaded
@@ -159,6 +160,21 @@ class StagedOutput:
         for file in self._files:
             self._lay_out(file, create=False)
 
+    @property
+    def files(self) -> Sequence[PlannedFile]:
+        """Every file of tensors that is laid out."""
+        return self._files
+
+    def add(self, file: PlannedFile) -> None:
+        """Lay out one more file, which could only be planned from what is finished; in the leading rank.
+
+        Raises OutputError if the disk has no room for it.
+        """
+        self._files = [*self._files, file]
+        self._require_space()
+        with os_errors_as_output_error(self.path / file.path):
+            self._lay_out(file, create=True)
+
     def _require_space(self) -> None:
         present = (
             sum(path.stat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.exists() else 0
@@ -178,16 +194,16 @@ class StagedOutput:
         path = self.path / file.path
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == pth_archive.ENDING and create and not _laid_out(path, file):
+        if path.suffix == pth_archive.ENDING and create and not is_laid_out(path, file):
             pth_archive.lay_out(path, file.infos)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         self._open[file.path] = descriptor
         if path.suffix == pth_archive.ENDING:
             offsets: Mapping[str, int] = pth_archive.offsets(path, file.infos)
         else:
-            header, offsets = build_header(file.infos)
+            header, offsets = header_of(file)
             if create:
-                os.ftruncate(descriptor, len(header) + file.nbytes)
+                os.ftruncate(descriptor, size_of(file))
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
             self._positions[file.path, info.name] = (offsets[info.name], info)
@@ -376,23 +392,6 @@ def os_errors_as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{error.filename or path} cannot be written: {reason}; correct that and repeat the command"
         ) from error
-
-
-def _laid_out(path: Path, file: PlannedFile) -> bool:
-    """True if the file exists with the planned size."""
-    if path.suffix == pth_archive.ENDING:
-        return pth_archive.is_laid_out(path, file.infos)
-    header, _ = build_header(file.infos)
-    return path.is_file() and path.stat().st_size == len(header) + file.nbytes
-
-
-def _clear(directory: Path, *, except_for: str) -> None:
-    """Delete everything in a directory but one file."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != except_for:
-            path.unlink()
 
 
 def _existing(path: Path) -> Path:

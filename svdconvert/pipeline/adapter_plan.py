@@ -77,7 +77,7 @@ def plan_adapter(chosen: Chosen) -> AdapterPlan:
     for name, slot in chosen.slots.items():
         rows, columns = chosen.shape(name)
         stacked = chosen.is_stacked(name)
-        pieces[name] = _pieces(slot, rows, temporary if stacked else path, joint=stacked)
+        pieces[name] = pieces_of(slot, rows, temporary if stacked else path, joint=stacked)
         for piece in pieces[name]:
             count = piece.rows.size if piece.rows else rows
             shapes = chosen.method.factor_shapes(count, columns, chosen.scalings[name].rank)
@@ -94,7 +94,7 @@ def plan_adapter(chosen: Chosen) -> AdapterPlan:
     )
 
 
-def _pieces(slot: Slot, rows: int, file: str, *, joint: bool) -> tuple[Piece, ...]:
+def pieces_of(slot: Slot, rows: int, file: str, *, joint: bool) -> tuple[Piece, ...]:
     """The modules that hold the factors of a slot: one, or one for each projection that it combines."""
     place = slot.place
     if joint or place is None or not place.projections:

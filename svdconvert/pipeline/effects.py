@@ -6,6 +6,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
 from svdconvert.inputs.model import OpenModel
+from svdconvert.inputs.model_pair import ModelPair
 from svdconvert.methods.base import METHODS, Method
 
 _DEFAULT = SplitOptions()
@@ -65,6 +66,18 @@ def refuse_idle_stream(model: OpenModel, run: Run) -> None:
     """Raise RecipeError for --stream if the weights are on this disk and are not pushed shard by shard."""
     if run.stream and model.snapshot.revision is None and run.shard_sink is None:
         raise _idle("--stream", f"{model.path} is on this disk, and nothing is pushed")
+
+
+def refuse_idle_stream_of_pair(pair: ModelPair, run: Run) -> None:
+    """Raise RecipeError for --stream if both checkpoints are on this disk."""
+    if run.stream and all(model.snapshot.revision is None for model in pair.models):
+        raise _idle("--stream", f"{pair.base.path} and {pair.tuned.path} are on this disk")
+
+
+def refuse_stream_of_adapters(run: Run) -> None:
+    """Raise RecipeError for --stream if only adapters are read."""
+    if run.stream:
+        raise _idle("--stream", "adapters are small, and are downloaded as a whole")
 
 
 def _idle(option: str, reason: str) -> RecipeError:

@@ -34,7 +34,7 @@ class Job(Protocol):
 
     @property
     def files(self) -> Sequence[PlannedFile]:
-        """Every file of tensors."""
+        """Every file of tensors that is planned from headers; `write` may add more to the staged output."""
         ...
 
     @property
@@ -77,7 +77,7 @@ def run_job(job: Job, out: Path, run: Run) -> Manifest:
         if run.ranks.leads:
             job.write_sidecars(staged.path)
             untie_different(staged.path, manifest.files)
-            manifest = replace(manifest, sidecars=sidecar_checksums(staged.path, job.files))
+            manifest = replace(manifest, sidecars=sidecar_checksums(staged.path, staged.files))
             manifest.write(staged.path)
     if run.ranks.leads:
         for remark in job.remarks(manifest):

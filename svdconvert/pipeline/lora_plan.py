@@ -1,32 +1,43 @@
 """to-lora: which factors will be written, with which ranks and names."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from math import hypot
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.embedding_factors import embedding_key
-from svdconvert.adapters.extra_parameters import copy_key, extra_key
-from svdconvert.adapters.peft_files import WEIGHTS, key
-from svdconvert.adapters.rwkv_peft import FILE, file_key
-from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import OpenModel
 from svdconvert.linalg.delta import as_lora
 from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
-from svdconvert.manifest.place import Rows
 from svdconvert.manifest.results import TruncatedLora, TruncatedModule
-from svdconvert.output.plan import PlannedFile, plan_file
+from svdconvert.output.plan import PlannedFile
 from svdconvert.pipeline.lora_experts import LoraForm, plan_form
+from svdconvert.pipeline.lora_formats import Keys, LoraFormat, lora_format
 
-_SIDES = ("lora_A", "lora_B")
-_RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
+
+class RankOptions(Protocol):
+    """Options of which one decides the ranks of a LoRA."""
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of every matrix."""
+        ...
+
+    @property
+    def tol(self) -> float | None:
+        """The largest share of each change's norm that may be lost."""
+        ...
+
+    @property
+    def rank_budget(self) -> int | None:
+        """The sum of all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,24 +61,6 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The names of the tensors in the file."""
-
-    pieces: Mapping[tuple[str, str], str]
-    """(module in the LoRA, piece) -> name."""
-    extras: Mapping[str, str]
-    """Parameter -> name."""
-    rows: Mapping[str, Rows] = field(default_factory=dict)
-    """Module in the LoRA -> rows of B, if these are not all of them."""
-    owners: Mapping[str, str] = field(default_factory=dict)
-    """Module in the LoRA -> module of the adapter, if their names differ."""
-
-    def owner(self, module: str) -> str:
-        """The module of the adapter whose factors are written as `module`."""
-        return self.owners.get(module, module)
-
-
-@dataclass(frozen=True)
 class LoraPlan:
     """What will be written."""
 
@@ -76,6 +69,7 @@ class LoraPlan:
     rank: int
     """The largest rank of a module that is in no stack; smaller factors are padded with zeros."""
     dtype: torch.dtype
+    format: LoraFormat
     file: PlannedFile
     keys: Keys
     form: LoraForm
@@ -83,11 +77,14 @@ class LoraPlan:
     """None if the LoRA is exact."""
 
 
-def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None) -> LoraPlan:
+def plan_lora(
+    delta: AdapterDelta, options: LoraOptions, base: str | None = None, model: OpenModel | None = None
+) -> LoraPlan:
     """Determine the ranks in a first pass over the factors, and plan the file.
 
-    `base` is the location of the untouched base, if it was given. Raises ArtifactError if the names of
-    experts are needed and not known.
+    `base` is the location of the untouched base, if it was given, and `model` is the open base, which only
+    the format gguf needs. Raises ArtifactError if the names of experts are needed and not known, or if the
+    format cannot express what the adapter holds.
     """
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(delta, options)
@@ -97,7 +94,8 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None
         ranks = {module: max(1, rank) for module, rank in truncation.ranks.items()}
     form = plan_form(delta, options, ranks, base)
     rank = max(ranks[module] for module in form.pieces or ranks)
-    keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta, form)
+    format_ = lora_format(options.format, delta, model)
+    keys = format_.keys(delta, form)
     infos = []
     for (module, piece), name in keys.pieces.items():
         rows = keys.rows.get(module)
@@ -105,71 +103,34 @@ def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None
         columns = delta.adapter.shape(keys.owner(module), "lora_A")[1]
         shape = (rank, columns) if piece == "lora_A" else (count, rank)
         shape = shape[::-1] if keys.owner(module) in delta.adapter.embeddings else shape
-        infos.append(TensorInfo(name, shape, dtype_code(dtype)))
+        infos.append(TensorInfo(name, format_.stored_shape(shape), dtype_code(dtype)))
     infos += [info for stack in form.stacks for info in stack.infos(dtype_code(dtype))]
     infos += [
         TensorInfo(name, delta.adapter.parameter_info(parameter).shape, dtype_code(dtype))
         for parameter, name in keys.extras.items()
     ]
-    if options.format == "rwkv-peft":
-        file = PlannedFile(FILE, tuple(infos), "adapter")
-    else:
-        file = plan_file(WEIGHTS, infos, "adapter")
-    return LoraPlan(delta, options, rank, dtype, file, keys, form, truncation)
-
-
-def _peft_keys(delta: AdapterDelta, form: LoraForm) -> Keys:
-    written = {name: rows for parts in form.pieces.values() for name, rows in parts}
-    embeddings = delta.adapter.embeddings
-    pieces = {
-        (name, piece): embedding_key(name, piece) if name in embeddings else key(name, piece)
-        for name in written
-        for piece in _SIDES
-    }
-    adapted = delta.modules
-    extras = {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras}
-    if delta.initial_adapter is None:
-        copies = [parameter for parameter in delta.adapter.copies if parameter not in extras]
-        extras |= {parameter: copy_key(parameter) for parameter in copies}
-    owners = {name: module for module, parts in form.pieces.items() for name, _ in parts}
-    return Keys(pieces, extras, {name: rows for name, rows in written.items() if rows}, owners)
-
-
-def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
-    """The names in RWKV-PEFT's format. Raises ArtifactError if a module or parameter has none there."""
-    known = delta.manifest
-    layout = LAYOUTS.get(known.layout) if known and known.layout in LAYOUTS.names() else None
-    paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
-    names = {
-        module: layout.network_path(paths[module]) if layout and module in paths else module
-        for module in delta.modules
-    }
-    if odd := [name for name in names.values() if not _RWKV.fullmatch(name)]:
-        raise ArtifactError(
-            f"{delta.directory} adapts {odd[0]}, but the format rwkv-peft is for RWKV-6 only; "
-            "use --format peft"
-        )
-    extras = {}
-    for parameter in delta.adapter.extras:
-        rule = layout.rename_rule(parameter) if layout and paths else RenameRule((parameter,), parameter)
-        if rule.to_layout is not None:
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter}, which is no single tensor in the format rwkv-peft; "
-                "merge it, or train the model in the layout blinkdl"
-            )
-        extras[parameter] = rule.canonical[0]
-    pieces = {(module, piece): file_key(names[module], piece) for module in names for piece in _SIDES}
-    return Keys(pieces, extras)
+    file = format_.file(infos, rank)
+    return LoraPlan(delta, options, rank, dtype, format_, file, keys, form, truncation)
 
 
 def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
+    if delta.approximation is not None:
+        ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
+        lost = {module: delta.approximation(module) for module in delta.modules}
+        errors = {module: rest / norm if norm else 0.0 for module, (rest, norm) in lost.items()}
+        total = hypot(*(norm for _, norm in lost.values()))
+        rest = hypot(*(rest for rest, _ in lost.values()))
+        return Truncation(ranks, errors, rest / total if total else 0.0)
+    return choose_ranks(delta.modules, lambda module: exact_factors(delta, module), options)
+
+
+def choose_ranks(
+    modules: Iterable[str], factors: Callable[[str], tuple[Tensor, Tensor]], options: RankOptions
+) -> Truncation | None:
     """The ranks that follow from the options; one module's factors are in memory at a time."""
     if options.rank is options.tol is options.rank_budget is None:
         return None
-    sigmas = {
-        module: singular_values(*(side.double() for side in exact_factors(delta, module)))
-        for module in delta.modules
-    }
+    sigmas = {module: singular_values(*(side.double() for side in factors(module))) for module in modules}
     if options.rank_budget is not None:
         ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:

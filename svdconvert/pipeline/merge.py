@@ -16,7 +16,9 @@ from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError, TargetError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.tensor_names import joined_product
-from svdconvert.linalg.delta import Product, as_lora, merged_
+from svdconvert.linalg.delta import Product, as_lora, merged_, realised_change
+from svdconvert.linalg.dora import scaled_rows
+from svdconvert.linalg.rounding import stochastic
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.fingerprint import checksum
@@ -125,18 +127,26 @@ class MergeJob:
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
                 "differ from the model's"
             )
-        assert isinstance(manifest.result, MergeResult)
-        update = manifest.result.update
-        if update is None or self.options.rounding != "nearest":
-            return
-        low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
-        if low:
-            worst = min(low, key=low.__getitem__)
-            yield (
-                f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
-                f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-                "--dtype float32 keeps it, --rounding stochastic does on average"
+        if self.options.rounding == "nearest":
+            yield from remark_on_rounding(
+                manifest, "--dtype float32 keeps it, --rounding stochastic does on average"
             )
+
+
+def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
+    """A warning if rounding lost too much of some updates."""
+    assert isinstance(manifest.result, MergeResult)
+    update = manifest.result.update
+    if update is None:
+        return
+    low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
+    if low:
+        worst = min(low, key=low.__getitem__)
+        yield (
+            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
+            f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
+            f"{advice}"
+        )
 
 
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
@@ -163,6 +173,8 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     if name in plan.extras:
         tensor = delta.parameter(plan.extras[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
+    if delta.adapter.config.dora:
+        return _merge_dora(plan, name, file, stored)
     on_base = plan.weights.side == "base"
     is_known = on_base or not delta.is_lost
     changes = plan.modules[name]
@@ -174,15 +186,15 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     if name in plan.resized:
         stored = delta.parameter(plan.resized[name]).to(stored.device, stored.dtype)
         rows = len(stored)
-    update = joined(_update) if is_known else None
+    update = joined(module_update) if is_known else None
     if on_base:
         assert update is not None
         product = update
         update = None
     else:
-        product = joined(_adapter)
-    stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
-    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
+        product = joined(adapter_product)
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device) if is_stochastic else None
     merged, realised = merged_(
         stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
     )
@@ -195,17 +207,35 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
 
 
-def _update(delta: AdapterDelta, module: str) -> Product:
+def module_update(delta: AdapterDelta, module: str) -> Product:
     """The change of a module's matrix by training."""
     factors, scale = delta.trained(module)
     return as_lora(factors, scale, *delta.initial(module))
 
 
-def _adapter(delta: AdapterDelta, module: str) -> Product:
+def adapter_product(delta: AdapterDelta, module: str) -> Product:
     """The product of a module's factors."""
     factors, scale = delta.trained(module)
     left, right = factors.folded()
     return left * scale, right
+
+
+def _merge_dora(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
+    """Merge a matrix whose rows are scaled to the adapter's magnitudes; it is all of a module's matrix."""
+    adapter = plan.weights.delta.adapter
+    module = plan.modules[name][0].module
+    is_transposed = plan.modules[name][0].share.transposed
+    left, right = adapter.factors(module).folded()
+    dtype = torch_dtype(plan.dtypes[name])
+    product = _to_device_of((left * adapter.config.scale(module), right), stored)
+    weight_OI = stored.T if is_transposed else stored
+    exact = scaled_rows(weight_OI, *product, adapter.magnitude(module).to(stored.device))
+    exact = exact.T.contiguous() if is_transposed else exact
+    generator = Solver(name, seed=plan.options.seed).generator(stored.device)
+    is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
+    merged = stochastic(exact, dtype, generator) if is_stochastic else cast_finite(name, exact, dtype)
+    realised = realised_change(stored.float(), exact, merged)
+    return TensorResult({(file, name): merged}, asdict(realised) if realised else {})
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
@@ -238,7 +268,7 @@ def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
         own = new.parameter
         tensor = plan.source.read(new.copied) if own is None else delta.parameter(own)
         if new.module is not None:
-            product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
+            product = (module_update if plan.weights.side == "base" else adapter_product)(delta, new.module)
             tensor, _ = merged_(tensor.clone(), product, dtype, None, None)
         tensor = cast_finite(name, tensor, dtype).contiguous()
         staged.write(files[name], name, tensor)

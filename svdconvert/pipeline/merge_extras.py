@@ -164,7 +164,8 @@ def _untie(
     changed = embedding in extras.replaced or any(
         names.tensor(f"{module}.weight") == embedding for module in delta.modules
     )
-    if not (heads or adapted or changed):
+    stays_tied = delta.adapter.config.ties_saved_modules and embedding in extras.replaced
+    if not (heads or adapted or (changed and not stays_tied)):
         return
     info = names.infos[embedding]
     if heads:
@@ -211,8 +212,8 @@ def _tied_embedding(delta: AdapterDelta, model: OpenModel, names: TensorNames) -
 def _no_embedding(delta: AdapterDelta, model: OpenModel, what: str) -> ArtifactError:
     return ArtifactError(
         f"{delta.directory} changes {what}, which {model.path} does not store: its head is tied to "
-        "embeddings that are not known to be its only ones; merge it with PEFT into a model whose embeddings "
-        "are untied"
+        "embeddings that are not known to be its only ones; merge it with PEFT into a model whose "
+        "embeddings are untied"
     )
 
 

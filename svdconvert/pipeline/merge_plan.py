@@ -20,7 +20,7 @@ from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
-from svdconvert.pipeline.merge_extras import NewTensor, plan_extras, refuse_other_vocabulary
+from svdconvert.pipeline.merge_extras import Extras, NewTensor, plan_extras, refuse_other_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,10 @@ class MergePlan:
 def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
+    if delta.adapter.config.dora and (delta.initial_adapter is not None or delta.recovered is not None):
+        raise ArtifactError(
+            f"{delta.directory} is a DoRA adapter that started from a part of its base; merge it with PEFT"
+        )
     name, layout = weights.model.layout(delta.layout_name)
     source = layout.divided(weights.model.source)
     shares = adapted_tensors(delta, weights.model)
@@ -72,9 +76,11 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
         if module in extras.heads:
             continue
         if of_module[0].tensor not in extras.rows:
-            _refuse_shape(delta, module, of_module, source.infos)
+            refuse_shape(delta, module, of_module, source.infos)
         for share in of_module:
             modules.setdefault(share.tensor, []).append(Change(module, share))
+    if delta.adapter.config.dora:
+        _refuse_divided_dora(delta, modules, extras)
     refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
     replaced = extras.replaced
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *replaced]}
@@ -86,7 +92,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
         dtypes[tensor] = new.dtype if new.module is None else _merged_code(delta, new.info(tensor), options)
         outputs.append(replace(new.info(tensor), dtype=dtypes[tensor]))
     refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
-    shards = tuple(_files(outputs, weights.model.source.infos, weights.side, layout, options))
+    shards = tuple(plan_files(outputs, weights.model.source.infos, weights.side, layout, options))
     return MergePlan(
         source=source,
         weights=weights,
@@ -102,7 +108,7 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     )
 
 
-def _files(
+def plan_files(
     outputs: list[TensorInfo],
     stored: Mapping[str, TensorInfo],
     side: Side,
@@ -125,7 +131,25 @@ def _files(
     return plan_model(outputs, limit, layout.family.file)
 
 
-def _refuse_shape(
+def _refuse_divided_dora(
+    delta: AdapterDelta, modules: Mapping[str, Sequence[Change]], extras: Extras
+) -> None:
+    """Raise ArtifactError if a DoRA adapts a matrix that is not one whole tensor: it scales whole rows."""
+    for tensor, changes in modules.items():
+        share = changes[0].share
+        if len(changes) > 1 or share.of_module or share.of_tensor or tensor in extras.rows:
+            raise ArtifactError(
+                f"{delta.directory} is a DoRA adapter of {changes[0].module}, which is not the whole tensor "
+                f"{tensor} of the model; merge it with PEFT"
+            )
+    if extras.heads:
+        raise ArtifactError(
+            f"{delta.directory} is a DoRA adapter of {extras.heads[0]}, which the model ties to its "
+            "embeddings; merge it with PEFT into a model whose embeddings are not tied"
+        )
+
+
+def refuse_shape(
     delta: AdapterDelta, module: str, shares: Sequence[Share], infos: Mapping[str, TensorInfo]
 ) -> None:
     """Raise ArtifactError if the factors of a module do not fit the tensors that make up its matrix."""

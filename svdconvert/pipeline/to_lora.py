@@ -14,16 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
-from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
-from svdconvert.adapters.extra_parameters import contains_adapters
 from svdconvert.adapters.stacked import Stack
 from svdconvert.checkpoint.tensors import dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
-from svdconvert.hub.reference import is_repository
-from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.linalg.delta import Product
 from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
@@ -31,7 +27,6 @@ from svdconvert.manifest.results import LoraResult
 from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
-from svdconvert.output.tokenizer_files import copy_tokenizer
 from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.lora_plan import LoraPlan, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
@@ -61,7 +56,7 @@ class LoraJob:
 
     def identity(self) -> dict[str, Any]:
         """The adapter."""
-        return {"adapter": self.plan.delta.identity()}
+        return {"adapter": self.plan.delta.identity(), **self.plan.format.identity()}
 
     def write(self, staged: StagedOutput, run: Run) -> None:
         """Write the factors of every module and the parameters trained in full."""
@@ -83,10 +78,8 @@ class LoraJob:
                 staged.finish(name, {"files": {self.plan.file.path: checksums}})
 
     def write_sidecars(self, directory: Path) -> None:
-        """The configuration, if the format has one, and the adapter's own tokenizer."""
-        if self.options.format == "peft":
-            (directory / CONFIG).write_text(_config(self.plan).text())
-            copy_tokenizer(self.plan.delta.directory, directory)
+        """What the format has in addition to the factors: a configuration, a tokenizer."""
+        self.plan.format.write_sidecars(self.plan.delta, self.plan.form, self.plan.rank, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the LoRA."""
@@ -136,6 +129,7 @@ def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str
             own = stored[factor][rows.slice].contiguous() if rows and factor == "lora_B" else stored[factor]
             name = plan.keys.pieces[written, factor]
             own = own.T.contiguous() if module in plan.delta.adapter.embeddings else own
+            own = plan.format.stored(written, factor, own)
             staged.write(plan.file.path, name, own)
             checksums[name] = checksum(tensor_bytes(own))
     return {
@@ -176,41 +170,6 @@ def _write_experts(plan: LoraPlan, stack: Stack, staged: StagedOutput) -> None:
     write_stack(staged, plan.file.path, stack, dtype_code(plan.dtype), read)
     for module, note in notes.items():
         staged.finish(module, {"files": {}, "note": note})
-
-
-def _config(plan: LoraPlan) -> AdapterConfig:
-    """Scale 1 (alpha is the rank), no rslora, no patterns but for fused experts of another rank.
-
-    The base is named if it is on the Hub.
-    """
-    own = plan.delta.adapter.config
-    mixed = contains_adapters(plan.delta.adapter.extras, plan.delta.modules)
-    form = plan.form
-    patterns = form.rank_pattern(plan.rank)
-    return AdapterConfig(
-        rank=plan.rank,
-        alpha=plan.rank,
-        targets=form.targets,
-        parameters=form.parameters,
-        peft_type=WITH_PARAMETERS if mixed else form.peft_type,
-        rank_pattern=patterns,
-        alpha_pattern={name: float(rank) for name, rank in patterns.items()},
-        base=_base_repository(plan.delta),
-        task=own.task,
-        modules_to_save=own.modules_to_save,
-        bias=own.bias,
-        fan_in_fan_out=own.fan_in_fan_out,
-    )
-
-
-def _base_repository(delta: AdapterDelta) -> str | None:
-    """org/name of the untouched base, as the manifest or an adapter that started at zero names it."""
-    if delta.manifest is not None:
-        base = delta.manifest.base
-        return base.location if base and base.revision else None
-    named = delta.adapter.config.base
-    started_at_zero = delta.initial_adapter is None and delta.recovered is None and delta.residual is None
-    return named if started_at_zero and is_repository(named) else None
 
 
 def _layout_of_file(path: Path) -> str:

@@ -127,7 +127,6 @@ def test_what_is_written_is_what_is_read(saved: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"use_dora": True}, "DoRA"),
         (
             {"lora_bias": True, "base": "qwen2", "target_modules": ["q_proj"]},
             "lora_B.bias, which is neither a low-rank factor",
@@ -151,6 +150,11 @@ def test_magnitudes_that_the_configuration_does_not_mention_are_not_dropped(
     directory = edit(saved(use_dora=True), use_dora=False)
     with pytest.raises(ArtifactError, match="lora_magnitude_vector, a magnitude of DoRA"):
         open_adapter(directory)
+
+
+def test_a_dora_that_started_from_a_part_of_its_base_is_refused(saved: Callable[..., Path]) -> None:
+    with pytest.raises(ArtifactError, match="DoRA adapter that started from a part"):
+        open_adapter(edit(saved(use_dora=True), init_lora_weights="pissa"))
 
 
 def test_transposed_layers_are_read_and_written(saved: Callable[..., Path]) -> None:

@@ -47,6 +47,9 @@ def sources(model: Path, checkpoint: Build, tmp_path_factory: pytest.TempPathFac
     base = readable(checkpoint("llama", dtype=torch.float32), training / "base")
     decompose(base, training / "start", SplitOptions(rank=4), run)
     pth = rwkv6.save(rwkv6.random_model(), directory / "rwkv6.pth")
+    several = directory / "several"
+    for name, seed in (("base", 0), ("one", 1), ("two", 2)):
+        medium.build(several / name, layers=4, hidden=256, wide=704, seed=seed)
     hf = directory / "hf"
     convert(pth, hf, ConvertOptions(layout="hf"), run)
     return {
@@ -54,6 +57,9 @@ def sources(model: Path, checkpoint: Build, tmp_path_factory: pytest.TempPathFac
         "train": training,
         "merge": decomposed,
         "to-lora": decomposed,
+        "combine adapters": decomposed,
+        "combine checkpoints": several,
+        "extract": several,
         "convert to hf": pth,
         "convert to blinkdl": hf,
     }

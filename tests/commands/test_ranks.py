@@ -32,6 +32,21 @@ def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
     finish(start("merge", tmp_path / "one", "-o", tmp_path / "merged"))
     finish(start("merge", tmp_path / "one", "-o", tmp_path / "merged-by-two", program=TORCHRUN))
     assert sums(tmp_path / "merged-by-two") == sums(tmp_path / "merged")
+    both = ["combine", model, tmp_path / "merged", "--base", model, "--method", "dare-ties", "--density", 0.5]
+    weights = ["--weights", "0.5", "--max-shard-size", "300KB"]
+    finish(start(*both, "-o", tmp_path / "combined", *weights))
+    finish(start(*both, "-o", tmp_path / "combined-by-two", *weights, program=TORCHRUN))
+    assert sums(tmp_path / "combined-by-two") == sums(tmp_path / "combined")
+
+
+def test_two_ranks_extract_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
+    tuned = medium.build(tmp_path / "tuned", layers=8, seed=1)
+    for rule in (["--rank", 8], ["--rank-budget", 100], ["--tol", 0.6, "--keep", "none"]):
+        words = ["extract", model, tuned, *rule, "--dtype", "bfloat16"]
+        name = rule[0]
+        finish(start(*words, "-o", tmp_path / f"one{name}"))
+        finish(start(*words, "-o", tmp_path / f"two{name}", program=TORCHRUN))
+        assert sums(tmp_path / f"two{name}") == sums(tmp_path / f"one{name}")
 
 
 def test_two_matrices_at_once_have_the_bytes_of_one_after_the_other(model: Path, tmp_path: Path) -> None:

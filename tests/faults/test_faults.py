@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import rwkv6, tiny
+from tests.commands.test_extract import tuned_from
 from tests.faults.injection import KINDS
 from tests.faults.judgement import EVERY, fault_points, wrong_end
 from tests.faults.runner import Outcome, Runner
@@ -31,6 +32,8 @@ COMMANDS: dict[str, list[object]] = {
     "decompose to shards": ["decompose", "{base}", "--rank", 2, "--max-shard-size", "20KB", *FEW],
     "merge": ["merge", "{split}", "--threads", 1],
     "to-lora": ["to-lora", "{trained}"],
+    "to-lora --format gguf": ["to-lora", "{trained}", "--format", "gguf"],
+    "extract": ["extract", "{base}", "{tuned}", "--rank", 2, "--threads", 1],
     "convert to hf": ["convert", "{rwkv.pth}", "--layout", "hf"],
     "convert to blinkdl": ["convert", "{hf}", "--layout", "blinkdl"],
     "train": ["train", "{split}", *TRAIN],
@@ -61,6 +64,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     tiny.build("llama", root / "model", dtype=torch.float32)
     readable(root / "model", inputs / "base")
     shutil.rmtree(root / "model")
+    tuned_from(inputs / "base", inputs / "tuned")
     write_sums(inputs / "sums.jsonl")
     rwkv6.save(rwkv6.random_model(layers=1, width=32, head=16), inputs / "rwkv.pth")
     with Runner() as runner:

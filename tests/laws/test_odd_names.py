@@ -9,6 +9,7 @@ import torch
 
 from svdconvert import Run, SplitOptions, decompose
 from tests import rwkv6
+from tests.commands.test_extract import tuned_from
 from tests.conftest import Build
 from tests.program import Ended, svdconvert
 from tests.reading import readable, write_sums
@@ -33,9 +34,10 @@ every_name = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 
 @pytest.fixture(scope="module")
 def prepared(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `base`, `split` (of it), `rwkv.pth` and `sums.jsonl`."""
+    """Holds `base`, `tuned`, `split` (of base), `rwkv.pth` and `sums.jsonl`."""
     home = tmp_path_factory.mktemp("prepared")
     base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
+    tuned_from(base, home / "tuned")
     decompose(base, home / "split", SplitOptions(rank=2, targets="attn.q"), Run(threads=1))
     rwkv6.save(rwkv6.random_model(layers=1, width=32, head=16), home / "rwkv.pth")
     write_sums(home / "sums.jsonl")
@@ -72,6 +74,9 @@ def ends_well(*words: object) -> Ended:
         ["train", "split", "--data", "sums.jsonl", *TRAINING],
         ["merge", "split"],
         ["to-lora", "split"],
+        ["combine", "split", "split"],
+        ["combine", "base", "base"],
+        ["extract", "base", "tuned", "--rank", 2],
         ["convert", "rwkv.pth", "--layout", "hf"],
     ],
     ids=lambda words: str(words[0]),
@@ -91,8 +96,18 @@ def test_an_output_may_have_any_name(words: list[object], name: str, here: Path)
 def test_an_input_may_have_any_name(name: str, here: Path) -> None:
     place = f"./{name}"
     commands = {
-        "base": [["decompose", place, "--rank", 2, "--targets", "attn.q"]],
-        "split": [["merge", place], ["to-lora", place], ["train", place, "--data", "sums.jsonl", *TRAINING]],
+        "base": [
+            ["decompose", place, "--rank", 2, "--targets", "attn.q"],
+            ["combine", place, "base"],
+            ["extract", place, "tuned"],
+            ["diff", place, "tuned"],
+        ],
+        "split": [
+            ["merge", place],
+            ["to-lora", place],
+            ["combine", place, "split"],
+            ["train", place, "--data", "sums.jsonl", *TRAINING],
+        ],
         "rwkv.pth": [["convert", place, "--layout", "hf"], ["inspect", place]],
         "sums.jsonl": [["train", "split", "--data", place, *TRAINING]],
     }
@@ -104,7 +119,7 @@ def test_an_input_may_have_any_name(name: str, here: Path) -> None:
             shutil.copytree(here / source, target) if not suffix else shutil.copy(here / source, target)
         for number, words in enumerate(each):
             given = [f"{place}{suffix}" if word == place else word for word in words]
-            out = [] if words[0] == "inspect" else ["-o", f"out-{source}-{number}"]
+            out = [] if words[0] in ("inspect", "diff") else ["-o", f"out-{source}-{number}"]
             ended = ends_well(*given, *out)
             # The tokenizers library opens no path that is not UTF-8.
             is_refused = len(name) > 240 or ("\udcff" in name and given[0] == "train" and source == "split")
@@ -123,6 +138,15 @@ def test_a_name_that_is_not_there_is_refused(name: str, here: Path) -> None:
         ["merge", f"./{name}", "-o", "out"],
         ["merge", "split", "-o", "out", "--base", f"./{name}"],
         ["to-lora", f"./{name}", "-o", "out"],
+        ["combine", "split", f"./{name}", "-o", "out"],
+        ["extract", "base", f"./{name}", "-o", "out"],
+        ["extract", f"./{name}", "base", "-o", "out"],
+        ["diff", "base", f"./{name}"],
+        ["verify", "--merged", f"./{name}", "--base", "base", "--adapter", "split"],
+        ["inspect", f"./{name}", "--for", "vllm"],
+        ["combine", "--config", f"./{name}", "-o", "out"],
+        ["combine", "split", "split", "-o", "out", "--method", name],
+        ["combine", "split", "split", "-o", "out", "--set", f"{name}=1"],
         ["train", f"./{name}", "-o", "out", "--data", "sums.jsonl"],
         ["train", "split", "-o", "out", "--data", f"./{name}"],
         ["convert", f"./{name}", "-o", "out", "--layout", "hf"],

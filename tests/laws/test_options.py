@@ -75,6 +75,9 @@ VALUES: dict[str, Words] = {
     "--rounding": ["stochastic"],
     "--format": ["rwkv-peft"],
     "--rank-budget": [10],
+    "--energy": [0.3],
+    "--keep": ["none"],
+    "--for": ["sglang"],
     "--state": [Path("plain")],
     "--stream": [],
     "--method": ["milora"],
@@ -120,10 +123,15 @@ VALUES: dict[str, Words] = {
     "--message": ["text"],
     "--pull-request": [],
     "--seed": [3],
+    "--weights": ["0.5"],
+    "--density": [0.5],
+    "--set": ["lambda=0.5"],
 }
 
 OTHER_VALUES: dict[tuple[str, str], Words] = {
     ("decompose", "--init"): ["random"],
+    ("combine", "--method"): ["mean"],
+    ("combine", "--weights"): ["2,0.5"],
     ("convert", "--layout"): ["fla"],
 }
 
@@ -132,6 +140,10 @@ ELSEWHERE = {
     "--out": "tests/output/test_staging.py",
     "--recipe": "tests/test_recipes.py",
     "--plan": "tests/cli/test_app.py",
+    "--picture": "tests/commands/test_diff.py",
+    "--sketch": "tests/commands/test_extract.py",
+    "--adapter": "tests/commands/test_verify_merge.py",
+    "--merged": "tests/commands/test_verify_merge.py",
     "--overwrite": "tests/output/test_ownership.py",
     "--threads": "tests/linalg/test_truncated.py",
     "--device": "tests/test_refusals.py",
@@ -146,6 +158,7 @@ ELSEWHERE = {
     "--track-dir": "tests/training/logs/test_trackers.py",
     "--data": "tests/training/data/test_mixing.py",
     "--image-dir": "tests/commands/test_train_images.py",
+    "--config": "tests/pipeline/test_combine_checkpoints.py",
 }
 
 # Other options without which an option may have no effect, because of the values that are compared.
@@ -154,6 +167,9 @@ NEEDS: dict[tuple[str, str], Words] = {
     ("decompose", "--init"): ["--method", "lora-fa"],
     ("decompose", "--rank"): ["--rank", 4],
     ("decompose", "--rslora"): ["--alpha", 8],
+    ("combine", "--density"): ["--method", "ties"],
+    ("combine", "--set"): ["--method", "iso-c"],
+    ("combine", "--seed"): ["--method", "dare-linear", "--density", 0.5],
     ("train", "--too-long"): ["--max-length", 8],
     ("train", "--precision"): ["--precision", "fp32"],
     ("train", "--keep-checkpoints"): ["--save-every", 1],
@@ -163,6 +179,8 @@ NEEDS: dict[tuple[str, str], Words] = {
 WITHOUT_EFFECT = {
     ("merge", "--rounding", "decomposed"),
     ("merge", "--rounding", "initial"),
+    ("merge", "--weights", "decomposed"),
+    ("merge", "--weights", "initial"),
     *(("decompose", "--tol", kind) for kind in PLAIN),
 }
 
@@ -252,11 +270,21 @@ class Runner:
             self._count += 1
             out = self._scratch / str(self._count)
             places = [self._here / word if isinstance(word, Path) else word for word in words]
-            ended = svdconvert(command, self._here / kind, *self._needed(command, kind, words, out), *places)
+            ended = svdconvert(
+                command, *self._inputs(command, kind), *self._needed(command, kind, words, out), *places
+            )
             shown = ended.out.replace(str(out), "OUT")
             self._known[key] = Outcome(Ended(ended.status, shown, ended.err), _files(out))
             shutil.rmtree(out, ignore_errors=True)
         return self._known[key]
+
+    def _inputs(self, command: str, kind: str) -> Iterator[Path]:
+        """A directory of the kind and, for a command that takes several, another one to go with it."""
+        yield self._here / kind
+        if command in ("extract", "diff"):
+            yield self._here / ("finetuned" if kind != "finetuned" else "plain")
+        if command == "combine":
+            yield self._here / (("finetuned" if kind == "plain" else "plain") if kind in PLAIN else "trained")
 
     def _needed(self, command: str, kind: str, words: Words, out: Path) -> Iterator[object]:
         if "--out" in options_of(command):
@@ -267,7 +295,7 @@ class Runner:
             yield from ("--layout", "web-rwkv")
         if command == "train":
             yield from ("--data", self._here / "rows.jsonl", "--batch-size", 2)
-        if kind == "foreign" and command in ("merge", "to-lora"):
+        if kind == "foreign" and command in ("merge", "to-lora", "combine"):
             yield from ("--base", self._here / "plain")
 
 

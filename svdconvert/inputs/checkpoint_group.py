@@ -1,0 +1,123 @@
+"""Several checkpoints of one architecture, and the layers of a new one that are taken from them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
+from svdconvert.errors import ArtifactError
+from svdconvert.inputs.adapted_tensors import is_head, ties_embeddings
+from svdconvert.inputs.model import OpenModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LONGEST_NUMBER = 6  # digits of a layer's number
+_FIRST = ("embed", "wte", "wpe")  # parts of the names of what comes before the first layer
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands in a model."""
+
+    stack: str
+    """What comes before the layer's number, such as `model.layers.`; empty outside of the layers."""
+    layer: int | None
+    rest: str
+
+    def name(self, layer: int) -> str:
+        """The name of the same tensor in another layer."""
+        return f"{self.stack}{layer}{self.rest}"
+
+    @property
+    def is_first(self) -> bool:
+        """True for embeddings, which come before the layers."""
+        return self.layer is None and any(part in self.rest for part in _FIRST)
+
+
+def place_of(name: str) -> Place:
+    """The place of a tensor, by the first number in its name."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isascii() and part.isdigit() and len(part) <= _LONGEST_NUMBER:
+            before = "".join(f"{one}." for one in parts[:index])
+            return Place(before, int(part), "".join(f".{one}" for one in parts[index + 1 :]))
+    return Place("", None, name)
+
+
+def layer_counts(source: TensorSource) -> dict[str, int]:
+    """Stack -> number of layers."""
+    counts: dict[str, int] = {}
+    for name in source.infos:
+        place = place_of(name)
+        if place.layer is not None:
+            counts[place.stack] = max(counts.get(place.stack, 0), place.layer + 1)
+    return counts
+
+
+def tensor_in(model: OpenModel, name: str) -> str:
+    """The tensor that a model has as `name`: for a tied head its embeddings.
+
+    Raises ArtifactError if it has none.
+    """
+    infos = model.source.infos
+    if name in infos:
+        return name
+    if is_head(name.removesuffix(".weight")) and ties_embeddings(model.config):
+        found = [other for other in infos if other.endswith("embed_tokens.weight")]
+        if len(found) == 1:
+            return found[0]
+    raise ArtifactError(
+        f"{model.path} has no {name}, which the model that it is merged with has; merge models of one "
+        "architecture"
+    )
+
+
+def refuse_misfit(first: OpenModel, other: OpenModel) -> None:
+    """Raise ArtifactError if two models are of different types, or if one is quantised."""
+    kinds = [model.config.get("model_type") for model in (first, other)]
+    if kinds[0] != kinds[1]:
+        raise ArtifactError(
+            f"{first.path} is a {kinds[0]} and {other.path} a {kinds[1]}; merge models of one architecture"
+        )
+
+
+class PickedSource:
+    """Tensors of several sources under names of their own: a TensorSource for one new checkpoint."""
+
+    def __init__(self, picked: Mapping[str, tuple[TensorSource, str]]) -> None:
+        """`picked` maps every name to a source and the tensor's name there."""
+        self._picked = picked
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, source.infos[own].shape, source.infos[own].dtype)
+            for name, (source, own) in picked.items()
+        }
+
+    def read(self, name: str) -> "Tensor":
+        """The tensor, in newly allocated memory."""
+        source, own = self._picked[name]
+        return source.read(own)
+
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`."""
+        source, own = self._picked[name]
+        return source.chunks(own, size, buffer, section)
+
+    def file_versions(self) -> Mapping[str, list[int]]:
+        """Those of all sources, numbered in the order of their first tensors."""
+        sources: list[TensorSource] = []
+        for source, _ in self._picked.values():
+            if not any(source is known for known in sources):
+                sources.append(source)
+        return numbered_versions(sources)
+
+
+def numbered_versions(sources: Sequence[TensorSource]) -> dict[str, list[int]]:
+    """The versions of the files of several sources."""
+    return {
+        f"{number}/{file}": version
+        for number, source in enumerate(sources, 1)
+        for file, version in source.file_versions().items()
+    }

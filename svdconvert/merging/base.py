@@ -1,0 +1,142 @@
+"""What a merge method is: how the changes, the weights or the factors of several models become one.
+
+O: out features, I: in features, R: rank. A method works on one tensor at a time and knows nothing of names or
+files. It says which of three things it merges:
+
+- `changes`: what the models change in a tensor of their base. Checkpoints give W - W_base. Adapters give the
+  same changes in bases of the joint column and row spaces of all of them, a few hundred rows and columns.
+- `weights`: the tensors themselves, of checkpoints.
+- `factors`: the factors (B, A) of the changes of adapters, with the scales in B.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Literal
+
+import torch
+import xxhash
+from torch import Tensor
+
+from svdconvert.errors import RecipeError
+from svdconvert.plugins import Registry
+
+Product = tuple[Tensor, Tensor]
+"""(left_OR, right_RI)."""
+Value = float | bool
+Input = Literal["adapters", "checkpoints"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A number or a truth value that a method takes."""
+
+    name: str
+    default: Value
+    summary: str
+    per_model: bool = False
+    """True if every model has its own value; else there is one for each tensor."""
+    required: bool = False
+    """True if a configuration file must give it, as mergekit demands; the command line uses the default."""
+    least: float = -1e9
+    most: float = 1e9
+
+    def check(self, value: object, source: str) -> Value:
+        """The value. Raises RecipeError if it is of the wrong type or out of range."""
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise RecipeError(f"{source}: {self.name} is {value!r}, which must be true or false")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise RecipeError(f"{source}: {self.name} is {value!r}, which must be a number")
+        if not self.least <= value <= self.most:
+            raise RecipeError(
+                f"{source}: {self.name} is {value:g}, which must be from {self.least:g} to {self.most:g}"
+            )
+        return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The values of a method's parameters for one tensor."""
+
+    shape: tuple[int, ...]
+    """The shape of the tensor: (O, I) also if the changes are given in smaller bases."""
+    each: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    """Parameter -> one value for each model, in the order of the changes, weights or factors."""
+    shared: Mapping[str, Value] = field(default_factory=dict)
+    rank: int | None = None
+    """The rank that the result is truncated to, for methods on factors that truncate anyway."""
+    base: int | None = None
+    """The position of the base among the weights."""
+    name: str = ""
+    seed: int = 0
+
+    def number(self, name: str) -> float:
+        """The value of a parameter that all models share."""
+        return float(self.shared[name])
+
+    def numbers(self, name: str) -> list[float]:
+        """The values of a parameter that every model has."""
+        return [float(value) for value in self.each[name]]
+
+    def of(self, models: Sequence[int]) -> "Settings":
+        """The settings for some of the models."""
+        each = {name: [values[model] for model in models] for name, values in self.each.items()}
+        return replace(self, each=each)
+
+    def generator(self, key: object) -> torch.Generator:
+        """A fresh generator for one model's random numbers, seeded by (seed, key, tensor)."""
+        digest = xxhash.xxh3_64_intdigest(f"{self.seed}:{key}:{self.name}".encode())
+        return torch.Generator().manual_seed(digest >> 1)
+
+
+MergeChanges = Callable[[Sequence[Tensor], Settings], Tensor]
+MergeWeights = Callable[[Sequence[Tensor], Settings], Tensor]
+MergeFactors = Callable[[Sequence[Product], Settings], Product]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod:
+    """One method, as data and functions."""
+
+    summary: str
+    """One line for `svdconvert list merges`."""
+    paper: str
+    """Where it is defined."""
+    takes: frozenset[Input]
+    parameters: tuple[Parameter, ...] = ()
+    changes: MergeChanges | None = None
+    """The merged change, of float32 or float64 changes of one shape, which it may overwrite."""
+    weights: MergeWeights | None = None
+    """The merged tensor, of float32 tensors of one shape, which it does not change."""
+    factors: MergeFactors | None = None
+    """(B, A) in float64 of the merged change, of float32 factors. For adapters it goes before `changes`."""
+    least: int = 1
+    """The smallest number of models, without the base."""
+    most: int | None = None
+    """The largest number of models, without the base; None if there is none."""
+    rank: Callable[[Sequence[int], tuple[int, int]], int] = lambda ranks, shape: min(sum(ranks), *shape)
+    """(ranks of the adapters, (O, I)) -> the rank of the result unless the user truncates it."""
+    is_dense: bool = False
+    """True if the result has the rank of the matrix before it is truncated."""
+    base: Literal["needed", "optional", "none"] = "needed"
+    """Whether checkpoints need a base. An optional one is merged like all others."""
+    draws: bool = False
+    """True if it draws random numbers."""
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter of that name; None if there is none."""
+        return next((one for one in self.parameters if one.name == name), None)
+
+
+MERGES: Registry[MergeMethod] = Registry(
+    "svdconvert.merging",
+    "METHOD",
+    MergeMethod,
+    shared=("base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"),
+)
+
+ADAPTERS: frozenset[Input] = frozenset({"adapters"})
+CHECKPOINTS: frozenset[Input] = frozenset({"checkpoints"})
+BOTH = ADAPTERS | CHECKPOINTS

@@ -1,0 +1,32 @@
+"""Model Breadcrumbs: without the largest and the smallest entries (arXiv:2312.06795)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Settings
+from svdconvert.merging.parameters import DENSITY, GAMMA, LAMBDA, MASK, WEIGHT, normalize, rescale
+from svdconvert.merging.sparsity import keep_middle
+from svdconvert.merging.sums import weighted_sum
+
+
+def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+    """Weighted sum without outliers and small entries."""
+    return weighted_sum(keep_middle(changes, settings), settings)
+
+
+METHOD = MergeMethod(
+    summary="weighted sum without outliers and small entries",
+    paper="arXiv:2312.06795",
+    takes=CHECKPOINTS,
+    parameters=(
+        WEIGHT,
+        DENSITY,
+        GAMMA,
+        LAMBDA,
+        normalize(False),
+        rescale(False),
+        MASK,
+    ),
+    changes=merge,
+)

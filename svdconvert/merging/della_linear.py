@@ -1,0 +1,33 @@
+"""DELLA without an election of signs (arXiv:2406.11617)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Settings
+from svdconvert.merging.parameters import DENSITY, EPSILON, LAMBDA, MASK, WEIGHT, normalize, rescale
+from svdconvert.merging.sparsity import keep_by_rank
+from svdconvert.merging.sums import weighted_sum
+
+
+def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+    """Weighted sum of random, mostly large entries."""
+    return weighted_sum(keep_by_rank(changes, settings), settings)
+
+
+METHOD = MergeMethod(
+    summary="weighted sum of random, mostly large entries",
+    paper="arXiv:2406.11617",
+    takes=CHECKPOINTS,
+    parameters=(
+        WEIGHT,
+        DENSITY,
+        EPSILON,
+        LAMBDA,
+        normalize(False),
+        rescale(True),
+        MASK,
+    ),
+    changes=merge,
+    draws=True,
+)

@@ -1,0 +1,152 @@
+"""combine: several checkpoints are merged into one, one tensor of each in memory at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.checkpoint.tensors import torch_dtype
+from svdconvert.checkpoint.values import cast_finite
+from svdconvert.config.combine import CombineOptions
+from svdconvert.config.execution import Run
+from svdconvert.linalg.delta import Realised, realised_change
+from svdconvert.linalg.threads import pick_device
+from svdconvert.manifest.results import MergeResult
+from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.output.plan import PlannedFile
+from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
+from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.checkpoint_plan import CheckpointPlan, Merged
+from svdconvert.pipeline.merge import measured_update, remark_on_rounding
+from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""The keys of config.json for the number of layers."""
+
+
+@dataclass(frozen=True)
+class CheckpointJob:
+    """The merge of several checkpoints."""
+
+    plan: CheckpointPlan
+    from_file: bool = False
+    """True if a file in mergekit's format describes the merge, False if the options do."""
+    command: str = "combine"
+
+    @property
+    def options(self) -> CombineOptions:
+        """The options as the user gave them."""
+        return self.plan.options
+
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The shards of the new checkpoint."""
+        return self.plan.shards
+
+    @property
+    def inputs(self) -> list[Path]:
+        """All models."""
+        return [model.path for model in self.plan.models]
+
+    def identity(self) -> dict[str, Any]:
+        """The models in their order, and what the file says of them."""
+        models = {f"model {n}": model.identity() for n, model in enumerate(self.plan.models, 1)}
+        return {**models, "file": asdict(self.plan.file)}
+
+    def write(self, staged: StagedOutput, run: Run) -> None:
+        """Merge or copy every tensor."""
+        device = pick_device(run.device, run.ranks.local)
+        stream(combine_work(self.plan, device), self.plan.source, staged, run)
+
+    def write_sidecars(self, directory: Path) -> None:
+        """The sidecars of the base, or of the first model, with the new number of layers."""
+        complete_checkpoint(self.plan.models[self.plan.first].path, directory, self.plan.shards)
+        if self.plan.layers is not None:
+            write_config(directory, with_layers(read_config(directory), self.plan.layers))
+
+    def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
+        """The manifest of the new checkpoint."""
+        return Manifest(
+            kind="merged",
+            command="combine",
+            layout=self.plan.layout,
+            method=self.plan.method_name,
+            base=self.plan.models[self.plan.first].origin(),
+            options=asdict(self.options) | self._description(),
+            result=MergeResult(side="base", update=measured_update(notes(staged, self.plan.dtypes))),
+            files=file_checksums(staged),
+            roles=roles_of(self.files),
+            threads=threads,
+        )
+
+    def _description(self) -> dict[str, Any]:
+        """For the manifest: what the file says, or the models in the order of the weights."""
+        if self.from_file:
+            return {"file": asdict(self.plan.file)}
+        found = [source.model for part in self.plan.file.slices for source in part.sources]
+        return {"inputs": found, "base": self.plan.file.base}
+
+    def remarks(self, manifest: Manifest) -> Iterator[str]:
+        """A warning if rounding lost too much of some updates."""
+        return remark_on_rounding(manifest, "--dtype float32 keeps it")
+
+
+def combine_work(plan: CheckpointPlan, device: torch.device) -> TensorJob:
+    """How each tensor is merged or copied. The models beside the first are read when a tensor is merged."""
+    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    return TensorJob(
+        order=list(copies),
+        matrices=plan.dtypes,
+        compute=lambda name, stored: _merge_tensor(plan, name, copies[name], stored),
+        copies=copies,
+        device=device,
+        origin=str(plan.models[plan.first].path),
+    )
+
+
+def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) -> TensorResult:
+    merged = plan.tensors[name]
+    start = stored.float()
+    exact = _exact(plan, merged, start)
+    dtype = torch_dtype(plan.dtypes[name])
+    rounded = cast_finite(name, exact, dtype)
+    return TensorResult({(file, name): rounded}, _note(realised_change(start, exact, rounded)))
+
+
+def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
+    """The merged tensor in float32."""
+    where = merged.settings.base or 0
+    tensors = []
+    for position, (index, name) in enumerate(merged.parts):
+        if position == where:
+            tensors.append(start)
+        else:
+            tensors.append(plan.models[index].source.read(name).to(start.device).float())
+    if plan.method.weights is not None:
+        return plan.method.weights(tensors, merged.settings)
+    assert plan.method.changes is not None
+    changes = [tensor.sub_(start) for position, tensor in enumerate(tensors) if position != where]
+    return plan.method.changes(changes, merged.settings).add_(start)
+
+
+def _note(realised: Realised | None) -> dict[str, Any]:
+    return asdict(realised) if realised else {}
+
+
+def with_layers(config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
+    """A config.json for other layers: their number, and the entries of lists with one for each layer."""
+    changed = dict(config)
+    if isinstance(text := changed.get("text_config"), Mapping):
+        changed["text_config"] = with_layers(text, layers)
+    for key in _COUNTS:
+        if isinstance(count := config.get(key), int):
+            changed[key] = len(layers)
+            changed |= {
+                name: [value[min(layer, count - 1)] for layer in layers]
+                for name, value in config.items()
+                if isinstance(value, list) and len(value) == count and name.startswith("layer")
+            }
+    return changed
