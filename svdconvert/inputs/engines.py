@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from svdconvert.adapters import mlx
 from svdconvert.adapters.adapter_config import CONFIG
-from svdconvert.adapters.gguf_names import FILE as GGUF_FILE
 from svdconvert.adapters.peft_files import PICKLED, WEIGHTS
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError, brief
+from svdconvert.inputs.gguf_names import FILE as GGUF_FILE
 from svdconvert.layouts.loading import vllm_advice
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.adapters.adapter_config import CONFIG, KASA
-from svdconvert.adapters.gguf_names import FILE as GGUF_FILE
 from svdconvert.adapters.peft_files import WEIGHTS, Adapter, is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import FILE, is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
@@ -12,6 +11,7 @@ from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.base_shapes import BaseShapes
+from svdconvert.inputs.gguf_names import FILE as GGUF_FILE
 from svdconvert.inputs.sources import NO_INIT, Sources
 from svdconvert.manifest.fingerprint import file_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest

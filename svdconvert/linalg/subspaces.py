@@ -30,7 +30,8 @@ class Relation:
 
 def relate(first: Product, second: Product) -> Relation:
     """Compare two products of the same shape, in float64, without building either."""
-    one, other = _Svd(first), _Svd(second)
+    one = _Svd(first)
+    other = _Svd(second)
     inner = (one.left.T @ other.left) * (one.right.T @ other.right)
     along = float((one.sigma[:, None] * inner * other.sigma).sum())
     norms = one.norm, other.norm

@@ -199,7 +199,8 @@ class _Sums:
         if self.change_OI is not None:
             self.change_OI[self._row : self._row + len(change)] = change
             self._row += len(change)
-        first, second = before.double(), after.double()
+        first = before.double()
+        second = after.double()
         self.aa += float(first.square().sum())
         self.bb += float(second.square().sum())
         self.ab += float((first * second).sum())

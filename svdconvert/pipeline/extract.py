@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.peft_files import WEIGHTS
 from svdconvert.checkpoint.tensors import REAL
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ExtractOptions
@@ -24,7 +25,7 @@ from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.low_rank import allocate_ranks
 from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.results import ExtractedMatrix, Extraction, LoraResult
-from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.manifest.schema import Manifest
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.extract_plan import ExtractPlan, refuse_nothing
@@ -70,6 +71,7 @@ class ExtractJob:
             kept = [name for name in self.plan.keepable if staged.finished[name]["note"]["norm"]]
             lora = ExtractedLora(self.plan, ranks, tuple(sorted(kept)))
             staged.finish(_ADAPTER, lora.write(scratch, staged))
+        staged.gather()  # so that every rank knows the result
 
     def write_sidecars(self, directory: Path) -> None:
         """Nothing but the adapter's own configuration, which is there already; the factors are deleted."""
@@ -84,9 +86,9 @@ class ExtractJob:
             method="lora",
             base=self.plan.pair.base.origin({name: note["checksum"] for name, note in notes.items()}),
             options=asdict(self.options),
-            result=_result(self.plan, notes, staged.finished.get(_ADAPTER, {}).get("note")),
+            result=_result(self.plan, notes, staged.finished[_ADAPTER]["note"]),
             files=file_checksums(staged),
-            roles=roles_of(staged.files),
+            roles={WEIGHTS: "adapter"},
             threads=threads,
             command=self.command,
         )
@@ -200,10 +202,9 @@ def _approximation(
 
 
 def _result(
-    plan: ExtractPlan, notes: Mapping[str, Mapping[str, Any]], written: Mapping[str, Any] | None
+    plan: ExtractPlan, notes: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]
 ) -> LoraResult:
-    """What was measured. `written` is the note of the adapter's file, which only the leading rank has."""
-    found = written or {"ranks": {}, "kept": [], "rounding": {}}
+    """What was measured of the tensors; `found` is the note of the adapter's file."""
     lost = {name: note["norm"] for name, note in notes.items() if note["norm"] and name not in found["kept"]}
     modules = {}
     for name, rank in found["ranks"].items():

@@ -11,14 +11,14 @@ from torch import Tensor
 from svdconvert.adapters import mlx, rwkv_peft
 from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import contains_adapters, extra_key
-from svdconvert.adapters.gguf_names import FILE as GGUF_FILE
-from svdconvert.adapters.gguf_names import GgufNames
 from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.checkpoint.rename_rules import RenameRule
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.reference import is_repository
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.gguf_names import FILE as GGUF_FILE
+from svdconvert.inputs.gguf_names import GgufNames
 from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.manifest.fingerprint import config_checksum

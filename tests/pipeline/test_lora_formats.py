@@ -25,9 +25,9 @@ from svdconvert import (
     train,
     verify,
 )
-from svdconvert.adapters.gguf_names import GgufNames
 from svdconvert.checkpoint.gguf_files import GgufSource
 from svdconvert.errors import ArtifactError, CheckpointError
+from svdconvert.inputs.gguf_names import GgufNames
 from svdconvert.layouts.llama import LAYOUT as LLAMA
 from tests import stock
 from tests.conftest import Build
