@@ -17,6 +17,7 @@ LEVELS = (
     "errors",
     "plugins",
     "checkpoint",
+    "quantization",
     "config",
     "linalg",
     "hub",
@@ -37,7 +38,12 @@ LEVELS = (
 )
 LEVEL = {package: number for number, package in enumerate(LEVELS)}
 # A module of these packages imports no other one of its package, except those that they share.
-PLUG_INS = {"layouts": {"base", "blocks"}, "methods": {"base"}, "commands": set()}
+PLUG_INS = {
+    "layouts": {"base", "blocks"},
+    "methods": {"base"},
+    "commands": set(),
+    "quantization": {"base", "nf4", "packing", "floats"},
+}
 # Heavy or remote: library -> the only packages that may import it.
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},
