@@ -1,0 +1,274 @@
+"""NF4 and FP4, the 4-bit codes of bitsandbytes: quantising, packing and decoding, with its bytes on disk.
+
+A weight is cut into blocks of 64 values in row-major order, across rows. Each block is divided by its largest
+magnitude, and every quotient becomes the nearest of 16 numbers (QLoRA, arXiv:2305.14314, section 3). With
+double quantisation the largest magnitudes, less their mean, are stored in 8 bits, in blocks of 256.
+
+The results are those of bitsandbytes 0.50, bit for bit; its CPU kernel for the 8-bit magnitudes alone, which
+looks values up in a table, sometimes takes the second nearest number if two are about equally near.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from svdconvert.checkpoint.tensors import TensorInfo
+
+Kind = Literal["nf4", "fp4"]
+
+CODE_BOOKS: Mapping[str, Tensor] = {
+    "nf4": torch.tensor(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ]
+    ),
+    "fp4": torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]).div(12.0).repeat(2)
+    * torch.tensor([1.0, -1.0]).repeat_interleave(8),
+}
+"""Kind -> the number of each of its 16 codes (float32).
+
+A code of FP4 is a sign, two exponent bits and a mantissa bit."""
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""The sizes of a block that bitsandbytes reads."""
+BLOCK = 64
+"""The size of a block that it writes."""
+NESTED_BLOCK = 256
+"""How many magnitudes form a block of double quantisation."""
+
+_AT_ONCE = 1 << 18  # values that are processed at once, so that the working copies stay in the cache
+_LEAST = 1e-38  # instead of the largest magnitude of a block of zeros, as in bitsandbytes
+_OFFSET_LENGTH = 24  # characters of a float in JSON, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How weights are quantised to 4 bits."""
+
+    kind: Kind = "nf4"
+    blocksize: int = BLOCK
+    double: bool = False
+    """True for double quantisation."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of a large matrix."""
+        return 4.0 + (8.0 + 32.0 / NESTED_BLOCK if self.double else 32.0) / self.blocksize
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight in 4 bits."""
+
+    rule: Rule
+    shape: tuple[int, ...]
+    packed: Tensor
+    """uint8 [(n + 1) / 2]: two codes per byte, the first one in the upper four bits."""
+    scales: Tensor
+    """The largest magnitude of each block, float32 [ceil(n / blocksize)]; uint8 with double quantisation."""
+    nested_scales: Tensor | None = None
+    """float32 [ceil(blocks / 256)] with double quantisation."""
+    offset: float = 0.0
+    """What double quantisation subtracted from the magnitudes."""
+
+    @property
+    def absmax(self) -> Tensor:
+        """The magnitudes in float32."""
+        if self.nested_scales is None:
+            return self.scales
+        levels = dynamic_map().to(self.scales.device)
+        return undo_double(self.scales, levels, self.nested_scales, self.offset)
+
+    def decode(self, rows: slice | None = None) -> Tensor:
+        """The values in float32, of the given rows of the first dimension or of all."""
+        first = 0 if rows is None else rows.start
+        last = self.shape[0] if rows is None else rows.stop
+        width = prod(self.shape[1:])
+        book = CODE_BOOKS[self.rule.kind]
+        flat = decode(self.packed, self.absmax, book, self.rule.blocksize, first * width, last * width)
+        return flat.reshape(last - first, *self.shape[1:])
+
+    def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds instead of the weight `name`; see `stored_infos`.
+
+        `dtype` is what a program decodes them to.
+        """
+        fields = state_fields(self.rule, self.shape, dtype, self.offset)
+        infos = stored_infos(name, self.shape, self.rule, dtype)
+        values = [self.packed[:, None], self.scales, CODE_BOOKS[self.rule.kind]]
+        if self.nested_scales is not None:
+            values += [self.nested_scales, dynamic_map()]
+        values.append(encode_state(fields, infos[-1].shape[0]))
+        return {info.name: value for info, value in zip(infos, values, strict=True)}
+
+
+def encode(weight: Tensor, rule: Rule) -> Quantized:
+    """A weight of any float dtype and shape in 4 bits. Its values must be finite."""
+    flat = weight.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, flat.numel() % 2))  # as bitsandbytes does
+    codes, absmax = quantize(padded, rule.kind, rule.blocksize)
+    shape = tuple(weight.shape)
+    if not rule.double:
+        return Quantized(rule, shape, pack(codes), absmax)
+    scales, nested_scales, offset = double_quantize(absmax)
+    return Quantized(rule, shape, pack(codes), scales, nested_scales, offset)
+
+
+def quantize(flat: Tensor, kind: str, blocksize: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [n], largest magnitude of each block float32 [ceil(n / blocksize)]) of a vector [n].
+
+    A quotient in the middle of two numbers becomes the smaller one. The vector has any float dtype.
+    """
+    book = CODE_BOOKS[kind].to(flat.device)
+    order = book.argsort()
+    ranks, absmax = _nearest(flat, book[order], blocksize)
+    return (ranks if kind == "nf4" else order.to(torch.uint8)[ranks.int()]), absmax
+
+
+def _nearest(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(index of the nearest of the sorted `levels` uint8 [n], largest magnitude of each block float32)."""
+    bounds = (levels[:-1] + levels[1:]) / 2
+    indices = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // blocksize), device=flat.device)
+    full = flat.numel() // blocksize * blocksize
+    step = max(blocksize, _AT_ONCE // blocksize * blocksize)
+    for start in range(0, full, step):
+        stop = min(full, start + step)
+        blocks = flat[start:stop].float().reshape(-1, blocksize)
+        largest = absmax[start // blocksize : stop // blocksize].copy_(blocks.abs().amax(1))
+        shares = (blocks * (1.0 / largest.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
+        indices[start:stop] = torch.bucketize(shares.reshape(-1), bounds, out_int32=True)
+    if full < flat.numel():  # bitsandbytes divides the values of a short block instead
+        rest = flat[full:].float()
+        absmax[-1] = rest.abs().max().clamp(min=_LEAST)
+        indices[full:] = torch.bucketize((rest / absmax[-1]).clamp_(-1, 1), bounds, out_int32=True)
+    return indices, absmax
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes per byte, the first one in the upper four bits: uint8 [n] -> uint8 [(n + 1) / 2]."""
+    upper = codes[::2] << 4
+    lower = codes[1::2]
+    upper[: lower.numel()] |= lower
+    return upper
+
+
+@cache
+def _pair_table(book: tuple[float, ...], device: torch.device) -> Tensor:
+    """Byte -> the two float32 numbers of its codes, as one int64."""
+    levels = torch.tensor(book)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+    return pairs.view(torch.int64).reshape(-1).to(device)
+
+
+def decode(packed: Tensor, absmax: Tensor, book: Tensor, blocksize: int, start: int, stop: int) -> Tensor:
+    """The values number `start` to `stop` in float32.
+
+    packed: uint8 [(n + 1) / 2]. absmax: float32 [ceil(n / blocksize)]. book: float32 [16], the number of each
+    code. blocksize: even.
+    """
+    table = _pair_table(tuple(book.tolist()), packed.device)
+    first = start // blocksize
+    last = -(-stop // blocksize)
+    values = torch.empty((last - first) * blocksize, device=packed.device)
+    step = max(1, _AT_ONCE // blocksize)
+    for block in range(first, last, step):
+        end = min(last, block + step)
+        part = values[(block - first) * blocksize : (end - first) * blocksize]
+        found = packed[block * blocksize // 2 : end * blocksize // 2].int()
+        torch.index_select(table, 0, found, out=part.view(torch.int64)[: found.numel()])
+        part.view(-1, blocksize).mul_(absmax[block:end, None])
+    return values[start - first * blocksize : stop - first * blocksize]
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 sorted numbers in [-1, 1] of double quantisation, float32 (Dettmers, arXiv:1511.04561).
+
+    With e = 0 ... 6: the middles of 2^e equal parts of [0.1, 1], times 10^(e - 6), with both signs; 0; and 1.
+    """
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        middles = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += [*middles, *(-middle for middle in middles)]
+    return torch.tensor(sorted(levels))
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(codes uint8 [n], largest magnitude of each block of 256 float32, their mean) of magnitudes [n]."""
+    offset = absmax.mean()
+    codes, nested_scales = _nearest(absmax - offset, dynamic_map().to(absmax.device), NESTED_BLOCK)
+    return codes, nested_scales, float(offset)
+
+
+def undo_double(
+    codes: Tensor, levels: Tensor, nested_scales: Tensor, offset: float, nested_blocksize: int = NESTED_BLOCK
+) -> Tensor:
+    """The magnitudes [n] in float32 that double quantisation stores as `codes` uint8 [n].
+
+    levels: float32 [256], the number of each code. nested_scales: float32 [ceil(n / nested_blocksize)].
+    """
+    scales = nested_scales.repeat_interleave(nested_blocksize)[: codes.numel()]
+    return (levels[codes.int()] * scales).add_(torch.tensor(offset, device=codes.device))
+
+
+def state_fields(
+    rule: Rule, shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0
+) -> dict[str, Any]:
+    """What bitsandbytes writes as JSON next to a weight."""
+    fields: dict[str, Any] = {
+        "quant_type": rule.kind,
+        "blocksize": rule.blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    if rule.double:
+        fields |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return fields
+
+
+def encode_state(fields: Mapping[str, Any], length: int | None = None) -> Tensor:
+    """The JSON's bytes, uint8, filled up to `length` with spaces, which JSON ignores.
+
+    If they are longer than that, the offset is written with the nine digits that a float32 needs. Raises
+    ValueError if they do not fit even then.
+    """
+    text = json.dumps(dict(fields))
+    length = len(text) if length is None else length
+    if len(text) > length and "nested_offset" in fields:
+        text = json.dumps({**fields, "nested_offset": float(f"{fields['nested_offset']:.9g}")})
+    if len(text) > length:
+        raise ValueError(f"{text} has more than {length} characters")
+    return torch.tensor(list(text.ljust(length).encode()), dtype=torch.uint8)
+
+
+def stored_infos(name: str, shape: tuple[int, ...], rule: Rule, dtype: torch.dtype) -> list[TensorInfo]:
+    """The tensors that a checkpoint holds instead of the weight `name`; their sizes depend on no value.
+
+    The last one is the JSON of `state_fields`.
+    """
+    count = prod(shape)
+    blocks = -(-count // rule.blocksize)
+    infos = [
+        TensorInfo(name, ((count + 1) // 2, 1), "U8"),
+        TensorInfo(f"{name}.absmax", (blocks,), "U8" if rule.double else "F32"),
+        TensorInfo(f"{name}.quant_map", (16,), "F32"),
+    ]
+    if rule.double:
+        infos += [
+            TensorInfo(f"{name}.nested_absmax", (-(-blocks // NESTED_BLOCK),), "F32"),
+            TensorInfo(f"{name}.nested_quant_map", (256,), "F32"),
+        ]
+    text = json.dumps(state_fields(rule, shape, dtype))
+    length = len(text) + (_OFFSET_LENGTH - len("0.0") if rule.double else 0)
+    return [*infos, TensorInfo(f"{name}.quant_state.bitsandbytes__{rule.kind}", (length,), "U8")]
