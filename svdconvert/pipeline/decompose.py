@@ -13,7 +13,7 @@ from torch import Tensor
 from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key, target_modules
-from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
@@ -124,10 +124,12 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
             f"use svdconvert train MODEL --method {options.method}"
         )
     refuse_idle_options(method, options)
+    model.refuse_unknown_format()
     slots = layout.select(source.infos, options.targets)
     if options.layout is not None:
         _refuse_partial_layout(layout_name, layout, source)
     scaled = scalings(layout, source.infos, slots, options)
+    model.refuse_codes(scaled)
     _refuse_unsuitable(source.infos, scaled)
     outputs = [
         replace(info, dtype=_residual_code(options, method, info))
@@ -187,12 +189,6 @@ def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
 
 def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
     chosen = [infos[name] for name in scaled]
-    if unreal := [info for info in chosen if info.dtype not in REAL]:
-        raise TargetError(
-            f"{unreal[0].name} is stored as {unreal[0].dtype}, which cannot be decomposed "
-            f"({len(unreal)} such); "
-            "convert the checkpoint to bfloat16, float16 or float32 first"
-        )
     if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
         raise TargetError(
             f"{shapeless[0].name} has the shape {shapeless[0].shape} and is not a matrix; "
@@ -258,7 +254,7 @@ def split_tensor(
     assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
     split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI = stored
+    base_OI = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
     error = 0.0
     if plan.method.residual:
         base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
@@ -334,7 +330,9 @@ class DecomposeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
-            complete_checkpoint(self.model.path, directory, self.plan.shards)
+            complete_checkpoint(
+                self.model.path, directory, self.plan.shards, was_decoded=self.model.is_decoded
+            )
         (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
