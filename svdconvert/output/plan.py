@@ -47,18 +47,24 @@ def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:
 
     A single shard is called model.safetensors, several model-00001-of-0000N.safetensors.
     """
-    groups: list[list[TensorInfo]] = [[]]
+    return plan_groups(((info,) for info in infos), limit)
+
+
+def plan_groups(groups: Iterable[Sequence[TensorInfo]], limit: int) -> list[PlannedFile]:
+    """As `plan_shards`; the tensors of a group are in the same shard."""
+    shards: list[list[TensorInfo]] = [[]]
     left = limit
-    for info in infos:
-        if groups[-1] and info.nbytes > left:
-            groups.append([])
+    for group in groups:
+        nbytes = sum(info.nbytes for info in group)
+        if shards[-1] and nbytes > left:
+            shards.append([])
             left = limit
-        groups[-1].append(info)
-        left -= info.nbytes
-    if len(groups) == 1:
-        return [plan_file("model.safetensors", groups[0])]
-    count = len(groups)
-    return [plan_file(f"model-{n:05}-of-{count:05}.safetensors", group) for n, group in enumerate(groups, 1)]
+        shards[-1] += group
+        left -= nbytes
+    if len(shards) == 1:
+        return [plan_file("model.safetensors", shards[0])]
+    count = len(shards)
+    return [plan_file(f"model-{n:05}-of-{count:05}.safetensors", shard) for n, shard in enumerate(shards, 1)]
 
 
 def index_text(files: Sequence[PlannedFile]) -> str:

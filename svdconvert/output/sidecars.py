@@ -50,14 +50,22 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def complete_checkpoint(
-    source: Path, target: Path, shards: Sequence[PlannedFile], *, exclude: Sequence[str] = ()
+    source: Path,
+    target: Path,
+    shards: Sequence[PlannedFile],
+    *,
+    exclude: Sequence[str] = (),
+    dtypes: Iterable[str] | None = None,
 ) -> None:
     """Add to the `shards` in `target` what makes them a checkpoint: sidecars, index and config.json's dtype.
 
-    Sidecars whose names match a pattern in `exclude` are not copied.
+    Sidecars whose names match a pattern in `exclude` are not copied. `dtypes` are the element types of the
+    weights, if those of the stored tensors are not.
     """
     copy_sidecars(source, target, exclude=exclude)
-    set_config_dtype(target, (info.dtype for shard in shards for info in shard.infos))
+    if dtypes is None:
+        dtypes = (info.dtype for shard in shards for info in shard.infos)
+    set_config_dtype(target, dtypes)
     if len(shards) > 1:
         (target / INDEX).write_text(index_text(shards), encoding="utf-8")
 

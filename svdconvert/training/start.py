@@ -22,7 +22,8 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
+from svdconvert.pipeline.decompose import split_tensor
+from svdconvert.pipeline.decompose_plan import DecomposePlan, plan_decomposition
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
 
