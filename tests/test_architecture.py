@@ -42,7 +42,7 @@ PLUG_INS = {
     "layouts": {"base", "blocks"},
     "methods": {"base"},
     "commands": set(),
-    "quantization": {"base", "nf4", "packing", "floats"},
+    "quantization": {"base", "nf4", "packing", "floats", "integers"},
 }
 # Heavy or remote: library -> the only packages that may import it.
 ONLY_IN = {

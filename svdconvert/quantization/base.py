@@ -54,6 +54,8 @@ class StorageFormat(ABC):
 
     summary: ClassVar[str]
     """One line for `svdconvert list formats`."""
+    methods: ClassVar[frozenset[str]]
+    """Values of quant_method in config.json under which checkpoints have this format."""
     encodes: ClassVar[bool] = False
     """True if `encode` is the format's own rule, so that `merge --keep-format` can use it."""
 
@@ -99,10 +101,25 @@ def require_shape(info: TensorInfo, *allowed: tuple[int, ...]) -> None:
         )
 
 
+def per_row_of_blocks(grid: "Tensor", rows: slice, height: int) -> "Tensor":
+    """For each of `rows` the row of `grid` that belongs to its block of `height` rows."""
+    import torch
+
+    return grid[torch.arange(rows.start, rows.stop) // height]
+
+
+def weight_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the groups of compressed-tensors' configuration say about weights."""
+    groups = settings.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else []
+    inner = [group.get("weights") for group in found if isinstance(group, Mapping)]
+    return [weights for weights in inner if isinstance(weights, Mapping)]
+
+
 FORMATS: Registry[StorageFormat] = Registry(
     "svdconvert.quantization",
     "FORMAT",
     StorageFormat,  # type: ignore[type-abstract]
-    shared=("base", "nf4", "packing", "floats", "view", "detect"),
+    shared=("base", "nf4", "packing", "floats", "integers", "view"),
 )
 """The storage formats of quantised weights."""

@@ -1,0 +1,131 @@
+"""A checkpoint whose quantised weights are shown as float tensors, without their companions."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.checkpoint.tensors import (
+    TensorInfo,
+    TensorSource,
+    in_chunks,
+    read_whole,
+    tensor_bytes,
+    torch_dtype,
+)
+from svdconvert.errors import CheckpointError
+from svdconvert.quantization.base import FORMATS, Coded, Parts, StorageFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VALUES_AT_ONCE = 1 << 22  # that are decoded at the same time
+
+
+class DecodedSource:
+    """A TensorSource that shows each quantised weight of another one as a tensor of `dtype`.
+
+    Its values are the decoded ones in float32, rounded once. Companions, such as scales, are hidden. A weight
+    is decoded block by block of its rows.
+    """
+
+    def __init__(
+        self, stored: TensorSource, coded: Mapping[str, tuple[StorageFormat, Coded]], dtype: str
+    ) -> None:
+        """`coded` has the format and the description of every quantised weight, by its name.
+
+        Raises CheckpointError if the checkpoint also holds an unquantised tensor of that name.
+        """
+        self.stored = stored
+        """The checkpoint as it is in the files."""
+        self.coded = coded
+        self._dtype = dtype
+        self.infos: Mapping[str, TensorInfo] = self._shown()
+
+    def _shown(self) -> dict[str, TensorInfo]:
+        """The decoded tensors in the place of the first tensor that they replace."""
+        owner = {part: name for name, (_, coded) in self.coded.items() for part in coded.stored}
+        found: dict[str, TensorInfo] = {}
+        for part, info in self.stored.infos.items():
+            name = owner.get(part)
+            if name is None and part in self.coded:
+                raise CheckpointError(
+                    f"{part} is stored twice, also as {self.coded[part][1].parts['codes']}; fetch the "
+                    "checkpoint again"
+                )
+            if name is None:
+                found[part] = info
+            elif name not in found:
+                found[name] = TensorInfo(name, self.coded[name][1].shape, self._dtype)
+        return found
+
+    def read(self, name: str) -> "Tensor":
+        """The tensor in the element type of `infos`, in newly allocated memory."""
+        return read_whole(self, name)
+
+    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks of at most `size`; see TensorSource."""
+        if name not in self.coded:
+            yield from self.stored.chunks(name, size, buffer)
+            return
+        end = 0
+        for block in self.float32_blocks(name):
+            data = tensor_bytes(self.rounded(name, block))
+            part = None if buffer is None else buffer[end : end + len(data)]
+            yield from in_chunks(data, size, part)
+            end += len(data)
+
+    def float32_blocks(self, name: str) -> Iterator["Tensor"]:
+        """The rows of a decoded tensor in float32, a few of them at a time, in newly allocated memory."""
+        plugin, coded = self.coded[name]
+        parts = self.parts(name)
+        rows = coded.shape[0]
+        step = max(1, _VALUES_AT_ONCE // max(1, coded.count // max(1, rows)))
+        for start in range(0, rows, step):
+            yield plugin.decode(coded, parts, slice(start, min(start + step, rows)))
+
+    def rounded(self, name: str, block: "Tensor") -> "Tensor":
+        """Decoded values in the element type of `infos`.
+
+        Raises CheckpointError if a finite value does not fit into it.
+        """
+        import torch
+
+        rounded = block.to(torch_dtype(self._dtype))
+        if self._dtype == "F16" and not torch.equal(rounded.isfinite(), block.isfinite()):
+            raise CheckpointError(
+                f"{name} decodes to values up to {float(block.abs().max()):.3g}, too large for float16; "
+                'write "bfloat16" as the dtype of its config.json'
+            )
+        return rounded
+
+    def parts(self, name: str) -> Parts:
+        """The stored tensors of a quantised weight, whichever files they are in."""
+        return {part: self.stored.read(stored) for part, stored in self.coded[name][1].parts.items()}
+
+    def file_versions(self) -> Mapping[str, list[int]]:
+        """Those of the stored checkpoint."""
+        return self.stored.file_versions()
+
+
+def detect_formats(
+    source: TensorSource, settings: Mapping[str, Any]
+) -> dict[str, tuple[StorageFormat, Coded]]:
+    """The format and the description of every quantised weight of a checkpoint.
+
+    `settings` is its quantization_config. If that names a method, only formats of that method are looked for.
+    Raises CheckpointError if two formats claim one tensor, or if a weight and its companions contradict each
+    other.
+    """
+    method = settings.get("quant_method")
+    loaded, _ = FORMATS.load_all()
+    found: dict[str, tuple[StorageFormat, Coded]] = {}
+    for plugin in loaded.values():
+        if method is not None and method not in plugin.methods:
+            continue
+        for coded in plugin.detect(source, settings):
+            if coded.name in found:
+                raise CheckpointError(
+                    f"{coded.name} is stored in two formats, as {found[coded.name][0].title(coded)} and as "
+                    f"{plugin.title(coded)}; fetch the checkpoint again"
+                )
+            found[coded.name] = (plugin, coded)
+    return found
