@@ -24,8 +24,12 @@ from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_mani
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.pipeline.decompose import split_tensor
 from svdconvert.pipeline.decompose_plan import DecomposePlan, plan_decomposition
+from svdconvert.pipeline.quantised_plan import decoded_dtype
+from svdconvert.quantization.nf4 import Quantized
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
+from svdconvert.training.model.quantised_linear import QuantisedWeight
+from svdconvert.training.model.quantised_loading import weight_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class AdapterStart:
     """Tensor of the base -> what is known about it."""
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
-    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor | QuantisedWeight] = field(default_factory=dict)
     """Module -> residual, if `weights` holds the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
@@ -227,18 +231,20 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
-    residuals: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor | QuantisedWeight] = {}
     checksums: dict[str, str] = {}
     total_bytes = sum(model.source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
         stored = model.source.read(name)
         checksums[name] = checksum(tensor_bytes(stored))
-        initial, base_OI, matrix = split_tensor(plan, name, stored, alone=True)
+        initial, base, matrix = split_tensor(plan, name, stored, alone=True)
         matrices[name] = matrix
         factors[matrix.module] = initial
-        if plan.method.residual:
-            residuals[matrix.module] = base_OI
+        if isinstance(base, Quantized):
+            residuals[matrix.module] = weight_in_memory(base, decoded_dtype(plan.infos[name]))
+        elif plan.method.residual:
+            residuals[matrix.module] = base
         done_bytes += model.source.infos[name].nbytes
         track(Progress(name, "", done_bytes, total_bytes))
     return AdapterStart(
@@ -246,7 +252,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
-        base_is_residual=plan.method.residual,
+        base_is_residual=plan.base_is_residual,
         config=plan.adapter_config(),
         base=model.origin(checksums),
         residual=None,
