@@ -100,6 +100,8 @@ class MergeOptions:
     """The weights to merge into; auto is the base if it is given or found, else the residual."""
     dtype: AutoFloat = "auto"
     """Element type of the merged matrices; auto is that of the base."""
+    keep_format: bool = False
+    """Write a quantised base in its own format again, instead of a plain checkpoint."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """stochastic keeps, on average, changes that are smaller than the spacing of half-precision numbers."""
     seed: int = 0
@@ -108,6 +110,12 @@ class MergeOptions:
     """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
+
+    @model_validator(mode="after")
+    def _refuse_rivals(self) -> Self:
+        if self.keep_format and self.dtype != "auto":
+            raise ValueError("keep_format and dtype exclude each other: give one")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

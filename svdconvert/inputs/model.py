@@ -1,6 +1,6 @@
 """Opens models that the user or a manifest names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
+from svdconvert.inputs.storage_format import decoded, refuse_codes, refuse_unknown_format
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.detect import find_layout, has_signature_tensor
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
+from svdconvert.quantization.view import DecodedSource
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class OpenModel:
 
     snapshot: Snapshot
     source: TensorSource
+    """Its tensors; quantised weights are decoded."""
     config: Mapping[str, Any]
     """config.json; empty for a model that is a single file."""
 
@@ -30,6 +33,19 @@ class OpenModel:
     def path(self) -> Path:
         """Its directory, or its single file."""
         return self.snapshot.path
+
+    @property
+    def is_decoded(self) -> bool:
+        """True if weights of the checkpoint are quantised, and `source` decodes them."""
+        return isinstance(self.source, DecodedSource)
+
+    def refuse_unknown_format(self) -> None:
+        """Raise TargetError if the checkpoint is quantised in a way that is not known."""
+        refuse_unknown_format(self.path, self.config, self.source)
+
+    def refuse_codes(self, names: Iterable[str]) -> None:
+        """Raise TargetError if one of the matrices `names` is stored as codes of an unknown kind."""
+        refuse_codes(self.path, self.config, self.source.infos, names)
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
         """(name, layout): the layout called `name`, else the one that fits. Raises as `find_layout`."""
@@ -132,7 +148,8 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
             f"{next(iter(source.infos), 'none')}); give a model's directory, or an adapter to merge"
         )
     without_config = known_by_names and not (snapshot.path / CONFIG).exists()
-    return OpenModel(snapshot, source, {} if without_config else read_config(snapshot.path))
+    config = {} if without_config else read_config(snapshot.path)
+    return OpenModel(snapshot, decoded(source, config, snapshot.path), config)
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:

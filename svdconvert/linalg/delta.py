@@ -1,6 +1,6 @@
 """Applying what an adapter changes to a matrix.  O: out features, I: in features, R: rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 
@@ -99,6 +99,17 @@ def merged_(
             change = matmul_f32(-update[0][rows], update[1])
         sums.add(change, exact.sub_(merged_OI[rows]))
     return merged_OI, sums.realised()
+
+
+def measured(update: Product, blocks: Iterable[tuple[slice, Tensor]]) -> Realised | None:
+    """How much of `update` a stored matrix holds; None if nothing was to change.
+
+    blocks: (rows, merged matrix in float32 minus the stored one), for all rows.
+    """
+    sums = _Sums()
+    for rows, lost in blocks:
+        sums.add(matmul_f32(-update[0][rows], update[1]), lost)
+    return sums.realised()
 
 
 @dataclass(slots=True)

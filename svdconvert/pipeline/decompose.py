@@ -110,7 +110,7 @@ def split_tensor(
         return found.factors, found.base, replace(matrix, error=error, quantised=found.note, **measured)
     split = plan.method.split(stored, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI = stored
+    base_OI = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
     error = 0.0
     if plan.method.residual:
         base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
@@ -185,11 +185,13 @@ class DecomposeJob:
         """Add sidecars and index to the shards; config.json says which matrices are in 4 bits."""
         plan = self.plan
         if not plan.quantised:
-            complete_checkpoint(self.model.path, directory, plan.shards)
+            complete_checkpoint(self.model.path, directory, plan.shards, was_decoded=self.model.is_decoded)
             return
         dtypes = [info.dtype for name, info in plan.infos.items() if name not in plan.quantised]
         dtypes += [dtype_code(decoded_dtype(plan.infos[name])) for name in plan.quantised]
-        complete_checkpoint(self.model.path, directory, plan.shards, dtypes=dtypes)
+        complete_checkpoint(
+            self.model.path, directory, plan.shards, dtypes=dtypes, was_decoded=self.model.is_decoded
+        )
         rule = rule_of(plan.options)
         assert rule is not None
         config = read_config(directory)

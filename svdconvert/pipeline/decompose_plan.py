@@ -8,7 +8,7 @@ import torch
 
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, target_modules
-from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
@@ -135,10 +135,12 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
             f"use svdconvert train MODEL --method {options.method}"
         )
     refuse_idle_options(method, options)
+    model.refuse_unknown_format()
     slots = layout.select(source.infos, options.targets)
     if options.layout is not None:
         _refuse_partial_layout(layout_name, layout, source)
     scaled = scalings(layout, source.infos, slots, options)
+    model.refuse_codes(scaled)
     _refuse_unsuitable(source.infos, scaled)
     rule = rule_of(options)
     quantised = quantised_names(model, layout, slots) if rule else frozenset()
@@ -214,12 +216,6 @@ def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
 
 def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
     chosen = [infos[name] for name in scaled]
-    if unreal := [info for info in chosen if info.dtype not in REAL]:
-        raise TargetError(
-            f"{unreal[0].name} is stored as {unreal[0].dtype}, which cannot be decomposed "
-            f"({len(unreal)} such); "
-            "convert the checkpoint to bfloat16, float16 or float32 first"
-        )
     if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
         raise TargetError(
             f"{shapeless[0].name} has the shape {shapeless[0].shape} and is not a matrix; "

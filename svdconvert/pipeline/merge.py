@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import hypot, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer, tokenizer_changes
+from svdconvert.pipeline.merge_kept import merge_kept, replace_kept
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -33,6 +34,7 @@ from svdconvert.pipeline.runner import (
     source_checksums,
     stream,
 )
+from svdconvert.quantization.view import DecodedSource
 
 FAITHFUL = 0.95
 """A merge warns if the cosine between intended and realised update is below this."""
@@ -77,14 +79,21 @@ class MergeJob:
                 f"{weights.delta.directory} has a head that the model lacks: merge it without --stream"
             )
         device = pick_device(run.device, run.ranks.local)
-        stream(merge_work(self.plan, device), weights.model.source, staged, run)
+        stream(merge_work(self.plan, device), self.plan.source, staged, run)
         if run.ranks.leads:
             _write_added(self.plan, staged)
 
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars, the adapter's own tokenizer, and the head's entries of config.json."""
         weights = self.plan.weights
-        complete_checkpoint(weights.model.path, directory, self.plan.shards)
+        keeps = self.options.keep_format
+        complete_checkpoint(
+            weights.model.path,
+            directory,
+            self.plan.shards,
+            dtypes=() if keeps else None,
+            was_decoded=weights.model.is_decoded and not keeps,
+        )
         copy_tokenizer(weights.delta.directory, directory)
         manifest = weights.delta.manifest
         if manifest is not None and manifest.head:
@@ -94,7 +103,7 @@ class MergeJob:
         """The manifest of the merged checkpoint."""
         weights = self.plan.weights
         known = weights.delta.manifest
-        origin = weights.model.origin(source_checksums(staged))
+        origin = weights.model.origin(_known(self.plan, source_checksums(staged)))
         on_base = weights.side == "base"
         recovered = weights.delta.recovered
         return Manifest(
@@ -130,18 +139,34 @@ class MergeJob:
         low = {name: kept.cosine for name, kept in update.matrices.items() if kept.cosine < FAITHFUL}
         if low:
             worst = min(low, key=low.__getitem__)
+            advice = "--dtype float32 keeps it, --rounding stochastic does on average"
+            if self.plan.kept is not None:
+                advice = "keep it with --dtype bfloat16 instead of --keep-format, or as a LoRA with to-lora"
             yield (
                 f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
                 f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-                "--dtype float32 keeps it, --rounding stochastic does on average"
+                f"{advice}"
             )
+
+
+_T = TypeVar("_T")
+
+
+def _known(plan: MergePlan, by_name: Mapping[str, _T]) -> dict[str, _T]:
+    """The entries of tensors that are read with the values that `OpenModel.source` shows."""
+    shown = plan.weights.model.source
+    coded = shown.coded if isinstance(shown, DecodedSource) else {}
+    read_as_shown = coded if plan.kept is None else plan.kept.coded
+    return {
+        name: value
+        for name, value in by_name.items()
+        if name in shown.infos and (name not in coded or name in read_as_shown)
+    }
 
 
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     """How each tensor of the base or residual is merged or copied."""
-    copies = {
-        info.name: file.path for file in plan.shards for info in file.infos if info.name not in plan.added
-    }
+    copies = plan.places()
     return TensorJob(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
@@ -149,42 +174,50 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
         copies=copies,
         device=device,
         parallelism=parallel_matrices(device),
-        expected=plan.weights.expected,
+        expected=_known(plan, plan.weights.expected),
         origin=str(plan.weights.model.path),
     )
 
 
 def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
-    dtype = torch_dtype(plan.dtypes[name])
     delta = plan.weights.delta
     _refuse_other_copy(plan, name, stored)
     if name in plan.extras:
         tensor = delta.parameter(plan.extras[name])
+        if plan.kept is not None and plan.is_kept(name):
+            return replace_kept(plan.kept, name, file, tensor)
+        dtype = torch_dtype(plan.dtypes[name])
         return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
-    module = plan.modules[name]
-    factors, scale = delta.trained(module)
-    on_base = plan.weights.side == "base"
-    is_known = on_base or not delta.is_lost
-    update = as_lora(factors, scale, *delta.initial(module)) if is_known else None
-    if on_base:
-        assert update is not None
-        product = update
-        update = None
-    else:
-        left, right = factors.folded()
-        product = left * scale, right
+    product, update = _products(plan, plan.modules[name], stored)
+    if plan.kept is not None and plan.is_kept(name):
+        return merge_kept(plan.kept, name, file, stored, (product, update))
+    dtype = torch_dtype(plan.dtypes[name])
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
-    merged, realised = merged_(
-        stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
-    )
+    merged, realised = merged_(stored, product, dtype, update, generator)
     if (realised is None or not isfinite(realised.cosine)) and not merged.isfinite().all():
         raise TargetError(
             f"merging {name} gives values that are NaN or Inf: {plan.weights.model.path} holds such values, "
             f"or the result is too large for {str(dtype).removeprefix('torch.')}; check the model, or choose "
             "another --dtype"
         )
-    return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
+    return TensorResult({(file, name): merged}, asdict(realised) if realised and update else {})
+
+
+def _products(plan: MergePlan, module: str, like: Tensor) -> tuple[Product, Product | None]:
+    """What is added to the weights, and the part that is meant to change the model; None if it is unknown."""
+    delta = plan.weights.delta
+    factors, scale = delta.trained(module)
+    on_base = plan.weights.side == "base"
+    if not on_base and delta.is_lost:
+        update = None
+    else:
+        update = _to_device_of(as_lora(factors, scale, *delta.initial(module)), like)
+    if on_base:
+        assert update is not None
+        return update, update
+    left, right = factors.folded()
+    return _to_device_of((left * scale, right), like), update
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
@@ -194,8 +227,9 @@ def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
     key = delta.adapter.copies.get(parameter)
     if key is None or delta.initial_adapter is not None:
         return
-    copy = delta.adapter.source.read(key).to(stored.device, stored.dtype)
-    if not torch.equal(copy, stored):
+    dtype = torch_dtype(plan.weights.model.source.infos[name].dtype)
+    copy = delta.adapter.source.read(key).to(stored.device, dtype)
+    if not torch.equal(copy, stored.to(dtype)):
         raise ArtifactError(
             f"{delta.directory} has its own {key}, which differs from {name} of {plan.weights.model.path}: "
             "it was trained on another model; give that with --base"

@@ -14,11 +14,12 @@ from svdconvert.inputs.adapted_tensors import TensorNames, adapted_tensors, is_h
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.model import OpenModel
-from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
-from svdconvert.output.plan import PlannedFile, plan_model
+from svdconvert.output.plan import PlannedFile, plan_groups, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options
+from svdconvert.pipeline.merge_kept import keep_format, stored_groups
+from svdconvert.quantization.view import DecodedSource
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,29 @@ class MergePlan:
     """Tensor -> parameter, for the tensors of a trained head that the model does not have."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
-    """Element type of every tensor that is merged or replaced."""
+    """Element type of every tensor that is merged or replaced and not quantised again."""
+    kept: DecodedSource | None = None
+    """With `keep_format`, the weights with only those matrices decoded that are quantised again."""
+
+    @property
+    def source(self) -> TensorSource:
+        """The tensors that are read."""
+        return self.kept or self.weights.model.source
+
+    def is_kept(self, name: str) -> bool:
+        """True for a matrix that is quantised again."""
+        return self.kept is not None and name in self.kept.coded
+
+    def places(self) -> dict[str, str]:
+        """Tensor of `source` -> file of the output, in the order of the files."""
+        coded = self.kept.coded if self.kept else {}
+        owner = {stored: name for name, (_, each) in coded.items() for stored in each.stored}
+        places: dict[str, str] = {}
+        for file in self.shards:
+            for info in file.infos:
+                if info.name not in self.added:
+                    places.setdefault(owner.get(info.name, info.name), file.path)
+        return places
 
     @property
     def nbytes(self) -> int:
@@ -48,19 +71,26 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
     source = weights.model.source
-    name, layout = weights.model.layout(delta.layout_name)
+    layout_name, layout = weights.model.layout(delta.layout_name)
     modules = {tensor: module for module, tensor in adapted_tensors(delta, weights.model).items()}
-    refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
+    weights.model.refuse_unknown_format()
+    weights.model.refuse_codes(modules)
     for tensor, module in modules.items():
         _refuse_shape(delta, module, source.infos[tensor])
     added = _added(delta, source, layout)
     extras = _replaced(delta, weights.model, layout, set(added.values()))
-    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *extras]}
-    outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in source.infos.items()]
-    outputs += [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
-    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
-    shards = tuple(_files(outputs, weights.side, layout, options))
-    return MergePlan(weights, name, options, modules, extras, added, shards, dtypes)
+    new = [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
+    changed = [*modules, *extras]
+    kept = keep_format(weights.model, changed) if options.keep_format else None
+    plain = [tensor for tensor in changed if kept is None or tensor not in kept.coded]
+    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in plain}
+    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules if tensor in dtypes})
+    if kept is None:
+        outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
+        shards = _files([*outputs, *new], weights.side, layout, options)
+    else:
+        shards = plan_groups(stored_groups(kept, dtypes, new), parse_size(options.max_shard_size))
+    return MergePlan(weights, layout_name, options, modules, extras, added, tuple(shards), dtypes, kept)
 
 
 def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:

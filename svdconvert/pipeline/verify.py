@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.adapters.peft_files import Adapter
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
-from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
+from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.inputs.model import OpenModel
@@ -23,6 +23,7 @@ from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.schema import Manifest, Matrix
 from svdconvert.output.file_kinds import is_named_as_weights
+from svdconvert.quantization.view import rows_to_compute
 
 _ROUNDING = 2e-6
 """Difference that float32 may cause between two computations of the same error."""
@@ -146,11 +147,11 @@ def check_matrix(
 ) -> MatrixCheck:
     """Compare one matrix with its base. `residual` is None if the method leaves the base unchanged."""
     rows = rows_at_once(*matrix.shape)
-    weights = blocks_of_rows(base, name, rows)
+    weights = rows_to_compute(base, name, rows)
     pairs = (
         ((each, each) for each in weights)
         if residual is None
-        else zip(weights, blocks_of_rows(residual, name, rows), strict=True)
+        else zip(weights, rows_to_compute(residual, name, rows), strict=True)
     )
     factors = initial.factors(matrix.module)
     scale = initial.config.scale(matrix.module)
@@ -195,7 +196,7 @@ def _compare(
         residual_part = residual.float()
         rows = slice(start, start := start + len(weight))
         merged = matmul_f32(left[rows], right).add_(residual_part)
-        sums.exact += int((merged.to(dtype) == weight).sum())
+        sums.exact += int((merged.to(dtype) == weight.to(dtype)).sum())
         sums.error += float(torch.linalg.vector_norm(merged.sub_(base_part))) ** 2
         sums.residual += float(torch.linalg.vector_norm(residual_part)) ** 2
         sums.base += float(torch.linalg.vector_norm(base_part)) ** 2

@@ -62,8 +62,8 @@ class Awq(StorageFormat):
 
 def _in_order(words: Tensor) -> Tensor:
     """The codes of (rows, words) in the order of their output features."""
-    nibbles = unpack(words, 4, words.shape[1] * _PER_WORD)
-    return nibbles.unflatten(-1, (-1, _PER_WORD))[..., _NIBBLES].flatten(-2)
+    nibbles = unpack(words, 4, words.shape[1] * _PER_WORD).reshape(*words.shape, _PER_WORD)
+    return nibbles[..., _NIBBLES].flatten(-2)
 
 
 def _coded(

@@ -47,13 +47,14 @@ class Gptq(StorageFormat):
         zeros_GO = unpack(parts["zeros"], coded.bits, outputs).int() + coded.settings["added"]
         zeros_OG = (zeros_GO & (1 << coded.bits) - 1)[:, rows].T.float()
         scale_OG = parts["scale"][:, rows].T.float()
-        return (codes_OI - zeros_OG[:, group_I]) * scale_OG[:, group_I]
+        codes_OI -= zeros_OG[:, group_I]
+        return codes_OI * scale_OG[:, group_I]
 
     def _groups(self, coded: Coded, parts: Parts) -> Tensor:
         """The group of every input. Raises CheckpointError for one that the scales do not have."""
         count = coded.settings["groups"]
         if "g_idx" not in parts:
-            return torch.arange(coded.shape[1]) // coded.settings["group"]
+            return torch.arange(coded.shape[1]).div(coded.settings["group"], rounding_mode="floor")
         found = parts["g_idx"].long()
         found = torch.where(found < 0, found + count, found)
         if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < count:

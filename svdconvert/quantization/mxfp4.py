@@ -47,16 +47,14 @@ class MxFp4(StorageFormat):
 
     def decode(self, coded: Coded, parts: Parts, rows: slice) -> Tensor:
         """E2M1 * 2^(exponent - 127); the experts of a stack are transposed to (in, out)."""
-        values = unpack_e2m1(parts["codes"][rows])
         scale = powers_of_two(parts["scale"][rows])
-        if coded.settings["stacked"]:
-            return (values * scale[..., None]).flatten(-2).transpose(1, 2)
-        return (values.unflatten(-1, (-1, _GROUP)) * scale[..., None]).flatten(-2)
+        values = unpack_e2m1(parts["codes"][rows]).reshape(*scale.shape, _GROUP).mul_(scale[..., None])
+        return values.flatten(-2).transpose(1, 2) if coded.settings["stacked"] else values.flatten(-2)
 
     def encode(self, coded: Coded, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
         """The power of two of the largest magnitude, then the nearest E2M1."""
         values = weight.transpose(1, 2) if coded.settings["stacked"] else weight
-        grouped = values.unflatten(-1, (-1, _GROUP))
+        grouped = values.reshape(*values.shape[:-1], -1, _GROUP)
         scale = scale_of_largest(grouped.abs().amax(-1), _TOP_EXPONENT)
         codes = pack_e2m1(grouped / scale[..., None])
         if not coded.settings["stacked"]:

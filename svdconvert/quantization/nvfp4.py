@@ -40,8 +40,8 @@ class NvFp4(StorageFormat):
         whole = parts["whole"].float().reshape(())
         scale = parts["scale"][rows].float()
         scale = scale / whole if coded.settings["divides"] else scale * whole
-        values = unpack_e2m1(parts["codes"][rows]).unflatten(-1, (-1, _GROUP))
-        return (values * scale[..., None]).flatten(-2)
+        values = unpack_e2m1(parts["codes"][rows]).reshape(*scale.shape, _GROUP)
+        return values.mul_(scale[..., None]).flatten(-2)
 
 
 def _coded(

@@ -111,7 +111,7 @@ def _groups(coded: Coded, parts: Parts) -> Tensor:
     """The group of every column. Raises CheckpointError for an order that does not fit the groups."""
     group = coded.settings["group"]
     if "g_idx" not in parts or bool((parts["g_idx"] < 0).any()):
-        return torch.arange(coded.shape[1]) // group
+        return torch.arange(coded.shape[1]).div(group, rounding_mode="floor")
     found = parts["g_idx"].long()
     count = coded.shape[1] // group
     if found.numel() and int(found.max()) >= count:

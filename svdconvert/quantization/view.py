@@ -1,11 +1,13 @@
 """A checkpoint whose quantised weights are shown as float tensors, without their companions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.tensors import (
+    OnChunk,
     TensorInfo,
     TensorSource,
+    blocks_of_rows,
     in_chunks,
     read_whole,
     tensor_bytes,
@@ -73,12 +75,22 @@ class DecodedSource:
             yield from in_chunks(data, size, part)
             end += len(data)
 
-    def float32_blocks(self, name: str) -> Iterator["Tensor"]:
-        """The rows of a decoded tensor in float32, a few of them at a time, in newly allocated memory."""
+    def only(self, names: Collection[str]) -> "DecodedSource":
+        """The same checkpoint with only these weights decoded, the others as they are in the files."""
+        chosen = {name: found for name, found in self.coded.items() if name in names}
+        return DecodedSource(self.stored, chosen, self._dtype)
+
+    def float32_blocks(
+        self, name: str, step: int | None = None, parts: Parts | None = None
+    ) -> Iterator["Tensor"]:
+        """The rows of a decoded tensor in float32, `step` of them at a time, in newly allocated memory.
+
+        `parts` replace the stored ones.
+        """
         plugin, coded = self.coded[name]
-        parts = self.parts(name)
+        parts = parts or self.parts(name)
         rows = coded.shape[0]
-        step = max(1, _VALUES_AT_ONCE // max(1, coded.count // max(1, rows)))
+        step = step or max(1, _VALUES_AT_ONCE // max(1, coded.count // max(1, rows)))
         for start in range(0, rows, step):
             yield plugin.decode(coded, parts, slice(start, min(start + step, rows)))
 
@@ -129,3 +141,47 @@ def detect_formats(
                 )
             found[coded.name] = (plugin, coded)
     return found
+
+
+def computed_nbytes(source: TensorSource, name: str) -> int:
+    """The size in bytes of what `read_to_compute` returns."""
+    if isinstance(source, DecodedSource) and name in source.coded:
+        return 4 * source.coded[name][1].count
+    return source.infos[name].nbytes
+
+
+def read_to_compute(
+    source: TensorSource,
+    name: str,
+    buffer: "Tensor | None" = None,
+    on_chunk: OnChunk | None = None,
+    size: int | None = None,
+) -> "Tensor":
+    """As `read_whole`, but a quantised weight is in float32, not rounded to the element type of `infos`.
+
+    `on_chunk` is called with the bytes of the rounded values, which are those of `chunks`, so that a checksum
+    does not depend on how the tensor is read.
+    """
+    import torch
+
+    if not isinstance(source, DecodedSource) or name not in source.coded:
+        return read_whole(source, name, buffer, on_chunk, size)
+    nbytes = computed_nbytes(source, name)
+    raw = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
+    whole = raw.view(torch.float32).reshape(source.infos[name].shape)
+    start = 0
+    for block in source.float32_blocks(name):
+        whole[start : start + len(block)] = block
+        start += len(block)
+        if on_chunk is not None:
+            data = tensor_bytes(source.rounded(name, block))
+            for chunk in in_chunks(data, size or max(1, len(data))):
+                on_chunk(chunk)
+    return whole
+
+
+def rows_to_compute(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:
+    """As `blocks_of_rows`, but a quantised weight is in float32, as `read_to_compute` returns it."""
+    if isinstance(source, DecodedSource) and name in source.coded:
+        return source.float32_blocks(name, rows)
+    return blocks_of_rows(source, name, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
@@ -19,13 +19,14 @@ from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.fingerprint import checksum, tensor_checksum
+from svdconvert.manifest.fingerprint import Checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.pipeline.decompose import split_tensor
 from svdconvert.pipeline.decompose_plan import DecomposePlan, plan_decomposition
 from svdconvert.pipeline.quantised_plan import decoded_dtype
 from svdconvert.quantization.nf4 import Quantized
+from svdconvert.quantization.view import read_to_compute
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
 from svdconvert.training.model.quantised_linear import QuantisedWeight
@@ -236,8 +237,9 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
     total_bytes = sum(model.source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
-        stored = model.source.read(name)
-        checksums[name] = checksum(tensor_bytes(stored))
+        hasher = Checksum()
+        stored = read_to_compute(model.source, name, on_chunk=hasher.update)
+        checksums[name] = hasher.text()
         initial, base, matrix = split_tensor(plan, name, stored, alone=True)
         matrices[name] = matrix
         factors[matrix.module] = initial

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import torch_dtype
 from svdconvert.errors import CheckpointError
+from svdconvert.inputs.storage_format import decoded
 from svdconvert.layouts.base import Layout
 from svdconvert.output.sidecars import read_config
 from svdconvert.quantization.base import FORMATS, Coded
 from svdconvert.quantization.nf4 import NESTED_BLOCK, Quantized
-from svdconvert.quantization.view import DecodedSource, detect_formats
+from svdconvert.quantization.view import DecodedSource
 from svdconvert.training.model.quantised_linear import QuantisedLinear, QuantisedWeight
 
 _METHOD = "svdconvert"
@@ -29,15 +30,8 @@ def open_quantised(directory: Path) -> DecodedSource | None:
     """The checkpoint of a directory if it holds quantised weights, else None."""
     if not directory.is_dir():
         return None
-    config = read_config(directory)
-    settings = config.get("quantization_config")
-    stored = open_checkpoint(directory)
-    coded = detect_formats(stored, settings if isinstance(settings, dict) else {})
-    if not coded:
-        return None
-    name = config.get("dtype") or config.get("torch_dtype")
-    codes = {"float32": "F32", "float16": "F16"}
-    return DecodedSource(stored, coded, codes.get(str(name), "BF16"))
+    source = decoded(open_checkpoint(directory), read_config(directory), directory)
+    return source if isinstance(source, DecodedSource) else None
 
 
 def load_quantised(
@@ -142,18 +136,19 @@ def _quantiser_config(wanted: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
 @cache
 def _classes() -> Any:
     """The class of our quantiser's configuration; transformers knows both after the first call."""
-    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     @register_quantization_config(_METHOD)
-    class Config(QuantizationConfigMixin):  # type: ignore[misc]
+    class Config(QuantizationConfigMixin):
         """Names the linear layers that are quantised."""
 
         def __init__(self, **_: Any) -> None:
-            self.quant_method = _METHOD
+            self.quant_method = _METHOD  # type: ignore[assignment]
 
     @register_quantizer(_METHOD)
-    class Quantiser(HfQuantizer):  # type: ignore[misc]
+    class Quantiser(HfQuantizer):
         """Puts layers without a weight in place of the quantised ones."""
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
