@@ -42,6 +42,27 @@ class Origin:
     fingerprint: Fingerprint
 
 
+QuantStart = Literal["pissa", "loftq"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantisedMatrix:
+    """How the residual Q of one matrix is quantised, and how much less it loses than plain NF4."""
+
+    format: Literal["nf4", "fp4"]
+    double: bool
+    """True if the scales are quantised too."""
+    start: QuantStart | None
+    """Whether the better result began with the method's factors (pissa) or without factors (loftq); None if
+    the factors' product is zero."""
+    iteration: int
+    """After which iteration it was reached; 0 if the factors were not fitted."""
+    reduction: float
+    """1 - ||W - (Q + scale * B A)||_F / ||W - NF4(W)||_F, NF4 in blocks of 64 without double quantisation."""
+    nuclear_reduction: float | None = None
+    """The same in the nuclear norm, the error ratio of PiSSA's section 4; None if it was not measured."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
     """One adapted matrix: names, shape and measurements. A measurement that does not apply is None."""
@@ -63,6 +84,14 @@ class Matrix:
     engine: str | None = None
     error: float = 0.0
     """||W_res + scale * B A - W||_F / ||W||_F as stored."""
+    quantised: QuantisedMatrix | None = None
+    """None if the residual is stored in plain numbers."""
+
+    @staticmethod
+    def of(note: Mapping[str, Any]) -> "Matrix":
+        """The inverse of `asdict`."""
+        found = note.get("quantised")
+        return Matrix(**{**note, "quantised": QuantisedMatrix(**found) if found else None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,7 @@
 """Refuses options without an effect: an option that is given must change the result."""
 
+from collections.abc import Sequence
+
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
@@ -12,14 +14,38 @@ _DEFAULT = SplitOptions()
 def refuse_idle_options(method: Method, options: SplitOptions) -> None:
     """Raise RecipeError for an option of `decompose` that has no effect with the others."""
     name = options.method
-    if not method.residual and options.residual_dtype != "auto":
+    _refuse_idle_quantisation(method, options)
+    if not method.residual and options.residual_dtype != "auto" and options.residual_format == "plain":
         raise _idle("--residual-dtype", f"{name} leaves the base unchanged")
     if method.residual and options.copy_base:
         raise _idle("--copy-base", f"{name} writes a residual base in any case")
-    if method.work == "thin" and options.svd != _DEFAULT.svd:
+    fitted = method.residual and options.residual_format != "plain"
+    if method.work == "thin" and options.svd != _DEFAULT.svd and not fitted:
         raise _idle("--svd", f"{name} computes no singular triplets")
-    if options.tol != _DEFAULT.tol and (method.work != "search" or options.svd != "fast"):
+    searches = method.work == "search" or fitted
+    if options.tol != _DEFAULT.tol and not (searches and options.svd == "fast"):
         raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
+
+
+_OF_QUANTISATION = ("quant_start", "quant_iterations", "double_quant", "nuclear_ratio")
+_OF_ALTERNATION = ("quant_start", "quant_iterations")
+
+
+def _refuse_idle_quantisation(method: Method, options: SplitOptions) -> None:
+    if options.residual_format == "plain":
+        _refuse_given(options, _OF_QUANTISATION, "it belongs to --residual-format nf4")
+        return
+    _refuse_given(options, ("residual_dtype",), "--residual-format nf4 stores the residual in 4 bits")
+    _refuse_given(options, ("copy_base",), "--residual-format nf4 writes a base in any case")
+    if not method.residual:
+        _refuse_given(options, _OF_ALTERNATION, f"the factors of {options.method} start at zero")
+
+
+def _refuse_given(options: SplitOptions, names: Sequence[str], reason: str) -> None:
+    """Raise RecipeError if one of these options is given."""
+    for name in names:
+        if getattr(options, name) != getattr(_DEFAULT, name):
+            raise _idle(f"--{name.replace('_', '-')}", reason)
 
 
 def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:

@@ -11,7 +11,8 @@ from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.operators import POWERS
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.methods.base import Work
-from svdconvert.pipeline.decompose import DecomposePlan, matrices_at_once
+from svdconvert.pipeline.decompose import matrices_at_once
+from svdconvert.pipeline.decompose_plan import DecomposePlan
 
 _ADDED_BLOCKS = 2  # that the fast engine adds to its first space for trained weights, approximately
 _DISK_SPEED = 500e6  # bytes per second, of a slow SSD

@@ -9,10 +9,10 @@ looks values up in a table, sometimes takes the second nearest number if two are
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import gcd, prod
 from typing import Any, Literal
 
 import torch
@@ -80,22 +80,28 @@ class Quantized:
     offset: float = 0.0
     """What double quantisation subtracted from the magnitudes."""
 
-    @property
-    def absmax(self) -> Tensor:
-        """The magnitudes in float32."""
-        if self.nested_scales is None:
-            return self.scales
-        levels = dynamic_map().to(self.scales.device)
-        return undo_double(self.scales, levels, self.nested_scales, self.offset)
-
     def decode(self, rows: slice | None = None) -> Tensor:
         """The values in float32, of the given rows of the first dimension or of all."""
         first = 0 if rows is None else rows.start
         last = self.shape[0] if rows is None else rows.stop
         width = prod(self.shape[1:])
+        size = self.rule.blocksize
+        block = first * width // size
+        magnitudes = self._magnitudes(block, -(-last * width // size))
+        shift = block * size
+        packed = self.packed[shift // 2 :]
         book = CODE_BOOKS[self.rule.kind]
-        flat = decode(self.packed, self.absmax, book, self.rule.blocksize, first * width, last * width)
+        flat = decode(packed, magnitudes, book, size, first * width - shift, last * width - shift)
         return flat.reshape(last - first, *self.shape[1:])
+
+    def _magnitudes(self, first: int, last: int) -> Tensor:
+        """The largest magnitudes of the blocks number `first` to `last`, float32."""
+        codes = self.scales[first:last]
+        if self.nested_scales is None:
+            return codes
+        numbers = torch.arange(first, last, device=codes.device) // NESTED_BLOCK
+        levels = dynamic_map().to(codes.device)
+        return undo_double(codes, levels, self.nested_scales[numbers], self.offset, 1)
 
     def tensors(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds instead of the weight `name`; see `stored_infos`.
@@ -113,14 +119,34 @@ class Quantized:
 
 def encode(weight: Tensor, rule: Rule) -> Quantized:
     """A weight of any float dtype and shape in 4 bits. Its values must be finite."""
-    flat = weight.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, flat.numel() % 2))  # as bitsandbytes does
-    codes, absmax = quantize(padded, rule.kind, rule.blocksize)
-    shape = tuple(weight.shape)
+    return encode_rows(tuple(weight.shape), rule, weight.device, lambda rows: weight[rows])
+
+
+def encode_rows(
+    shape: tuple[int, ...], rule: Rule, device: torch.device, rows_of: Callable[[slice], Tensor]
+) -> Quantized:
+    """The same for a weight that is computed some rows at a time: `rows_of` returns those of a slice."""
+    width = prod(shape[1:])
+    size = rule.blocksize
+    packed = torch.empty((prod(shape) + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-prod(shape) // size), device=device)
+    for rows in aligned_rows(shape[0], width, size, device):
+        flat = rows_of(rows).reshape(-1)
+        start = rows.start * width
+        padded = torch.nn.functional.pad(flat, (0, flat.numel() % 2))  # as bitsandbytes does
+        codes, largest = quantize(padded, rule.kind, size)
+        packed[start // 2 : (start + padded.numel()) // 2] = pack(codes)
+        absmax[start // size : start // size + largest.numel()] = largest
     if not rule.double:
-        return Quantized(rule, shape, pack(codes), absmax)
-    scales, nested_scales, offset = double_quantize(absmax)
-    return Quantized(rule, shape, pack(codes), scales, nested_scales, offset)
+        return Quantized(rule, shape, packed, absmax)
+    return Quantized(rule, shape, packed, *double_quantize(absmax))
+
+
+def aligned_rows(rows: int, width: int, blocksize: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that begin with a block and stay in the cache; all rows at once on a GPU."""
+    unit = blocksize // gcd(blocksize, width)
+    step = unit * max(1, _AT_ONCE // (unit * width)) if device.type == "cpu" else rows
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
 
 def quantize(flat: Tensor, kind: str, blocksize: int = BLOCK) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
@@ -19,12 +19,18 @@ from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.fingerprint import checksum, tensor_checksum
+from svdconvert.manifest.fingerprint import Checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
+from svdconvert.pipeline.decompose import split_tensor
+from svdconvert.pipeline.decompose_plan import DecomposePlan, plan_decomposition
+from svdconvert.pipeline.quantised_plan import decoded_dtype
+from svdconvert.quantization.nf4 import Quantized
+from svdconvert.quantization.view import read_to_compute
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
+from svdconvert.training.model.quantised_linear import QuantisedWeight
+from svdconvert.training.model.quantised_loading import weight_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class AdapterStart:
     """Tensor of the base -> what is known about it."""
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
-    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor | QuantisedWeight] = field(default_factory=dict)
     """Module -> residual, if `weights` holds the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
@@ -226,18 +232,21 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
-    residuals: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor | QuantisedWeight] = {}
     checksums: dict[str, str] = {}
     total_bytes = sum(model.source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
-        stored = model.source.read(name)
-        checksums[name] = checksum(tensor_bytes(stored))
-        initial, base_OI, matrix = split_tensor(plan, name, stored, alone=True)
+        hasher = Checksum()
+        stored = read_to_compute(model.source, name, on_chunk=hasher.update)
+        checksums[name] = hasher.text()
+        initial, base, matrix = split_tensor(plan, name, stored, alone=True)
         matrices[name] = matrix
         factors[matrix.module] = initial
-        if plan.method.residual:
-            residuals[matrix.module] = base_OI
+        if isinstance(base, Quantized):
+            residuals[matrix.module] = weight_in_memory(base, decoded_dtype(plan.infos[name]))
+        elif plan.method.residual:
+            residuals[matrix.module] = base
         done_bytes += model.source.infos[name].nbytes
         track(Progress(name, "", done_bytes, total_bytes))
     return AdapterStart(
@@ -245,7 +254,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
-        base_is_residual=plan.method.residual,
+        base_is_residual=plan.base_is_residual,
         config=plan.adapter_config(),
         base=model.origin(checksums),
         residual=None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svdconvert.linalg.factors import Factors
 from svdconvert.training.model.inject import adapted_layers
+from svdconvert.training.model.quantised_linear import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class DriftLog:
 def measure_drift(model: nn.Module, initial: Mapping[str, Factors], step: int) -> DriftLog:
     """Compare the adapters of `model` with their `initial` factors, one layer at a time."""
     drifts = [
-        _layer_drift(layer.live_factors(), initial[name], layer.scale, layer.base.weight.device)
+        _layer_drift(layer.live_factors(), initial[name], layer.scale, device_of(layer))
         for name, layer in adapted_layers(model)
     ]
     means = torch.tensor(drifts, dtype=torch.float64).mean(dim=0).tolist()

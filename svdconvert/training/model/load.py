@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from svdconvert.config.execution import Run
 from svdconvert.errors import CheckpointError
 from svdconvert.layouts.base import Layout, LayoutFamily
 from svdconvert.training.model.compare import require_complete, require_complete_body
+from svdconvert.training.model.quantised_linear import QuantisedWeight
+from svdconvert.training.model.quantised_loading import load_quantised, open_quantised, replace_by_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,9 +40,10 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
     from transformers import AutoModelForCausalLM
 
     with _load_report_silenced():
-        model, loaded = _from_pretrained(
+        model, loaded = _load(
             AutoModelForCausalLM,
             path,
+            layout,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -49,8 +53,18 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
     return model
 
 
-def load_classifier(
+def _load(auto_class: Any, path: Path, layout: Layout, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and transformers' loading info; quantised matrices stay quantised."""
+    source = open_quantised(path)
+    if source is None:
+        found: tuple[nn.Module, dict[str, Any]] = _from_pretrained(auto_class, path, **arguments)
+        return found
+    return load_quantised(source, layout, partial(_from_pretrained, auto_class), path, arguments)
+
+
+def load_classifier(  # noqa: PLR0913 (the model, its head, and how it is loaded)
     directory: Path,
+    layout: Layout,
     dtype: torch.dtype | None,
     labels: Sequence[str],
     seed: int,
@@ -67,9 +81,10 @@ def load_classifier(
     names = dict(enumerate(labels)) or {0: "LABEL_0"}
     with torch.random.fork_rng(devices=[]), _load_report_silenced():
         torch.manual_seed(seed)
-        model, loaded = _from_pretrained(
+        model, loaded = _load(
             AutoModelForSequenceClassification,
             directory,
+            layout,
             dtype=dtype or "auto",
             id2label=names,
             label2id={name: number for number, name in names.items()},
@@ -118,9 +133,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def replace_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays."""
-    for path, weight in weights.items():
+def replace_weights(model: nn.Module, weights: Mapping[str, Tensor | QuantisedWeight]) -> None:
+    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays.
+
+    A layer whose weight is quantised is replaced by one that keeps it so.
+    """
+    for path, weight in replace_by_quantised(model, weights).items():
         parameter = model.get_submodule(path).get_parameter("weight")
         with torch.no_grad():
             parameter.copy_(weight)
