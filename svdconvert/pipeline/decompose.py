@@ -185,12 +185,14 @@ class DecomposeJob:
         """Add sidecars and index to the shards; config.json says which matrices are in 4 bits."""
         plan = self.plan
         if not plan.quantised:
-            complete_checkpoint(self.model.path, directory, plan.shards, was_decoded=self.model.is_decoded)
+            complete_checkpoint(
+                self.model.sidecars, directory, plan.shards, was_decoded=self.model.is_decoded
+            )
             return
         dtypes = [info.dtype for name, info in plan.infos.items() if name not in plan.quantised]
         dtypes += [dtype_code(decoded_dtype(plan.infos[name])) for name in plan.quantised]
         complete_checkpoint(
-            self.model.path, directory, plan.shards, dtypes=dtypes, was_decoded=self.model.is_decoded
+            self.model.sidecars, directory, plan.shards, dtypes=dtypes, was_decoded=self.model.is_decoded
         )
         rule = rule_of(plan.options)
         assert rule is not None
