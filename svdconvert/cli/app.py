@@ -10,6 +10,24 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from svdconvert.cli import progress, summaries
+from svdconvert.cli.arguments import (
+    AdapterArg,
+    BaseOpt,
+    DebugOpt,
+    DeviceOpt,
+    DirArg,
+    InitOpt,
+    JsonOpt,
+    ModelArg,
+    OutOpt,
+    OverwriteOpt,
+    PlanOpt,
+    RecipeOpt,
+    ResidualOpt,
+    StreamOpt,
+    ThreadsOpt,
+    TrustOpt,
+)
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import Commands, SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
@@ -35,68 +53,6 @@ app = typer.Typer(
     help="Split a checkpoint into a residual base and an adapter, train the adapter, and merge it.",
     epilog="Start with: svdconvert decompose org/name -o DIR --plan",
 )
-
-ModelArg = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="A model directory, a .pth file, or org/name[@revision]."),
-]
-AdapterArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="ADAPTER",
-        help="A directory of decompose or train, or any LoRA in PEFT's format; local or on the Hub.",
-    ),
-]
-DirArg = Annotated[
-    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
-]
-StreamOpt = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
-    ),
-]
-OutOpt = Annotated[
-    Path | None,
-    typer.Option("-o", "--out", help="The directory to write; it appears complete or not at all."),
-]
-RecipeOpt = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="A YAML file of options; options on the command line override it."),
-]
-PlanOpt = Annotated[
-    bool, typer.Option("--plan", help="Write nothing; print what would be done, by reading headers only.")
-]
-OverwriteOpt = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
-]
-ThreadsOpt = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="Number of threads; the same number gives the same bytes."),
-]
-DeviceOpt = Annotated[
-    str | None, typer.Option("--device", help="Device that computes: auto, cpu, cuda or cuda:N.")
-]
-TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run the code in the model's repository.")
-]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-BaseOpt = Annotated[
-    str | None, typer.Option("--base", help="The base's location, if it differs from the manifest's.")
-]
-ResidualOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--residual",
-        help="The decomposed directory, or another residual, of an adapter that was trained elsewhere.",
-    ),
-]
-InitOpt = Annotated[
-    str | None,
-    typer.Option("--init", help="The adapter before training, or none if it started at zero."),
-]
 
 
 @app.command(
@@ -320,13 +276,23 @@ def push(
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
-def verify(directory: DirArg, base: BaseOpt = None, debug: DebugOpt = False) -> None:
+def verify(
+    directory: DirArg,
+    base: BaseOpt = None,
+    nuclear_ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure nuclear-norm error ratios of a 4-bit residual: all, or a number per role."
+        ),
+    ] = None,
+    debug: DebugOpt = False,
+) -> None:
     """Recompute the checksums and errors in DIR's manifest; the exit status is 1 if one is wrong."""
     with report_errors(debug=debug, out=None):
         from svdconvert.commands.verify import verify as command
 
         with progress.tensors("verify", of_bytes=False) as track:
-            report = command(directory, Run(track=track), base=base)
+            report = command(directory, Run(track=track), base=base, nuclear_ratio=nuclear_ratio)
         summaries.show_report(report)
         if not report.passed:
             raise typer.Exit(1)
@@ -350,11 +316,11 @@ def inspect(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Literal["methods", "layouts"], typer.Argument(help="What to list.")],
+    what: Annotated[Literal["methods", "layouts", "formats"], typer.Argument(help="What to list.")],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods or the layouts."""
+    """List the methods, the layouts, or the formats of quantised weights."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

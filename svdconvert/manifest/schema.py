@@ -59,6 +59,8 @@ class QuantisedMatrix:
     """After which iteration it was reached; 0 if the factors were not fitted."""
     reduction: float
     """1 - ||W - (Q + scale * B A)||_F / ||W - NF4(W)||_F, NF4 in blocks of 64 without double quantisation."""
+    checksum: str
+    """Of Q as it is read: decoded, in the dtype of config.json."""
     nuclear_reduction: float | None = None
     """The same in the nuclear norm, the error ratio of PiSSA's section 4; None if it was not measured."""
 
@@ -141,10 +143,15 @@ class Manifest:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksum of every tensor of the model's own weights, by name."""
-        return {
+        """Checksum of every tensor of the model's own weights, by name; of a 4-bit one as it is read."""
+        found = {
             name: checksum for file in self.files_of("model") for name, checksum in self.files[file].items()
         }
+        for name, matrix in self.matrices.items():
+            if matrix.quantised and name in found:
+                found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")}
+                found[name] = matrix.quantised.checksum
+        return found
 
     @property
     def init_directory(self) -> str:

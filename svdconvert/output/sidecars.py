@@ -152,7 +152,7 @@ def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
     not rewritten if it names that type already, or if no tensor is of a float type. A model that is a single
     file has no config.json.
     """
-    name = _common_float(set(dtypes))
+    name = common_float(set(dtypes))
     path = directory / CONFIG
     if name is None or not path.exists():
         return
@@ -161,7 +161,7 @@ def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
         write_config(directory, config)
 
 
-def _common_float(stored: set[str]) -> str | None:
+def common_float(stored: set[str]) -> str | None:
     """The narrowest float type that holds all values of the `stored` types; None if none is a float."""
     if {"BF16", "F16"} <= stored:
         stored = stored | {"F32"}

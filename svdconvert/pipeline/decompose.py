@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
 from svdconvert.adapters.peft_files import key
-from svdconvert.checkpoint.tensors import dtype_code, torch_dtype
+from svdconvert.checkpoint.tensors import torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import TargetError
@@ -189,10 +189,12 @@ class DecomposeJob:
                 self.model.sidecars, directory, plan.shards, was_decoded=self.model.is_decoded
             )
             return
-        dtypes = [info.dtype for name, info in plan.infos.items() if name not in plan.quantised]
-        dtypes += [dtype_code(decoded_dtype(plan.infos[name])) for name in plan.quantised]
         complete_checkpoint(
-            self.model.sidecars, directory, plan.shards, dtypes=dtypes, was_decoded=self.model.is_decoded
+            self.model.sidecars,
+            directory,
+            plan.shards,
+            dtypes=plan.stored_dtypes,
+            was_decoded=self.model.is_decoded,
         )
         rule = rule_of(plan.options)
         assert rule is not None

@@ -17,6 +17,7 @@ from svdconvert.layouts.base import LAYOUTS, Layout, Slot
 from svdconvert.linalg.solver import Solver
 from svdconvert.methods.base import METHODS, Method, init_folder
 from svdconvert.output.plan import PlannedFile, plan_file, plan_groups
+from svdconvert.output.sidecars import common_float
 from svdconvert.pipeline.effects import refuse_idle_options
 from svdconvert.pipeline.quantised_plan import (
     decoded_dtype,
@@ -81,6 +82,18 @@ class DecomposePlan:
         """All files of tensors that are written."""
         return [*self.shards, self.adapter]
 
+    @property
+    def stored_dtypes(self) -> list[str]:
+        """The element types of all weights of the model that is written, those in 4 bits as decoded."""
+        kept = [info.dtype for name, info in self.infos.items() if name not in self.quantised]
+        return kept + [dtype_code(decoded_dtype(self.infos[name])) for name in self.quantised]
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """What every command decodes 4-bit matrices to: the dtype that config.json will name."""
+        name = common_float(set(self.stored_dtypes))
+        return getattr(torch, name) if name in ("float32", "float16") else torch.bfloat16
+
     def alternation(self, name: str, solver: Solver) -> Alternation:
         """How the residual of the matrix `name` is quantised."""
         rule = rule_of(self.options)
@@ -94,6 +107,7 @@ class DecomposePlan:
             rule=rule,
             starts=starts_of(self.method, self.options.quant_start),
             iterations=self.options.quant_iterations,
+            read_dtype=self.read_dtype,
             nuclear=name in self.nuclear,
         )
 
@@ -159,6 +173,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
     adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
     without_role = _matrices_without_role(model, layout)
+    roles = {name: slot.role for name, slot in slots.items()}
     return DecomposePlan(
         method=method,
         layout=layout_name,
@@ -169,7 +184,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         shards=tuple(shards),
         adapter=adapter,
         quantised=quantised,
-        nuclear=sampled_per_role(slots, quantised, options.nuclear_ratio),
+        nuclear=sampled_per_role(roles, quantised, options.nuclear_ratio),
         without_role=without_role,
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from svdconvert.checkpoint.tensors import TensorInfo, torch_dtype
 from svdconvert.config.options import SplitOptions
-from svdconvert.errors import TargetError
+from svdconvert.errors import RecipeError, TargetError
 from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import Layout, Slot
 from svdconvert.quantization.nf4 import Rule
@@ -43,19 +43,26 @@ def quantised_names(model: OpenModel, layout: Layout, slots: Mapping[str, Slot])
     return names
 
 
-def sampled_per_role(slots: Mapping[str, Slot], names: Iterable[str], choice: str | None) -> frozenset[str]:
-    """The matrices whose nuclear norms are measured: all, or `choice` of each role, evenly spread."""
+def sampled_per_role(roles: Mapping[str, str], names: Iterable[str], choice: str | None) -> frozenset[str]:
+    """The matrices whose nuclear norms are measured: all, or `choice` of each role, evenly spread.
+
+    `roles` has the role of every matrix. Raises RecipeError for another choice.
+    """
     if choice is None:
         return frozenset()
-    roles: dict[str, list[str]] = {}
-    for name in slots:
-        roles.setdefault(slots[name].role, []).append(name)
-    wanted = set(names)
+    if choice != "all" and not (choice.isascii() and choice.isdecimal() and int(choice) > 0):
+        raise RecipeError(
+            f"--nuclear-ratio {choice} is neither all nor a number of matrices; give one of these"
+        )
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(roles[name], []).append(name)
     found: set[str] = set()
-    for members in roles.values():
-        eligible = [name for name in members if name in wanted]
-        count = len(eligible) if choice == "all" else min(len(eligible), int(choice))
-        found |= {eligible[(2 * number + 1) * len(eligible) // (2 * count)] for number in range(count)}
+    position = {name: number for number, name in enumerate(roles)}
+    for each in members.values():
+        each.sort(key=position.__getitem__)
+        count = len(each) if choice == "all" else min(len(each), int(choice))
+        found |= {each[(2 * number + 1) * len(each) // (2 * count)] for number in range(count)}
     return frozenset(found)
 
 

@@ -14,14 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.linalg.blocks import energy_of, energy_outside, in_float32
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.triplets import Spectrum
+from svdconvert.manifest.fingerprint import Checksum
 from svdconvert.manifest.schema import QuantisedMatrix, QuantStart
 from svdconvert.methods.base import Method
-from svdconvert.quantization.nf4 import Quantized, Rule, encode, encode_rows
+from svdconvert.quantization.nf4 import Quantized, Rule, aligned_rows, encode, encode_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Alternation:
     solver: Solver
     dtype: torch.dtype
     """Of the stored factors; they are rounded to it before their error is measured."""
+    read_dtype: torch.dtype
+    """To which the residual is decoded when it is read."""
     rule: Rule
     starts: tuple[QuantStart, ...]
     """Empty for factors whose product is zero: then the weight itself is quantised."""
@@ -70,7 +74,7 @@ def quantised_start(weight_OI: Tensor, plan: Alternation) -> QuantisedStart:
     """The 4-bit residual and the factors with the smallest error. The weight is not changed."""
     plain = encode(weight_OI, Rule(plan.rule.kind))
     missing_OI = difference(weight_OI, plain)
-    plain_error = sqrt(energy_of(part for _, part in in_float32(missing_OI)))
+    plain_error = norm_of(missing_OI)
     plain_nuclear = nuclear_norm(missing_OI) if plan.nuclear else 0.0
     del missing_OI
     best = min(_states(weight_OI, plan, plain), key=lambda state: state.error)
@@ -78,13 +82,14 @@ def quantised_start(weight_OI: Tensor, plan: Alternation) -> QuantisedStart:
     if plan.nuclear:
         rest_OI = difference(weight_OI, best.base)
         rest_OI.sub_(best.factors.dense(plan.scale))
-        nuclear = _reduction(nuclear_norm(rest_OI), plain_nuclear)
+        nuclear = reduction(nuclear_norm(rest_OI), plain_nuclear)
     note = QuantisedMatrix(
         format=plan.rule.kind,
         double=plan.rule.double,
         start=best.start,
         iteration=best.iteration,
-        reduction=_reduction(best.error, plain_error),
+        reduction=reduction(best.error, plain_error),
+        checksum=_checksum_as_read(best.base, plan.read_dtype),
         nuclear_reduction=nuclear,
     )
     return QuantisedStart(best.base, best.factors, best.spectrum, best.error, note)
@@ -114,7 +119,7 @@ def _unfitted(weight_OI: Tensor, plan: Alternation, plain: Quantized) -> _State:
     assert plan.method.split is not None
     split = plan.method.split(weight_OI, plan.rank, plan.scale, plan.solver)
     base = plain if plan.rule == plain.rule else encode(weight_OI, plan.rule)
-    error = sqrt(energy_of(part for _, part in in_float32(difference(weight_OI, base))))
+    error = norm_of(difference(weight_OI, base))
     return _State(None, 0, base, split.factors.to(plan.dtype), split.spectrum, error)
 
 
@@ -140,9 +145,21 @@ def difference(weight_OI: Tensor, base: Quantized) -> Tensor:
     return rest_OI
 
 
+def _checksum_as_read(base: Quantized, dtype: torch.dtype) -> str:
+    hasher = Checksum()
+    for rows in aligned_rows(base.shape[0], base.shape[1], base.rule.blocksize, base.packed.device):
+        hasher.update(tensor_bytes(base.decode(rows).to(dtype).cpu()))
+    return hasher.text()
+
+
 def _error(rest_OI: Tensor, factors: Factors, scale: float) -> float:
     left, right = factors.folded()
     return sqrt(energy_outside(rest_OI, left * scale, right.contiguous()))
+
+
+def norm_of(matrix_OI: Tensor) -> float:
+    """The Frobenius norm of a float32 matrix."""
+    return sqrt(energy_of(part for _, part in in_float32(matrix_OI)))
 
 
 def nuclear_norm(matrix_OI: Tensor) -> float:
@@ -150,7 +167,7 @@ def nuclear_norm(matrix_OI: Tensor) -> float:
     return float(torch.linalg.svdvals(matrix_OI).double().sum())
 
 
-def _reduction(error: float, plain_error: float) -> float:
+def reduction(error: float, plain_error: float) -> float:
     """By which share an error is smaller than that of plain NF4."""
     return 1.0 - error / plain_error if plain_error > 0.0 else 0.0
 

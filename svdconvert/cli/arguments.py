@@ -1,0 +1,75 @@
+"""The arguments and options that commands share, apart from those that shape a result."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model directory, a .pth file, or org/name[@revision]."),
+]
+AdapterArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="A directory of decompose or train, or any LoRA in PEFT's format; local or on the Hub.",
+    ),
+]
+DirArg = Annotated[
+    str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
+]
+StreamOpt = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
+    ),
+]
+OutOpt = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="The directory to write; it appears complete or not at all."),
+]
+RecipeOpt = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="A YAML file of options; options on the command line override it."),
+]
+PlanOpt = Annotated[
+    bool, typer.Option("--plan", help="Write nothing; print what would be done, by reading headers only.")
+]
+OverwriteOpt = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
+]
+ThreadsOpt = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Number of threads; the same number gives the same bytes."),
+]
+DeviceOpt = Annotated[
+    str | None, typer.Option("--device", help="Device that computes: auto, cpu, cuda or cuda:N.")
+]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run the code in the model's repository.")
+]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+BaseOpt = Annotated[
+    str | None, typer.Option("--base", help="The base's location, if it differs from the manifest's.")
+]
+ResidualOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--residual",
+        help="The decomposed directory, or another residual, of an adapter that was trained elsewhere.",
+    ),
+]
+InitOpt = Annotated[
+    str | None,
+    typer.Option("--init", help="The adapter before training, or none if it started at zero."),
+]
+NuclearOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--nuclear-ratio",
+        help="Measure the nuclear-norm error ratio of a 4-bit residual too: all, or how many per role.",
+    ),
+]
