@@ -128,8 +128,8 @@ def _refuse_gguf(model: OpenModel) -> None:
     """Raise ArtifactError for a GGUF file, from which no network is loaded."""
     if model.path.suffix == ".gguf":
         raise ArtifactError(
-            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a method "
-            "that leaves the base unchanged), and train the directory that results"
+            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a "
+            "method that leaves the base unchanged), and train the directory that results"
         )
 
 
