@@ -316,11 +316,11 @@ def inspect(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Literal["methods", "layouts"], typer.Argument(help="What to list.")],
+    what: Annotated[Literal["methods", "layouts", "formats"], typer.Argument(help="What to list.")],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods or the layouts."""
+    """List the methods, the layouts, or the formats of quantised weights."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

@@ -1,4 +1,4 @@
-"""svdconvert list: the available methods and layouts."""
+"""svdconvert list: the available methods and layouts, and the formats of quantised weights."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -6,11 +6,12 @@ from typing import Any, Literal
 from svdconvert.errors import PluginError
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.methods.base import METHODS, Method
+from svdconvert.quantization.base import FORMATS
 
 
-def list_plugins(what: Literal["methods", "layouts"]) -> list[dict[str, Any]]:
-    """One row for each method or layout, including those of installed packages."""
-    return methods() if what == "methods" else layouts()
+def list_plugins(what: Literal["methods", "layouts", "formats"]) -> list[dict[str, Any]]:
+    """One row for each method, layout or format, including those of installed packages."""
+    return {"methods": methods, "layouts": layouts, "formats": formats}[what]()
 
 
 def methods() -> list[dict[str, Any]]:
@@ -67,4 +68,22 @@ def _layout_row(name: str) -> dict[str, Any]:
         "models": layout.summary,
         "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
         "roles": ", ".join(layout.roles),
+    }
+
+
+def formats() -> list[dict[str, Any]]:
+    """One row for each format of quantised weights; for one that cannot be loaded, the reason."""
+    return [_format_row(name) for name in FORMATS.names()]
+
+
+def _format_row(name: str) -> dict[str, Any]:
+    try:
+        plugin = FORMATS.get(name)
+    except PluginError as error:
+        return {"format": name, "weights": str(error), "quant_method": "", "merge --keep-format": ""}
+    return {
+        "format": name,
+        "weights": plugin.summary,
+        "quant_method": ", ".join(sorted(plugin.methods)),
+        "merge --keep-format": "yes" if plugin.encodes else "no",
     }

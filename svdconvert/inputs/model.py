@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from svdconvert.checkpoint.gguf_file import GgufFile
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
@@ -15,6 +17,7 @@ from svdconvert.layouts.base import Layout
 from svdconvert.layouts.detect import find_layout, has_signature_tensor
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
+from svdconvert.models.gguf_sidecars import write_sidecars
 from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
 from svdconvert.quantization.view import DecodedSource
 
@@ -28,6 +31,10 @@ class OpenModel:
     """Its tensors; quantised weights are decoded."""
     config: Mapping[str, Any]
     """config.json; empty for a model that is a single file."""
+    sidecars: Path
+    """The directory, or the single file, that the files next to the weights are copied from."""
+    unpacked: TemporaryDirectory[str] | None = None
+    """Keeps the sidecars of a GGUF file as long as the model is open."""
 
     @property
     def path(self) -> Path:
@@ -141,6 +148,8 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     refuse_foreign_sidecars(snapshot.path)
     streamed = stream and snapshot.revision is not None
     source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
+    if isinstance(source, GgufFile):
+        return _opened_gguf(snapshot, source)
     known_by_names = has_signature_tensor(source.infos)
     if snapshot.path.is_file() and not known_by_names:
         raise CheckpointError(
@@ -149,7 +158,16 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
         )
     without_config = known_by_names and not (snapshot.path / CONFIG).exists()
     config = {} if without_config else read_config(snapshot.path)
-    return OpenModel(snapshot, decoded(source, config, snapshot.path), config)
+    return OpenModel(snapshot, decoded(source, config, snapshot.path), config, snapshot.path)
+
+
+def _opened_gguf(snapshot: Snapshot, source: GgufFile) -> OpenModel:
+    """A GGUF file, whose configuration and tokenizer are written into a temporary directory."""
+    found = decoded(source, {}, snapshot.path)
+    unpacked = TemporaryDirectory(prefix="svdconvert-gguf-")
+    directory = Path(unpacked.name)
+    write_sidecars(source.path, directory)
+    return OpenModel(snapshot, found, read_config(directory), directory, unpacked)
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:

@@ -19,6 +19,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
+from svdconvert.quantization.view import is_decoded, read_to_compute
 
 REPEATABLE = ("pissa", "olora")
 """PEFT's names of the initialisations that the base alone determines; pissa_niter_4 is random."""
@@ -64,13 +65,13 @@ class RecoveredInit:
         """The initial factors without their scale. Raises ArtifactError if they cannot be determined."""
         name = self.names[module]
         rank = self.ranks[module]
-        weight_OI = self.base.read(name).float()
+        weight_OI = read_to_compute(self.base, name).float()
         if self.residual is None:
             split = METHODS.get(self.method).split
             assert split is not None
             return split(weight_OI, rank, 1.0, Solver(name, svd="exact")).factors
         norm = _norm(weight_OI)
-        difference_OI = weight_OI - self.residual.read(name).float()
+        difference_OI = weight_OI - read_to_compute(self.residual, name).float()
         start = _norm(difference_OI)
         if start == 0.0:
             raise ArtifactError(
@@ -82,8 +83,15 @@ class RecoveredInit:
         found = Factors(top.left_OR * root_R, root_R[:, None] * top.right_RI)
         rest = _norm(difference_OI.addmm_(found.left_OR, found.right_RI, alpha=-1.0))
         self.losses[module] = Loss(rest, start, norm)
-        self._check(name, rank, self.losses[module], torch_dtype(self.residual.infos[name].dtype))
+        self._check(name, rank, self.losses[module], self._coarsest_dtype(name))
         return found
+
+    def _coarsest_dtype(self, name: str) -> torch.dtype:
+        """That of the residual, or the one that a quantised base may have been rounded to before."""
+        assert self.residual is not None
+        residual = torch_dtype(self.residual.infos[name].dtype)
+        base = torch_dtype(self.base.infos[name].dtype) if is_decoded(self.base, name) else residual
+        return max(residual, base, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _check(self, name: str, rank: int, loss: Loss, dtype: torch.dtype) -> None:
         # One rounding changes an entry by at most half an eps; the factor 4 allows for several roundings.

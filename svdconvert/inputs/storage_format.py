@@ -12,6 +12,7 @@ from svdconvert.quantization.view import DecodedSource, detect_formats
 
 # ModelOpt writes its settings into a file of its own if its export is not for transformers.
 _MODELOPT = "hf_quant_config.json"
+_LONGEST = 60  # characters of a method's name
 _FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Element types of codes. Other integers and bools are positions, masks and counters.
 _CODES = (
@@ -81,7 +82,9 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     if settings is None:
         return None
     method = settings.get("quant_method")
-    return method if isinstance(method, str) else brief(method) if method else "unnamed"
+    if isinstance(method, str) and len(method) < _LONGEST:
+        return method
+    return brief(method) if method else "unnamed"
 
 
 def _configured(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

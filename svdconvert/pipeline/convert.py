@@ -130,7 +130,7 @@ class ConvertJob:
         if self.plan.config is not None:
             write_config(directory, self.plan.config)
         complete_checkpoint(
-            self.model.path,
+            self.model.sidecars,
             directory,
             self.plan.files,
             exclude=self.plan.left_out,

@@ -185,10 +185,12 @@ class DecomposeJob:
         """Add sidecars and index to the shards; config.json says which matrices are in 4 bits."""
         plan = self.plan
         if not plan.quantised:
-            complete_checkpoint(self.model.path, directory, plan.shards, was_decoded=self.model.is_decoded)
+            complete_checkpoint(
+                self.model.sidecars, directory, plan.shards, was_decoded=self.model.is_decoded
+            )
             return
         complete_checkpoint(
-            self.model.path,
+            self.model.sidecars,
             directory,
             plan.shards,
             dtypes=plan.stored_dtypes,

@@ -88,7 +88,7 @@ class MergeJob:
         weights = self.plan.weights
         keeps = self.options.keep_format
         complete_checkpoint(
-            weights.model.path,
+            weights.model.sidecars,
             directory,
             self.plan.shards,
             dtypes=() if keeps else None,
@@ -127,7 +127,7 @@ class MergeJob:
     def remarks(self, manifest: Manifest) -> Iterator[str]:
         """Which tokenizer was taken; a warning if rounding to nearest lost too much of some updates."""
         weights = self.plan.weights
-        if taken := tokenizer_changes(weights.delta.directory, weights.model.path):
+        if taken := tokenizer_changes(weights.delta.directory, weights.model.sidecars):
             yield (
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
                 "differ from the model's"

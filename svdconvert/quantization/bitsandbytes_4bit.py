@@ -37,13 +37,8 @@ class BitsAndBytes4Bit(StorageFormat):
         width = prod(coded.shape[1:])
         absmax = parts["absmax"]
         if "nested_absmax" in parts:
-            absmax = nf4.undo_double(
-                absmax,
-                parts["nested_quant_map"],
-                parts["nested_absmax"],
-                coded.settings["offset"],
-                coded.settings["nested_blocksize"],
-            )
+            size, offset = _nested(_fields(parts["state"]), coded.parts["state"])
+            absmax = nf4.undo_double(absmax, parts["nested_quant_map"], parts["nested_absmax"], offset, size)
         packed = parts["codes"].reshape(-1).view(torch.uint8)
         first = rows.start * width
         last = rows.stop * width
@@ -96,9 +91,9 @@ def _coded(source: TensorSource, weight: str, kind: str, state: str) -> Coded:
     _require(infos[parts["quant_map"]], (16,), "F32")
     settings = {"kind": kind, "blocksize": blocksize}
     if "nested_absmax" in parts:
-        settings |= _nested(fields, state)
+        size, _ = _nested(fields, state)
         _require(infos[f"{weight}.nested_quant_map"], (256,), "F32")
-        _require(infos[parts["nested_absmax"]], (-(-blocks // settings["nested_blocksize"]),), "F32")
+        _require(infos[parts["nested_absmax"]], (-(-blocks // size),), "F32")
     return Coded(weight, shape, parts, 4, settings=settings)
 
 
@@ -124,14 +119,15 @@ def _shape(fields: Mapping[str, Any], codes: TensorInfo, state: str) -> tuple[in
     return tuple(sizes)
 
 
-def _nested(fields: Mapping[str, Any], state: str) -> dict[str, Any]:
+def _nested(fields: Mapping[str, Any], state: str) -> tuple[int, float]:
+    """(size of a block of magnitudes, their mean) of double quantisation."""
     size = fields.get("nested_blocksize")
     offset = fields.get("nested_offset")
     if type(size) is not int or not 1 <= size <= 1 << 20 or not isinstance(offset, int | float):
         raise CheckpointError(
             f"{state} lacks the block size or the offset of its magnitudes; restore the file"
         )
-    return {"nested_blocksize": size, "offset": float(offset)}
+    return size, float(offset)
 
 
 def _require(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:

@@ -143,6 +143,11 @@ def detect_formats(
     return found
 
 
+def is_decoded(source: TensorSource, name: str) -> bool:
+    """True for a tensor that is stored as codes."""
+    return isinstance(source, DecodedSource) and name in source.coded
+
+
 def computed_nbytes(source: TensorSource, name: str) -> int:
     """The size in bytes of what `read_to_compute` returns."""
     if isinstance(source, DecodedSource) and name in source.coded:

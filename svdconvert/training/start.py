@@ -102,6 +102,7 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = open_model(model)
+        _refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
             return FullStart(
                 weights=opened.path,
@@ -121,6 +122,15 @@ def open_training_start(
     return replace(
         start, fully_trained=choose_parameters(opened.source.infos, layout, start.matrices, train_also)
     )
+
+
+def _refuse_gguf(model: OpenModel) -> None:
+    """Raise ArtifactError for a GGUF file, from which no network is loaded."""
+    if model.path.suffix == ".gguf":
+        raise ArtifactError(
+            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a method "
+            "that leaves the base unchanged), and train the directory that results"
+        )
 
 
 def _open_decomposed(
@@ -145,6 +155,7 @@ def _open_decomposed(
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
+    _refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
         _require_unchanged(opened.path, opened.source, known, "the adapter was made")

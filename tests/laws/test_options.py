@@ -52,6 +52,7 @@ VALUES: dict[str, Words] = {
     "--base": [Path("other")],
     "--residual": [Path("other")],
     "--from": ["residual"],
+    "--keep-format": [],
     "--rounding": ["stochastic"],
     "--format": ["rwkv-peft"],
     "--rank-budget": [10],
