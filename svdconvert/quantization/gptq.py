@@ -106,7 +106,7 @@ def _bits_and_inputs(
             return named[0], inputs
     else:
         bits = settings.get("bits")
-        if bits in _BITS and words * 32 % bits == 0:
+        if type(bits) is int and bits in _BITS and words * 32 % bits == 0:
             return bits, words * 32 // bits
     raise CheckpointError(
         f"{codes.name} has the shape {list(codes.shape)}, which {brief(settings.get('bits'))} bits do not "

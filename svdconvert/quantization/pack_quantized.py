@@ -97,7 +97,7 @@ def _shape(source: TensorSource, info: TensorInfo, codes: TensorInfo) -> tuple[i
 def _bits(codes: TensorInfo, columns: int, settings: Mapping[str, Any]) -> int:
     """The bits of a code: those of the configuration, or the only ones that fit the size of the rows."""
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == codes.shape[1]]
-    named = {weights.get("num_bits") for weights in weight_settings(settings)}
+    named = [weights.get("num_bits") for weights in weight_settings(settings)]
     chosen = [bits for bits in fitting if bits in named] or fitting
     if len(chosen) != 1:
         raise CheckpointError(
