@@ -22,7 +22,7 @@ _NESTED = ("nested_absmax", "nested_quant_map")
 class BitsAndBytes4Bit(StorageFormat):
     """Packed codes, the largest magnitudes of blocks, and a JSON text with the shape."""
 
-    summary = "bitsandbytes 4-bit: NF4 and FP4, also with double quantisation (QLoRA)"
+    summary = "bitsandbytes 4-bit: NF4, FP4, double quantisation"
     methods = frozenset({"bitsandbytes"})
     encodes = True
 

@@ -33,7 +33,7 @@ _TOP_EXPONENT = 8  # of 448, the largest E4M3
 class Fp8(StorageFormat):
     """E4M3 or E5M2 codes and the scales of their blocks."""
 
-    summary = "FP8: 8-bit floats with a scale per block, row or matrix (DeepSeek, Qwen, compressed-tensors)"
+    summary = "FP8: with scales per block, row or matrix; MXFP8"
     methods = frozenset({"fp8", "mxfp8", "compressed-tensors", "fbgemm_fp8", "modelopt"})
     encodes = True
 

@@ -21,7 +21,7 @@ _BITS = (2, 3, 4, 8)
 class Gptq(StorageFormat):
     """Codes packed along the input features, zero points along the output features."""
 
-    summary = "GPTQ: packed integers of 2, 3, 4 or 8 bits with groups of input features"
+    summary = "GPTQ: integers of 2, 3, 4 or 8 bits"
     methods = frozenset({"gptq", "auto-round", "autoround"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:

@@ -22,7 +22,7 @@ _SCALES = ("U8", "F8_E8M0")
 class MxFp4(StorageFormat):
     """Matrices of packed E2M1, or gpt-oss's stacks of experts."""
 
-    summary = "MXFP4: 4-bit floats with a power of two per 32 values (gpt-oss, compressed-tensors)"
+    summary = "MXFP4: gpt-oss, compressed-tensors, DeepSeek-V4"
     methods = frozenset({"mxfp4", "compressed-tensors", "fp8"})
     encodes = True
 

@@ -20,7 +20,7 @@ _UNUSED = ("input_global_scale", "input_scale", "pre_quant_scale")
 class NvFp4(StorageFormat):
     """Packed E2M1 with scales at two levels."""
 
-    summary = "NVFP4: 4-bit floats with an FP8 scale per 16 values (compressed-tensors, ModelOpt)"
+    summary = "NVFP4: compressed-tensors, ModelOpt"
     methods = frozenset({"compressed-tensors", "modelopt", "modelopt_fp4", "nvfp4"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:

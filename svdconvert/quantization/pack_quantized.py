@@ -18,7 +18,7 @@ _UNUSED = ("input_scale", "input_zero_point", "input_global_scale")
 class PackQuantized(StorageFormat):
     """Codes packed along the rows, zero points packed along the columns, both stored plus 2^(bits - 1)."""
 
-    summary = "INT4: packed integers of 1 to 8 bits with a scale per row or group (compressed-tensors)"
+    summary = "INT4: compressed-tensors' packed integers of 1 to 8 bits"
     methods = frozenset({"compressed-tensors"})
     encodes = True
 
