@@ -163,7 +163,10 @@ def awq(weight: Tensor) -> dict[str, Tensor]:
 
 def _groups(kind: str, **weights: Any) -> dict[str, Any]:
     """compressed-tensors' settings for the format `kind`."""
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
+    group: dict[str, Any] = {"targets": ["Linear"]}
+    group["weights"] = {"symmetric": True, "dynamic": False, **weights}
+    if kind == "int-quantized":  # only with integers as activations; otherwise the library packs the codes
+        group["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
         "format": kind,
