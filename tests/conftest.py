@@ -18,6 +18,14 @@ from tests.visitor import Visitor
 Build = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Automatic layouts are not kept in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SVDCONVERT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use the loopback Hub, which start the program, and what is beyond the sample."""
     for item in items:

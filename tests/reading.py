@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,12 +25,24 @@ def readable(checkpoint: Path, directory: Path) -> Path:
 
 def write_tokenizer(directory: Path) -> None:
     """Write a tokenizer with one token per word. It puts <s> in front; </s> ends a sequence."""
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer_of(WORDS).save_pretrained(directory)
+
+
+def tokenizer_of(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word; `special` are the names of special tokens among the words."""
+    vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(directory)
+    roles: dict[str, Any] = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    if special:
+        roles |= {"extra_special_tokens": special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
 def write_sums(path: Path, rows: int = 12) -> Path:

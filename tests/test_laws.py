@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdconvert.adapters.matrix_factors import matrix_factors
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.commands.decompose import decompose
@@ -17,15 +18,14 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
-from svdconvert.layouts.detect import find_layout
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.decompose import SplitOptions
 from svdconvert.pipeline.merge import MergeOptions
 from tests.stock import adapted, logits, plain, same_bits, same_bytes, start_of, tensors, trained_from
-from tests.tiny import SHARDED
-from tests.ways import REBASED, WAYS, chosen, every_pair, every_peft_pair, every_rebased_pair, every_way
+from tests.tiny import SHARDED, layout_of
+from tests.ways import REBASED, WAYS, chosen, every_pair, every_rebased_pair, every_way
 
 RANK = 4
 Build = Callable[..., Path]
@@ -104,15 +104,14 @@ def test_what_is_stored_adds_up_to_the_base_within_one_rounding(  # noqa: PLR091
     out = decomposed(base, **chosen(way), dtype=factors)
     before, manifest, start = tensors(base), read_manifest(out), open_adapter(start_of(out))
     after = tensors(out) or before
-    assert (
-        manifest.matrices.keys() == find_layout(None, family, "")[1].slots(open_checkpoint(base).infos).keys()
-    )
+    every = layout_of(base).select(open_checkpoint(base).infos, ["all-linear"])
+    assert manifest.matrices.keys() == every.keys()
     for name, matrix in manifest.matrices.items():
         whole, wanted = after[name].float(), before[name].float()
         if WAYS[way].residual:
-            whole = whole + start.factors(matrix.module).dense(matrix.scale)
+            whole = whole + matrix_factors(start, matrix)[0].dense(matrix.scale)
         lost = torch.linalg.vector_norm(whole - wanted) / torch.linalg.vector_norm(wanted)
-        assert start.factors(matrix.module).left_OR.dtype == getattr(torch, factors)
+        assert matrix_factors(start, matrix)[0].left_OR.dtype == getattr(torch, factors)
         assert float(lost) == pytest.approx(matrix.error, rel=0.1, abs=3e-7)
         assert lost <= roundings(dtype)
 
@@ -185,7 +184,7 @@ def test_from_a_float32_residual_every_entry_comes_back(  # noqa: PLR0913
     assert all(after[name].dtype == dtype and torch.equal(after[name], before[name]) for name in before)
 
 
-@every_peft_pair
+@every_pair
 def test_base_and_lora_are_what_merge_makes_of_a_trained_adapter(
     way: str, family: str, checkpoint: Build, decomposed: Build, tmp_path: Path
 ) -> None:

@@ -33,14 +33,15 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import open_model
+from svdconvert.layouts.base import LAYOUTS, Layout
 
 VOCABULARY = 61
 HIDDEN = 32
 ONE_FILE = "5GB"
 SHARDED = "8KB"
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 44,
@@ -103,14 +104,19 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
 }
 """model_type -> the configuration of a tiny model of it, if transformers' own class does not suffice."""
 
-MODEL_TYPES = sorted(kind for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types)
-PEFT_MODEL_TYPES = sorted(
-    kind
-    for layout in map(LAYOUTS.get, LAYOUTS.names())
-    for kind in layout.model_types
-    if not any("{expert}" in pattern for pattern in layout.roles.values())
-)
-"""Those without mixtures of experts, whose single experts stock PEFT cannot adapt."""
+_FOUND = ("gemma3",)
+"""Model types without a layout of their own: the layout is found from the network."""
+_OWN = {kind: LAYOUTS.get(name) for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types}
+MODEL_TYPES = sorted([*_OWN, *_FOUND])
+PEFT_MODEL_TYPES = sorted([*(kind for kind, layout in _OWN.items() if layout.experts is None), *_FOUND])
+"""Those without mixtures of experts."""
+CAUSAL = [kind for kind in MODEL_TYPES if kind in _FOUND or _OWN[kind].task == "CAUSAL_LM"]
+"""Those that are no encoders."""
+
+
+def layout_of(directory: Path) -> Layout:
+    """The layout of a checkpoint."""
+    return open_model(str(directory)).layout()[1]
 
 
 def configuration(model_type: str, **values: Any) -> PretrainedConfig:
@@ -133,7 +139,7 @@ def build(  # noqa: PLR0913 (one parameter for each way in which a checkpoint ma
 
     `tied` is as the family does it unless given; `pickled` writes pytorch_model.bin instead.
     """
-    values = _TEXT if tied is None else _TEXT | {"tie_word_embeddings": tied}
+    values = TEXT if tied is None else TEXT | {"tie_word_embeddings": tied}
     config = configuration(model_type, **values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(model_type.encode()))

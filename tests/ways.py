@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from svdconvert.methods.base import METHODS, Method
-from tests.tiny import MODEL_TYPES, PEFT_MODEL_TYPES
+from tests.tiny import MODEL_TYPES
 
 
 def _ways() -> dict[str, Method]:
@@ -42,4 +42,3 @@ def pairs(ways: list[str], families: list[str]) -> Any:
 every_way = pytest.mark.parametrize("way", WAYS)
 every_pair = pairs([*WAYS], MODEL_TYPES)
 every_rebased_pair = pairs(REBASED, MODEL_TYPES)
-every_peft_pair = pairs([*WAYS], PEFT_MODEL_TYPES)

@@ -13,14 +13,15 @@ from warnings import catch_warnings, simplefilter
 
 import regex
 
+from svdconvert.checkpoint.parts import whole_name
 from svdconvert.errors import ArtifactError, brief
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
 
 CONFIG = "adapter_config.json"
 PER_EXPERT = "LORA_PER_EXPERT"
-"""The peft_type of adapters with factors for single experts: transformers fuses experts at run time, and
-stock PEFT, which knows only the fused tensors, refuses the type instead of dropping such factors."""
+"""The peft_type of adapters with factors for single experts that stock PEFT cannot turn into factors of the
+parameters that transformers fuses experts into; PEFT refuses this type instead of loading them wrongly."""
 WITH_PARAMETERS = "LORA_WITH_PARAMETERS"
 """The peft_type of adapters that train single parameters of modules that contain adapters, such as the time
 parameters of RWKV: stock PEFT, which would lose them, refuses the type."""
@@ -31,7 +32,6 @@ ENTRY = "svdconvert"
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
 )
@@ -51,6 +51,8 @@ class AdapterConfig:
     rank: int
     alpha: float
     targets: Sequence[str]
+    parameters: Sequence[str] = ()
+    """PEFT's target_parameters: parameters that are adapted by their own names, such as those of experts."""
     base: str | None = None
     peft_type: str = "LORA"
     rslora: bool = False
@@ -64,19 +66,31 @@ class AdapterConfig:
     """Modules that are trained in full, as PEFT matches them."""
     bias: str = "none"
     """Which biases are trained: none, all or lora_only."""
+    fan_in_fan_out: bool = False
+    """True if adapted layers have their weights as (in, out), as transformers' Conv1D."""
     base_is_residual: bool | None = None
     """True if the adapter was started from a part of the base and belongs to a residual, False if it started
     at zero; None if svdconvert did not write the initial adapter."""
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's factors."""
-        return int(_match(self.rank_pattern, module, self.rank))
+        return int(_match(self.rank_pattern, self._key(module), self.rank))
 
     def scale(self, module: str) -> float:
         """alpha / rank of a module, or alpha / sqrt(rank) with rslora; patterns as PEFT matches them."""
         rank = self.rank_of(module)
-        alpha = _match(self.alpha_pattern, module, self.alpha)
+        alpha = _match(self.alpha_pattern, self._key(module), self.alpha)
         return alpha / (sqrt(rank) if self.rslora else rank)
+
+    def _key(self, module: str) -> str:
+        """What PEFT compares patterns with: a module's path, or that of the parameter that is adapted."""
+        path = whole_name(module)
+        weight = f"{path}.weight"
+        return weight if self.names_parameter(weight) else path
+
+    def names_parameter(self, parameter: str) -> bool:
+        """True if target_parameters names this parameter, as PEFT matches it."""
+        return any(f".{parameter}".endswith(f".{name}") for name in self.parameters)
 
     def text(self) -> str:
         """The file's content, as PEFT writes it: sorted, no newline at the end."""
@@ -86,7 +100,7 @@ class AdapterConfig:
             **({"auto_mapping": {ENTRY: {"base_is_residual": self.base_is_residual}}} if has_entry else {}),
             "base_model_name_or_path": self.base,
             "bias": self.bias,
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,
             "init_lora_weights": self.initialised,
             "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
@@ -97,6 +111,7 @@ class AdapterConfig:
             "r": self.rank,
             "rank_pattern": dict(self.rank_pattern or {}),
             "target_modules": sorted(self.targets),
+            **({"target_parameters": sorted(self.parameters)} if self.parameters else {}),
             "task_type": self.task,
             "use_dora": False,
             "use_rslora": self.rslora,
@@ -150,6 +165,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         rank=read.integer("r", values.get("r")),
         alpha=read.number("lora_alpha", values.get("lora_alpha")),
         targets=read.targets(),
+        parameters=read.names("target_parameters"),
         base=read.text("base_model_name_or_path"),
         peft_type=str(values.get("peft_type")),
         rslora=bool(values.get("use_rslora")),
@@ -160,6 +176,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
         bias=read.text("bias") or "none",
+        fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         base_is_residual=read.base_is_residual(),
     )
 
@@ -171,11 +188,6 @@ def _refuse_unsupported(path: Path, values: Mapping[str, Any]) -> None:
         )
     if found := [name for name in _UNSUPPORTED if values.get(name)]:
         raise ArtifactError(f"{path} sets {found[0]}, which no plain LoRA can express; merge it with PEFT")
-    if values.get("fan_in_fan_out"):
-        raise ArtifactError(
-            f"{path} is for transposed layers (fan_in_fan_out), which svdconvert does not support; "
-            "merge it with PEFT"
-        )
     known = [PER_EXPERT, WITH_PARAMETERS, *(method.peft_type for method in METHODS.load_all()[0].values())]
     if values.get("peft_type") not in known:
         raise ArtifactError(

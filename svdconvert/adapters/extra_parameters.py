@@ -10,6 +10,10 @@ from collections.abc import Collection, Iterable
 PREFIX = "base_model.model."
 _BASE = "base_layer"
 _SAVED = re.compile(rf"\.(?:{_BASE}|original_module|modules_to_save(?:\.default)?)\.")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""Ends of the names of embeddings, which have a row for each entry of the vocabulary."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Ends of the names of heads, which have a row for each entry of the vocabulary."""
 _COPY = re.compile(rf"\.original_module\.|\.{_BASE}\.weight$")
 
 
@@ -22,6 +26,12 @@ def extra_key(parameter: str, adapted: Collection[str]) -> str:
 def parameter_of(key: str) -> str:
     """The inverse of `extra_key`; also of keys below `modules_to_save`, as PEFT writes some of them."""
     return _SAVED.sub(".", key.removeprefix(PREFIX))
+
+
+def copy_key(parameter: str) -> str:
+    """The name in an adapter's file of a copy of the base's values of a parameter."""
+    module, _, leaf = parameter.rpartition(".")
+    return f"{PREFIX}{module}.{_BASE}.{leaf}"
 
 
 def is_copy(key: str) -> bool:
@@ -38,6 +48,11 @@ def is_declared(key: str, modules_to_save: Iterable[str], bias: str) -> bool:
         return True
     # PEFT matches an entry with the end of a module's path, even from the middle of a word.
     return any(f"{entry}." in f"{module}." for entry in modules_to_save)
+
+
+def is_vocabulary(key: str) -> bool:
+    """True for the weight of embeddings or a head: PEFT writes both whole if the vocabulary was resized."""
+    return key.startswith(PREFIX) and parameter_of(key).endswith((*EMBEDDINGS, *HEADS))
 
 
 def contains_adapters(parameters: Iterable[str], adapted: Collection[str]) -> bool:

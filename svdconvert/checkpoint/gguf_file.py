@@ -68,10 +68,13 @@ class GgufFile:
         """The tensor, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource."""
-        total = self.infos[name].nbytes
-        begin = self.tensors[name].begin
+        first, end, _ = (section or slice(None)).indices(self.infos[name].nbytes)
+        total = end - first
+        begin = self.tensors[name].begin + first
         reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
         for start in range(0, total, size):
             stop = min(start + size, total)

@@ -5,6 +5,7 @@ A mapped file that is truncated during a run ends the process by SIGBUS; a read 
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -53,6 +54,21 @@ class OpenFiles:
             raise CheckpointError(
                 f"{path}: {name} cannot be read: {error.strerror}; restore the file"
             ) from error
+
+    def chunks(
+        self, path: Path, span: range, name: str, size: int, buffer: memoryview | None = None
+    ) -> Iterator[memoryview]:
+        """The bytes `span` of a file in chunks of at most `size`; `name` is as in `fill`.
+
+        With a `buffer`, the chunks are views of it and fill it. Without one, a chunk is valid only until the
+        next one is requested.
+        """
+        reused = memoryview(bytearray(min(size, len(span))) if buffer is None else b"")
+        for start in range(0, len(span), size):
+            stop = min(start + size, len(span))
+            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
+            self.fill(path, chunk, span.start + start, name)
+            yield chunk
 
     def _descriptor(self, path: Path) -> int:
         with self._opening:  # two threads may read the first tensor of a file at the same time

@@ -63,15 +63,17 @@ class RenamedSource:
         tensors = [self._source.read(inner) for inner in recipe.names]
         return tensors[0] if recipe.make is None else recipe.make(tensors).contiguous()
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`.
 
         A tensor that is only renamed is never in memory as a whole.
         """
         recipe = self._recipes[name]
         if recipe.make is None:
-            return self._source.chunks(recipe.names[0], size, buffer)
-        return in_chunks(tensor_bytes(self.read(name)), size, buffer)
+            return self._source.chunks(recipe.names[0], size, buffer, section)
+        return in_chunks(tensor_bytes(self.read(name))[section or slice(None)], size, buffer)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Those of the source."""

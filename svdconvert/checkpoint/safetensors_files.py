@@ -25,23 +25,19 @@ _TIED_BY_DEFAULT = ("gemma", "gpt2", "opt", "bloom")
 
 ENDINGS = (".pth", ".st", ".gguf")
 """Suffixes of files that are a checkpoint by themselves."""
+_FILES = (*ENDINGS, ".safetensors", ".bin")
 
 
 def open_checkpoint(directory: Path) -> TensorSource:
-    """The tensors of a model: a directory of safetensors (preferred) or PyTorch .bin, or one .pth or .st.
+    """The tensors of a model: a directory of safetensors (preferred) or PyTorch .bin, or a single file.
 
     Raises ModelNotFoundError if `directory` does not exist, CheckpointError if it holds no checkpoint or
     a file of the checkpoint is missing or damaged.
     """
     if not directory.exists():
-        raise ModelNotFoundError(f"{directory} does not exist; give a model directory, or a .pth file")
+        raise ModelNotFoundError(f"{directory} does not exist; give a model directory, or a file of tensors")
     if not directory.is_dir():
-        if directory.suffix not in ENDINGS:
-            raise CheckpointError(
-                f"{directory} is a file; give the directory that holds the model and its config.json, or a "
-                f"file that ends in {' or '.join(ENDINGS)}"
-            )
-        return open_file(directory)
+        return _open_single(directory)
     if (directory / SINGLE).exists():  # transformers reads a single file that is next to an index
         return SafetensorsSource([directory / SINGLE])
     if (directory / INDEX).exists():
@@ -55,6 +51,28 @@ def open_checkpoint(directory: Path) -> TensorSource:
         return PickledSource(pickled[:1])
     weight_map = _local_index(pickled[0])
     return PickledSource([directory / file for file in shard_names(weight_map)], weight_map)
+
+
+def _open_single(path: Path) -> TensorSource:
+    """A checkpoint that is one file. Raises CheckpointError for another file, or one of several shards."""
+    if path.suffix not in _FILES:
+        raise CheckpointError(
+            f"{path} is a file; give the directory that holds the model and its config.json, or a "
+            f"file that ends in {', '.join(_FILES)}"
+        )
+    for index in (path.parent / INDEX, path.parent / PICKLED_INDEX):
+        if index.exists() and path.name in (files := shard_names(read_index(index))) and len(files) > 1:
+            raise CheckpointError(f"{path} is one of {len(files)} files of a model; give {path.parent}")
+    return open_file(path)
+
+
+def directory_of(path: Path) -> Path:
+    """The directory of a model's only file of weights if config.json is in it; any other path as it is."""
+    folder = path.parent
+    others = {SINGLE: (), PICKLED_SINGLE: (SINGLE, INDEX)}.get(path.name)
+    if others is None or not path.is_file() or not (folder / "config.json").is_file():
+        return path
+    return path if any((folder / other).exists() for other in others) else folder
 
 
 def holds_model(directory: Path) -> bool:
@@ -188,16 +206,14 @@ class SafetensorsSource:
         """The tensor in its stored dtype, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource."""
         path, extent = self._extents[name]
-        total = extent.info.nbytes
-        reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
-            self._open.fill(path, chunk, extent.begin + start, name)
-            yield chunk
+        begin, end, _ = (section or slice(None)).indices(extent.info.nbytes)
+        span = range(extent.begin + begin, extent.begin + end)
+        return self._open.chunks(path, span, name, size, buffer)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         """Size and time of the last change of every file."""

@@ -72,10 +72,12 @@ class TensorSource(Protocol):
         """The tensor, in newly allocated memory."""
         ...
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes in order, in chunks of at most `size` bytes.
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in order, in chunks of at most `size` bytes; with a `section` only those.
 
-        With a `buffer` of the tensor's size, the chunks are views of it and fill it. Without one, a chunk
+        With a `buffer` of the same size, the chunks are views of it and fill it. Without one, a chunk
         is valid only until the next one is requested.
         """
         ...
@@ -156,6 +158,19 @@ def read_whole(
         if on_chunk is not None:
             on_chunk(chunk)
     return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def read_rows(source: TensorSource, name: str, rows: slice) -> "Tensor":
+    """Some consecutive rows of a tensor in its stored dtype."""
+    import torch
+
+    info = source.infos[name]
+    first, end, _ = rows.indices(info.shape[0])
+    size = info.nbytes // max(1, info.shape[0])
+    raw = torch.empty((end - first) * size, dtype=torch.uint8)
+    for _ in source.chunks(name, max(1, len(raw)), raw.numpy().data, slice(first * size, end * size)):
+        pass
+    return raw.view(torch_dtype(info.dtype)).reshape(end - first, *info.shape[1:])
 
 
 def blocks_of_rows(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:

@@ -97,19 +97,16 @@ class PickledSource:
         """Size and time of the last change of every file."""
         return versions_of_files(self._files)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource."""
         extent = self._extents[name]
         if not extent.is_contiguous:
-            yield from in_chunks(tensor_bytes(self.read(name)), size, buffer)
-            return
-        total = extent.info.nbytes
-        reused = memoryview(bytearray(min(size, total)) if buffer is None else b"")
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            chunk = reused[: stop - start] if buffer is None else buffer[start:stop]
-            self._open.fill(extent.file, chunk, extent.begin + start, name)
-            yield chunk
+            return in_chunks(tensor_bytes(self.read(name))[section or slice(None)], size, buffer)
+        begin, end, _ = (section or slice(None)).indices(extent.info.nbytes)
+        span = range(extent.begin + begin, extent.begin + end)
+        return self._open.chunks(extent.file, span, name, size, buffer)
 
 
 def _load(file: Path) -> dict[str, _Extent]:

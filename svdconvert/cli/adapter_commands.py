@@ -17,6 +17,7 @@ from svdconvert.cli.arguments import (
     ResidualOpt,
     StreamOpt,
     ThreadsOpt,
+    TrustOpt,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
@@ -44,6 +45,7 @@ def merge(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
     debug: DebugOpt = False,
@@ -58,13 +60,16 @@ def merge(
         chosen = options(MergeOptions, shared, typed)
         if plan:
             refuse_push_options(push, pushing)
-            sources = Sources(base=base, residual=residual, init=init, stream=True)
+            sources = Sources(
+                base=base, residual=residual, init=init, stream=True, trust_remote_code=trust_remote_code
+            )
             summaries.show_merge_plan(adapter, open_merge(adapter, chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("merge") as track:
-                run = run_settings(shared, track, overwrite, threads, device)
-                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
+                run = run_settings(shared, track, **settings)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
@@ -99,7 +104,7 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         with published(out, push, pushing) as output:
             with progress.tensors("to-lora", of_bytes=False) as track:
-                run = run_settings(shared, track, overwrite, None, None)
+                run = run_settings(shared, track, overwrite=overwrite)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )

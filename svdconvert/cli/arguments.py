@@ -1,7 +1,7 @@
 """The arguments and options that several commands share, and the run's settings made from them."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -83,16 +83,8 @@ def required(value: T | None, what: str) -> T:
     return value
 
 
-def run_settings(
-    shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
-) -> Run:
+def run_settings(shared: Recipe, track: Track | None, **settings: Any) -> Run:
     """The run's settings: from the command line, else from the recipe."""
-    defaults = Run()
-    return Run(
-        overwrite=overwrite,
-        threads=threads or shared.get("threads"),
-        device=device or shared.get("device") or defaults.device,
-        ranks=find_ranks(),
-        track=track or defaults.track,
-        notify=notify,
-    )
+    given = {name: value for name, value in settings.items() if value is not None}
+    recipe = {name: shared.get(name) for name in ("threads", "device") if shared.get(name)}
+    return Run(**recipe | given, ranks=find_ranks(), track=track or Run().track, notify=notify)

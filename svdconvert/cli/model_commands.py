@@ -47,6 +47,7 @@ def decompose(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
     debug: DebugOpt = False,
@@ -64,12 +65,14 @@ def decompose(
         source = required(model or shared.get("model"), "a MODEL")
         if plan:
             refuse_push_options(push, pushing)
-            summaries.show_estimate(source, plan_decompose(source, chosen))
+            estimate = plan_decompose(source, chosen, trust_remote_code=trust_remote_code)
+            summaries.show_estimate(source, estimate)
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("decompose") as track:
-                run = run_settings(shared, track, overwrite, threads, device)
-                run = replace(run, stream=stream, shard_sink=output.shard_sink)
+                settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
+                run = run_settings(shared, track, **settings)
+                run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_decomposed(output.place, manifest)
 
@@ -113,9 +116,8 @@ def train(
         if is_shared("seed", "decompose", shared):
             asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
-        run = replace(
-            run_settings(shared, None, overwrite, threads, None), trust_remote_code=trust_remote_code
-        )
+        settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
+        run = run_settings(shared, None, **settings)
         split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
@@ -148,7 +150,7 @@ def convert(
         source = required(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
             with progress.tensors("convert") as track:
-                run = run_settings(shared, track, overwrite, None, None)
+                run = run_settings(shared, track, overwrite=overwrite)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)
             summaries.show_converted(output.place, manifest)

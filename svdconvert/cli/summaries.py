@@ -10,7 +10,6 @@ from rich.text import Text
 
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.base import LAYOUTS
 from svdconvert.layouts.loading import is_transformers, loading, vllm_advice
 from svdconvert.output.measurements import losses
 from svdconvert.output.sidecars import read_json_object
@@ -111,7 +110,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
     """Print the result of decompose."""
     matrices = list(manifest.matrices.values())
     energies = [matrix.energy for matrix in matrices if matrix.energy is not None]
-    experts = LAYOUTS.get(manifest.layout).has_experts(manifest.matrices)
+    experts = manifest.options.get("experts") == "each"
     exact = sum(matrix.engine == "exact" for matrix in matrices)
     summary(
         f"decomposed into {out_dir}",
@@ -120,7 +119,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
             "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
             **_error_reductions(matrices),
-            "stock PEFT": "cannot load the factors of single experts; merge can" if experts else None,
+            "experts": "each one by itself, for inference engines" if experts else None,
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],

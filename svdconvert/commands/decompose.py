@@ -1,5 +1,6 @@
 """svdconvert decompose: split a checkpoint into a residual base and an initial adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
@@ -24,12 +25,15 @@ def decompose(
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
     opened = open_plain_model(str(model), "decompose", stream=run.stream)
+    opened = replace(opened, trust_remote_code=run.trust_remote_code)
     refuse_idle_stream(opened, run)
     plan = plan_decomposition(opened, options or SplitOptions())
     return run_job(DecomposeJob(opened, plan), Path(out), run)
 
 
-def plan_decompose(model: str | Path, options: SplitOptions | None = None) -> Estimate:
+def plan_decompose(
+    model: str | Path, options: SplitOptions | None = None, *, trust_remote_code: bool = False
+) -> Estimate:
     """Estimate the output, memory and time of `decompose` from headers alone. Writes nothing."""
-    opened = open_headers(str(model), "decompose")
+    opened = replace(open_headers(str(model), "decompose"), trust_remote_code=trust_remote_code)
     return estimate_decompose(plan_decomposition(opened, options or SplitOptions()))

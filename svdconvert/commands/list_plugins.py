@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from svdconvert.errors import PluginError
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
 from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
@@ -54,8 +54,27 @@ def _base(method: Method) -> str:
 
 
 def layouts() -> list[dict[str, Any]]:
-    """One row for each layout, in the order of their names; for one that cannot be loaded, the reason."""
-    return [_layout_row(name) for name in LAYOUTS.names()]
+    """One row for each layout, in the order of their names; for one that cannot be loaded, the reason.
+
+    The last two are found for each model.
+    """
+    return [*(_layout_row(name) for name in LAYOUTS.names()), *_FOUND]
+
+
+_FOUND = (
+    {
+        "layout": AUTOMATIC,
+        "models": "any other model that transformers knows; found from its network",
+        "model_type": "any: config.json decides",
+        "roles": "from the paths of the modules, such as attn.q, mlp.gate, experts.down, vision.attn.q",
+    },
+    {
+        "layout": BY_NAMES,
+        "models": "any model with numbered blocks; only with --layout names",
+        "model_type": "any: the tensors' names decide",
+        "roles": "from the tensors' names, such as attn.q",
+    },
+)
 
 
 def _layout_row(name: str) -> dict[str, Any]:

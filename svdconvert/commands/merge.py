@@ -1,5 +1,6 @@
 """svdconvert merge: merge an adapter into its base or residual, as a plain checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
@@ -32,7 +33,9 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    sources = Sources(base=base, residual=residual, init=init, stream=run.stream)
+    sources = Sources(
+        base=base, residual=residual, init=init, stream=run.stream, trust_remote_code=run.trust_remote_code
+    )
     plan = open_merge(adapter, options or MergeOptions(), sources)
     refuse_idle_stream(plan.weights.model, run)
     return run_job(MergeJob(plan), Path(out), run)
@@ -41,4 +44,6 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
 def open_merge(adapter: str | Path, options: MergeOptions, sources: Sources) -> MergePlan:
     """Open everything that a merge reads and plan it from headers. Writes nothing."""
     delta = open_adapter_delta(adapter, sources, options.alpha)
-    return plan_merge(choose_weights(delta, options.side, sources), options)
+    weights = choose_weights(delta, options.side, sources)
+    model = replace(weights.model, trust_remote_code=sources.trust_remote_code)
+    return plan_merge(replace(weights, model=model), options)

@@ -14,6 +14,7 @@ from svdconvert.config.sizes import SizeText
 
 Float = Literal["float32", "bfloat16", "float16"]
 AutoFloat = Literal["auto", "float32", "bfloat16", "float16"]
+Experts = Literal["fused", "each"]
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -86,6 +87,8 @@ class SplitOptions:
     """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     copy_base: bool = False
     """Write the base too, for methods that do not change it."""
+    experts: Experts = "fused"
+    """How factors of experts are stored: fused for PEFT, or each expert's by itself for inference engines."""
     layout: str | None = None
     """The layout, if config.json's model_type does not tell it; see `svdconvert list layouts`."""
     seed: int = 0
@@ -146,6 +149,8 @@ class LoraOptions:
     """Truncate every matrix to the smallest rank whose error is at most this share of its change's norm."""
     rank_budget: Annotated[int, Field(ge=1)] | None = None
     """Truncate to ranks whose sum is this, distributed so that the total error is smallest."""
+    experts: Experts = "fused"
+    """How factors of experts are stored: fused for PEFT, or each expert's by itself for inference engines."""
     alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
 

@@ -47,7 +47,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 REPEATED = frozenset({"data"})
 """The options that the command line accepts several times."""
 
-_OF_TEXTS = ("prompt_field", "response_field", "template", "ending")
+_OF_TEXTS = ("prompt_field", "response_field", "template", "ending", "image_dir")
 
 NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "track_dir")
 """The options that do not influence what is trained: they may change when a run is resumed."""
@@ -79,6 +79,8 @@ class TrainOptions:
     """For classify and regress: the field of the label."""
     eval_split: str | None = None
     """Split of `eval_data`, if it differs from `split`."""
+    image_dir: str | None = None
+    """Folder that the images named in the rows are in; by default that of the data file."""
     prompt_field: str | None = None
     """Field of the prompt, if it is not one of the known ones."""
     response_field: str | None = None

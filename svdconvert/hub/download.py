@@ -15,6 +15,7 @@ from svdconvert.checkpoint.safetensors_files import (
     PICKLED_INDEX,
     PICKLED_SINGLE,
     SINGLE,
+    directory_of,
     read_index,
     shard_names,
 )
@@ -68,7 +69,8 @@ def fetch(model: str, part: Part = "all") -> Snapshot:
     """
     reference = ModelRef.parse(model)
     if reference.path is not None:
-        return Snapshot(reference.path, str(reference.path.absolute()))
+        path = directory_of(reference.path)
+        return Snapshot(path, str(path.absolute()))
     assert reference.repository is not None
     with hub_errors_as(CheckpointError, reference.repository, reference.revision):
         reference = _with_organisation(reference)

@@ -155,10 +155,12 @@ class RemoteSource:
         """The tensor in its stored dtype, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`, from one request; see TensorSource."""
         end = 0
-        for received in self._received(name):
+        for received in self._received(name, section or slice(None)):
             part = None if buffer is None else buffer[end : end + len(received)]
             yield from in_chunks(memoryview(received), size, part)
             end += len(received)
@@ -167,10 +169,11 @@ class RemoteSource:
         """Size of every file; a commit never changes."""
         return {str(path): [file.size or 0] for path, file in self._files.items()}
 
-    def _received(self, name: str) -> Iterator[bytes]:
+    def _received(self, name: str, section: slice) -> Iterator[bytes]:
         path, extent = self._extents[name]
-        begin = extent.begin
-        end = begin + extent.info.nbytes
+        first, last, _ = section.indices(extent.info.nbytes)
+        begin = extent.begin + first
+        end = extent.begin + last
         if name in self._runs:
             run = self._runs[name]
             yield self._run(run)[begin - run.begin : end - run.begin]

@@ -1,81 +1,42 @@
 """Finds the tensors of a model that an adapter changes, also if the adapter has names of another program."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import Layout
+from svdconvert.inputs.tensor_names import Share, Shares, TensorNames
+from svdconvert.manifest.place import Rows
 
-# Modules that only contain the body of a model: versions of transformers, and a body that is saved without
-# its head, differ in them.
-_CONTAINERS = re.compile(r"^(?:(?:model|language_model|text_model)\.)+")
 _HEADS = ("lm_head", "embed_out")
 
 
-@dataclass(frozen=True)
-class TensorNames:
-    """The names at run time of a model's tensors."""
+def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, Sequence[Share]]:
+    """Module -> tensors of `model`, for every module that the adapter has factors for.
 
-    layout: Layout
-    infos: Mapping[str, TensorInfo]
-
-    @cached_property
-    def _exact(self) -> dict[str, str]:
-        names = {self.layout.runtime_name(name): name for name in self.infos}
-        slots = self.layout.slots(self.infos)
-        # An adapter made for another layout of a family has the names of the family's network.
-        if self.layout.family is not None:
-            names |= {f"{self.layout.network_path(name)}.weight": name for name in slots}
-        return names | {f"{slot.module}.weight": name for name, slot in slots.items()}
-
-    @cached_property
-    def _without_containers(self) -> dict[str, str]:
-        """As `_exact`, without containers; names that are the same without them are left out."""
-        found: dict[str, set[str]] = {}
-        for parameter, name in self._exact.items():
-            found.setdefault(_without_containers(parameter), set()).add(name)
-        return {parameter: min(names) for parameter, names in found.items() if len(names) == 1}
-
-    def tensor(self, parameter: str) -> str | None:
-        """The tensor that is the parameter with this name at run time; None if there is none."""
-        return self._exact.get(parameter) or self._without_containers.get(_without_containers(parameter))
-
-
-def adapted_tensors(delta: AdapterDelta, model: OpenModel) -> dict[str, str]:
-    """Module -> tensor of `model`, for every module that the adapter has factors for.
-
-    It need not be a matrix of the layout: heads, routers and vision towers are linear layers too. Raises
-    ArtifactError if the model has no such matrix, or if it is the model's tied head.
+    It need not be a matrix of the layout: heads, embeddings, routers and vision towers are adapted too. A
+    head that is tied to the embeddings, and so not stored, is left out. Raises ArtifactError if the model has
+    no such matrix.
     """
-    infos = model.source.infos
     _, layout = model.layout(delta.layout_name)
-    names = TensorNames(layout, infos)
-    found: dict[str, str] = {}
+    names = TensorNames(layout, layout.divided(model.source).infos)
+    found: dict[str, Sequence[Share]] = {}
     absent: list[str] = []
     for module in delta.modules:
-        tensor = names.tensor(f"{module}.weight")
-        if is_head(module) and (tensor is None or ties_embeddings(model.config)):
-            raise ArtifactError(
-                f"{delta.directory} adapts {module}, which {model.path} ties to its embeddings: merging "
-                "would change the embeddings too; merge it with PEFT into a model whose embeddings are "
-                "not tied, or train without it"
-            )
-        if tensor is None:
+        shares = names.shares(module)
+        if not shares and is_head(module):
+            continue  # tied to the embeddings: it becomes a tensor of its own
+        if not shares:
             absent.append(module)
         else:
-            found[module] = tensor
+            found[module] = shares
     if absent:
         raise ArtifactError(
             f"{delta.directory} adapts {absent[0]}, which {model.path} does not have ({len(absent)} such "
             "modules); give the model that it was made for"
         )
-    _refuse_same_tensor(delta, found)
+    _refuse_same_rows(delta, found)
     return found
 
 
@@ -91,15 +52,15 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     return config.get("tie_word_embeddings", nested) is True
 
 
-def _refuse_same_tensor(delta: AdapterDelta, found: Mapping[str, str]) -> None:
-    modules: dict[str, str] = {}
-    for module, tensor in found.items():
-        if tensor in modules:
-            raise ArtifactError(
-                f"{delta.directory} has two adapters of {tensor}: {modules[tensor]} and {module}; remove one"
-            )
-        modules[tensor] = module
-
-
-def _without_containers(parameter: str) -> str:
-    return _CONTAINERS.sub("", parameter)
+def _refuse_same_rows(delta: AdapterDelta, found: Shares) -> None:
+    """Raise ArtifactError if two modules change the same rows of a tensor."""
+    changed: dict[str, dict[Rows | None, str]] = {}
+    for module, shares in found.items():
+        for share in shares:
+            others = changed.setdefault(share.tensor, {})
+            if others and (share.of_tensor is None or None in others or share.of_tensor in others):
+                other = others.get(share.of_tensor) or next(iter(others.values()))
+                raise ArtifactError(
+                    f"{delta.directory} has two adapters of {share.tensor}: {other} and {module}; remove one"
+                )
+            others[share.of_tensor] = module

@@ -13,6 +13,7 @@ from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
+from svdconvert.inputs.tensor_names import read_matrix
 
 _SAMPLE = 16  # matrices that are compared, spread over the layers
 _CLEAR = 0.5  # share and cosine above which the adapter started as a part of the base
@@ -46,10 +47,11 @@ class InitEvidence:
 def measure_init(delta: AdapterDelta, base: OpenModel) -> InitEvidence:
     """Compare the adapter with a sample of the base's matrices."""
     names = adapted_tensors(delta, base)
+    source = base.layout(delta.layout_name)[1].divided(base.source)
     along = size = projected = 0.0
     for module in _spread(delta.modules):
         factors, scale = delta.trained(module)
-        weight_OI = base.source.read(names[module]).float()
+        weight_OI = read_matrix(source, names[module]).float()
         left_OR, right_RI = factors.folded()
         if weight_OI.shape != (left_OR.shape[0], right_RI.shape[1]):
             continue  # planning the merge reports it in more detail

@@ -90,7 +90,8 @@ def _summary(manifest: Manifest) -> str:
 
 def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
-    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if is_transformers(manifest.layout) else []
+    stock = is_transformers(manifest.layout) and manifest.options.get("experts") != "each"
+    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if stock else []
     base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
@@ -202,11 +203,12 @@ def _inspect_checkpoint(model: str) -> Inspection:
         name, layout = opened.layout()
     except UnknownNameError as error:
         return Inspection(model, "checkpoint", f"a checkpoint of no known layout: {error}", [], details)
-    slots = layout.slots(infos)
+    slots = layout.slots(layout.divided(opened.source).infos)
     details |= {
         "layout": name,
         "matrices": len(slots),
         "roles": dict(Counter(slot.role for slot in slots.values())),
+        "note": "; ".join(layout.remarks()) or None,
     }
     if not slots:
         reason = layout.without_slots(infos)

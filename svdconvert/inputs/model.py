@@ -10,17 +10,17 @@ from weakref import finalize
 
 from svdconvert.checkpoint.gguf_file import GgufFile
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
-from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
 from svdconvert.inputs.storage_format import decoded, refuse_codes, refuse_unknown_format
-from svdconvert.layouts.base import Layout
-from svdconvert.layouts.detect import find_layout, has_signature_tensor
+from svdconvert.layouts.base import LAYOUTS, Layout
+from svdconvert.layouts.detect import has_signature_tensor, layout_of_model
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.models.gguf_sidecars import write_sidecars
-from svdconvert.output.sidecars import CONFIG, read_config, refuse_foreign_sidecars
+from svdconvert.output.sidecars import CONFIG, has_config, read_config, refuse_foreign_sidecars
 from svdconvert.quantization.view import DecodedSource
 
 
@@ -32,9 +32,11 @@ class OpenModel:
     source: TensorSource
     """Its tensors; quantised weights are decoded."""
     config: Mapping[str, Any]
-    """config.json; empty for a model that is a single file."""
+    """config.json; empty for a single file without one next to it."""
     sidecars: Path
     """The directory, or the single file, that the files next to the weights are copied from."""
+    trust_remote_code: bool = False
+    """True if code of the model's repository may run, to find its layout."""
 
     @property
     def path(self) -> Path:
@@ -50,13 +52,21 @@ class OpenModel:
         """Raise TargetError if the checkpoint is quantised in a way that is not known."""
         refuse_unknown_format(self.path, self.config, self.source)
 
-    def refuse_codes(self, names: Iterable[str]) -> None:
-        """Raise TargetError if one of the matrices `names` is stored as codes of an unknown kind."""
-        refuse_codes(self.path, self.config, self.source.infos, names)
+    def refuse_codes(self, infos: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+        """Raise TargetError if one of the matrices `names` of `infos` is stored as codes."""
+        refuse_codes(self.path, self.config, infos, names)
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
-        """(name, layout): the layout called `name`, else the one that fits. Raises as `find_layout`."""
-        return find_layout(name, self.config.get("model_type"), str(self.path), self.source.infos)
+        """(name, layout): the layout called `name`, else the one that fits. Raises as `layout_of_model`."""
+        if name is None and not self.config and not has_signature_tensor(self.source.infos):
+            first = next(iter(self.source.infos), "none")
+            raise CheckpointError(
+                f"{self.path} has tensors of no known layout (such as {first}) and no {CONFIG} next to "
+                "it; give a model's directory, an adapter to merge, or --layout names"
+            )
+        return layout_of_model(
+            name, self.path, self.config, self.source.infos, trust_remote_code=self.trust_remote_code
+        )
 
     def identity(self) -> dict[str, Any]:
         """Describes the model: an interrupted run continues only if this is unchanged."""
@@ -110,6 +120,16 @@ def open_headers(model: str, command: str | None = None) -> OpenModel:
         return open_model(model)
 
 
+def layout_of_weights(name: str, path: Path) -> Layout:
+    """The layout `name` of a manifest, whose weights are in `path`.
+
+    Their headers are only read if the layout depends on them.
+    """
+    if name in LAYOUTS.names():
+        return LAYOUTS.get(name)
+    return open_headers(str(path)).layout(name)[1]
+
+
 def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
     """The model of `origin`, at `given` or else at the manifest's location; None if it is absent there.
 
@@ -150,15 +170,17 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
     if isinstance(source, GgufFile):
         return _opened_gguf(snapshot, source)
-    known_by_names = has_signature_tensor(source.infos)
-    if snapshot.path.is_file() and not known_by_names:
-        raise CheckpointError(
-            f"{snapshot.path} has tensors of no known layout (such as "
-            f"{next(iter(source.infos), 'none')}); give a model's directory, or an adapter to merge"
-        )
-    without_config = known_by_names and not (snapshot.path / CONFIG).exists()
-    config = {} if without_config else read_config(snapshot.path)
+    config = _config_of(snapshot.path, source)
     return OpenModel(snapshot, decoded(source, config, snapshot.path), config, snapshot.path)
+
+
+def _config_of(path: Path, source: TensorSource) -> dict[str, Any]:
+    """config.json; empty for a single file without one, and for a directory whose tensors need none."""
+    if has_config(path):
+        return read_config(path if path.is_dir() else path.parent)
+    if path.is_dir() and not has_signature_tensor(source.infos):
+        return read_config(path)
+    return {}
 
 
 def _opened_gguf(snapshot: Snapshot, source: GgufFile) -> OpenModel:

@@ -50,14 +50,17 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
         raise lost_init(delta)
     names = adapted_tensors(delta, base)
     ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
+    layout = base.layout(delta.layout_name)[1]
+    source = layout.divided(base.source)
     residual = None
     if delta.residual is not None:
-        residual = open_model(delta.residual.name).source
-        _refuse_other_shapes(base, residual.infos, list(names.values()), delta.residual.path)
+        residual = layout.divided(open_model(delta.residual.name).source)
+        tensors = [share.tensor for shares in names.values() for share in shares]
+        _refuse_other_shapes(base, source.infos, residual.infos, tensors, delta.residual.path)
     # PEFT's OLoRA subtracts scale * Q R. Its PiSSA divides by the scale first, and a difference has no scale.
     scaled = residual is None and method == "olora"
     scales = {module: delta.adapter.config.scale(module) if scaled else 1.0 for module in delta.modules}
-    return replace(delta, recovered=RecoveredInit(base.source, residual, names, ranks, scales, method))
+    return replace(delta, recovered=RecoveredInit(source, residual, names, ranks, scales, method))
 
 
 def lost_init(delta: AdapterDelta) -> ArtifactError:
@@ -79,10 +82,14 @@ def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
 
 
 def _refuse_other_shapes(
-    base: OpenModel, infos: Mapping[str, TensorInfo], names: list[str], residual: Path
+    base: OpenModel,
+    infos: Mapping[str, TensorInfo],
+    others: Mapping[str, TensorInfo],
+    names: list[str],
+    residual: Path,
 ) -> None:
     for name in names:
-        if name not in infos or infos[name].shape != base.source.infos[name].shape:
+        if name not in others or others[name].shape != infos[name].shape:
             raise ArtifactError(
                 f"{residual} has no {name} of the shape that {base.path} has; give the residual of this base"
             )

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.errors import ArtifactError
+from svdconvert.inputs.tensor_names import Shares, read_matrix
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
-from svdconvert.quantization.view import is_decoded, read_to_compute
+from svdconvert.quantization.view import is_decoded
 
 REPEATABLE = ("pissa", "olora")
 """PEFT's names of the initialisations that the base alone determines; pissa_niter_4 is random."""
@@ -51,8 +52,8 @@ class RecoveredInit:
     base: TensorSource
     residual: TensorSource | None
     """None if the factors are recomputed from the base alone."""
-    names: Mapping[str, str]
-    """Module -> tensor."""
+    shares: Shares
+    """Module -> tensors."""
     ranks: Mapping[str, int]
     """Module -> rank."""
     scales: Mapping[str, float]
@@ -63,15 +64,16 @@ class RecoveredInit:
 
     def factors(self, module: str) -> Factors:
         """The initial factors without their scale. Raises ArtifactError if they cannot be determined."""
-        name = self.names[module]
+        shares = self.shares[module]
+        name = shares[0].tensor
         rank = self.ranks[module]
-        weight_OI = read_to_compute(self.base, name).float()
+        weight_OI = read_matrix(self.base, shares).float()
         if self.residual is None:
             split = METHODS.get(self.method).split
             assert split is not None
             return split(weight_OI, rank, 1.0, Solver(name, svd="exact")).factors
         norm = _norm(weight_OI)
-        difference_OI = weight_OI - read_to_compute(self.residual, name).float()
+        difference_OI = weight_OI - read_matrix(self.residual, shares).float()
         start = _norm(difference_OI)
         if start == 0.0:
             raise ArtifactError(

@@ -21,3 +21,5 @@ class Sources:
     """The initial adapter, or "none"."""
     stream: bool = False
     """Read the weights of Hub models by range requests."""
+    trust_remote_code: bool = False
+    """Let transformers run the code in the model's repository."""

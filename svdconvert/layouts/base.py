@@ -1,25 +1,36 @@
 """What a model family calls its matrices: as tensors in its files, and as modules at run time.
 
 A layout is data. `roles` maps a role ("attn.q") to the pattern of its tensors' names in the files, with
-{layer} in place of the layer's number and {expert} in place of an expert's. `modules` lists how the module
-paths at run time differ from the names in the files, if they do.
+{layer} in place of the layer's number and {expert} in place of an expert's. A pattern that ends in [{expert}]
+is one expert of a stacked tensor. `modules` lists how the module paths at run time differ from the names in
+the files, and `experts` how experts are stored there, if they are.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from svdconvert.checkpoint.parts import part_name, whole_name, with_parts
 from svdconvert.checkpoint.rename_rules import RenameRule, rule_of
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import TargetError, did_you_mean
+from svdconvert.layouts.experts import Experts
+from svdconvert.manifest.place import Place, Rows
+from svdconvert.models.roles import TOWERS
 from svdconvert.plugins import Registry
 
 ALL_LINEAR = "all-linear"
+AUTOMATIC = "auto"
+"""The name of the layout that is found from the network of transformers."""
+BY_NAMES = "names"
+"""The name of the layout that is inferred from the tensors' names."""
 _WRAPPERS = ("_orig_mod.", "module.")
 _NUMBER = re.compile(r"\\\{(layer|expert)\\\}")  # {layer}, as re.escape returns it
+_STACKED = 3  # axes of a tensor with the matrices of all experts
+_MOST_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +38,16 @@ class Slot:
     """One matrix of a model."""
 
     name: str
-    """Of its tensor in the files."""
+    """Of its tensor in the files, or of its part of a tensor, such as `NAME[3]`."""
     role: str
     layer: int
     module: str
-    """The path at run time of the module whose weight it is."""
+    """The path at run time of the module whose weight it is; for an expert, the path that the module would
+    have if every expert were a module of its own."""
     expert: int | None = None
     """The number of its expert, in a mixture of experts."""
+    place: Place | None = None
+    """Which part of which parameter it is at run time; None if it is the weight of `module`."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,15 @@ class Layout:
 
     model_types: frozenset[str]
     """Values of config.json's model_type; empty if tensor names decide."""
-    roles: Mapping[str, str]
-    """Role -> pattern of tensor names in the files; only weights of linear layers in the repeated blocks.
+    roles: Mapping[str, str | tuple[str, ...]]
+    """Role -> pattern of tensor names in the files, or several patterns; only weights of linear layers in the
+    repeated blocks.
 
     A pattern with {expert} is one expert of a mixture. Two roles must not match the same name. A pattern may
     begin with `prefix` or not.
     """
+    experts: Experts | None = None
+    """Set if a role is that of experts."""
     modules: Sequence[tuple[str, str]] = ()
     """(prefix in the files, prefix at run time): the first that fits is replaced."""
     prefix: str = ""
@@ -63,18 +80,24 @@ class Layout:
     family: "LayoutFamily | None" = None
     """Set if several layouts hold the same tensors and `convert` goes from one to another."""
 
+    limits_ranks: bool = False
+    """True if matrices that are narrower than the rank are adapted with the highest rank that they have,
+    unless all are narrower; otherwise they are refused."""
+    fan_in_fan_out: bool = False
+    """True if linear layers of the network have their weights as (in, out), as GPT-2's."""
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the layout, one sentence each."""
+        return ()
+
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
         before = f"(?:{re.escape(self.prefix)})?"
         return [
             (role, re.compile(before + _numbered(pattern.removeprefix(self.prefix))))
-            for role, pattern in self.roles.items()
+            for role, patterns in self.roles.items()
+            for pattern in ((patterns,) if isinstance(patterns, str) else patterns)
         ]
-
-    def has_experts(self, names: Iterable[str]) -> bool:
-        """True if one of these tensors is a matrix of a single expert, which stock PEFT cannot adapt."""
-        slots = (self.slot(name) for name in names)
-        return any(slot is not None and slot.expert is not None for slot in slots)
 
     def task_of(self, names: Iterable[str]) -> str | None:
         """PEFT's task_type for a checkpoint with these tensors; None for a body without its head."""
@@ -86,10 +109,28 @@ class Layout:
         for role, pattern in self._patterns:
             if match := pattern.fullmatch(name):
                 expert = match.groupdict().get("expert")
-                return Slot(
-                    name, role, int(match["layer"]), self.module(name), int(expert) if expert else None
-                )
+                if expert is None:
+                    return Slot(name, role, int(match["layer"]), self.module(name))
+                return self._expert_slot(name, role, int(match["layer"]), int(expert))
         return None
+
+    def _expert_slot(self, name: str, role: str, layer: int, expert: int) -> Slot:
+        assert self.experts is not None, f"{role} is a role of experts, and the layout has no `experts`"
+        module, place = self.experts.place(self.module(whole_name(name)), expert, name)
+        return Slot(name, role, layer, module, expert, place)
+
+    def divided(self, source: TensorSource) -> TensorSource:
+        """The source, with stacked tensors divided into the matrices that have slots."""
+        return with_parts(source, self.parts(source.infos))
+
+    def parts(self, infos: Mapping[str, TensorInfo]) -> list[str]:
+        """The names of the parts into which this layout divides tensors; a part is a single expert."""
+        return [
+            part_name(info.name, expert)
+            for info in infos.values()
+            if len(info.shape) == _STACKED and self.slot(part_name(info.name, 0)) is not None
+            for expert in range(min(info.shape[0], _MOST_EXPERTS))
+        ]
 
     def module(self, name: str) -> str:
         """The path at run time of the module whose weight the tensor `name` is."""
@@ -119,14 +160,19 @@ class Layout:
         return RenameRule((parameter,), parameter)
 
     def slots(self, infos: Mapping[str, TensorInfo]) -> dict[str, Slot]:
-        """Every matrix of a checkpoint that this layout knows, in the checkpoint's order."""
+        """Every matrix of a checkpoint that this layout knows, in the checkpoint's order.
+
+        `infos` are the tensors of a source that is `divided`.
+        """
         found = ((name, self.slot(name)) for name in infos)
-        return {name: slot for name, slot in found if slot is not None}
+        slots = {name: slot for name, slot in found if slot is not None}
+        return {name: replace(slot, place=_with_rows(slot, infos[name])) for name, slot in slots.items()}
 
     def select(self, infos: Mapping[str, TensorInfo], targets: Sequence[str]) -> dict[str, Slot]:
         """The slots that at least one of `targets` matches, in the checkpoint's order.
 
-        A target is "all-linear", a role or its first part ("attn.q", "mlp"), or a glob on tensor names.
+        A target is "all-linear" (without the towers of models that see or hear), a role or its first part
+        ("attn.q", "mlp", "vision"), or a glob on tensor names.
         Raises TargetError if one of them matches nothing.
         """
         slots = self.slots(infos)
@@ -157,11 +203,22 @@ class Layout:
                 f"target {target!r} matches only tensors that are never decomposed, such as {others[0]} "
                 "(embeddings, heads, norms and biases are copied); choose other --targets"
             )
+        if target == ALL_LINEAR:
+            reasons = "".join(f"; {remark}" for remark in self.remarks())
+            return f"no matrix of the language model can be adapted; give --targets vision or audio{reasons}"
         groups = {role.split(".")[0] for role in self.roles}
         return (
             f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role "
             f"({did_you_mean(target, {*self.roles, *groups})})"
         )
+
+
+def _with_rows(slot: Slot, info: TensorInfo) -> Place | None:
+    """The place of a slot with the number of its rows, which only the tensor's header tells."""
+    if slot.place is None or slot.place.rows is None or slot.place.rows.size:
+        return slot.place
+    count = info.shape[0]
+    return replace(slot.place, rows=Rows(slot.place.rows.first * count, count))
 
 
 def _numbered(pattern: str) -> str:
@@ -171,7 +228,9 @@ def _numbered(pattern: str) -> str:
 
 def _matches(target: str, slot: Slot) -> bool:
     role = slot.role == target or slot.role.startswith(target + ".")
-    return target == ALL_LINEAR or role or fnmatchcase(slot.name, target)
+    if target == ALL_LINEAR:
+        return slot.role.split(".")[0] not in TOWERS
+    return role or fnmatchcase(slot.name, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,5 +270,8 @@ class LayoutFamily:
 
 
 LAYOUTS: Registry[Layout] = Registry(
-    "svdconvert.layouts", "LAYOUT", Layout, shared=("base", "blocks", "detect", "loading")
+    "svdconvert.layouts",
+    "LAYOUT",
+    Layout,
+    shared=("automatic", "automatic_cache", "base", "blocks", "by_names", "detect", "experts", "loading"),
 )

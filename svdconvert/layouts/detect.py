@@ -1,11 +1,49 @@
-"""Which layout a checkpoint has: by its tensors' names, else by config.json's model_type."""
+"""Which layout a checkpoint has: by its tensors' names, else by config.json's model_type, else automatic."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import CheckpointError, PluginError, UnknownNameError, brief, did_you_mean
-from svdconvert.layouts.base import LAYOUTS, KnownUnsupported, Layout
+from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS, KnownUnsupported, Layout
 
 _LONGEST = 100  # characters of a model type that are compared with known ones
+
+
+def layout_of_model(
+    name: str | None,
+    path: Path,
+    config: Mapping[str, Any],
+    infos: Mapping[str, TensorInfo],
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[str, Layout]:
+    """The layout called `name`, else the one that `find_layout` finds, else the automatic one; its name.
+
+    `path`, `config` and `infos` are the model's file or directory, its config.json and its tensors. Raises
+    UnknownNameError, PluginError and CheckpointError as `find_layout`, and CheckpointError if the tensors are
+    not those of the network that config.json describes.
+    """
+    if name == BY_NAMES:
+        from svdconvert.layouts.by_names import layout_by_names
+
+        return BY_NAMES, layout_by_names(path, infos)
+    if name != AUTOMATIC:
+        try:
+            return find_layout(name, config.get("model_type"), str(path), infos)
+        except UnknownNameError as error:
+            if name is not None or not config:
+                raise UnknownNameError(f"{error}; --layout {BY_NAMES} goes by tensor names alone") from error
+            unknown = error
+    from svdconvert.layouts.automatic_cache import cached_automatic_layout
+
+    try:
+        return AUTOMATIC, cached_automatic_layout(path, config, infos, trust_remote_code=trust_remote_code)
+    except UnknownNameError as error:
+        if name is not None or "auto_map" in config:
+            raise
+        raise UnknownNameError(f"{unknown}; --layout {BY_NAMES} goes by tensor names alone") from error
 
 
 def find_layout(

@@ -8,10 +8,16 @@ from svdconvert.layouts.base import LAYOUTS, LayoutFamily
 from svdconvert.output.sidecars import CONFIG, read_config
 
 CAUSAL = "AutoModelForCausalLM"
+_IMAGE_TEXT = "AutoModelForImageTextToText"
+_SEQUENCE_TO_SEQUENCE = "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {
     "ForCausalLM": CAUSAL,
-    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "LMHeadModel": CAUSAL,
+    "ForConditionalGeneration": _IMAGE_TEXT,
+    "ForVisionText2Text": _IMAGE_TEXT,
     "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
 
 _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
@@ -21,7 +27,19 @@ _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 def auto_class(config: Mapping[str, Any]) -> str:
     """The class of transformers that loads the first architecture of a config.json."""
     architecture = str((config.get("architectures") or [""])[0])
-    return next((name for end, name in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+    found = next((name for end, name in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+    return _SEQUENCE_TO_SEQUENCE if found == _IMAGE_TEXT and is_encoder_decoder(config) else found
+
+
+def generating_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the model of a config.json as one that continues a text."""
+    found = auto_class(config)
+    return found if found in (_IMAGE_TEXT, _SEQUENCE_TO_SEQUENCE) else CAUSAL
+
+
+def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """True for a model that reads one sequence and writes another, such as T5 and BART."""
+    return config.get("is_encoder_decoder") is True
 
 
 def loading(name: str, path: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from svdconvert.linalg.gemm import matmul_f32
 
@@ -17,7 +18,7 @@ from svdconvert.linalg.gemm import matmul_f32
 _BLOCK = 3 << 17
 _PANEL = 1024  # columns
 _TINY = 1e-30
-_LOW_BLOCK = 1 << 21  # elements per block in bfloat16: no copies are made, and larger products are faster
+_LOW_BLOCK = 1 << 23  # elements per block in bfloat16: no copies are made, and larger products are faster
 
 
 def row_blocks(matrix_LS: Tensor) -> Iterator[slice]:
@@ -86,12 +87,28 @@ def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
 
 
 def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:
-    """`gram_times` for a matrix in a narrow dtype, with products in that dtype and their sum in float32."""
-    sum_SB = torch.zeros_like(thin_SB)
-    thin_SB = thin_SB.to(low_LS.dtype)
+    """`gram_times` for a matrix in a narrow dtype, with products in that dtype and their sums in float32.
+
+    Each product has the matrix as it is stored, and the thin block with contiguous rows: W^T Y would take
+    twice as long as Y^T W, because oneDNN first makes a transposed copy of W (AMX, AVX512-BF16).
+    """
+    thin_BS = thin_SB.to(low_LS.dtype).T.contiguous()
+    if _is_transposed(low_LS):
+        return _low_gram_times_wide(low_LS.T, thin_BS).T
+    sum_BS = torch.zeros(thin_BS.shape, device=thin_BS.device)
     for part in torch.split(low_LS, _rows(low_LS, _LOW_BLOCK)):
-        sum_SB += part.T @ (part @ thin_SB)
-    return sum_SB
+        sum_BS += linear(part, thin_BS).T.contiguous() @ part
+    return sum_BS.T
+
+
+def _low_gram_times_wide(low_SL: Tensor, thin_BS: Tensor) -> Tensor:
+    """X^T V V^T in float32, (B, S), for a matrix V of shape (S, L) as it is stored."""
+    parts = torch.split(low_SL, _rows(low_SL, _LOW_BLOCK))
+    product_BL = torch.zeros(len(thin_BS), low_SL.shape[1], device=thin_BS.device)
+    for part, thin in zip(parts, torch.split(thin_BS, len(parts[0]), 1), strict=True):
+        product_BL += thin.contiguous() @ part
+    low_BL = product_BL.to(low_SL.dtype)
+    return torch.cat([linear(part, low_BL) for part in parts]).float().T
 
 
 def low_gram(low_LS: Tensor) -> Tensor:

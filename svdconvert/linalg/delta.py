@@ -22,8 +22,9 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     Overwrites the weight if the dtype is the same.
     """
     left, right = factors.folded()
-    left = left * scale
-    right = right.contiguous()  # it multiplies every block of rows: 0.6 s instead of 0.2 s for 4096 x 11008
+    # Products of views that are stored column by column are twice as slow, and more with many columns.
+    left = (left * scale).contiguous()
+    right = right.contiguous()
     residual_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
 
     def rounded_off() -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svdconvert.checkpoint.parts import undivided, with_known_parts
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import Fingerprint, config_checksum, headers_checksum, tensor_checksum
@@ -12,7 +13,8 @@ from svdconvert.manifest.schema import Origin
 
 def fingerprint(config: Mapping[str, Any], source: TensorSource, tensors: Mapping[str, str]) -> Fingerprint:
     """The fingerprint of a model; `tensors` are the checksums of its tensors."""
-    return Fingerprint(config_checksum(config), headers_checksum(source.infos.values()), tensors)
+    headers = headers_checksum(undivided(source).infos.values())
+    return Fingerprint(config_checksum(config), headers, tensors)
 
 
 def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], source: TensorSource) -> None:
@@ -22,7 +24,9 @@ def same_model(origin: Origin, directory: Path, config: Mapping[str, Any], sourc
     are compared when they are read.
     """
     known = origin.fingerprint
-    if known.headers != headers_checksum(source.infos.values()):
+    whole = source
+    source = with_known_parts(source, known.tensors)
+    if known.headers != headers_checksum(whole.infos.values()):
         raise ArtifactError(
             _other_model(directory, origin, "its tensor names, shapes or element types differ")
         )

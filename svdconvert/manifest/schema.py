@@ -17,6 +17,7 @@ from svdconvert.checkpoint.file_names import is_known_kind, leads_outside, name_
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
+from svdconvert.manifest.place import Place
 from svdconvert.manifest.results import RESULT_OF_KIND, Result
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
@@ -72,6 +73,7 @@ class Matrix:
     module: str
     role: str
     shape: tuple[int, int]
+    """(out features, in features)."""
     dtype: str
     """Element type in the base."""
     rank: int
@@ -86,12 +88,14 @@ class Matrix:
     engine: str | None = None
     error: float = 0.0
     """||W_res + scale * B A - W||_F / ||W||_F as stored."""
+    place: Place | None = None
+    """Which part of which parameter it is at run time; None if it is the weight of `module`."""
     quantised: QuantisedMatrix | None = None
     """None if the residual is stored in plain numbers."""
 
     @staticmethod
     def of(note: Mapping[str, Any]) -> "Matrix":
-        """The inverse of `asdict`."""
+        """The inverse of `asdict`; the place stays as JSON has it."""
         found = note.get("quantised")
         return Matrix(**{**note, "quantised": QuantisedMatrix(**found) if found else None})
 
@@ -184,7 +188,7 @@ def sidecar_checksums(directory: Path, files: Sequence[PlannedFile]) -> dict[str
 
 def roles_of(files: Sequence[PlannedFile]) -> dict[str, FileRole]:
     """The role of every planned file, for the manifest."""
-    return {file.path: file.role for file in files}
+    return {file.path: file.role for file in files if not file.temporary}
 
 
 def run_identity(verb: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:

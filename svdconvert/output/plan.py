@@ -1,10 +1,11 @@
 """Which tensor goes into which file. The plan is made before the first byte is written."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from svdconvert.checkpoint.parts import joined, whole_name
 from svdconvert.checkpoint.tensors import ELEMENTS, TensorInfo
 
 FileRole = Literal["model", "adapter", "initial_adapter"]
@@ -20,6 +21,18 @@ class PlannedFile:
     infos: tuple[TensorInfo, ...]
     """Its tensors, in the order in which the file holds them."""
     role: FileRole = "model"
+    parts: tuple[TensorInfo, ...] = ()
+    """The parts in which some of the tensors are written; a tensor has all of its parts here, or none."""
+    temporary: bool = False
+    """True if the file is removed when the directory is complete."""
+
+    @property
+    def units(self) -> list[TensorInfo]:
+        """What is written at a time: tensors, or their parts, in the order of the tensors."""
+        by_whole: dict[str, list[TensorInfo]] = {}
+        for part in self.parts:
+            by_whole.setdefault(whole_name(part.name), []).append(part)
+        return [unit for info in self.infos for unit in by_whole.get(info.name, [info])]
 
     @property
     def nbytes(self) -> int:
@@ -40,6 +53,30 @@ def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = Non
     if single is None:
         return plan_shards(infos, limit)
     return [PlannedFile(single, tuple(infos)) if single.endswith(".pth") else plan_file(single, infos)]
+
+
+def plan_divided(
+    units: Sequence[TensorInfo],
+    wholes: Mapping[str, TensorInfo],
+    limit: int,
+    stored_as: Callable[[TensorInfo], Sequence[TensorInfo]] | None = None,
+) -> list[PlannedFile]:
+    """`plan_shards` for tensors of which some are given, and will be written, as their parts.
+
+    `wholes` has the shapes of the undivided tensors. `stored_as` says which tensors of one shard an undivided
+    tensor is stored as. Raises CheckpointError if the parts of one tensor differ in their element type.
+    """
+    by_whole: dict[str, list[TensorInfo]] = {}
+    for unit in units:
+        if unit.name not in wholes and whole_name(unit.name) in wholes:
+            by_whole.setdefault(whole_name(unit.name), []).append(unit)
+    whole_infos = joined(units, wholes)
+    groups = ((info,) if stored_as is None else stored_as(info) for info in whole_infos)
+    files = plan_groups(groups, limit)
+    return [
+        replace(file, parts=tuple(part for info in file.infos for part in by_whole.get(info.name, ())))
+        for file in files
+    ]
 
 
 def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:

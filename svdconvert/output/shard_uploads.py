@@ -43,7 +43,7 @@ class ShardUploads:
         for record in finished.values():
             for file, checksums in record.get("files", {}).items():
                 written.setdefault(file, set()).update(checksums)
-        planned = {path: {info.name for info in file.infos} for path, file in self._files.items()}
+        planned = {path: {info.name for info in file.units} for path, file in self._files.items()}
         uploaded = read_journal(self._directory / UPLOADS)[1]
         return {
             file

@@ -47,6 +47,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def has_config(model: Path) -> bool:
+    """True if a model has a config.json: in its directory or, for a .safetensors or .bin, next to it."""
+    if model.is_dir():
+        return (model / CONFIG).is_file()
+    return model.suffix in (".safetensors", ".bin") and (model.parent / CONFIG).is_file()
+
+
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Write config.json."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -93,7 +100,7 @@ def _remove_quantisation(directory: Path) -> None:
 def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> None:
     """Copy the files that a loader may need in addition to the weights.
 
-    If the model is a single file, only an RWKV vocabulary in the same directory is copied. Raises
+    Of a single file without a configuration, only an RWKV vocabulary in the same directory is copied. Raises
     CheckpointError for a symbolic link that ends outside the model's directory.
     """
     directory = source if source.is_dir() else source.parent
@@ -117,7 +124,9 @@ def refuse_foreign_sidecars(source: Path) -> None:
 def _sidecars(source: Path) -> list[Path]:
     """The sidecars of a model, sorted. Links to files are followed, links to folders are not entered."""
     if not source.is_dir():
-        return vocabularies(source.parent)
+        if not has_config(source):
+            return vocabularies(source.parent)
+        source = source.parent
     folders = [folder for folder in sidecar_folders(source) if (source / folder).is_dir()]
     paths = [path for path in source.iterdir() if path.is_file()]
     paths += [path for folder in folders for path in _files_below(source / folder)]

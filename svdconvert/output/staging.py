@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from svdconvert.checkpoint.header import build_header
+from svdconvert.checkpoint.parts import find_part
 from svdconvert.checkpoint.tensors import OnChunk, TensorInfo, dtype_code, in_chunks, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.errors import OutputError, SvdConvertError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 4 << 20  # bytes that are written at a time
+_REMOVED = "the temporary files are removed"
 _RESERVE = 16_000_000  # bytes of free space for sidecars and the manifest
 
 
@@ -68,6 +70,8 @@ class StagedOutput:
         self.path = staging_directory(out)
         self.finished: dict[str, Record] = {}
         """Item -> its record, including those of earlier runs and, after `gather`, of other ranks."""
+        self.temporary = {file.path for file in files if file.temporary}
+        """The files that are removed when the directory is complete."""
         self._files = files
         self._identity = identity
         self._overwrite = run.overwrite
@@ -117,7 +121,8 @@ class StagedOutput:
         """Check what an earlier run left; return the files that it uploaded."""
         uploaded = self._uploads.find_uploaded(journal.finished) if self._uploads else set()
         # If a file was removed or truncated, the tensors in it are not finished any more.
-        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in self._files):
+        needed = [file for file in self._files if not (file.temporary and _REMOVED in journal.finished)]
+        if not all(file.path in uploaded or _laid_out(self.path / file.path, file) for file in needed):
             journal.clear()
             uploaded = set()
         if not journal.resumed:
@@ -186,6 +191,10 @@ class StagedOutput:
                 self._put(file.path, memoryview(header), 0)
         for info in file.infos:
             self._positions[file.path, info.name] = (offsets[info.name], info)
+        wholes = {info.name: info for info in file.infos}
+        for part in (find_part(wholes, info.name) for info in file.parts):
+            assert part is not None, f"{file.path}: a part of a tensor that is not in the file"
+            self._positions[file.path, part.info.name] = (offsets[part.whole] + part.begin, part.info)
 
     def write(self, file: str, name: str, tensor: "Tensor", on_chunk: OnChunk | None = None) -> None:
         """Write a tensor at its offset. Its shape and dtype must be the planned ones.
@@ -282,6 +291,7 @@ class StagedOutput:
 
     def _complete(self) -> None:
         """Sync all files and rename the staging directory, or upload what is left in it."""
+        self._remove_temporary_files()
         for file in self._files:
             if file.path not in self._open:
                 continue  # it is uploaded
@@ -298,6 +308,15 @@ class StagedOutput:
         for path in other_journals(self.path):
             path.unlink()
         self._install()
+
+    def _remove_temporary_files(self) -> None:
+        """Delete them, and record that: a later run must not take their absence for a loss."""
+        temporary = [file.path for file in self._files if file.temporary]
+        if temporary:
+            self.finish(_REMOVED, {"files": {}})
+        for path in temporary:
+            os.close(self._open.pop(path))
+            (self.path / path).unlink()
 
     def _install(self) -> None:
         """Rename the staging directory, without its journal, which is put back if that fails."""

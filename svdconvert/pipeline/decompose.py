@@ -15,7 +15,6 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -26,6 +25,8 @@ from svdconvert.manifest.schema import Manifest, Matrix, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.adapter_plan import stack_experts
+from svdconvert.pipeline.adapter_targets import matrix_shape
 from svdconvert.pipeline.decompose_plan import DecomposePlan
 from svdconvert.pipeline.quantised_plan import (
     decoded_dtype,
@@ -46,14 +47,16 @@ from svdconvert.quantization.nf4 import Quantized
 
 def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
     """How each tensor of the source is processed: split, copied, or only read for its checksum."""
-    copies = {info.name: file.path for file in plan.shards for info in file.infos}
+    copies = {info.name: file.path for file in plan.shards for info in file.units}
     order = [name for name in copies if name in plan.infos] or list(plan.infos)
     count = matrices_at_once(plan, device)
 
     def compute(name: str, stored: Tensor) -> TensorResult:
         factors, base, matrix = split_tensor(plan, name, stored, alone=count == 1)
         tensors = {
-            (plan.adapter.path, key(matrix.module, piece)): part for piece, part in factors.pieces().items()
+            (piece.file, key(piece.module, factor)): tensor
+            for piece in plan.adapter.pieces[name]
+            for factor, tensor in piece.of(factors).pieces().items()
         }
         if isinstance(base, Quantized):
             parts = base.tensors(name, decoded_dtype(plan.infos[name]))
@@ -80,9 +83,10 @@ def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
 ) -> tuple[Factors, Tensor | Quantized, Matrix]:
-    """(factors as stored, the base's matrix (O, I) or its residual, measurements) of the matrix `name`.
+    """(factors as stored, the base's matrix or its residual, measurements) of the matrix `name`.
 
-    If the dtype stays the same, the residual overwrites `stored` (O, I), which must not be used afterwards.
+    `stored` and what becomes of it are (O, I), or (I, O) if the files have the matrix so. If the dtype stays
+    the same, the residual may overwrite `stored`, which must not be used afterwards.
 
     The factors are rounded first and the residual is computed from the rounded factors, so the only error is
     the single rounding of the residual. Raises TargetError if the matrix contains NaN or Inf.
@@ -98,7 +102,8 @@ def split_tensor(
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
-        shape=(info.shape[0], info.shape[1]),
+        place=slot.place,
+        shape=matrix_shape(info, slot),
         dtype=info.dtype,
         rank=rank,
         scale=scale,
@@ -108,14 +113,17 @@ def split_tensor(
         measured = _measured(found.spectrum) | {"energy": None}  # it is that of W - Q
         error = found.error / norm if norm > 0 else 0.0
         return found.factors, found.base, replace(matrix, error=error, quantised=found.note, **measured)
-    split = plan.method.split(stored, rank, scale, solver)
+    transposed = slot.place is not None and slot.place.transposed
+    weight_OI = stored.T.contiguous() if transposed else stored
+    split = plan.method.split(weight_OI, rank, scale, solver)
     factors = split.factors.to(getattr(torch, options.dtype))
-    base_OI = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
+    base = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
     error = 0.0
     if plan.method.residual:
-        base_OI, lost = residual_(stored, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        base, lost = residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        base = base.T.contiguous() if transposed else base
         error = lost / norm if norm > 0 else 0.0
-    return factors, base_OI, replace(matrix, error=error, **_measured(split.spectrum))
+    return factors, base, replace(matrix, error=error, **_measured(split.spectrum))
 
 
 def _measured(spectrum: Spectrum | None) -> dict[str, Any]:
@@ -158,8 +166,8 @@ class DecomposeJob:
 
     @property
     def files(self) -> list[PlannedFile]:
-        """The shards of the residual, and the initial adapter."""
-        return self.plan.files
+        """The shards of the residual, the initial adapter, and what it is put together from."""
+        return [*self.plan.shards, *self.plan.adapter.files]
 
     @property
     def inputs(self) -> list[Path]:
@@ -171,15 +179,18 @@ class DecomposeJob:
         return {"model": self.model.identity()}
 
     def write(self, staged: StagedOutput, run: Run) -> None:
-        """Decompose or copy every tensor."""
+        """Decompose or copy every tensor, then put the factors of experts together."""
         device = pick_device(run.device, run.ranks.local)
-        stream(decompose_work(self.plan, device), self.model.source, staged, run)
+        source = self.plan.layout_in_use.divided(self.model.source)
+        stream(decompose_work(self.plan, device), source, staged, run)
+        if run.ranks.leads:
+            stack_experts(self.plan.adapter, staged)
 
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
             self._complete(directory)
-        (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter_config().text())
+        (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter.config.text())
 
     def _complete(self, directory: Path) -> None:
         """Add sidecars and index to the shards; config.json says which matrices are in 4 bits."""
@@ -200,8 +211,7 @@ class DecomposeJob:
         assert rule is not None
         config = read_config(directory)
         compute = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        layout = LAYOUTS.get(plan.layout)
-        entry = quantization_config(layout, plan.infos, plan.quantised, rule, compute)
+        entry = quantization_config(plan.layout_in_use, plan.infos, plan.quantised, rule, compute)
         write_config(directory, config | {"quantization_config": entry})
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:

@@ -1,24 +1,24 @@
 """What a decomposition will write, planned from headers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
-from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, target_modules
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import LAYOUTS, Layout, Slot
+from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.solver import Solver
 from svdconvert.methods.base import METHODS, Method, init_folder
-from svdconvert.output.plan import PlannedFile, plan_file, plan_groups
+from svdconvert.output.plan import PlannedFile, plan_divided
 from svdconvert.output.sidecars import common_float
-from svdconvert.pipeline.effects import refuse_idle_options
+from svdconvert.pipeline.adapter_plan import AdapterPlan, plan_adapter
+from svdconvert.pipeline.adapter_targets import Chosen
+from svdconvert.pipeline.effects import refuse_idle_experts, refuse_idle_options
 from svdconvert.pipeline.quantised_plan import (
     decoded_dtype,
     quantised_names,
@@ -26,7 +26,7 @@ from svdconvert.pipeline.quantised_plan import (
     sampled_per_role,
 )
 from svdconvert.pipeline.quantised_start import Alternation, starts_of
-from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
+from svdconvert.pipeline.scaling import Scaling, scalings
 from svdconvert.quantization.nf4 import stored_infos
 from svdconvert.quantization.view import is_decoded
 
@@ -44,8 +44,11 @@ class DecomposePlan:
     scalings: Mapping[str, Scaling]
     """Rank and scale, by tensor."""
     infos: Mapping[str, TensorInfo]
+    """The tensors of the model; stacked experts are divided."""
     shards: tuple[PlannedFile, ...]
-    adapter: PlannedFile
+    adapter: AdapterPlan
+    layout_in_use: Layout
+    """The layout with the name `layout`."""
     quantised: frozenset[str] = frozenset()
     """The matrices whose residuals are stored in 4 bits."""
     decoded: frozenset[str] = frozenset()
@@ -58,12 +61,23 @@ class DecomposePlan:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know of the plan."""
+        remarks = self.layout_in_use.remarks()
+        narrow = [name for name in self.slots if self._is_narrow(name)]
+        if narrow:
+            remarks += (
+                f"{len(narrow)} matrices, such as {narrow[0]} {self.infos[narrow[0]].shape}, are narrower "
+                f"than rank {self.options.rank} and have the highest rank that they can have",
+            )
         if not self.without_role:
-            return ()
+            return remarks
         return (
+            *remarks,
             f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
             f"({len(self.without_role)} such names): these matrices stay as they are",
         )
+
+    def _is_narrow(self, name: str) -> bool:
+        return self.scalings[name].rank == min(self.infos[name].shape) < self.options.rank
 
     @property
     def base_is_residual(self) -> bool:
@@ -76,14 +90,9 @@ class DecomposePlan:
         return init_folder(self.options.method)
 
     @property
-    def per_expert(self) -> bool:
-        """True if single experts of a mixture are adapted."""
-        return any(slot.expert is not None for slot in self.slots.values())
-
-    @property
     def files(self) -> list[PlannedFile]:
-        """All files of tensors that are written."""
-        return [*self.shards, self.adapter]
+        """All files of tensors that are written and stay."""
+        return [*self.shards, self.adapter.file]
 
     @property
     def stored_dtypes(self) -> list[str]:
@@ -118,33 +127,10 @@ class DecomposePlan:
         """The element type of the residual of the tensor `name`."""
         return _residual_code(self.options, self.method, self.infos[name])
 
-    def adapter_config(self) -> AdapterConfig:
-        """The configuration of the initial adapter."""
-        linears = {name.removesuffix(".weight") for name, info in self.infos.items() if len(info.shape) == 2}
-        chosen = {slot.name.removesuffix(".weight"): slot.module for slot in self.slots.values()}
-        others = linears - set(chosen)
-        rank = self.options.rank
-        alpha = float(self.options.alpha or self.options.rank)
-        ranks = {slot.module: self.scalings[name].rank for name, slot in self.slots.items()}
-        alphas = {slot.module: self.scalings[name].alpha for name, slot in self.slots.items()}
-        return AdapterConfig(
-            rank=rank,
-            alpha=alpha,
-            targets=target_modules(chosen.values(), [*chosen.values(), *others]),
-            peft_type=PER_EXPERT if self.per_expert else self.method.peft_type,
-            base_is_residual=self.base_is_residual,
-            rslora=self.options.rslora,
-            rank_pattern=as_pattern(ranks, rank),
-            alpha_pattern=as_pattern(alphas, alpha),
-            dropout=self.options.dropout,
-            task=LAYOUTS.get(self.layout).task_of(self.infos),
-        )
-
 
 def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan:
     """Plan from headers. Raises TargetError if a target cannot be decomposed."""
     layout_name, layout = model.layout(options.layout)
-    source = model.source
     method = METHODS.get(options.method).variant(options.init)
     if method.split is None:
         raise TargetError(
@@ -153,30 +139,19 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         )
     refuse_idle_options(method, options)
     model.refuse_unknown_format()
+    source = layout.divided(model.source)
     slots = layout.select(source.infos, options.targets)
+    refuse_idle_experts(options.experts, any(slot.expert is not None for slot in slots.values()))
     if options.layout is not None:
         _refuse_partial_layout(layout_name, layout, source)
     scaled = scalings(layout, source.infos, slots, options)
-    model.refuse_codes(scaled)
+    model.refuse_codes(source.infos, scaled)
     _refuse_unsuitable(source.infos, scaled)
-    rule = rule_of(options)
-    quantised = quantised_names(model, layout, slots) if rule else frozenset()
-    outputs = [
-        stored_infos(info.name, info.shape, rule, decoded_dtype(info))
-        if rule and info.name in quantised
-        else [_plain_output(options, method, info) if info.name in slots else info]
-        for info in source.infos.values()
-    ]
-    keep = method.residual or options.copy_base or bool(quantised)
-    shards = plan_groups(outputs, parse_size(options.max_shard_size)) if keep else []
-    dtype = dtype_code(getattr(torch, options.dtype))
-    pieces: list[TensorInfo] = []
-    for tensor, slot in slots.items():
-        rows, columns = source.infos[tensor].shape
-        pieces += adapter_infos(slot.module, method.factor_shapes(rows, columns, scaled[tensor].rank), dtype)
-    adapter = plan_file(f"{init_folder(options.method)}/{WEIGHTS}", pieces, "initial_adapter")
-    without_role = _matrices_without_role(model, layout)
+    quantised = quantised_names(model, layout, slots) if rule_of(options) else frozenset()
     roles = {name: slot.role for name, slot in slots.items()}
+    adapter = plan_adapter(Chosen(layout, source.infos, slots, scaled, method, options))
+    if quantised:  # another base than the model, also if the factors start at zero
+        adapter = replace(adapter, config=replace(adapter.config, base_is_residual=True))
     return DecomposePlan(
         method=method,
         layout=layout_name,
@@ -184,13 +159,40 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         slots=slots,
         scalings=scaled,
         infos=source.infos,
-        shards=tuple(shards),
+        shards=_plan_shards(model, source, method, options, (slots, quantised)),
         adapter=adapter,
+        layout_in_use=layout,
         quantised=quantised,
         decoded=frozenset(name for name in slots if is_decoded(source, name)),
         nuclear=sampled_per_role(roles, quantised, options.nuclear_ratio),
-        without_role=without_role,
+        without_role=_matrices_without_role(model, layout, source.infos),
     )
+
+
+def _plan_shards(
+    model: OpenModel,
+    source: TensorSource,
+    method: Method,
+    options: SplitOptions,
+    chosen: tuple[Mapping[str, Slot], frozenset[str]],
+) -> tuple[PlannedFile, ...]:
+    """The files of the base that is written; `chosen` are the target matrices, and those stored in 4 bits."""
+    slots, quantised = chosen
+    if not (method.residual or options.copy_base or quantised):
+        return ()
+    rule = rule_of(options)
+
+    def stored_as(info: TensorInfo) -> Sequence[TensorInfo]:
+        if rule and info.name in quantised:
+            return stored_infos(info.name, info.shape, rule, decoded_dtype(source.infos[info.name]))
+        return (info,)
+
+    outputs = [
+        _plain_output(options, method, info) if info.name in slots and info.name not in quantised else info
+        for info in source.infos.values()
+    ]
+    limit = parse_size(options.max_shard_size)
+    return tuple(plan_divided(outputs, model.source.infos, limit, stored_as))
 
 
 def _plain_output(options: SplitOptions, method: Method, info: TensorInfo) -> TensorInfo:
@@ -210,17 +212,22 @@ def _refuse_partial_layout(name: str, layout: Layout, source: TensorSource) -> N
 
     In a mixture of experts either an expert's matrix or that of a dense layer is enough.
     """
-    known = {slot.role.rpartition(".")[2] for slot in layout.slots(source.infos).values()}
-    if missing := [role for role in layout.roles if role.rpartition(".")[2] not in known]:
+    known = {
+        part
+        for slot in layout.slots(source.infos).values()
+        for part in slot.role.rpartition(".")[2].split("_")
+    }
+    if missing := [role for role in layout.roles if not known.issuperset(role.rpartition(".")[2].split("_"))]:
         raise TargetError(
             f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
             "add a layout for this family, which is one file (see the README)"
         )
 
 
-def _matrices_without_role(model: OpenModel, layout: Layout) -> tuple[str, ...]:
+def _matrices_without_role(
+    model: OpenModel, layout: Layout, infos: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
     """Matrices of the repeated blocks that a layout of other models does not know; "*" for numbers."""
-    infos = model.source.infos
     if model.config.get("model_type") in layout.model_types or layout.signature_tensor in infos:
         return ()
     slots = layout.slots(infos)

@@ -70,6 +70,12 @@ def _refuse_given(options: SplitOptions, names: Sequence[str], reason: str) -> N
             raise _idle(f"--{name.replace('_', '-')}", reason)
 
 
+def refuse_idle_experts(experts: str, has_experts: bool) -> None:  # noqa: FBT001 (one fact)
+    """Raise RecipeError if factors of experts are to be stored in a special way and there are none."""
+    if experts != _DEFAULT.experts and not has_experts:
+        raise _idle(f"--experts {experts}", "no expert is adapted")
+
+
 def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
     """Raise RecipeError for an option of `merge` that has no effect.
 

@@ -11,6 +11,7 @@ from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.operators import POWERS
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.methods.base import Work
+from svdconvert.pipeline.adapter_targets import matrix_shape
 from svdconvert.pipeline.decompose import matrices_at_once
 from svdconvert.pipeline.decompose_plan import DecomposePlan
 from svdconvert.pipeline.quantised_start import starts_of
@@ -97,8 +98,7 @@ def _matrices_in_memory(plan: DecomposePlan, work: Work) -> int:
 
 
 def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:
-    rows, columns = plan.infos[name].shape
-    return rows, columns
+    return matrix_shape(plan.infos[name], plan.slots[name])
 
 
 def _flops(rows: int, columns: int, rank: int, work: Work) -> float:

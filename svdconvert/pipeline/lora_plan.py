@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import hypot
 
 import torch
 from torch import Tensor
 
-from svdconvert.adapters.adapter_config import PER_EXPERT
-from svdconvert.adapters.extra_parameters import extra_key
+from svdconvert.adapters.embedding_factors import embedding_key
+from svdconvert.adapters.extra_parameters import copy_key, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, key
 from svdconvert.adapters.rwkv_peft import FILE, file_key
 from svdconvert.checkpoint.rename_rules import RenameRule
@@ -20,8 +20,10 @@ from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.linalg.delta import as_lora
 from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
+from svdconvert.manifest.place import Rows
 from svdconvert.manifest.results import TruncatedLora, TruncatedModule
 from svdconvert.output.plan import PlannedFile, plan_file
+from svdconvert.pipeline.lora_experts import LoraForm, plan_form
 
 _SIDES = ("lora_A", "lora_B")
 _RWKV = re.compile(r"blocks\.\d+\.(att|ffn)\.\w+")
@@ -52,9 +54,17 @@ class Keys:
     """The names of the tensors in the file."""
 
     pieces: Mapping[tuple[str, str], str]
-    """(module, piece) -> name."""
+    """(module in the LoRA, piece) -> name."""
     extras: Mapping[str, str]
     """Parameter -> name."""
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    """Module in the LoRA -> rows of B, if these are not all of them."""
+    owners: Mapping[str, str] = field(default_factory=dict)
+    """Module in the LoRA -> module of the adapter, if their names differ."""
+
+    def owner(self, module: str) -> str:
+        """The module of the adapter whose factors are written as `module`."""
+        return self.owners.get(module, module)
 
 
 @dataclass(frozen=True)
@@ -64,58 +74,70 @@ class LoraPlan:
     delta: AdapterDelta
     options: LoraOptions
     rank: int
-    """The largest rank of a module; factors of smaller ranks are padded with zeros."""
+    """The largest rank of a module that is in no stack; smaller factors are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
     keys: Keys
+    form: LoraForm
     truncation: Truncation | None = None
     """None if the LoRA is exact."""
 
 
-def plan_lora(delta: AdapterDelta, options: LoraOptions) -> LoraPlan:
+def plan_lora(delta: AdapterDelta, options: LoraOptions, base: str | None = None) -> LoraPlan:
     """Determine the ranks in a first pass over the factors, and plan the file.
 
-    Raises ArtifactError if the adapter has factors for single experts.
+    `base` is the location of the untouched base, if it was given. Raises ArtifactError if the names of
+    experts are needed and not known.
     """
-    if delta.adapter.config.peft_type == PER_EXPERT:
-        raise ArtifactError(
-            f"{delta.directory} adapts experts one by one, which no LoRA for stock PEFT can express, because "
-            "transformers fuses experts at run time; use merge, or decompose with --targets attn"
-        )
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(delta, options)
     if truncation is None:
-        rank = max(exact_factors(delta, module)[0].shape[1] for module in delta.modules)
+        ranks = {module: exact_factors(delta, module)[0].shape[1] for module in delta.modules}
     else:
-        rank = max(1, *truncation.ranks.values())
-    keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta)
+        ranks = {module: max(1, rank) for module, rank in truncation.ranks.items()}
+    form = plan_form(delta, options, ranks, base)
+    rank = max(ranks[module] for module in form.pieces or ranks)
+    keys = _rwkv_peft_keys(delta) if options.format == "rwkv-peft" else _peft_keys(delta, form)
     infos = []
     for (module, piece), name in keys.pieces.items():
-        rows = delta.adapter.shape(module, "lora_B")[0]
-        columns = delta.adapter.shape(module, "lora_A")[1]
-        shape = (rank, columns) if piece == "lora_A" else (rows, rank)
+        rows = keys.rows.get(module)
+        count = delta.adapter.shape(keys.owner(module), "lora_B")[0] if rows is None else rows.size
+        columns = delta.adapter.shape(keys.owner(module), "lora_A")[1]
+        shape = (rank, columns) if piece == "lora_A" else (count, rank)
+        shape = shape[::-1] if keys.owner(module) in delta.adapter.embeddings else shape
         infos.append(TensorInfo(name, shape, dtype_code(dtype)))
+    infos += [info for stack in form.stacks for info in stack.infos(dtype_code(dtype))]
     infos += [
-        TensorInfo(name, delta.adapter.source.infos[delta.adapter.extras[parameter]].shape, dtype_code(dtype))
+        TensorInfo(name, delta.adapter.parameter_info(parameter).shape, dtype_code(dtype))
         for parameter, name in keys.extras.items()
     ]
     if options.format == "rwkv-peft":
         file = PlannedFile(FILE, tuple(infos), "adapter")
     else:
         file = plan_file(WEIGHTS, infos, "adapter")
-    return LoraPlan(delta, options, rank, dtype, file, keys, truncation)
+    return LoraPlan(delta, options, rank, dtype, file, keys, form, truncation)
 
 
-def _peft_keys(delta: AdapterDelta) -> Keys:
-    pieces = {(module, piece): key(module, piece) for module in delta.modules for piece in _SIDES}
+def _peft_keys(delta: AdapterDelta, form: LoraForm) -> Keys:
+    written = {name: rows for parts in form.pieces.values() for name, rows in parts}
+    embeddings = delta.adapter.embeddings
+    pieces = {
+        (name, piece): embedding_key(name, piece) if name in embeddings else key(name, piece)
+        for name in written
+        for piece in _SIDES
+    }
     adapted = delta.modules
-    return Keys(pieces, {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras})
+    extras = {parameter: extra_key(parameter, adapted) for parameter in delta.adapter.extras}
+    if delta.initial_adapter is None:
+        extras |= {parameter: copy_key(parameter) for parameter in delta.adapter.copies}
+    owners = {name: module for module, parts in form.pieces.items() for name, _ in parts}
+    return Keys(pieces, extras, {name: rows for name, rows in written.items() if rows}, owners)
 
 
 def _rwkv_peft_keys(delta: AdapterDelta) -> Keys:
     """The names in RWKV-PEFT's format. Raises ArtifactError if a module or parameter has none there."""
     known = delta.manifest
-    layout = LAYOUTS.get(known.layout) if known and known.layout else None
+    layout = LAYOUTS.get(known.layout) if known and known.layout in LAYOUTS.names() else None
     paths = {matrix.module: name for name, matrix in known.matrices.items()} if known else {}
     names = {
         module: layout.network_path(paths[module]) if layout and module in paths else module

@@ -1,6 +1,6 @@
 """merge: an adapter is merged into the base or its residual, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import hypot, isfinite
 from pathlib import Path
@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.tensors import tensor_bytes, torch_dtype
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.errors import ArtifactError, TargetError
+from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.inputs.tensor_names import joined_product
 from svdconvert.linalg.delta import Product, as_lora, merged_
 from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
@@ -24,6 +27,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer, tokenizer_changes
+from svdconvert.pipeline.merge_extras import with_entries
 from svdconvert.pipeline.merge_kept import merge_kept, replace_kept
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
@@ -34,7 +38,7 @@ from svdconvert.pipeline.runner import (
     source_checksums,
     stream,
 )
-from svdconvert.quantization.view import DecodedSource
+from svdconvert.quantization.view import is_decoded
 
 FAITHFUL = 0.95
 """A merge warns if the cosine between intended and realised update is below this."""
@@ -86,7 +90,7 @@ class MergeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars, the adapter's own tokenizer, and the head's entries of config.json."""
         weights = self.plan.weights
-        keeps = self.options.keep_format
+        keeps = self.plan.kept is not None
         complete_checkpoint(
             weights.model.sidecars,
             directory,
@@ -95,9 +99,8 @@ class MergeJob:
             was_decoded=weights.model.is_decoded and not keeps,
         )
         copy_tokenizer(weights.delta.directory, directory)
-        manifest = weights.delta.manifest
-        if manifest is not None and manifest.head:
-            write_config(directory, read_config(directory) | dict(manifest.head))
+        if self.plan.head:
+            write_config(directory, with_entries(read_config(directory), self.plan.head))
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the merged checkpoint."""
@@ -117,7 +120,7 @@ class MergeJob:
                 side=weights.side,
                 update=measured_update(notes(staged, self.plan.modules)),
                 recovered=RecoveredFactors(by=recovered.way) if recovered else None,
-                head=known.head if known else None,
+                head=self.plan.head or None,
             ),
             files=file_checksums(staged),
             roles=roles_of(self.files),
@@ -154,13 +157,13 @@ _T = TypeVar("_T")
 
 def _known(plan: MergePlan, by_name: Mapping[str, _T]) -> dict[str, _T]:
     """The entries of tensors that are read with the values that `OpenModel.source` shows."""
-    shown = plan.weights.model.source
-    coded = shown.coded if isinstance(shown, DecodedSource) else {}
-    read_as_shown = coded if plan.kept is None else plan.kept.coded
+    if plan.kept is None:
+        return dict(by_name)
+    shown = with_known_parts(plan.weights.model.source, by_name)
     return {
         name: value
         for name, value in by_name.items()
-        if name in shown.infos and (name not in coded or name in read_as_shown)
+        if name in shown.infos and (plan.is_kept(name) or not is_decoded(shown, name))
     }
 
 
@@ -183,51 +186,73 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     delta = plan.weights.delta
     _refuse_other_copy(plan, name, stored)
     if name in plan.extras:
-        tensor = delta.parameter(plan.extras[name])
-        if plan.kept is not None and plan.is_kept(name):
-            return replace_kept(plan.kept, name, file, tensor)
-        dtype = torch_dtype(plan.dtypes[name])
-        return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
-    product, update = _products(plan, plan.modules[name], stored)
+        return _replace_tensor(plan, name, file)
+    on_base = plan.weights.side == "base"
+    is_known = on_base or not delta.is_lost
+    changes = plan.modules[name]
+    rows = stored.shape[1] if changes[0].share.transposed else stored.shape[0]
+
+    def joined(product_of: Callable[[AdapterDelta, str], Product]) -> Product:
+        return joined_product([(product_of(delta, one.module), one.share) for one in changes], rows)
+
+    if name in plan.resized:
+        stored = delta.parameter(plan.resized[name]).to(stored.device, stored.dtype)
+        rows = len(stored)
+    update = _to_device_of(joined(_update), stored) if is_known else None
+    if on_base:
+        assert update is not None
+        product = update
+    else:
+        product = _to_device_of(joined(_adapter), stored)
     if plan.kept is not None and plan.is_kept(name):
         return merge_kept(plan.kept, name, file, stored, (product, update))
     dtype = torch_dtype(plan.dtypes[name])
     stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator(stored.device) if stochastic else None
-    merged, realised = merged_(stored, product, dtype, update, generator)
+    intended = None if on_base else update  # by default, all of the product
+    merged, realised = merged_(stored, product, dtype, intended, generator)
     if (realised is None or not isfinite(realised.cosine)) and not merged.isfinite().all():
         raise TargetError(
             f"merging {name} gives values that are NaN or Inf: {plan.weights.model.path} holds such values, "
             f"or the result is too large for {str(dtype).removeprefix('torch.')}; check the model, or choose "
             "another --dtype"
         )
-    return TensorResult({(file, name): merged}, asdict(realised) if realised and update else {})
+    return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
 
 
-def _products(plan: MergePlan, module: str, like: Tensor) -> tuple[Product, Product | None]:
-    """What is added to the weights, and the part that is meant to change the model; None if it is unknown."""
-    delta = plan.weights.delta
+def _replace_tensor(plan: MergePlan, name: str, file: str) -> TensorResult:
+    """A tensor that the adapter trained in full."""
+    parameter = plan.extras[name]
+    tensor = plan.weights.delta.parameter(parameter)
+    if plan.kept is not None and plan.is_kept(name):
+        return replace_kept(plan.kept, name, file, tensor)
+    return TensorResult({(file, name): cast_finite(parameter, tensor, torch_dtype(plan.dtypes[name]))})
+
+
+def _update(delta: AdapterDelta, module: str) -> Product:
+    """The change of a module's matrix by training."""
     factors, scale = delta.trained(module)
-    on_base = plan.weights.side == "base"
-    if not on_base and delta.is_lost:
-        update = None
-    else:
-        update = _to_device_of(as_lora(factors, scale, *delta.initial(module)), like)
-    if on_base:
-        assert update is not None
-        return update, update
+    return as_lora(factors, scale, *delta.initial(module))
+
+
+def _adapter(delta: AdapterDelta, module: str) -> Product:
+    """The product of a module's factors."""
+    factors, scale = delta.trained(module)
     left, right = factors.folded()
-    return _to_device_of((left * scale, right), like), update
+    return left * scale, right
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
     """Raise ArtifactError if the adapter has its own copy of a base tensor, with other values."""
     delta = plan.weights.delta
-    parameter = plan.extras.get(name) or f"{plan.modules[name]}.weight"
+    parameter = plan.extras.get(name) or f"{plan.modules[name][0].module}.weight"
     key = delta.adapter.copies.get(parameter)
-    if key is None or delta.initial_adapter is not None:
+    if key is None or delta.initial_adapter is not None or name in plan.resized or name in plan.extras:
         return
-    dtype = torch_dtype(plan.weights.model.source.infos[name].dtype)
+    if is_decoded(plan.source, name):  # the adapter's program has the decoded values as rounded
+        dtype = torch_dtype(plan.weights.model.source.infos[name].dtype)
+    else:
+        dtype = stored.dtype
     copy = delta.adapter.source.read(key).to(stored.device, dtype)
     if not torch.equal(copy, stored.to(dtype)):
         raise ArtifactError(
@@ -241,10 +266,21 @@ def _to_device_of(product: Product, like: Tensor) -> Product:
 
 
 def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
-    """Write the tensors of a trained head that the model does not have."""
+    """Write the tensors of a head that the model does not have."""
     files = {info.name: file.path for file in plan.shards for info in file.infos}
-    for name, parameter in plan.added.items():
-        tensor = plan.weights.delta.parameter(parameter)
+    delta = plan.weights.delta
+    for name, new in plan.added.items():
+        if name in staged.finished:
+            continue
+        dtype = torch_dtype(plan.dtypes[name])
+        if new.parameter is not None:
+            tensor = delta.parameter(new.parameter)
+        else:
+            tensor = plan.source.read(new.copied)
+        if new.module is not None:
+            product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
+            tensor, _ = merged_(tensor.clone(), product, dtype, None, None)
+        tensor = cast_finite(name, tensor, dtype).contiguous()
         staged.write(files[name], name, tensor)
         staged.finish(name, {"files": {files[name]: {name: checksum(tensor_bytes(tensor))}}})
 

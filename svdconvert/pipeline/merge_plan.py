@@ -1,7 +1,8 @@
 """merge: what will be written, planned from headers alone."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -10,41 +11,51 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError
-from svdconvert.inputs.adapted_tensors import TensorNames, adapted_tensors, is_head
+from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
-from svdconvert.inputs.model import OpenModel
+from svdconvert.inputs.tensor_names import Share
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
-from svdconvert.output.plan import PlannedFile, plan_groups, plan_model
+from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
-from svdconvert.pipeline.merge_kept import keep_format, stored_groups
-from svdconvert.quantization.view import DecodedSource
+from svdconvert.pipeline.merge_extras import NewTensor, plan_extras, refuse_other_vocabulary
+from svdconvert.pipeline.merge_kept import keep_format, kept_files, with_same_parts
+from svdconvert.quantization.view import DecodedSource, is_decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The change of a tensor by the factors of one module."""
+
+    module: str
+    share: Share
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """What will be written, planned from headers alone."""
 
+    source: TensorSource
+    """The weights, divided as the layout has it; with `keep_format` only changed ones are decoded."""
     weights: MergeWeights
     layout: str
     options: MergeOptions
-    modules: Mapping[str, str]
-    """Tensor -> module, for the adapted matrices."""
+    modules: Mapping[str, Sequence[Change]]
+    """Tensor -> what changes it, for the adapted matrices."""
     extras: Mapping[str, str]
     """Tensor -> parameter, for tensors that are replaced by parameters trained in full."""
-    added: Mapping[str, str]
-    """Tensor -> parameter, for the tensors of a trained head that the model does not have."""
+    added: Mapping[str, NewTensor]
+    """Tensor -> how it is made, for the tensors of a trained head that the model does not have."""
     shards: tuple[PlannedFile, ...]
     dtypes: Mapping[str, str]
-    """Element type of every tensor that is merged or replaced and not quantised again."""
+    """Element type of every tensor that is merged or replaced."""
+    resized: Mapping[str, str]
+    """Tensor -> parameter of the adapter that is its base, for tensors of another number of rows."""
+    head: Mapping[str, Any]
+    """Entries of config.json that describe what the adapter adds or resizes."""
     kept: DecodedSource | None = None
-    """With `keep_format`, the weights with only those matrices decoded that are quantised again."""
-
-    @property
-    def source(self) -> TensorSource:
-        """The tensors that are read."""
-        return self.kept or self.weights.model.source
+    """With `keep_format`, the undivided weights, of which those are decoded that are quantised again."""
 
     def is_kept(self, name: str) -> bool:
         """True for a matrix that is quantised again."""
@@ -56,7 +67,7 @@ class MergePlan:
         owner = {stored: name for name, (_, each) in coded.items() for stored in each.stored}
         places: dict[str, str] = {}
         for file in self.shards:
-            for info in file.infos:
+            for info in file.units:
                 if info.name not in self.added:
                     places.setdefault(owner.get(info.name, info.name), file.path)
         return places
@@ -70,38 +81,73 @@ class MergePlan:
 def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
-    source = weights.model.source
-    layout_name, layout = weights.model.layout(delta.layout_name)
-    modules = {tensor: module for module, tensor in adapted_tensors(delta, weights.model).items()}
     weights.model.refuse_unknown_format()
-    weights.model.refuse_codes(modules)
-    for tensor, module in modules.items():
-        _refuse_shape(delta, module, source.infos[tensor])
-    added = _added(delta, source, layout)
-    extras = _replaced(delta, weights.model, layout, set(added.values()))
-    new = [_new(delta, tensor, parameter) for tensor, parameter in added.items()]
-    changed = [*modules, *extras]
-    kept = keep_format(weights.model, changed) if options.keep_format else None
+    name, layout = weights.model.layout(delta.layout_name)
+    source = layout.divided(weights.model.source)
+    shares = adapted_tensors(delta, weights.model)
+    extras = plan_extras(delta, weights.model, source.infos, layout)
+    modules: dict[str, list[Change]] = {}
+    for module, of_module in shares.items():
+        if module in extras.heads:
+            continue
+        if of_module[0].tensor not in extras.rows:
+            _refuse_shape(delta, module, of_module, source.infos)
+        for share in of_module:
+            modules.setdefault(share.tensor, []).append(Change(module, share))
+    weights.model.refuse_codes(source.infos, modules)
+    replaced = extras.replaced
+    changed = [*modules, *replaced]
+    kept = keep_format(weights.model, changed, extras) if options.keep_format else None
     plain = [tensor for tensor in changed if kept is None or tensor not in kept.coded]
     dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in plain}
+    outputs = [
+        replace(info, dtype=dtypes.get(tensor, info.dtype), shape=extras.shape(info))
+        for tensor, info in source.infos.items()
+    ]
+    for tensor, new in extras.added.items():
+        dtypes[tensor] = new.dtype if new.module is None else _merged_code(delta, new.info(tensor), options)
+        outputs.append(replace(new.info(tensor), dtype=dtypes[tensor]))
     refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules if tensor in dtypes})
     if kept is None:
-        outputs = [replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in source.infos.items()]
-        shards = _files([*outputs, *new], weights.side, layout, options)
+        shards = _files(outputs, weights.model.source.infos, weights.side, layout, options)
     else:
-        shards = plan_groups(stored_groups(kept, dtypes, new), parse_size(options.max_shard_size))
-    return MergePlan(weights, layout_name, options, modules, extras, added, tuple(shards), dtypes, kept)
+        source = with_same_parts(kept, source)
+        plain_outputs = {
+            info.name: info for info in outputs if not is_decoded(weights.model.source, info.name)
+        }
+        limit = parse_size(options.max_shard_size)
+        shards = kept_files(kept, source.infos.values(), plain_outputs, limit)
+    return MergePlan(
+        source=source,
+        weights=weights,
+        layout=name,
+        options=options,
+        modules=modules,
+        extras=replaced,
+        added=extras.added,
+        shards=tuple(shards),
+        dtypes=dtypes,
+        kept=kept,
+        resized={tensor: parameter for tensor, parameter in extras.bases.items() if tensor in modules},
+        head=extras.config,
+    )
 
 
-def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: MergeOptions) -> list[PlannedFile]:
-    """The files of the plain checkpoint.
+def _files(
+    outputs: list[TensorInfo],
+    stored: Mapping[str, TensorInfo],
+    side: Side,
+    layout: Layout,
+    options: MergeOptions,
+) -> list[PlannedFile]:
+    """The files of the plain checkpoint. `stored` are the tensors of the model, undivided.
 
     The tensors are in the source's order. If that is a residual, whose order differs, they are in the
     layout's.
     """
     limit = parse_size(options.max_shard_size)
     if layout.family is None:
-        return plan_model(outputs, limit)
+        return plan_divided(outputs, stored, limit)
     if side == "residual":
         by_name = {info.name: info for info in outputs}
         outputs = [by_name[name] for name in sort_by_rules(by_name, layout.family.rules)]
@@ -110,83 +156,22 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
     return plan_model(outputs, limit, layout.family.file)
 
 
-def _added(delta: AdapterDelta, source: TensorSource, layout: Layout) -> dict[str, str]:
-    """Tensor -> parameter, for the parameters of a trained head that the model does not have."""
-    if not (delta.manifest and delta.manifest.head):
-        return {}
-    stored = {layout.runtime_name(name) for name in source.infos}
-    prefixed = any(name.startswith(layout.prefix) for name in source.infos)
-    return {
-        parameter if prefixed else parameter.removeprefix(layout.prefix): parameter
-        for parameter in delta.adapter.extras
-        if parameter not in stored
-    }
-
-
-def _new(delta: AdapterDelta, name: str, parameter: str) -> TensorInfo:
-    return replace(delta.adapter.source.infos[delta.adapter.extras[parameter]], name=name)
-
-
-def _replaced(
-    delta: AdapterDelta, model: OpenModel, layout: Layout, added: Collection[str]
-) -> dict[str, str]:
-    """Tensor -> parameter, for tensors of the model that the adapter trained in full."""
-    infos = model.source.infos
-    names = TensorNames(layout, infos)
-    replaced: dict[str, str] = {}
-    for parameter, key in delta.adapter.extras.items():
-        if parameter in added:
-            continue
-        tensor = names.tensor(parameter)
-        if tensor is None:
-            raise _absent(delta, parameter)
-        shape = delta.adapter.source.infos[key].shape
-        if shape != (known := infos[tensor].shape):
-            _refuse_other_vocabulary(delta, parameter.removesuffix(".weight"), shape, known)
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter} with the shape {shape}, and the model has it with "
-                f"{known}; give the model that it was made for"
-            )
-        if parameter.endswith("embed_tokens.weight") and not any("head" in name for name in infos):
-            raise ArtifactError(
-                f"{delta.directory} trained {parameter} in full, which the model ties to its head: merging "
-                "would change the head too; untie them first, or train without it"
-            )
-        replaced[tensor] = parameter
-    return replaced
-
-
-def _absent(delta: AdapterDelta, parameter: str) -> ArtifactError:
-    """The error for a parameter that was trained in full and that the model does not store."""
-    if is_head(parameter.rpartition(".")[0]):
-        return ArtifactError(
-            f"{delta.directory} trained {parameter} in full, which the model does not store, because its "
-            "head is tied to the embeddings; merge it with PEFT into a model whose embeddings are not tied"
-        )
-    return ArtifactError(
-        f"{delta.directory} trained {parameter} in full, which the model does not have: a new part, such as "
-        "a head for classification, is merged only if train made it; merge it with PEFT into the class of "
-        "transformers that has this part"
-    )
-
-
-def _refuse_other_vocabulary(
-    delta: AdapterDelta, module: str, adapted: tuple[int, ...], stored: tuple[int, ...]
+def _refuse_shape(
+    delta: AdapterDelta, module: str, shares: Sequence[Share], infos: Mapping[str, TensorInfo]
 ) -> None:
-    """Raise ArtifactError if embeddings or a head differ in their rows only."""
-    is_vocabulary = is_head(module) or module.rpartition(".")[2] == "embed_tokens"
-    if is_vocabulary and adapted[1:] == stored[1:]:
-        raise ArtifactError(
-            f"{delta.directory} has {module} with {adapted[0]} rows, and the model with {stored[0]}: it was "
-            "trained with another vocabulary; resize the model (resize_token_embeddings of transformers), "
-            "save it, and give it with --base"
-        )
-
-
-def _refuse_shape(delta: AdapterDelta, module: str, info: TensorInfo) -> None:
+    """Raise ArtifactError if the factors of a module do not fit the tensors that make up its matrix."""
     adapted = (delta.adapter.shape(module, "lora_B")[0], delta.adapter.shape(module, "lora_A")[1])
-    if adapted != info.shape:
-        _refuse_other_vocabulary(delta, module, adapted, info.shape)
+    rows = 0
+    for share in shares:
+        info = infos[share.tensor]
+        shape = info.shape[::-1] if share.transposed else info.shape
+        count = share.of_tensor.size if share.of_tensor else shape[0]
+        rows = max(rows, share.of_module.slice.stop if share.of_module else count)
+        if len(shape) != 2 or adapted[1] != shape[1] or adapted[0] < rows:  # noqa: PLR2004 (a matrix)
+            rows = -1
+            break
+    if rows != adapted[0]:
+        refuse_other_vocabulary(delta, module, adapted, info.shape)
         raise ArtifactError(
             f"{delta.directory} adapts {module} as {adapted}, but {info.name} has the shape {info.shape}"
         )

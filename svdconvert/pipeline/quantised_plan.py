@@ -24,7 +24,7 @@ def rule_of(options: SplitOptions) -> Rule | None:
 
 
 def quantised_names(model: OpenModel, layout: Layout, slots: Mapping[str, Slot]) -> frozenset[str]:
-    """The matrices that are stored in 4 bits: linear layers, but no experts, which transformers fuses.
+    """The matrices that are stored in 4 bits: weights of linear layers, but no experts or other parts.
 
     Raises TargetError if transformers could load none of them in 4 bits.
     """
@@ -34,7 +34,7 @@ def quantised_names(model: OpenModel, layout: Layout, slots: Mapping[str, Slot])
             f"transformers loads no 4-bit weights of a {model_type or 'checkpoint without config.json'}; "
             "leave out --residual-format"
         )
-    names = frozenset(name for name, slot in slots.items() if slot.expert is None)
+    names = frozenset(name for name, slot in slots.items() if slot.expert is None and slot.place is None)
     if not names:
         raise TargetError(
             "all targets are matrices of experts, which transformers fuses and cannot load in 4 bits; add "

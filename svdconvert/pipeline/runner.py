@@ -361,11 +361,12 @@ def source_checksums(staged: StagedOutput) -> dict[str, str]:
 
 
 def file_checksums(staged: StagedOutput) -> dict[str, dict[str, str]]:
-    """Checksum of every tensor written, by file and name."""
+    """Checksum of every tensor or part written into a file that stays, by file and name."""
     files: dict[str, dict[str, str]] = {}
     for record in staged.finished.values():
         for file, checksums in record["files"].items():
-            files.setdefault(file, {}).update(checksums)
+            if file not in staged.temporary:
+                files.setdefault(file, {}).update(checksums)
     return {file: dict(sorted(files[file].items())) for file in sorted(files)}
 
 

@@ -1,7 +1,7 @@
 """Rank and scale of every adapted matrix: computed from the options, written to adapter_config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TypeVar
 
@@ -26,17 +26,29 @@ class Scaling:
         """alpha / rank, or alpha / sqrt(rank) with rslora."""
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
+    def at_rank(self, rank: int) -> "Scaling":
+        """The same scale at another rank."""
+        times = rank / self.rank
+        return replace(self, rank=rank, alpha=self.alpha * (sqrt(times) if self.rslora else times))
+
 
 def scalings(
     layout: Layout, infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], options: SplitOptions
 ) -> dict[str, Scaling]:
-    """Rank and alpha of the tensors in `slots`. Raises TargetError if a pattern matches none."""
+    """Rank and alpha of the tensors in `slots`. Raises TargetError if a pattern matches none.
+
+    If the layout limits ranks, a matrix that is narrower than the rank gets the highest rank that it has,
+    with the same scale, unless a pattern names its rank or all matrices are narrower.
+    """
     ranks = _values_by_tensor(layout, infos, slots, options.rank_pattern or {})
     alphas = _values_by_tensor(layout, infos, slots, options.alpha_pattern or {})
     found = {}
     for name in slots:
         rank = ranks.get(name, options.rank)
         found[name] = Scaling(rank, float(alphas.get(name, options.alpha or rank)), options.rslora)
+    narrow = {name: min(infos[name].shape) for name in slots if min(infos[name].shape) < found[name].rank}
+    if layout.limits_ranks and len(narrow) < len(slots):
+        found |= {name: found[name].at_rank(rank) for name, rank in narrow.items() if name not in ranks}
     return found
 
 

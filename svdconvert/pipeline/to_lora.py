@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from svdconvert.adapters import rwkv_peft
 from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import contains_adapters
-from svdconvert.checkpoint.tensors import tensor_bytes
+from svdconvert.adapters.stacked import Stack
+from svdconvert.checkpoint.tensors import dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
 from svdconvert.config.progress import Progress
 from svdconvert.hub.reference import is_repository
 from svdconvert.inputs.adapter_delta import AdapterDelta
+from svdconvert.linalg.delta import Product
 from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import LoraResult
@@ -29,6 +32,7 @@ from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer
+from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.lora_plan import LoraPlan, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
 
@@ -62,10 +66,15 @@ class LoraJob:
     def write(self, staged: StagedOutput, run: Run) -> None:
         """Write the factors of every module and the parameters trained in full."""
         modules = self.plan.delta.modules
-        for done, module in enumerate(modules, 1):
+        done = 0
+        for module in self.plan.form.pieces:
             if module not in staged.finished:
                 staged.finish(module, _write_module(self.plan, module, staged))
-            run.track(Progress(module, self.plan.file.path, done, len(modules)))
+            run.track(Progress(module, self.plan.file.path, done := done + 1, len(modules)))
+        for stack in self.plan.form.stacks:
+            _write_experts(self.plan, stack, staged)
+            done += len(stack.members)
+            run.track(Progress(stack.parameter, self.plan.file.path, done, len(modules)))
         for parameter, name in self.plan.keys.extras.items():
             if name not in staged.finished:
                 tensor = cast_finite(parameter, self.plan.delta.parameter(parameter), self.plan.dtype)
@@ -130,37 +139,82 @@ def _missed(manifest: Manifest | None) -> dict[str, float]:
 
 
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:
-    left, right = exact_factors(plan.delta, module)
-    if plan.truncation is not None:
-        left, right = truncate(left, right, plan.truncation.ranks[module])
-    norm = product_norm(left, right)
+    left, right = _factors(plan, module)
     missing = plan.rank - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
-    tensors = {
-        plan.keys.pieces[module, factor]: cast_finite(f"{module}.{factor}", tensor, plan.dtype)
-        for factor, tensor in padded.items()
+    checksums: dict[str, str] = {}
+    stored = {
+        factor: cast_finite(f"{module}.{factor}", tensor, plan.dtype) for factor, tensor in padded.items()
     }
-    for name, tensor in tensors.items():
-        staged.write(plan.file.path, name, tensor)
-    checksums = {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
-    stored = [tensors[plan.keys.pieces[module, factor]] for factor in ("lora_B", "lora_A")]
+    for written, rows in plan.form.pieces[module]:
+        for factor in padded:
+            own = stored[factor][rows.slice].contiguous() if rows and factor == "lora_B" else stored[factor]
+            name = plan.keys.pieces[written, factor]
+            own = own.T.contiguous() if module in plan.delta.adapter.embeddings else own
+            staged.write(plan.file.path, name, own)
+            checksums[name] = checksum(tensor_bytes(own))
+    return {
+        "files": {plan.file.path: checksums},
+        "note": _note(plan, left, right, (stored["lora_B"], stored["lora_A"])),
+    }
+
+
+def _factors(plan: LoraPlan, module: str) -> Product:
+    left, right = exact_factors(plan.delta, module)
+    return truncate(left, right, plan.truncation.ranks[module]) if plan.truncation else (left, right)
+
+
+def _note(plan: LoraPlan, left: Tensor, right: Tensor, stored: Product) -> dict[str, float]:
     lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *stored)
-    return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost}}
+    return {"norm": product_norm(left, right), "lost": lost}
+
+
+def _write_experts(plan: LoraPlan, stack: Stack, staged: StagedOutput) -> None:
+    """Write the factors of all experts of a parameter, which are in memory together."""
+    if all(member.module in staged.finished for member in stack.members):
+        return
+    notes: dict[str, dict[str, float]] = {}
+    factors: dict[tuple[str, str], Tensor] = {}
+    for member in stack.members:
+        left, right = _factors(plan, member.module)
+        missing = member.rank - left.shape[1]  # a truncation to rank 0 is written as rank 1
+        stored = {
+            "lora_B": cast_finite(f"{member.module}.lora_B", pad(left, (0, missing)), plan.dtype),
+            "lora_A": cast_finite(f"{member.module}.lora_A", pad(right, (0, 0, 0, missing)), plan.dtype),
+        }
+        factors |= {(member.module, factor): tensor for factor, tensor in stored.items()}
+        notes[member.module] = _note(plan, left, right, (stored["lora_B"], stored["lora_A"]))
+
+    def read(module: str, factor: str, rows: slice) -> Tensor:
+        return factors[module, factor][rows]
+
+    write_stack(staged, plan.file.path, stack, dtype_code(plan.dtype), read)
+    for module, note in notes.items():
+        staged.finish(module, {"files": {}, "note": note})
 
 
 def _config(plan: LoraPlan) -> AdapterConfig:
-    """Scale 1 (alpha is the rank), no rslora, no patterns; the base is named if it is on the Hub."""
+    """Scale 1 (alpha is the rank), no rslora, no patterns but for fused experts of another rank.
+
+    The base is named if it is on the Hub.
+    """
     own = plan.delta.adapter.config
     mixed = contains_adapters(plan.delta.adapter.extras, plan.delta.modules)
+    form = plan.form
+    patterns = form.rank_pattern(plan.rank)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,
-        targets=own.targets,
+        targets=form.targets,
+        parameters=form.parameters,
+        peft_type=WITH_PARAMETERS if mixed else form.peft_type,
+        rank_pattern=patterns,
+        alpha_pattern={name: float(rank) for name, rank in patterns.items()},
         base=_base_repository(plan.delta),
         task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,
-        peft_type=WITH_PARAMETERS if mixed else "LORA",
+        fan_in_fan_out=own.fan_in_fan_out,
     )
 
 

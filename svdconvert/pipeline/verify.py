@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.matrix_factors import matrix_factors
 from svdconvert.adapters.peft_files import Adapter
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
 from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.config.execution import Run
@@ -17,11 +19,13 @@ from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.open_adapter import open_initial_adapter
 from svdconvert.inputs.storage_format import decoded
 from svdconvert.linalg.blocks import rows_at_once
+from svdconvert.linalg.delta import Product
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.low_rank import singular_values
 from svdconvert.linalg.threads import parallel_matrices, worker_pool
 from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
+from svdconvert.manifest.place import Place
 from svdconvert.manifest.schema import Manifest, Matrix
 from svdconvert.output.file_kinds import is_named_as_weights
 from svdconvert.output.sidecars import read_config
@@ -117,7 +121,7 @@ def check_directory(
 def check_files(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str, str | None]]:
     """(file, tensor, fault or None) for every tensor that is stored or listed."""
     for file, checksums in manifest.files.items():
-        source = open_file(directory / file)
+        source = with_known_parts(open_file(directory / file), checksums)
         for name in [*checksums, *(name for name in source.infos if name not in checksums)]:
             if name not in source.infos:
                 yield file, name, "is missing"
@@ -152,6 +156,7 @@ def check_matrices(
 ) -> Iterator[MatrixCheck]:
     """Compare every adapted matrix with the base, several at the same time."""
     initial = open_initial_adapter(directory, manifest)
+    base = with_known_parts(base, manifest.matrices)
     residual = _open_residual(directory, manifest) if manifest.base_is_residual else None
 
     def check_one(name: str) -> MatrixCheck:
@@ -181,30 +186,36 @@ def check_matrices(
 
 def _open_residual(directory: Path, manifest: Manifest) -> TensorSource:
     stored = open_checkpoint(directory)
-    if not any(matrix.quantised for matrix in manifest.matrices.values()):
-        return stored
-    return decoded(stored, read_config(directory), directory)
+    if any(matrix.quantised for matrix in manifest.matrices.values()):
+        stored = decoded(stored, read_config(directory), directory)
+    return with_known_parts(stored, manifest.matrices)
 
 
 def check_matrix(
     initial: Adapter, matrix: Matrix, name: str, base: TensorSource, residual: TensorSource | None
 ) -> MatrixCheck:
     """Compare one matrix with its base. `residual` is None if the method leaves the base unchanged."""
-    rows = rows_at_once(*matrix.shape)
+    rows = rows_at_once(*base.infos[name].shape)
     weights = rows_to_compute(base, name, rows)
     pairs = (
         ((each, each) for each in weights)
         if residual is None
         else zip(weights, rows_to_compute(residual, name, rows), strict=True)
     )
-    factors = initial.factors(matrix.module)
-    scale = initial.config.scale(matrix.module)
-    sums = _compare(pairs, factors, scale, torch_dtype(matrix.dtype))
+    factors, scale = matrix_factors(initial, matrix)
+    sums = _compare(pairs, _as_stored(factors, scale, matrix.place), torch_dtype(matrix.dtype))
     error = sqrt(sums.error / sums.base) if sums.base else float(sums.error > 0)
     faults = [*_error_fault(matrix, error), *_sigma_faults(matrix, _slice_sigma(factors, scale))]
     if residual is not None:
         faults += _energy_fault(matrix, 1.0 - sums.residual / sums.base if sums.base else 1.0)
     return MatrixCheck(name, error, sums.exact, prod(matrix.shape), tuple(faults))
+
+
+def _as_stored(factors: Factors, scale: float, place: Place | None) -> Product:
+    """(left, right) whose product is the part of the tensor that the factors hold."""
+    left, right = factors.folded()
+    left = left * scale
+    return (right.T, left.T) if place is not None and place.transposed else (left, right)
 
 
 def _slice_sigma(factors: Factors, scale: float) -> Tensor:
@@ -227,14 +238,11 @@ class _Sums:
     exact: int = 0
 
 
-def _compare(
-    pairs: Iterable[tuple[Tensor, Tensor]], factors: Factors, scale: float, dtype: torch.dtype
-) -> _Sums:
+def _compare(pairs: Iterable[tuple[Tensor, Tensor]], product: Product, dtype: torch.dtype) -> _Sums:
     """Merge and compare one block of rows at a time, so that no entire matrix is in memory."""
     sums = _Sums()
     start = 0
-    left, right = factors.folded()
-    left = left * scale
+    left, right = product
     for weight, residual in pairs:
         base_part = weight.float()
         residual_part = residual.float()

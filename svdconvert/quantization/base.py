@@ -37,6 +37,8 @@ class Coded:
     """Stored tensors that belong to the weight and on which its values do not depend, such as input_scale."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What else the format needs to know, such as the size of a block."""
+    by_rows: bool = False
+    """True if every part has the first dimension of the decoded tensor, and belongs to it index by index."""
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -71,7 +71,8 @@ def _stack(info: TensorInfo, scale: TensorInfo) -> Coded:
     require_shape(scale, (experts, rows, groups))
     parts = {"codes": info.name, "scale": scale.name}
     shape = (experts, groups * _GROUP, rows)
-    return Coded(info.name.removesuffix("_blocks"), shape, parts, 4, settings={"stacked": True})
+    name = info.name.removesuffix("_blocks")
+    return Coded(name, shape, parts, 4, by_rows=True, settings={"stacked": True})
 
 
 def _matrix(path: str, info: TensorInfo, scale: TensorInfo, infos: Mapping[str, TensorInfo]) -> Coded:
@@ -79,7 +80,7 @@ def _matrix(path: str, info: TensorInfo, scale: TensorInfo, infos: Mapping[str, 
     require_shape(scale, (rows, groups_of(info, _GROUP)))
     unused = tuple(path + end for end in ("input_global_scale", "input_scale") if path + end in infos)
     parts = {"codes": info.name, "scale": scale.name}
-    return Coded(f"{path}weight", (rows, 2 * columns), parts, 4, unused, {"stacked": False})
+    return Coded(f"{path}weight", (rows, 2 * columns), parts, 4, unused, settings={"stacked": False})
 
 
 FORMAT = MxFp4()

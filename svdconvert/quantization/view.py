@@ -1,14 +1,17 @@
 """A checkpoint whose quantised weights are shown as float tensors, without their companions."""
 
 from collections.abc import Collection, Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.checkpoint.parts import find_part, undivided
 from svdconvert.checkpoint.tensors import (
     OnChunk,
     TensorInfo,
     TensorSource,
     blocks_of_rows,
     in_chunks,
+    read_rows,
     read_whole,
     tensor_bytes,
     torch_dtype,
@@ -63,17 +66,27 @@ class DecodedSource:
         """The tensor in the element type of `infos`, in newly allocated memory."""
         return read_whole(self, name)
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource."""
         if name not in self.coded:
-            yield from self.stored.chunks(name, size, buffer)
+            yield from self.stored.chunks(name, size, buffer, section)
             return
+        info = self.infos[name]
+        first, last, _ = (section or slice(None)).indices(info.nbytes)
+        per_row = max(1, info.nbytes // max(1, info.shape[0]))
+        rows = slice(first // per_row, -(-last // per_row))
+        skipped = first - rows.start * per_row  # a section may begin or end within a row
+        left = last - first
         end = 0
-        for block in self.float32_blocks(name):
-            data = tensor_bytes(self.rounded(name, block))
+        for block in self.float32_blocks(name, rows=rows):
+            data = tensor_bytes(self.rounded(name, block))[skipped:][:left]
+            skipped = 0  # it is less than a row
             part = None if buffer is None else buffer[end : end + len(data)]
             yield from in_chunks(data, size, part)
             end += len(data)
+            left -= len(data)
 
     def only(self, names: Collection[str]) -> "DecodedSource":
         """The same checkpoint with only these weights decoded, the others as they are in the files."""
@@ -81,18 +94,28 @@ class DecodedSource:
         return DecodedSource(self.stored, chosen, self._dtype)
 
     def float32_blocks(
-        self, name: str, step: int | None = None, parts: Parts | None = None
+        self, name: str, step: int | None = None, parts: Parts | None = None, rows: slice | None = None
     ) -> Iterator["Tensor"]:
         """The rows of a decoded tensor in float32, `step` of them at a time, in newly allocated memory.
 
-        `parts` replace the stored ones.
+        `parts` replace the stored ones; `rows` (start and stop) are some of the rows.
         """
         plugin, coded = self.coded[name]
+        start, stop, _ = (rows or slice(None)).indices(coded.shape[0])
+        step = step or max(1, _VALUES_AT_ONCE // max(1, coded.count // max(1, coded.shape[0])))
+        if coded.by_rows and parts is None:
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                yield plugin.decode(coded, self._rows_of_parts(name, first, last), slice(0, last - first))
+            return
         parts = parts or self.parts(name)
-        rows = coded.shape[0]
-        step = step or max(1, _VALUES_AT_ONCE // max(1, coded.count // max(1, rows)))
-        for start in range(0, rows, step):
-            yield plugin.decode(coded, parts, slice(start, min(start + step, rows)))
+        for first in range(start, stop, step):
+            yield plugin.decode(coded, parts, slice(first, min(first + step, stop)))
+
+    def _rows_of_parts(self, name: str, first: int, last: int) -> Parts:
+        """The stored tensors of some rows of a weight whose parts all have its first dimension."""
+        stored = self.coded[name][1].parts
+        return {part: read_rows(self.stored, name, slice(first, last)) for part, name in stored.items()}
 
     def rounded(self, name: str, block: "Tensor") -> "Tensor":
         """Decoded values in the element type of `infos`.
@@ -143,16 +166,31 @@ def detect_formats(
     return found
 
 
+def _find(source: TensorSource, name: str) -> tuple[DecodedSource, str, slice] | None:
+    """(view, quantised weight, rows) of a tensor or part that is stored as codes; None for all others."""
+    view = undivided(source)
+    if not isinstance(view, DecodedSource):
+        return None
+    if name in view.coded:
+        return view, name, slice(0, view.infos[name].shape[0])
+    part = find_part(view.infos, name)
+    if part is None or part.whole not in view.coded:
+        return None
+    whole = view.infos[part.whole]
+    per_row = max(1, whole.nbytes // whole.shape[0])
+    first = part.begin // per_row
+    return view, part.whole, slice(first, first + part.info.nbytes // per_row)
+
+
 def is_decoded(source: TensorSource, name: str) -> bool:
-    """True for a tensor that is stored as codes."""
-    return isinstance(source, DecodedSource) and name in source.coded
+    """True for a tensor, or a part of one, that is stored as codes."""
+    return _find(source, name) is not None
 
 
 def computed_nbytes(source: TensorSource, name: str) -> int:
     """The size in bytes of what `read_to_compute` returns."""
-    if isinstance(source, DecodedSource) and name in source.coded:
-        return 4 * source.coded[name][1].count
-    return source.infos[name].nbytes
+    info = source.infos[name]
+    return 4 * prod(info.shape) if is_decoded(source, name) else info.nbytes
 
 
 def read_to_compute(
@@ -169,24 +207,30 @@ def read_to_compute(
     """
     import torch
 
-    if not isinstance(source, DecodedSource) or name not in source.coded:
+    found = _find(source, name)
+    if found is None:
         return read_whole(source, name, buffer, on_chunk, size)
+    view, weight, rows = found
     nbytes = computed_nbytes(source, name)
     raw = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
-    whole = raw.view(torch.float32).reshape(source.infos[name].shape)
+    whole = raw.view(torch.float32).reshape(rows.stop - rows.start, *view.infos[weight].shape[1:])
     start = 0
-    for block in source.float32_blocks(name):
+    for block in view.float32_blocks(weight, rows=rows):
         whole[start : start + len(block)] = block
         start += len(block)
         if on_chunk is not None:
-            data = tensor_bytes(source.rounded(name, block))
+            data = tensor_bytes(view.rounded(weight, block))
             for chunk in in_chunks(data, size or max(1, len(data))):
                 on_chunk(chunk)
-    return whole
+    return whole.reshape(source.infos[name].shape)
 
 
 def rows_to_compute(source: TensorSource, name: str, rows: int) -> Iterator["Tensor"]:
     """As `blocks_of_rows`, but a quantised weight is in float32, as `read_to_compute` returns it."""
-    if isinstance(source, DecodedSource) and name in source.coded:
-        return source.float32_blocks(name, rows)
-    return blocks_of_rows(source, name, rows)
+    found = _find(source, name)
+    if found is None:
+        return blocks_of_rows(source, name, rows)
+    view, weight, own = found
+    if len(source.infos[name].shape) == len(view.infos[weight].shape):
+        return view.float32_blocks(weight, rows, rows=own)
+    return iter(read_to_compute(source, name).split(rows))  # one matrix of a stack

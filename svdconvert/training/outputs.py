@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from svdconvert.adapters.adapter_config import CONFIG, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import contains_adapters, declaration, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, adapter_infos, key
+from svdconvert.adapters.stacked import Stack, stacks_of
+from svdconvert.checkpoint.parts import index_of
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, dtype_code, tensor_bytes, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.sizes import parse_size
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import TrainResult
@@ -27,13 +30,15 @@ from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import FileRole, PlannedFile, plan_file, plan_model
 from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.runner import file_checksums
 from svdconvert.training.data.dataset import TrainingData
 from svdconvert.training.data.packing import require_packing_support
 from svdconvert.training.model.extra_parameters import ParameterShapes, extract_parameters, unfreeze
 from svdconvert.training.model.inject import extract_factors, inject_adapters
-from svdconvert.training.model.load import head_config, load_classifier, load_network, replace_weights
+from svdconvert.training.model.load import head_config, load_classifier, load_network
 from svdconvert.training.model.quantised_loading import densify, open_quantised
+from svdconvert.training.model.residuals import replace_weights
 from svdconvert.training.start import AdapterStart, FullStart, TrainingStart
 
 _SHARD_SIZE = "5GB"
@@ -97,7 +102,7 @@ class TrainedAdapter:
         run: Run,
     ) -> "TrainedAdapter":
         """Load the weights in `dtype`, or as stored if that is None, and inject the adapters."""
-        layout = LAYOUTS.get(start.layout)
+        layout = layout_of_weights(start.layout, start.weights)
         head: Mapping[str, Any] = {}
         if data.labels is None:
             network = load_network(start.weights, layout, dtype, run)
@@ -108,7 +113,7 @@ class TrainedAdapter:
             head = head_config(network)
             start = replace(start, fully_trained={**start.fully_trained, **new_parameters})
         paths = start.network_paths()
-        replace_weights(network, {paths[module]: weight for module, weight in start.residuals.items()})
+        replace_weights(network, start.residuals, start.matrices, paths)
         if options.packing:
             require_packing_support(network)
         inject_adapters(
@@ -118,6 +123,7 @@ class TrainedAdapter:
             options.dropout,
             corrected=options.corrected_gradient,
             paths=paths,
+            projections=start.projections(),
         )
         unfreeze(network, start.fully_trained, layout)
         return TrainedAdapter(start, network, head)
@@ -140,7 +146,9 @@ class TrainedAdapter:
     def write_weights(self, staged: StagedOutput) -> None:
         """Write both adapters."""
         start = self.start
-        parameters = extract_parameters(self.network, start.fully_trained, LAYOUTS.get(start.layout))
+        parameters = extract_parameters(
+            self.network, start.fully_trained, layout_of_weights(start.layout, start.weights)
+        )
         _write_adapter(staged, self._initial_file, start.factors)
         _write_adapter(staged, self._trained_file, extract_factors(self.network), parameters)
 
@@ -199,9 +207,12 @@ def _plan_adapter(
 ) -> PlannedFile:
     """The adapter's file at `path`: factors in `dtype`, by default their own; other parameters in float32."""
     infos: list[TensorInfo] = []
-    for module, module_factors in factors.items():
+    for module, module_factors in _single_modules(factors).items():
         for name, tensor in module_factors.pieces().items():
             infos += adapter_infos(module, {name: tuple(tensor.shape)}, dtype_code(dtype or tensor.dtype))
+    for stack in _stacks(factors):
+        stored = dtype or factors[stack.members[0].module].left_OR.dtype
+        infos += stack.infos(dtype_code(stored))
     infos += [
         TensorInfo(extra_key(name, factors), shape, "F32") for name, shape in (fully_trained or {}).items()
     ]
@@ -217,12 +228,33 @@ def _write_adapter(
     """Write all tensors of an adapter's file."""
     tensors = {
         key(module, name): tensor
-        for module, module_factors in factors.items()
+        for module, module_factors in _single_modules(factors).items()
         for name, tensor in module_factors.pieces().items()
     }
+    for stack in _stacks(factors):
+        dtype = dtype_code(factors[stack.members[0].module].left_OR.dtype)
+        write_stack(staged, file.path, stack, dtype, partial(_rows_of, factors))
     tensors |= {extra_key(name, factors): tensor for name, tensor in (parameters or {}).items()}
     for name, tensor in tensors.items():
         _write_tensor(staged, file.path, name, tensor)
+
+
+def _single_modules(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Those whose factors have tensors of their own in an adapter's file."""
+    return {module: each for module, each in factors.items() if index_of(module) is None}
+
+
+def _stacks(factors: Mapping[str, Factors]) -> list[Stack]:
+    """Those whose factors are stored together, with all experts of a parameter."""
+    shapes = {
+        module: (each.left_OR.shape[0], each.right_RI.shape[1], each.rank) for module, each in factors.items()
+    }
+    cores = {name for each in factors.values() for name in each.pieces()} - {"lora_A", "lora_B"}
+    return stacks_of(shapes, next(iter(cores), None))
+
+
+def _rows_of(factors: Mapping[str, Factors], module: str, factor: str, rows: slice) -> Tensor:
+    return factors[module].pieces()[factor][rows]
 
 
 def _write_tensor(staged: StagedOutput, file: str, name: str, tensor: Tensor) -> None:
@@ -245,7 +277,7 @@ class FineTunedModel:
 
         Raises ArtifactError if a trained parameter could not be written back under the checkpoint's names.
         """
-        layout = LAYOUTS.get(start.layout)
+        layout = layout_of_weights(start.layout, start.weights)
         network = load_network(start.weights, layout, torch.float32, run)
         densify(network)
         network.requires_grad_(True)
@@ -262,7 +294,7 @@ class FineTunedModel:
 
     def _parameters_by_tensor(self) -> dict[str, Tensor]:
         """Tensor on disk -> parameter of the network, for all tensors that are parameters."""
-        layout = LAYOUTS.get(self.start.layout)
+        layout = layout_of_weights(self.start.layout, self.start.weights)
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         paths = {name: layout.runtime_name(name) for name in self.source.infos}
         return {name: parameters[path] for name, path in paths.items() if path in parameters}

@@ -9,19 +9,21 @@ from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, digest
 from svdconvert.manifest.schema import Manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.adapter_targets import refuse_dropout
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.logs.drift import measure_drift
 from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
-from svdconvert.training.model.compare import embedding_rows, require_embedded
+from svdconvert.training.model.compare import embedding_rows, require_embedded, require_image_tokens
+from svdconvert.training.model.towers import adapts_tower, untrained_towers
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
@@ -130,16 +132,20 @@ def load_training_job(
     """
     dropout = start.config.dropout if isinstance(start, AdapterStart) else 0.0
     options = resolve_defaults(options, METHODS.get(start.method), dropout, run.notify)
-    layout = LAYOUTS.get(start.layout)
+    if isinstance(start, AdapterStart):
+        refuse_dropout(options.dropout, start.config.parameters)
+    layout = layout_of_weights(start.layout, start.weights)
     data = open_training_data(start.weights, layout, options, trust_remote_code=run.trust_remote_code)
-    for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings):
+    matrices = start.matrices.values() if isinstance(start, AdapterStart) else ()
+    idle = untrained_towers(matrices, data.splits) if adapts_tower(matrices) else None
+    for warning in (learning_rate_warning(start.method, options.lr or 0.0), *data.splits.warnings, idle):
         if warning:
             run.notify(warning)
-    accelerator = make_accelerator(options)
+    accelerator = make_accelerator(options, some_unused=adapts_tower(matrices))
     output = load_output(start, options, data, accelerator.mixed_precision, run)
     data = data.padded_below(embedding_rows(output.network))
-    examples = (*data.splits.train, *data.splits.held_out)
-    require_embedded(start.weights, output.network, data.tokenizer, examples)
+    require_embedded(start.weights, output.network, data.tokenizer, data.splits.all)
+    require_image_tokens(start.weights, output.network, data.tokenizer, data.splits.all)
     job = TrainingJob(
         start=start,
         options=options,
@@ -169,7 +175,7 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
     if checkpoints.step:
         staged.keep()
         run.notify(f"going on from {staged.path}: {checkpoints.step} steps are done")
-    samples = Samples.of(network, job.data.tokenizer, job.data.splits.held_out, options)
+    samples = Samples.of(network, job.data, options)
     trackers = Trackers(job.accelerator, options, staged.out.name)
     metrics = MetricsLog(staged.path, checkpoints.step, samples, trackers, leads=run.ranks.leads)
     initial: Mapping[str, Factors] = {}

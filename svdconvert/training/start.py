@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdconvert.adapters.adapter_config import PER_EXPERT, AdapterConfig
+from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
+from svdconvert.adapters.stacked import stack_factors
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
@@ -16,8 +18,8 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
-from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
-from svdconvert.layouts.base import LAYOUTS
+from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
+from svdconvert.inputs.placed import Projection, projections_of
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import Checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
@@ -53,7 +55,7 @@ class AdapterStart:
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
     residuals: Mapping[str, Tensor | QuantisedWeight] = field(default_factory=dict)
-    """Module -> residual, if `weights` holds the base and the method needs a residual."""
+    """Tensor of the base -> its residual, if `weights` holds the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
 
@@ -61,9 +63,18 @@ class AdapterStart:
         """Module -> (factors, scale)."""
         return {module: (factors, self.config.scale(module)) for module, factors in self.factors.items()}
 
+    def projections(self) -> dict[str, Projection]:
+        """Module -> its place, for the experts that have factors of their own."""
+        return {
+            projection.module: projection
+            for matrix in self.matrices.values()
+            if matrix.place is not None
+            for projection in projections_of(matrix.module, matrix.place, matrix.shape[0])
+        }
+
     def network_paths(self) -> dict[str, str]:
         """Module, as the adapter names it -> its path in the network."""
-        layout = LAYOUTS.get(self.layout)
+        layout = layout_of_weights(self.layout, self.weights)
         return {matrix.module: layout.network_path(name) for name, matrix in self.matrices.items()}
 
 
@@ -101,7 +112,7 @@ def open_training_start(
     else:
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-        opened = open_model(model)
+        opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
         _refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
             return FullStart(
@@ -111,14 +122,9 @@ def open_training_start(
                 base=opened.origin(),
             )
         start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
-    if start.config.peft_type == PER_EXPERT:
-        raise ArtifactError(
-            f"{model} adapts experts one by one, but transformers fuses them at run time, so train "
-            "cannot inject them; decompose with --targets attn, or train it elsewhere"
-        )
     if not train_also:
         return start
-    layout = LAYOUTS.get(start.layout)
+    layout = layout_of_weights(start.layout, start.weights)
     return replace(
         start, fully_trained=choose_parameters(opened.source.infos, layout, start.matrices, train_also)
     )
@@ -213,6 +219,7 @@ def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    source = with_known_parts(source, known)
     for name, mark in known.items():
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
@@ -241,32 +248,35 @@ def start_from_decomposed(
 
 def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
+    source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
     residuals: dict[str, Tensor | QuantisedWeight] = {}
     checksums: dict[str, str] = {}
-    total_bytes = sum(model.source.infos[name].nbytes for name in plan.slots)
+    total_bytes = sum(source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
         hasher = Checksum()
-        stored = read_to_compute(model.source, name, on_chunk=hasher.update)
+        stored = read_to_compute(source, name, on_chunk=hasher.update)
         checksums[name] = hasher.text()
-        initial, base, matrix = split_tensor(plan, name, stored, alone=True)
-        matrices[name] = matrix
-        factors[matrix.module] = initial
+        initial, base, matrices[name] = split_tensor(plan, name, stored, alone=True)
+        factors |= {piece.module: piece.of(initial) for piece in plan.adapter.pieces[name]}
         if isinstance(base, Quantized):
-            residuals[matrix.module] = weight_in_memory(base, decoded_dtype(plan.infos[name]))
+            residuals[name] = weight_in_memory(base, decoded_dtype(plan.infos[name]))
         elif plan.method.residual:
-            residuals[matrix.module] = base
-        done_bytes += model.source.infos[name].nbytes
+            residuals[name] = base
+        done_bytes += source.infos[name].nbytes
         track(Progress(name, "", done_bytes, total_bytes))
+    for stack in plan.adapter.stacks:
+        own = {member.module: factors.pop(member.module) for member in stack.members}
+        factors |= stack_factors(stack, own)
     return AdapterStart(
         weights=model.path,
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
         base_is_residual=plan.base_is_residual,
-        config=plan.adapter_config(),
+        config=plan.adapter.config,
         base=model.origin(checksums),
         residual=None,
         matrices=matrices,

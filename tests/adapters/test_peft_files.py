@@ -157,9 +157,11 @@ def test_magnitudes_that_the_configuration_does_not_mention_are_not_dropped(
         open_adapter(directory)
 
 
-def test_transposed_layers_are_refused(saved: Callable[..., Path]) -> None:
-    with pytest.raises(ArtifactError, match="fan_in_fan_out"):
-        open_adapter(edit(saved(), fan_in_fan_out=True))
+def test_transposed_layers_are_read_and_written(saved: Callable[..., Path]) -> None:
+    assert not open_adapter(saved()).config.fan_in_fan_out
+    config = open_adapter(edit(saved(), fan_in_fan_out=True)).config
+    assert config.fan_in_fan_out
+    assert json.loads(config.text())["fan_in_fan_out"] is True
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])

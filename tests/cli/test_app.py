@@ -61,7 +61,7 @@ def test_list_as_json_has_a_row_for_each() -> None:
     methods = json.loads(succeeded("list", "methods", "--json").out)
     assert [row["method"] for row in methods] == METHODS.names()
     layouts = json.loads(succeeded("list", "layouts", "--json").out)
-    assert [row["layout"] for row in layouts] == LAYOUTS.names()
+    assert [row["layout"] for row in layouts] == [*LAYOUTS.names(), "auto", "names"]
     formats = json.loads(succeeded("list", "formats", "--json").out)
     assert [row["format"] for row in formats] == FORMATS.names()
 
@@ -71,7 +71,8 @@ def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COLUMNS", "80")
     lines = succeeded("list", what).out.splitlines()
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert names == {"methods": METHODS, "layouts": LAYOUTS, "formats": FORMATS}[what].names()
+    layouts = [*LAYOUTS.names(), "auto", "names"]
+    assert names == {"methods": METHODS.names(), "layouts": layouts, "formats": FORMATS.names()}[what]
     assert max(map(len, lines)) <= 80
 
 

@@ -1,11 +1,14 @@
 """Peak memory is a few matrices, independent of the size of the model and of its shards."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests import medium
 from tests.process import finish, start
@@ -49,6 +52,32 @@ def test_memory_depends_on_the_largest_matrix_and_not_on_the_model(
     # A model three times as large must not need the memory of one matrix more. The peaks vary by a few per
     # cent with the timing of reading, computing and writing.
     assert large - small < LARGEST, f"{large / small:.3f} times the memory"
+
+
+EXPERT = 1024 * 1024 * 4
+"""Bytes of one expert in float32."""
+
+
+def _stacked(directory: Path, experts: int) -> Path:
+    """A checkpoint whose only matrices are the experts of a layer in two tensors, and its decomposition."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    path = "model.layers.0.mlp.experts"
+    tensors = {
+        f"{path}.gate_up_proj": torch.randn(experts, 1024, 1024),
+        f"{path}.down_proj": torch.randn(experts, 1024, 512),
+    }
+    save_file(tensors, directory / "model.safetensors")
+    split = directory.with_name(f"{directory.name}-split")
+    finish(start("decompose", directory, "-o", split, "--rank", 4, "--tol", 0.1))
+    return directory
+
+
+@pytest.mark.parametrize("command", ["decompose", "merge", "verify", "to-lora"])
+def test_memory_does_not_depend_on_the_number_of_stacked_experts(command: str, tmp_path: Path) -> None:
+    few, many = (_stacked(tmp_path / f"{experts}", experts) for experts in (6, 40))
+    peaks = [_peak([*_command(command, model, tmp_path / f"out-{model.name}")]) for model in (few, many)]
+    assert peaks[1] - peaks[0] < 4 * EXPERT, f"{(peaks[1] - peaks[0]) / 1e6:.0f} MB more for 34 experts more"
 
 
 def _command(command: str, model: Path, out: Path) -> list[object]:

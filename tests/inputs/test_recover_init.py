@@ -20,6 +20,7 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.recovered_init import RecoveredInit
+from svdconvert.inputs.tensor_names import Share
 from svdconvert.pipeline.merge import MergeOptions
 from tests.program import refused, succeeded
 from tests.stock import TOKENS, adapted, logits, plain, start_of, tensors, trained_from
@@ -127,7 +128,7 @@ def test_a_residual_that_is_too_coarse_is_refused(tmp_path: Path) -> None:
         save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
     base, residual = (SafetensorsSource([tmp_path / f"{name}.safetensors"]) for name in ("base", "residual"))
     with pytest.raises(ArtifactError, match="rounded too coarsely .* merge --from residual, .* --init"):
-        RecoveredInit(base, residual, {"m": "w"}, {"m": 1}, {"m": 1.0}).factors("m")
+        RecoveredInit(base, residual, {"m": [Share("w")]}, {"m": 1}, {"m": 1.0}).factors("m")
 
 
 # --- adapters that PEFT made ------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ VALUES: dict[str, Words] = {
     "--quant-start": ["loftq"],
     "--quant-iterations": [1],
     "--double-quant": [],
+    "--experts": ["each"],
     "--layout": ["bert"],
     "--base": [Path("other")],
     "--residual": [Path("other")],

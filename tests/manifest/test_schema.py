@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from svdconvert.checkpoint.safetensors_files import SafetensorsSource
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.manifest.fingerprint import Fingerprint, checksum
+from svdconvert.manifest.place import Place, Rows
 from svdconvert.manifest.results import (
     KeptUpdate,
     LoraResult,
@@ -46,6 +48,36 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert has_manifest(tmp_path)
     assert read_manifest(tmp_path) == MANIFEST
     assert (tmp_path / "svdconvert.json").read_text().endswith("}\n")
+
+
+def test_the_place_of_an_expert_is_read_back(tmp_path: Path) -> None:
+    place = Place(
+        parameter="m.experts.gate_up_proj",
+        expert=3,
+        rows=Rows(0, 2, 2),
+        transposed=True,
+        projections=("gate_proj", "up_proj"),
+        interleaved=True,
+    )
+    manifest = replace(MANIFEST, matrices={"w[3]": replace(MATRIX, place=place)})
+    manifest.write(tmp_path)
+    found = read_manifest(tmp_path).matrices["w[3]"].place
+    assert found is not None and found.rows is not None
+    assert found.rows.slice == slice(0, 4, 2)
+    assert replace(found, projections=tuple(found.projections)) == place
+
+
+@pytest.mark.parametrize(
+    "change", [{"expert": -1}, {"expert": 1 << 40}, {"rows": [0, 4, 0]}, {"rows": [-3, 4, 1]}]
+)
+def test_a_place_that_no_model_has_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    path = tmp_path / "svdconvert.json"
+    values = json.loads(path.read_text())
+    values["matrices"]["w"]["place"] = {"parameter": "m.w", **change}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="is damaged at matrices.w.place"):
+        read_manifest(tmp_path)
 
 
 def test_a_manifest_without_base_or_matrices_is_read(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ ShareGPT does (`conversations` with from and value).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.json_text import parse_json
@@ -43,6 +44,7 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss")
 DATE = datetime(2024, 7, 26)
 """The date that chat templates print. It is constant, so that a run gives the same bytes on every day; this
 is the one that Llama 3's own template prints if it is given none."""
+_PROBE = "svdconvert-text"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZ"
 
 
@@ -75,9 +77,14 @@ def chat_of_prompt(prompt: str, response: str, row: Row) -> Chat:
     return Chat(turns, {len(turns) - 1: True}, _tools(row))
 
 
-def read_chat(row: Row, field: str) -> Chat:
-    """The chat in a field of a row. Raises DataError if it is none, or has no answer to another message."""
+def read_chat(row: Row, field: str, prepare: Callable[[list[Turn]], list[Turn]] | None = None) -> Chat:
+    """The chat in a field of a row, whose turns `prepare` may change.
+
+    Raises DataError if it is none, or has no answer to another message.
+    """
     turns = _with_system(_turns(row, field), row)
+    if prepare is not None:
+        turns = prepare(turns)
     answers = {index: _weight(turn) for index, turn in enumerate(turns) if turn["role"] == "assistant"}
     for turn in turns:
         if turn["role"] != "assistant" and _weight(turn, default=False):
@@ -212,11 +219,12 @@ def render_turns(
 
     if tokenizer is None or not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template: give a template with {prompt} in it")
+    template = tokenizer.get_chat_template(tools=tools)
     try:
         text = tokenizer.apply_chat_template(
-            turns,
+            _as_parts(turns) if _takes_parts_only(tokenizer, template) else turns,
             tools=tools,  # type: ignore[arg-type]
-            chat_template=_with_constant_date(tokenizer.get_chat_template(tools=tools)),
+            chat_template=_with_constant_date(template),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
@@ -224,6 +232,36 @@ def render_turns(
         raise DataError(f"the chat template refuses its messages: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def _as_parts(turns: list[Turn]) -> list[Turn]:
+    """The turns with every text as a list of one part."""
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if isinstance(turn.get("content"), str)
+        else turn
+        for turn in turns
+    ]
+
+
+@lru_cache(maxsize=4)
+def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """True for a template that drops a text that is not in a list of parts, as those of LLaVA do."""
+    if "type" not in template:
+        return False
+    from jinja2 import TemplateError
+
+    def keeps_text(turns: list[Turn]) -> bool:
+        try:
+            text = tokenizer.apply_chat_template(
+                turns, chat_template=_with_constant_date(template), tokenize=False
+            )
+        except (TemplateError, TypeError, KeyError, ValueError):
+            return False
+        return _PROBE in str(text)
+
+    turns: list[Turn] = [{"role": "user", "content": _PROBE}]
+    return not keeps_text(turns) and keeps_text(_as_parts(turns))
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:

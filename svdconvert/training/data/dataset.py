@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +17,7 @@ from svdconvert.training.data.labelled import LabelledRowEncoder
 from svdconvert.training.data.mixing import mix_examples, mixture_counts
 from svdconvert.training.data.packing import pack_examples
 from svdconvert.training.data.rows import Row, has_values, read_rows, refuse_split_of_files, row_text
-from svdconvert.training.model.load import load_tokenizer
+from svdconvert.training.model.load import has_processor, load_processor, load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
 from svdconvert.training.optim.objective import NextToken
 
@@ -38,8 +39,11 @@ class Encoder(Protocol):
     def remarks(self) -> Sequence[str]:
         """Sentences about how rows are encoded, each once."""
 
-    def __call__(self, rows: Iterable[Row]) -> EncodedRows:
-        """One entry per row. Raises DataError, which names the row, if a row cannot be used."""
+    def __call__(self, rows: Iterable[Row], folder: Path | None = None) -> EncodedRows:
+        """One entry per row; `folder` is that of the images that rows name.
+
+        Raises DataError, which names the row, if a row cannot be used.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +57,26 @@ class DataSplits:
     checksums: Mapping[str, str] = field(default_factory=dict)
     """Name of the data -> checksum of all its rows as read."""
 
+    @property
+    def all(self) -> Sequence[Example]:
+        """The training and the held-out examples."""
+        return (*self.train, *self.held_out)
+
+    @property
+    def has_images(self) -> bool:
+        """True if there are rows with images."""
+        return any(example.images is not None for example in self.all)
+
     def checksum(self) -> str:
         """A checksum of all examples: the same rows give others with another tokenizer or chat template."""
         total = xxh3_64()
-        for example in (*self.train, *self.held_out):
+        for example in self.all:
             total.update(repr((len(example.input_ids), example.starts)).encode())
             for tensor in (example.input_ids, example.labels, example.token_types):
                 if tensor is not None:
                     total.update(tensor.contiguous().numpy().tobytes())
+            if example.images is not None:
+                total.update(example.images.checksum.encode())
         return total.hexdigest()
 
 
@@ -96,12 +112,24 @@ def open_training_data(
     tokenizer = load_tokenizer(weights, layout, trust_remote_code=trust_remote_code)
     if options.task != "text":
         require_scores()
-        encoder = LabelledRowEncoder(tokenizer, options)
-        splits = read_dataset(options, encoder)
-        objective = SequenceLabel(padding_id(tokenizer), len(encoder.labels))
-        return TrainingData(tokenizer, splits, objective, encoder.labels)
-    splits = read_dataset(options, TextRowEncoder(tokenizer, options))
-    return TrainingData(tokenizer, splits, NextToken(padding_id(tokenizer)))
+        labelled = LabelledRowEncoder(tokenizer, options)
+        splits = read_dataset(options, labelled)
+        objective = SequenceLabel(padding_id(tokenizer), len(labelled.labels))
+        return TrainingData(tokenizer, splits, objective, labelled.labels)
+    load_vision = partial(load_processor, weights, trust_remote_code=trust_remote_code)
+    encoder = TextRowEncoder(tokenizer, options, load_vision if has_processor(weights) else None)
+    splits = read_dataset(options, encoder)
+    _refuse_idle_image_dir(splits, options)
+    vision = encoder.vision if splits.has_images else None
+    return TrainingData(tokenizer, splits, NextToken(padding_id(tokenizer), vision))
+
+
+def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:
+    if options.image_dir is None:
+        return
+    named = (image for row in splits.all for image in (row.images.images if row.images else ()))
+    if all(image.path is None for image in named):
+        raise DataError("image_dir changes nothing: no row names an image by its path; leave it out")
 
 
 def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
@@ -126,6 +154,8 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     if options.data_weights is not None:
         reader.warnings.append(_mixture_text(sets, options))
     if options.packing:
+        if any(example.images is not None for example in train):
+            raise DataError("packing is for rows without images; leave packing out")
         train = pack_examples(train, options.max_length)
     return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
 
@@ -181,7 +211,7 @@ class _Reader:
                 yield row
 
         try:
-            encoded = self.encoder(observed_rows())
+            encoded = self.encoder(observed_rows(), _image_folder(data, self.options))
             if self.options.too_long == "refuse":
                 _refuse_long_rows(encoded, self.options.max_length)
         except DataError as error:
@@ -192,6 +222,13 @@ class _Reader:
             used = ", ".join(name for name in fields if name in self.encoder.used_fields)
             self.warnings.append(f"{data}: of its fields only {used} are used, not {', '.join(unused)}")
         return encoded
+
+
+def _image_folder(data: str, options: TrainOptions) -> Path | None:
+    """The folder that the paths of images in the rows of `data` are relative to; None for a Hub data set."""
+    if options.image_dir is not None:
+        return Path(options.image_dir)
+    return Path(data).absolute().parent if Path(data).exists() else None
 
 
 def _is_truncated(row: Example | None) -> bool:

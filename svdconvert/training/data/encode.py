@@ -1,7 +1,9 @@
-"""Tokenize rows of text, with only the responses in the loss."""
+"""Tokenize rows of text, also with images, with only the responses in the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +12,19 @@ from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
 from svdconvert.training.data.chats import DATE, prints_date
 from svdconvert.training.data.example import IGNORED, Example
-from svdconvert.training.data.prompts import TrainingText, choose_fields, render_row, used_fields
+from svdconvert.training.data.image_chats import read_image_chat
+from svdconvert.training.data.images import IMAGE_FIELDS, has_images
+from svdconvert.training.data.prompts import (
+    TrainingText,
+    chat_text,
+    choose_fields,
+    render_row,
+    used_fields,
+    with_prompt_loss,
+)
 from svdconvert.training.data.rows import FieldSet, Row, valid_text
+from svdconvert.training.data.tokens import tokenize, with_end
+from svdconvert.training.data.vision import ImageTextProcessor, encode_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,20 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextRowEncoder:
-    """A callable that encodes rows of text."""
+    """A callable that encodes rows of text, and rows with images if the model takes images."""
 
     tokenizer: "PreTrainedTokenizerBase"
     options: TrainOptions
+    load_vision: Callable[[], ImageTextProcessor] | None = None
+    """Loads the model's processor; None for a model of texts, which ignores the images of rows."""
     used_fields: set[str] = field(default_factory=set)
     """The fields of the rows encoded last that influence the result."""
     remarks: list[str] = field(default_factory=list)
     """Sentences about how rows are encoded, each once."""
 
-    def __call__(self, rows: Iterable[Row]) -> list[Example | None]:
+    @cached_property
+    def vision(self) -> ImageTextProcessor:
+        """The model's processor, loaded for the first row with images."""
+        assert self.load_vision is not None
+        return self.load_vision()
+
+    def __call__(self, rows: Iterable[Row], folder: Path | None = None) -> list[Example | None]:
         """One entry per row, in order; None for a row without a token in the loss.
 
-        The first row decides which fields are used. Raises DataError, which names the row, if a later row
-        does not have them, or if the tokenizer has no end-of-sequence token.
+        The first row decides which fields are used. Paths of images are relative to `folder`. Raises
+        DataError, which names the row, if a later row does not have these fields, if an image cannot be used,
+        or if the tokenizer has no end-of-sequence token.
         """
         if self.tokenizer.eos_token_id is None:
             raise DataError(
@@ -40,84 +62,46 @@ class TextRowEncoder:
             )
         encoded: list[Example | None] = []
         fields: FieldSet = ()
+        self.used_fields = set()
         for number, row in enumerate(rows, start=1):
             try:
                 fields = fields or choose_fields(row, self.options)
-                text = render_row(row, fields, self.options, self.tokenizer)
-                valid_text(text.text)
+                encoded.append(self._encode(row, fields, folder))
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
-            encoded.append(_encode(text, self.tokenizer, self.options.max_length))
-            if text.is_chat and not self.remarks and prints_date(self.tokenizer):
-                self.remarks.append(
-                    f"the chat template prints the date; in all rows it is {DATE:%d %B %Y}, so that the same "
-                    "command trains on the same text on every day"
-                )
-        self.used_fields = used_fields(fields, self.options)
+        self.used_fields |= used_fields(fields, self.options)
         return encoded
+
+    def _encode(self, row: Row, fields: FieldSet, folder: Path | None) -> Example | None:
+        if self.load_vision is not None and has_images(row, fields[0]):
+            self.used_fields.update(IMAGE_FIELDS)
+            chat, images = read_image_chat(row, fields, self.options, folder)
+            text = with_prompt_loss(chat_text(chat, self.vision.tokenizer), self.options)
+            if images:
+                self._note_date(text)
+                return encode_row(text, images, self.vision, self.options.max_length)
+        else:
+            text = render_row(row, fields, self.options, self.tokenizer)
+        valid_text(text.text)
+        self._note_date(text)
+        return _encode(text, self.tokenizer, self.options.max_length)
+
+    def _note_date(self, text: TrainingText) -> None:
+        if text.is_chat and not self.remarks and prints_date(self.tokenizer):
+            self.remarks.append(
+                f"the chat template prints the date; in all rows it is {DATE:%d %B %Y}, so that the same "
+                "command trains on the same text on every day"
+            )
 
 
 def _encode(text: TrainingText, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Example | None:
     if all(start == end for start, end in text.spans):
         return None
-    ids, in_loss = _tokenize(text, tokenizer)
-    eos = tokenizer.eos_token_id
-    last = ids[-1] if ids else None
-    if last == eos:
-        in_loss[-1] = True
-    elif not (text.is_chat and last in tokenizer.added_tokens_decoder):
-        # A chat template that ends turns with a special token other than the end-of-sequence token is
-        # complete.
-        ids.append(eos)
-        in_loss.append(True)
+    # A template that already writes the BOS token must not get a second one from the tokenizer.
+    has_bos = bool(tokenizer.bos_token) and text.text.startswith(str(tokenizer.bos_token))
+    ids, in_loss = tokenize(text, tokenizer, not text.is_chat and not has_bos)
+    with_end(ids, in_loss, tokenizer, is_chat=text.is_chat)
     input_ids = torch.tensor(ids[:max_length], dtype=torch.int32)
     labels = input_ids.masked_fill(~torch.tensor(in_loss[:max_length]), IGNORED)
     example = Example(input_ids, labels, len(ids))
     return example if example.loss_tokens else None
-
-
-def _tokenize(text: TrainingText, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
-    """The tokens of prompt and response, tokenized as one text, and which of them are in the loss.
-
-    A token that straddles the boundary counts as prompt, because it begins there: at inference the prompt is
-    tokenized without the response, so the model cannot generate that token.
-    """
-    # A template that already writes the BOS token must not get a second one from the tokenizer.
-    has_bos = bool(tokenizer.bos_token) and text.text.startswith(str(tokenizer.bos_token))
-    add_special = not text.is_chat and not has_bos
-    if not tokenizer.is_fast:
-        return _tokenize_without_offsets(text, tokenizer, add_special)
-    # verbose=False suppresses the warning about texts longer than the model's context, which we truncate.
-    encoding = tokenizer(
-        text.text, add_special_tokens=add_special, return_offsets_mapping=True, verbose=False
-    )
-    begins = [begin for begin, _ in encoding["offset_mapping"]]
-    in_loss = [any(start <= begin < end for start, end in text.spans) for begin in begins]
-    return list(encoding["input_ids"]), in_loss
-
-
-def _tokenize_without_offsets(
-    text: TrainingText, tokenizer: "PreTrainedTokenizerBase", add_special: bool
-) -> tuple[list[int], list[bool]]:
-    """`_tokenize` for tokenizers written in Python, which return no offsets.
-
-    The boundary is found by tokenizing the text before it and comparing with the tokens of the entire text.
-    """
-
-    def tokenize(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=add_special, verbose=False)["input_ids"])
-
-    def first_token_after(boundary: int) -> int:
-        head = tokenize(text.text[:boundary])
-        if add_special and head and head[-1] == tokenizer.eos_token_id:
-            head.pop()
-        same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), len(head))
-        return same if same == len(head) else same + 1
-
-    ids = tokenize(text.text)
-    in_loss = [False] * len(ids)
-    for start, end in text.spans:
-        last = len(ids) if end == len(text.text) else first_token_after(end)
-        for index in range(first_token_after(start), last):
-            in_loss[index] = True
-    return ids, in_loss

@@ -11,11 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from svdconvert.training.data.images import RowImage
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label of a token that is not in the loss."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImages:
+    """The images of a row, from which the network's inputs are made for each batch."""
+
+    text: str
+    """The text that the processor is given: the row, as far as it is trained on."""
+    images: tuple[RowImage, ...]
+    """In the order of their places in the text."""
+    checksum: str
+    """Of what the processor made of the images."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +46,8 @@ class Example:
     """Positions at which the packed rows begin."""
     token_types: Tensor | None = None
     """int32, one entry per token: 0 for the first text and 1 for the second, for models that need it."""
+    images: RowImages | None = None
+    """None for a row without images."""
 
     @property
     def loss_tokens(self) -> int:

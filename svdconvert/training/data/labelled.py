@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +43,11 @@ class LabelledRowEncoder:
     remarks: list[str] = field(default_factory=list)
     """Empty: there is nothing to say about these rows."""
 
-    def __call__(self, rows: Iterable[Row]) -> list[Example | None]:
-        """One example per row. Raises DataError, which names the row, if a text or label cannot be used."""
+    def __call__(self, rows: Iterable[Row], folder: Path | None = None) -> list[Example | None]:
+        """One example per row; these rows have no images, so `folder` is not used.
+
+        Raises DataError, which names the row, if a text or label cannot be used.
+        """
         parsed: list[tuple[list[str], str | float]] = []
         fields: FieldSet = ()
         for number, row in enumerate(rows, start=1):

@@ -135,10 +135,14 @@ def render_row(
     row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> TrainingText:
     """The text of a row. Raises DataError if a field is missing or not text, or a chat cannot be rendered."""
-    rendered = _render_fields(row, fields, options, tokenizer)
+    return with_prompt_loss(_render_fields(row, fields, options, tokenizer), options)
+
+
+def with_prompt_loss(text: TrainingText, options: TrainOptions) -> TrainingText:
+    """The same text, with its prompts in the loss too if the options ask for that."""
     if options.prompt_loss:
-        return replace(rendered, spans=tuple(_gaps(rendered.left_out, len(rendered.text))))
-    return rendered
+        return replace(text, spans=tuple(_gaps(text.left_out, len(text.text))))
+    return text
 
 
 def _gaps(spans: tuple[Span, ...], end: int) -> Iterator[Span]:
@@ -154,25 +158,38 @@ def _render_fields(
     row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> TrainingText:
     if fields[0] in CHAT_FIELDS:
-        return _chat_text(read_chat(row, fields[0]), tokenizer)
+        return chat_text(read_chat(row, fields[0]), tokenizer)
     if len(fields) == 1:
         text = _text(row, fields[0])
         return TrainingText(text, ((0, len(text)),))
-    prompt = _text(row, fields[0])
-    response = _text(row, fields[1])
     template = options.template
     if template is None and fields == ("prompt", "completion"):
         template = "none"
-    if fields == ("instruction", "output") and row.get("input"):
+    if template == "chat":
+        return chat_text(chat_of_prompt(*prompt_and_response(row, fields, options), row), tokenizer)
+    prompt = _text(row, fields[0])
+    response = _text(row, fields[1])
+    if _has_input(row, fields):
         # Alpaca's own form of a row with an input, unless the user chose a template.
         heading = "\n\n### Input:\n" if template is None else "\n\n"
         prompt = f"{prompt}{heading}{_text(row, 'input')}"
         template = template or ALPACA_WITH_INPUT
-    if template == "chat":
-        return _chat_text(chat_of_prompt(prompt, response, row), tokenizer)
     before = format_prompt(prompt, template)
     text = before + response + options.ending
     return TrainingText(text, ((len(before), len(text)),))
+
+
+def prompt_and_response(row: Row, fields: FieldSet, options: TrainOptions) -> tuple[str, str]:
+    """(prompt, response) of a row for a chat template. Raises DataError if one is missing or not text."""
+    prompt = _text(row, fields[0])
+    response = _text(row, fields[1])
+    if _has_input(row, fields):
+        prompt = f"{prompt}\n\n{_text(row, 'input')}"
+    return prompt, response + options.ending
+
+
+def _has_input(row: Row, fields: FieldSet) -> bool:
+    return fields == ("instruction", "output") and bool(row.get("input"))
 
 
 def _text(row: Row, field: str) -> str:
@@ -184,6 +201,7 @@ def _text(row: Row, field: str) -> str:
     raise DataError(f"{what}; its fields are {present}")
 
 
-def _chat_text(chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
+def chat_text(chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
+    """A chat as text, with its answers in the loss."""
     rendered = render_chat(chat, tokenizer)
     return TrainingText(rendered.text, rendered.learned, rendered.left_out, is_chat=True)

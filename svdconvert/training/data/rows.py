@@ -208,9 +208,32 @@ def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
 
     try:
         with _datasets_silenced():
-            return load_dataset(*args, **arguments)
+            return _with_encoded_images(load_dataset(*args, **arguments))
     except Exception as error:  # the readers of `datasets` raise errors of many libraries
         raise DataError(f"{description}: {_reason(error)}") from error
+
+
+def _with_encoded_images(rows: Any) -> Any:
+    """The data set with images as files in bytes: they are checked and decoded when they are needed."""
+    from datasets import Features
+
+    features = getattr(rows, "features", None)
+    if not features:
+        return rows
+    encoded = {name: _without_decoding(feature) for name, feature in features.items()}
+    return rows if encoded == dict(features) else rows.cast(Features(encoded), keep_in_memory=True)
+
+
+def _without_decoding(feature: Any) -> Any:
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List | LargeList):
+        return type(feature)(_without_decoding(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _without_decoding(inner) for name, inner in feature.items()}
+    return feature
 
 
 def _reason(error: Exception) -> str:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.linalg.factors import Factors
-from svdconvert.training.model.inject import adapted_layers
-from svdconvert.training.model.quantised_linear import device_of
+from svdconvert.training.model.inject import live_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class DriftLog:
 def measure_drift(model: nn.Module, initial: Mapping[str, Factors], step: int) -> DriftLog:
     """Compare the adapters of `model` with their `initial` factors, one layer at a time."""
     drifts = [
-        _layer_drift(layer.live_factors(), initial[name], layer.scale, device_of(layer))
-        for name, layer in adapted_layers(model)
+        _layer_drift(factors, initial[name], scale, factors.left_OR.device)
+        for name, factors, scale in live_factors(model)
     ]
     means = torch.tensor(drifts, dtype=torch.float64).mean(dim=0).tolist()
     return DriftLog(step, *means)

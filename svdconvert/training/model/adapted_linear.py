@@ -55,7 +55,7 @@ class AdaptedLinear(nn.Module):
             else:
                 self.register_buffer(name, own)
         if corrected:
-            _correct_gradient(self.factor("lora_B"), self.factor("lora_A"), scale)
+            correct_gradient(self.factor("lora_B"), self.factor("lora_A"), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of the base's output.
@@ -153,13 +153,14 @@ def _dropout_mask(like: Tensor, rate: float, seed: int) -> Tensor:
     return mask.div_(1.0 - rate).to(like.dtype)
 
 
-def _correct_gradient(left_OR: Tensor, right_RI: Tensor, scale: float) -> None:
+def correct_gradient(left_OR: Tensor, right_RI: Tensor, scale: float) -> None:
     """Replace every gradient g of B by g (scale^2 A A^T)^-1 (second version of LoRA-FA, arXiv:2308.03303v2).
 
     This is the least-squares solution dB of scale * dB A = dW, where dW is the gradient of the full matrix.
-    The correction is linear in g, so it may be applied to each backward pass of an accumulated step.
+    The factors may be those of several matrices, (..., O, R) and (..., R, I). The correction is linear in
+    g, so it may be applied to each backward pass of an accumulated step.
     """
-    inverse_RR = torch.linalg.pinv((right_RI.double() @ right_RI.double().T) * scale**2, hermitian=True)
+    inverse_RR = torch.linalg.pinv((right_RI.double() @ right_RI.double().mT) * scale**2, hermitian=True)
     inverse_RR = inverse_RR.to(left_OR.dtype)
     left_OR.register_hook(  # type: ignore[no-untyped-call]
         lambda gradient: gradient @ inverse_RR.to(gradient.device)

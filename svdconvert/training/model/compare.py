@@ -84,7 +84,10 @@ def require_embedded(
 ) -> None:
     """Raise DataError, which names the token, if a token of the examples has no row in the embedding."""
     rows = embedding_rows(model)
-    largest = max((int(example.input_ids.max()) for example in examples if len(example.input_ids)), default=0)
+    image_token = image_token_id(model)
+    # Some models replace the image token by another one before the embedding, so it needs no row there.
+    ids = [example.input_ids[example.input_ids != image_token] for example in examples]
+    largest = max((int(tokens.max()) for tokens in ids if len(tokens)), default=0)
     if largest < rows:
         return
     token = tokenizer.convert_ids_to_tokens(largest)
@@ -99,3 +102,35 @@ def embedding_rows(model: nn.Module) -> float:
     get_embedding: Any = getattr(model, "get_input_embeddings", None)
     weight = getattr(get_embedding(), "weight", None) if get_embedding else None
     return inf if weight is None else int(weight.shape[0])
+
+
+def require_image_tokens(
+    weights: Path, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", examples: Iterable[Example]
+) -> None:
+    """Raise DataError if a row has an image without a token of the model for it, or such a token alone.
+
+    A model that does not say which token stands for images is not checked.
+    """
+    expected = image_token_id(model)
+    if expected is None:
+        return
+    token = tokenizer.convert_ids_to_tokens(expected) if expected < len(tokenizer) else None
+    for example in examples:
+        has_token = bool((example.input_ids == expected).any())
+        if has_token and example.images is None:
+            raise DataError(
+                f"a row without an image has the token {token!r}, which stands for images in {weights}; "
+                "remove it from the row's text"
+            )
+        if example.images is not None and not has_token:
+            raise DataError(
+                f"the processor of {weights} does not write the token with id {expected}, at which the model "
+                "expects images; give the processor that belongs to the model"
+            )
+
+
+def image_token_id(model: nn.Module) -> int | None:
+    """The token at whose positions a model expects images; None if it does not say."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((value for value in found if isinstance(value, int)), None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.errors import RecipeError
 from svdconvert.layouts.base import Layout
+from svdconvert.training.model.adapted_experts import AdaptedExperts
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 
 _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln\w*)\.(weight|bias)")
@@ -78,4 +79,6 @@ def extract_parameters(model: nn.Module, parameters: ParameterShapes, layout: La
 def _parameter_at(model: nn.Module, name: str) -> nn.Parameter:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    return (module.base if isinstance(module, AdaptedLinear) else module).get_parameter(attribute)
+    return (module.base if isinstance(module, AdaptedLinear | AdaptedExperts) else module).get_parameter(
+        attribute
+    )

@@ -1,21 +1,26 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdconvert.checkpoint.renamed import as_family
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
-from svdconvert.errors import CheckpointError
+from svdconvert.errors import ArtifactError, CheckpointError, MissingPackageError, brief
 from svdconvert.layouts.base import Layout, LayoutFamily
+from svdconvert.layouts.loading import generating_class, is_encoder_decoder
+from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
+from svdconvert.training.data.images import require_pillow
+from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.model.compare import require_complete, require_complete_body
 from svdconvert.training.model.quantised_linear import QuantisedWeight
 from svdconvert.training.model.quantised_loading import load_quantised, open_quantised, replace_by_quantised
@@ -24,24 +29,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where older versions of transformers keep a processor's chat template."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run | None = None) -> nn.Module:
-    """The causal language model of a directory or file, in `dtype` or, if that is None, as it is stored.
+    """The language model of a directory or file, in `dtype` or, if that is None, as it is stored.
 
-    Raises CheckpointError if it cannot be loaded, or if the checkpoint does not have all its weights.
+    It may take images too. Raises CheckpointError if it cannot be loaded, or if the checkpoint does not have
+    all its weights, and ArtifactError for an encoder with a decoder.
     """
     run = run or Run()
     model: nn.Module
     if layout.family is not None:
         model = _family_module(layout.family).load(_family_tensors(path, layout.family), dtype)
         return model
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    config = read_config(path)
+    if is_encoder_decoder(config):
+        raise ArtifactError(
+            f"{path} is an encoder with a decoder ({brief(config.get('model_type'))}), and train is for "
+            "models that continue a text; train the adapter that decompose writes with PEFT, then merge or "
+            "convert it"
+        )
     with _load_report_silenced():
         model, loaded = _load(
-            AutoModelForCausalLM,
+            getattr(transformers, generating_class(config)),
             path,
             layout,
             dtype=dtype or "auto",
@@ -130,18 +146,52 @@ def load_tokenizer(
             f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files into the directory"
         )
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if (path / _PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = read_json_object(path / _PROCESSOR_TEMPLATE).get("chat_template")
     return tokenizer
 
 
-def replace_weights(model: nn.Module, weights: Mapping[str, Tensor | QuantisedWeight]) -> None:
-    """Copy `weights`, by module path, into linear layers; the dtype of each layer stays.
+def has_processor(path: Path) -> bool:
+    """True for the directory of a model that takes images, also if its processor is missing."""
+    if any((path / name).exists() for name in PROCESSOR_FILES):
+        return True
+    return (path / CONFIG).is_file() and "vision_config" in read_config(path)
 
-    A layer whose weight is quantised is replaced by one that keeps it so.
+
+def load_processor(path: Path, *, trust_remote_code: bool = False) -> ImageTextProcessor:
+    """The processor of a model that takes texts and images.
+
+    Raises CheckpointError if there is none that can be used, MissingPackageError if it needs a package that
+    is not installed.
     """
-    for path, weight in replace_by_quantised(model, weights).items():
-        parameter = model.get_submodule(path).get_parameter("weight")
-        with torch.no_grad():
-            parameter.copy_(weight)
+    require_pillow()
+    from transformers import AutoProcessor
+
+    if not any((path / name).exists() for name in PROCESSOR_FILES):
+        raise CheckpointError(
+            f"{path} holds no processor of images ({', '.join(PROCESSOR_FILES)}); copy its files into the "
+            "directory"
+        )
+    with _load_report_silenced():
+        try:
+            processor = _from_pretrained(AutoProcessor, path, trust_remote_code=trust_remote_code)
+        except CheckpointError as error:
+            if "torchvision" in str(error) and find_spec("torchvision") is None:
+                raise MissingPackageError(
+                    f'the processor of {path} needs torchvision: pip install "svdconvert[vision]"'
+                ) from error
+            raise
+    place = getattr(processor, "image_token", None)
+    if getattr(processor, "tokenizer", None) is None or not isinstance(place, str):
+        raise CheckpointError(
+            f"{type(processor).__name__}, the processor of {path}, has no tokenizer with a token for images, "
+            "so train cannot use rows with images for this model; leave the images out"
+        )
+    if getattr(processor, "chat_template", None):
+        processor.tokenizer.chat_template = processor.chat_template
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return ImageTextProcessor(processor, place)
 
 
 def _family_module(family: LayoutFamily) -> Any:
@@ -158,7 +208,8 @@ def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
         with _progress_bars_disabled():
             return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        what = "the tokenizer" if "Tokenizer" in auto_class.__name__ else "the model"
+        name = auto_class.__name__
+        what = "the model" if "Model" in name else "the processor" if "Processor" in name else "the tokenizer"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {what} of {directory}: {reason}") from error
 

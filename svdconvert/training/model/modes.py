@@ -9,6 +9,7 @@ from torch import nn
 from svdconvert.errors import RecipeError
 from svdconvert.training.compat import remove_accelerate_wrappers
 from svdconvert.training.model.adapted_linear import AdaptedLinear
+from svdconvert.training.model.expert_branch import ExpertBranch
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _switch(model: nn.Module, *, training: bool) -> None:
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLinear | ExpertBranch):
             module.dropout.train(training)
         elif getattr(module, "gradient_checkpointing", False):
             # transformers reads the flag of the block itself. The flags of its parts, and so their dropout,

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
-def make_accelerator(options: TrainOptions) -> "Accelerator":
+def make_accelerator(options: TrainOptions, *, some_unused: bool = False) -> "Accelerator":
     """An Accelerator for the device and precision of the options, also if this process has trained before.
 
+    With `some_unused`, a batch may leave trained parameters without a gradient, as one without images does.
     Raises RecipeError if the device or precision is not available, or if accelerate is configured to shard.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     device = _find_device(options.device)
     reset_accelerate_state()
@@ -30,6 +31,7 @@ def make_accelerator(options: TrainOptions) -> "Accelerator":
         mixed_precision=_mixed_precision(options.precision, device),
         log_with=list(options.trackers) or None,
         project_dir=options.track_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
     )
     if accelerator.device.type != device.type:
         raise RecipeError(

@@ -5,16 +5,19 @@ B: rows, T: tokens, V: entries of the vocabulary, N: tokens in the loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from svdconvert.errors import DataError
 from svdconvert.training.data.example import IGNORED, Example, collate
+from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.optim.cross_entropy import summed_cross_entropy
 from svdconvert.training.optim.head import has_plain_head, head_restricted_to, head_skipped
 
 Batch = dict[str, Tensor]
+_OF_TEXTS = {"input_ids", "position_ids"}
 Predictions = list[tuple[float, float]]
 """(label, prediction) of every row."""
 
@@ -48,6 +51,8 @@ class NextToken:
     """Next-token prediction, as causal language models are trained."""
 
     pad_id: int
+    vision: ImageTextProcessor | None = None
+    """Prepares the images of rows; None if no row has any."""
     skips_head: bool = False
     """Compute the loss from the input of the head, so that the logits never exist all at once."""
 
@@ -56,8 +61,15 @@ class NextToken:
         return replace(self, skips_head=has_plain_head(plain))
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """input_ids, labels and, if examples are packed, position_ids: int64, (B, T)."""
-        return collate(examples, self.pad_id)
+        """input_ids, labels and, if examples are packed, position_ids: int64, (B, T).
+
+        For examples with images also what the processor makes of these. Raises DataError if one of them
+        cannot be read any more.
+        """
+        batch = collate(examples, self.pad_id)
+        if self.vision is not None and examples[0].images is not None:
+            batch |= self.vision.inputs(examples, batch["input_ids"].shape[1])
+        return batch
 
     def masked(self, batch: Batch) -> Batch:
         """The same batch with nothing in the loss."""
@@ -75,13 +87,27 @@ class NextToken:
         targets_N = targets_BT[in_loss_BT]
         if self.skips_head:
             with head_skipped(in_loss_BT, plain) as found:
-                model(**inputs)
+                _outputs(model, inputs)
             return found[0].cross_entropy(targets_N)
         with head_restricted_to(in_loss_BT, plain) as is_restricted:
-            logits = model(**inputs).logits
+            logits = _outputs(model, inputs).logits
         logits_NV = logits.flatten(0, 1) if is_restricted else logits[in_loss_BT]
         return summed_cross_entropy(logits_NV, targets_N)
 
     def scores(self, predictions: Predictions) -> dict[str, float]:
         """Empty: the loss is the only measure."""
         return {}
+
+
+def _outputs(model: nn.Module, inputs: Batch) -> Any:
+    """The model's outputs. Raises DataError if it refuses the images, as prepared by a wrong processor."""
+    if inputs.keys() <= _OF_TEXTS:
+        return model(**inputs)
+    try:
+        return model(**inputs)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"the model cannot use the images as its processor prepares them: {reason}; give the processor "
+            "that belongs to the model"
+        ) from error

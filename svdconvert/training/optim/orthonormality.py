@@ -19,7 +19,9 @@ from torch import nn
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.training.model.adapted_linear import AdaptedLinear
+from svdconvert.training.model.expert_branch import ExpertBranch
 
+_OF_EXPERTS = 3  # axes of the factors of several experts
 PUBLISHED = 4e-4
 """gamma of SORSA's published script."""
 
@@ -48,25 +50,29 @@ class Penalty:
     def add_gradient(self, model: nn.Module) -> float:
         """Add weight * dP to the gradients of all trained A and B; return P without the weight."""
         factors = list(_penalised_factors(model))
-        norms = [self._add(factor, is_right, len(factors)) for factor, is_right in factors]
-        return sum(norms) / len(factors)
+        count = sum(len(factor) if factor.dim() == _OF_EXPERTS else 1 for factor, _ in factors)
+        return sum(self._add(factor, is_right, count) for factor, is_right in factors) / count
 
     def _add(self, factor: nn.Parameter, is_right: bool, count: int) -> float:
-        rows_RX = factor if is_right else factor.T
-        error_RR = rows_RX @ rows_RX.T
-        error_RR.diagonal().sub_(1.0)
-        norm = float(torch.linalg.vector_norm(error_RR))
-        if norm > 0.0:  # at 0 the norm is not differentiable; 0 is a subgradient
-            gradient_RX = error_RR @ rows_RX * (2.0 * self.weight / (count * norm))
-            gradient = gradient_RX if is_right else gradient_RX.T
-            factor.grad = gradient.contiguous() if factor.grad is None else factor.grad.add_(gradient)
-        return norm
+        """Add the gradient of a factor, (R, I) or (O, R), or of several experts' factors; return the norm."""
+        rows_RX = factor if is_right else factor.mT
+        error_RR = rows_RX @ rows_RX.mT
+        error_RR.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        norms = torch.linalg.matrix_norm(error_RR)
+        if not norms.any():
+            return 0.0
+        # At 0 the norm is not differentiable; 0 is a subgradient.
+        weights = torch.where(norms > 0.0, 2.0 * self.weight / (count * norms), 0.0)
+        gradient_RX = error_RR @ rows_RX * weights[..., None, None]
+        gradient = gradient_RX if is_right else gradient_RX.mT
+        factor.grad = gradient.contiguous() if factor.grad is None else factor.grad.add_(gradient)
+        return float(norms.sum())
 
 
 def _penalised_factors(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
     """(A, True) and (B, False) of every adapter with singular values, if they are trained."""
     for module in model.modules():
-        if isinstance(module, AdaptedLinear) and module.has_singular_values:
+        if isinstance(module, AdaptedLinear | ExpertBranch) and module.has_singular_values:
             for name, is_right in (("lora_A", True), ("lora_B", False)):
                 factor = module.factor(name)
                 if isinstance(factor, nn.Parameter):

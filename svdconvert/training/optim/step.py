@@ -86,12 +86,11 @@ class Trainer:
         Every process gets the same number of batches, because the processes synchronise in each of them. A
         process for which no batch is left repeats one of another process, with nothing in the loss.
         """
-        size = self.options.batch_size
         processes = self.accelerator.num_processes
-        count = ceil(len(examples) / size)
+        parts = _parts(examples, self.options.batch_size)
+        count = len(parts)
         for index in range(self.accelerator.process_index, ceil(count / processes) * processes, processes):
-            start = index % count * size
-            batch = self.objective.batch(examples[start : start + size])
+            batch = self.objective.batch(parts[index % count])
             if index >= count:
                 batch = self.objective.masked(batch)
             yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -198,6 +197,14 @@ def _generator_states(device: torch.device) -> dict[str, Tensor]:
 
 def _device_module(device_type: str) -> Any:
     return torch if device_type == "cpu" else torch.get_device_module(device_type)
+
+
+def _parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """Parts of at most `size` examples, all of which have images or none."""
+    kinds = [
+        [example for example in examples if (example.images is None) == plain] for plain in (True, False)
+    ]
+    return [kind[start : start + size] for kind in kinds for start in range(0, len(kind), size)]
 
 
 @lru_cache(maxsize=1)

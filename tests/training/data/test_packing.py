@@ -10,7 +10,6 @@ from svdconvert.commands.train import train
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import RecipeError
-from svdconvert.layouts.detect import find_layout
 from svdconvert.training.data.example import IGNORED, Example, collate
 from svdconvert.training.data.packing import pack_examples, require_packing_support
 from svdconvert.training.model.modes import training_mode
@@ -20,11 +19,7 @@ from tests.conftest import Build
 from tests.reading import readable, write_sums
 from tests.stock import tensors
 
-PACKING = [
-    model_type
-    for model_type in tiny.PEFT_MODEL_TYPES
-    if find_layout(None, model_type, "")[1].task == "CAUSAL_LM"
-]
+PACKING = [kind for kind in tiny.PEFT_MODEL_TYPES if kind in tiny.CAUSAL]
 """Without encoders, whose attention is not causal."""
 
 

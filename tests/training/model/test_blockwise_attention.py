@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from svdconvert.layouts.detect import find_layout
 from svdconvert.training.data.packing import pack_examples
 from svdconvert.training.model import blockwise_attention as module
 from svdconvert.training.model.blockwise_attention import (
@@ -24,9 +23,7 @@ from tests.conftest import Build
 from tests.training.small_runs import examples
 
 TOKENS = 75
-CAUSAL = [
-    model_type for model_type in tiny.MODEL_TYPES if find_layout(None, model_type, "")[1].task == "CAUSAL_LM"
-]
+CAUSAL = tiny.CAUSAL
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:

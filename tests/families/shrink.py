@@ -1,0 +1,166 @@
+"""A tiny configuration of any model type that transformers knows: its default one with small numbers."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+VOCABULARY = 128
+WIDTH = 32
+HEADS = 4
+HEAD = 8
+MOST_LAYERS = 4
+
+# Names of integers in configurations -> what they become. A value is never made larger.
+SMALL: Mapping[str, int] = {
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "emb_dim"), WIDTH),
+    **dict.fromkeys(("attention_hidden_size", "word_embed_proj_dim", "out_hidden_size", "dim"), WIDTH),
+    **dict.fromkeys(("hidden_size_global", "projection_dim", "vision_output_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff"), 48),
+    **dict.fromkeys(("d_ff", "dim_ff", "ffn_hidden_size", "n_inner", "intermediate_size_mlp"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("shared_intermediate_size", "shared_experts_intermediate_size"), 24),
+    **dict.fromkeys(("dense_intermediate_size", "moe_dense_intermediate_size"), 24),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("index_n_heads", "swa_num_attention_heads", "linear_num_heads"), HEADS),
+    **dict.fromkeys(("linear_num_value_heads",), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("swa_num_key_value_heads",), 2),
+    **dict.fromkeys(("head_dim", "dim_head", "d_kv", "linear_head_dim", "linear_key_head_dim"), HEAD),
+    **dict.fromkeys(("linear_value_head_dim", "v_head_dim", "qk_nope_head_dim", "kv_channels"), HEAD),
+    **dict.fromkeys(("qk_rope_head_dim", "swa_head_dim", "index_head_dim", "global_head_dim"), HEAD),
+    **dict.fromkeys(("rotary_dim",), 4),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "gated_norm_rank", "laurel_rank"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_blocks", "depth"), 2),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "num_dense_layers"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
+    **dict.fromkeys(("max_source_positions", "max_target_positions"), 128),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "local_attention"), 16),
+    **dict.fromkeys(("sliding_window_size",), 16),
+    **dict.fromkeys(("image_size",), 16),
+    **dict.fromkeys(("patch_size",), 8),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "time_step_rank", "mamba_dt_rank"), 8),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 16),
+    **dict.fromkeys(("hidden_size_per_layer_input",), 8),
+}
+
+
+def _sections(*sections: int) -> dict[str, Any]:
+    """Rotary embeddings of a language model whose sections fill the small heads."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    partial = HEAD // 2 - sum(sections)
+    return {"text_config": {"rope_parameters": rope | ({"partial_rotary_factor": 0.5} if partial else {})}}
+
+
+# What the rule above gets wrong: sizes that depend on one another in a way of their own.
+SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+    "jamba": {"num_hidden_layers": 8},
+    "roc_bert": {"pronunciation_vocab_size": 128, "shape_vocab_size": 128},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": None},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga"), _sections(2, 1, 1)),
+    **dict.fromkeys(("paddleocr_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1)),
+    "glm4v_moe": _sections(1, 1, 0),
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "qwen4_exp_text": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "llama4_text": {"moe_layers": [1, 3]},
+}
+_NO_DEFAULT = ("gemma4_assistant",)
+# Names of layer counts: lists with one entry per layer become as long.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+
+
+def shrunk(model_type: str) -> PretrainedConfig:
+    """A tiny configuration of `model_type`. Raises whatever its class raises."""
+    config_class = CONFIG_MAPPING[model_type]
+    values = config_class().to_dict() if model_type not in _NO_DEFAULT else {}
+    return config_class(**_merged(overrides(values), SPECIAL.get(model_type, {})))
+
+
+def _merged(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the entries of `special`, also in configurations inside it."""
+    inner = {
+        name: _merged(values[name], value) if isinstance(values.get(name), Mapping) else value
+        for name, value in special.items()
+    }
+    return {**values, **inner}
+
+
+def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that have to change, also in configurations inside it."""
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and "model_type" in value:
+            changed[name] = overrides(value)
+        elif name in SMALL and isinstance(value, int) and not isinstance(value, bool):
+            changed[name] = min(value, SMALL[name])
+        elif name == "head_dim" and value is None:
+            changed[name] = HEAD
+        elif _is_wide(name, value):
+            changed[name] = 48 if "intermediate" in name else WIDTH
+    heads = values.get("num_attention_heads")
+    if heads is not None and heads == values.get("num_key_value_heads"):
+        changed["num_key_value_heads"] = changed["num_attention_heads"]
+    return changed | dict(_layers(values)) | _tokens(values)
+
+
+def _is_wide(name: str, value: Any) -> bool:
+    """True for a width that SMALL does not know by name."""
+    is_width = name.endswith(("_size", "_dim")) and "vocab" not in name and "patch" not in name
+    return is_width and isinstance(value, int) and value >= 1024
+
+
+def _tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of special tokens, all inside the small vocabulary."""
+    names = [
+        name
+        for name, value in values.items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY
+    ]
+    return {name: VOCABULARY - 1 - number for number, name in enumerate(names)}
+
+
+def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """As few layers as show every kind of layer, and the lists with an entry per layer to match."""
+    count_name = next((name for name in LAYER_COUNTS if isinstance(values.get(name), int)), None)
+    if count_name is None:
+        return
+    count = values[count_name]
+    lists = {
+        name: value for name, value in values.items() if isinstance(value, list) and len(value) == count > 4
+    }
+    chosen = _representatives(lists, count)
+    yield count_name, len(chosen)
+    for name, value in lists.items():
+        small = [value[number] for number in chosen]
+        yield name, [min(one, SMALL[name]) for one in small] if name in SMALL else small
+
+
+def _representatives(lists: Mapping[str, list[Any]], count: int) -> list[int]:
+    """Numbers of layers: the last one of each kind, at most MOST_LAYERS and at least two."""
+    kinds: dict[str, int] = {}
+    for number in range(count):
+        kinds[repr([value[number] for value in lists.values()])] = number
+    chosen = sorted(kinds.values())[-MOST_LAYERS:]
+    others = [number for number in range(count) if number not in chosen]
+    return sorted(chosen + others[-1:]) if len(chosen) < 2 else chosen
