@@ -45,7 +45,8 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """How many magnitudes form a block of double quantisation."""
 
-_AT_ONCE = 1 << 18  # values that are processed at once, so that the working copies stay in the cache
+_AT_ONCE = 1 << 16  # values that are processed at once, so that the working copies stay in the cache
+_FEW = 16  # bounds up to which comparing with all of them is faster than a search
 _LEAST = 1e-38  # instead of the largest magnitude of a block of zeros, as in bitsandbytes
 _OFFSET_LENGTH = 24  # characters of a float in JSON, at most
 
@@ -166,18 +167,33 @@ def _nearest(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tens
     indices = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), device=flat.device)
     full = flat.numel() // blocksize * blocksize
-    step = max(blocksize, _AT_ONCE // blocksize * blocksize)
+    step = _blocks_at_once(blocksize, flat) * blocksize
     for start in range(0, full, step):
         stop = min(full, start + step)
         blocks = flat[start:stop].float().reshape(-1, blocksize)
         largest = absmax[start // blocksize : stop // blocksize].copy_(blocks.abs().amax(1))
         shares = (blocks * (1.0 / largest.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
-        indices[start:stop] = torch.bucketize(shares.reshape(-1), bounds, out_int32=True)
+        _count_below(shares.reshape(-1), bounds, indices[start:stop])
     if full < flat.numel():  # bitsandbytes divides the values of a short block instead
         rest = flat[full:].float()
         absmax[-1] = rest.abs().max().clamp(min=_LEAST)
-        indices[full:] = torch.bucketize((rest / absmax[-1]).clamp_(-1, 1), bounds, out_int32=True)
+        _count_below((rest / absmax[-1]).clamp_(-1, 1), bounds, indices[full:])
     return indices, absmax
+
+
+def _count_below(values: Tensor, bounds: Tensor, counts: Tensor) -> None:
+    """Write the number of sorted `bounds` below each value into `counts` (uint8)."""
+    if len(bounds) > _FEW or values.device.type != "cpu":
+        counts.copy_(torch.bucketize(values, bounds, out_int32=True))
+        return
+    counts.zero_()
+    for bound in bounds.tolist():  # comparisons are vectorised, and a search is not
+        counts.add_(values > bound)
+
+
+def _blocks_at_once(blocksize: int, tensor: Tensor) -> int:
+    """Blocks that are processed at the same time; a GPU gets all of them."""
+    return max(1, _AT_ONCE // blocksize if tensor.device.type == "cpu" else tensor.numel())
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -206,7 +222,7 @@ def decode(packed: Tensor, absmax: Tensor, book: Tensor, blocksize: int, start: 
     first = start // blocksize
     last = -(-stop // blocksize)
     values = torch.empty((last - first) * blocksize, device=packed.device)
-    step = max(1, _AT_ONCE // blocksize)
+    step = _blocks_at_once(blocksize, packed)
     for block in range(first, last, step):
         end = min(last, block + step)
         part = values[(block - first) * blocksize : (end - first) * blocksize]

@@ -78,7 +78,15 @@ def wide_llama(directory: Path) -> Path:
     from transformers import LlamaForCausalLM
 
     config = tiny.configuration(
-        "llama", hidden_size=128, intermediate_size=192, head_dim=32, tie_word_embeddings=False
+        "llama",
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     tiny.fill(model)
