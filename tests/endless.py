@@ -41,8 +41,9 @@ def write(name: str, source: Path, out: Path, run: Run) -> None:
     elif name == "to-lora":
         to_lora(source, out, run=run)
     else:
-        options = ConvertOptions(layout=name.removeprefix("convert to "), max_shard_size="100KB")
-        convert(source, out, options, run)
+        layout = name.removeprefix("convert to ")
+        size = {} if layout == "blinkdl" else {"max_shard_size": "100KB"}  # a .pth is never split
+        convert(source, out, ConvertOptions(layout=layout, **size), run)
 
 
 def _train(source: Path, out: Path, run: Run) -> None:

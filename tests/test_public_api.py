@@ -40,7 +40,7 @@ PARAMETERS = {
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
-    "verify": ["directory", "run", "*base"],
+    "verify": ["directory", "run", "*base", "*nuclear_ratio"],
     "inspect": ["model"],
     "list_plugins": ["what"],
     "push": ["directory", "repository", "options", "*base", "*residual"],

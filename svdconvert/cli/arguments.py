@@ -1,9 +1,17 @@
-"""The arguments and options that commands share, apart from those that shape a result."""
+"""The arguments and options that several commands share, and the run's settings made from them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from svdconvert.cli.terminal import notify
+from svdconvert.config.execution import Run
+from svdconvert.config.progress import Track
+from svdconvert.config.ranks import find_ranks
+from svdconvert.config.recipe import Recipe
+
+T = TypeVar("T")
 
 ModelArg = Annotated[
     str | None,
@@ -66,10 +74,25 @@ InitOpt = Annotated[
     str | None,
     typer.Option("--init", help="The adapter before training, or none if it started at zero."),
 ]
-NuclearOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--nuclear-ratio",
-        help="Measure the nuclear-norm error ratio of a 4-bit residual too: all, or how many per role.",
-    ),
-]
+
+
+def required(value: T | None, what: str) -> T:
+    """The value. Raises BadParameter if it is None."""
+    if value is None:
+        raise typer.BadParameter(f"{what} is missing")
+    return value
+
+
+def run_settings(
+    shared: Recipe, track: Track | None, overwrite: bool, threads: int | None, device: str | None
+) -> Run:
+    """The run's settings: from the command line, else from the recipe."""
+    defaults = Run()
+    return Run(
+        overwrite=overwrite,
+        threads=threads or shared.get("threads"),
+        device=device or shared.get("device") or defaults.device,
+        ranks=find_ranks(),
+        track=track or defaults.track,
+        notify=notify,
+    )

@@ -110,8 +110,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     if given.keys() & (rivals := _EXCLUSIVE.get(section, set())):
         written = {key: value for key, value in written.items() if key not in rivals}
     values = {**written, **given}
-    if section == "merge" and values.get("rounding") != "stochastic":
-        _drop_shared_seed(values, recipe, given)
+    draws = section != "merge" or values.get("rounding") == "stochastic"
+    if not draws and is_shared("seed", section, recipe, given):
+        values.pop("seed", None)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -125,10 +126,9 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         raise RecipeError(f"{source}: {wrong}") from None
 
 
-def _drop_shared_seed(values: dict[str, Any], recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """A recipe's seed serves all commands; a merge that draws no random numbers does not take it."""
-    if "seed" not in given and "seed" not in recipe.sections.get("merge", {}):
-        values.pop("seed", None)
+def is_shared(key: str, section: str, recipe: Recipe, typed: Mapping[str, Any] | None = None) -> bool:
+    """True if `key` can only come from what a recipe says for all commands, some of which may not use it."""
+    return key not in (typed or {}) and key not in recipe.sections.get(section, {})
 
 
 def non_default_options(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from svdconvert.checkpoint.gguf_file import GgufFile
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
@@ -33,8 +35,6 @@ class OpenModel:
     """config.json; empty for a model that is a single file."""
     sidecars: Path
     """The directory, or the single file, that the files next to the weights are copied from."""
-    unpacked: TemporaryDirectory[str] | None = None
-    """Keeps the sidecars of a GGUF file as long as the model is open."""
 
     @property
     def path(self) -> Path:
@@ -164,10 +164,10 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
 def _opened_gguf(snapshot: Snapshot, source: GgufFile) -> OpenModel:
     """A GGUF file, whose configuration and tokenizer are written into a temporary directory."""
     found = decoded(source, {}, snapshot.path)
-    unpacked = TemporaryDirectory(prefix="svdconvert-gguf-")
-    directory = Path(unpacked.name)
+    directory = Path(mkdtemp(prefix="svdconvert-gguf-"))
+    finalize(source, rmtree, directory, ignore_errors=True)  # at the latest when the program ends
     write_sidecars(source.path, directory)
-    return OpenModel(snapshot, found, read_config(directory), directory, unpacked)
+    return OpenModel(snapshot, found, read_config(directory), directory)
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:

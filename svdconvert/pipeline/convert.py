@@ -19,6 +19,7 @@ from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.output.sidecars import complete_checkpoint, write_config
 from svdconvert.output.staging import StagedOutput
+from svdconvert.pipeline.effects import refuse_idle_shard_size
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, stream
 
 _CODE = ("config.json", "configuration_*.py", "modeling_*.py")
@@ -64,6 +65,8 @@ def plan_conversion(model: OpenModel, options: ConvertOptions) -> ConvertPlan:
         if code and info.dtype in REAL and info.dtype != code
     }
     outputs = [replace(info, dtype=dtypes.get(tensor, info.dtype)) for tensor, info in view.infos.items()]
+    if target.family.file is not None:
+        refuse_idle_shard_size(options.max_shard_size, f"{target.family.file} is never split")
     files = plan_model(outputs, parse_size(options.max_shard_size), target.family.file)
     moved = layout is not target
     config = target.family.config(family) if target.family.config and moved else None

@@ -28,6 +28,7 @@ from svdconvert.pipeline.quantised_plan import (
 from svdconvert.pipeline.quantised_start import Alternation, starts_of
 from svdconvert.pipeline.scaling import Scaling, as_pattern, scalings
 from svdconvert.quantization.nf4 import stored_infos
+from svdconvert.quantization.view import is_decoded
 
 _NUMBER = re.compile(r"\.\d+\.")
 
@@ -47,6 +48,8 @@ class DecomposePlan:
     adapter: PlannedFile
     quantised: frozenset[str] = frozenset()
     """The matrices whose residuals are stored in 4 bits."""
+    decoded: frozenset[str] = frozenset()
+    """The matrices that the source stores as codes, which are read in float32."""
     nuclear: frozenset[str] = frozenset()
     """Those of them whose nuclear norms are measured."""
     without_role: tuple[str, ...] = ()
@@ -184,6 +187,7 @@ def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan
         shards=tuple(shards),
         adapter=adapter,
         quantised=quantised,
+        decoded=frozenset(name for name in slots if is_decoded(source, name)),
         nuclear=sampled_per_role(roles, quantised, options.nuclear_ratio),
         without_role=without_role,
     )

@@ -1,12 +1,13 @@
 """Refuses options without an effect: an option that is given must change the result."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions, SplitOptions
 from svdconvert.errors import RecipeError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.methods.base import Method
+from svdconvert.methods.base import METHODS, Method
 
 _DEFAULT = SplitOptions()
 
@@ -19,12 +20,33 @@ def refuse_idle_options(method: Method, options: SplitOptions) -> None:
         raise _idle("--residual-dtype", f"{name} leaves the base unchanged")
     if method.residual and options.copy_base:
         raise _idle("--copy-base", f"{name} writes a residual base in any case")
-    fitted = method.residual and options.residual_format != "plain"
-    if method.work == "thin" and options.svd != _DEFAULT.svd and not fitted:
+    if not (method.residual or options.copy_base or options.residual_format != "plain"):
+        refuse_idle_shard_size(options.max_shard_size, f"{name} does not write the base; add --copy-base")
+    if method.work == "thin" and options.svd != _DEFAULT.svd and not _is_fitted(method, options):
         raise _idle("--svd", f"{name} computes no singular triplets")
-    searches = method.work == "search" or fitted
-    if options.tol != _DEFAULT.tol and not (searches and options.svd == "fast"):
+    if options.tol != _DEFAULT.tol and not _searches(method, options):
         raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
+    if options.seed and not _draws(method, options):
+        raise _idle("--seed", f"{name} draws no random numbers with --svd {options.svd}")
+
+
+def without_idle_seed(options: SplitOptions) -> SplitOptions:
+    """The options without a seed if nothing is drawn: the seed of a recipe serves all of its commands."""
+    method = METHODS.get(options.method).variant(options.init)
+    return options if _draws(method, options) else replace(options, seed=_DEFAULT.seed)
+
+
+def _draws(method: Method, options: SplitOptions) -> bool:
+    return method.draws or _searches(method, options)
+
+
+def _searches(method: Method, options: SplitOptions) -> bool:
+    """True if the fast SVD is used: for the method's split, or to fit it to a residual in 4 bits."""
+    return options.svd == "fast" and (method.work == "search" or _is_fitted(method, options))
+
+
+def _is_fitted(method: Method, options: SplitOptions) -> bool:
+    return method.residual and options.residual_format != "plain"
 
 
 _OF_QUANTISATION = ("quant_start", "quant_iterations", "double_quant", "nuclear_ratio")
@@ -57,6 +79,12 @@ def refuse_idle_merge_options(options: MergeOptions, dtypes: set[str]) -> None:
         raise _idle("--rounding stochastic", "the merged matrices are not stored in half precision")
     if options.seed and options.rounding == "nearest":
         raise _idle("--seed", "rounding to nearest draws no random numbers; add --rounding stochastic")
+
+
+def refuse_idle_shard_size(size: str, reason: str) -> None:
+    """Raise RecipeError for a shard size other than the default; `reason` says why it has no effect."""
+    if size != _DEFAULT.max_shard_size:
+        raise _idle("--max-shard-size", reason)
 
 
 def refuse_idle_stream(model: OpenModel, run: Run) -> None:

@@ -88,8 +88,8 @@ def _work(plan: DecomposePlan) -> Work:
 
 def _matrices_in_memory(plan: DecomposePlan, work: Work) -> int:
     """Bytes of the matrices that are in memory at the same time, and of the working copies of a split."""
-    stored = max(plan.infos[name].nbytes for name in plan.slots)
     largest = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
+    stored = 4 * largest if plan.decoded else max(plan.infos[name].nbytes for name in plan.slots)
     copy = largest * (8 if plan.options.svd == "exact64" else 4)
     count = matrices_at_once(plan, torch.device("cpu"))
     rest = count * largest * 6 if plan.quantised else 0  # W - Q in float32, and two residuals in 4 bits

@@ -17,7 +17,7 @@ from svdconvert.inputs.model import OpenModel
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_groups, plan_model
-from svdconvert.pipeline.effects import refuse_idle_merge_options
+from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
 from svdconvert.pipeline.merge_kept import keep_format, stored_groups
 from svdconvert.quantization.view import DecodedSource
 
@@ -105,6 +105,8 @@ def _files(outputs: list[TensorInfo], side: Side, layout: Layout, options: Merge
     if side == "residual":
         by_name = {info.name: info for info in outputs}
         outputs = [by_name[name] for name in sort_by_rules(by_name, layout.family.rules)]
+    if layout.family.file is not None:
+        refuse_idle_shard_size(options.max_shard_size, f"{layout.family.file} is never split")
     return plan_model(outputs, limit, layout.family.file)
 
 

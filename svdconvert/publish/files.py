@@ -10,7 +10,7 @@ import xxhash
 
 from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, brief
 from svdconvert.manifest.schema import Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
@@ -65,14 +65,23 @@ class UploadFiles:
 def resolve_source_repos(manifest: Manifest, base: str | None, residual: str | None) -> SourceRepos:
     """The repositories of a manifest; `base` and `residual` name those that were read from a local place.
 
-    Raises ArtifactError if what is named is another model, CheckpointError if it does not exist.
+    Raises ArtifactError if what is named is another model, or the directory was made without such a model,
+    CheckpointError if it does not exist.
     """
-    return SourceRepos(_confirmed(manifest.base, base), _confirmed(manifest.residual, residual))
+    return SourceRepos(
+        _confirmed("base", manifest, manifest.base, base),
+        _confirmed("residual", manifest, manifest.residual, residual),
+    )
 
 
-def _confirmed(origin: Origin | None, given: str | None) -> Origin | None:
-    if given is None or origin is None:
+def _confirmed(role: str, manifest: Manifest, origin: Origin | None, given: str | None) -> Origin | None:
+    if given is None:
         return origin
+    if origin is None:
+        raise ArtifactError(
+            f"--{role} {brief(given)} changes nothing: a directory of the kind {manifest.kind} does not "
+            f"depend on a {role}; leave it out"
+        )
     from svdconvert.inputs.model import find_model  # and torch with it
 
     home = find_model(origin, given, stream=True)

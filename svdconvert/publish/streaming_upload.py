@@ -18,6 +18,7 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.manifest.schema import read_manifest
+from svdconvert.publish.files import resolve_source_repos
 from svdconvert.publish.upload import Destination, Published, commit_directory, open_repository
 
 
@@ -77,7 +78,9 @@ class StreamingUpload:
         destination = self._destination
         with hub_errors_as(HubError, destination.repository, destination.options.revision):
             copies = dict.fromkeys(self._sent, self._branch)
-            done = commit_directory(directory, read_manifest(directory), destination, copies)
+            manifest = read_manifest(directory)
+            repos = resolve_source_repos(manifest, destination.base, destination.residual)
+            done = commit_directory(directory, manifest, destination, repos, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
             try:
                 hub_api().delete_branch(destination.repository, branch=self._branch)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.options import PushOptions
@@ -106,8 +107,9 @@ def upload(directory: Path, destination: Destination) -> Published:
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
+        repos = resolve_source_repos(manifest, destination.base, destination.residual)
         open_repository(destination)
-        return commit_directory(directory, manifest, destination, copies={})
+        return commit_directory(directory, manifest, destination, repos)
 
 
 def open_repository(destination: Destination) -> None:
@@ -121,10 +123,13 @@ def open_repository(destination: Destination) -> None:
 
 
 def commit_directory(
-    directory: Path, manifest: Manifest, destination: Destination, copies: Mapping[str, str]
+    directory: Path,
+    manifest: Manifest,
+    destination: Destination,
+    repos: SourceRepos,
+    copies: Mapping[str, str] = MappingProxyType({}),
 ) -> Published:
     """Commit all of `directory` at once. `copies` are uploaded already: file -> its branch."""
-    repos = resolve_source_repos(manifest, destination.base, destination.residual)
     manifest = without_local_paths(manifest, repos)
     upload_files = collect_files(directory, manifest, destination.repository, repos)
     state = inspect_branch(destination)

@@ -21,7 +21,7 @@ _PER_WORD = 8
 class Awq(StorageFormat):
     """Codes and zero points packed along the output features."""
 
-    summary = "AWQ: 4-bit integers, interleaved in words (version gemm)"
+    summary = "AWQ: 4-bit integers, eight in a word (version gemm)"
     methods = frozenset({"awq", "auto-round", "autoround"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:

@@ -101,6 +101,20 @@ def require_shape(info: TensorInfo, *allowed: tuple[int, ...]) -> None:
         )
 
 
+def groups_of(info: TensorInfo, size: int) -> int:
+    """The groups of `size` values in a row of a matrix with two values per byte.
+
+    Raises CheckpointError if they do not divide it.
+    """
+    values = 2 * info.shape[1]
+    if values % size:
+        raise CheckpointError(
+            f"{info.name} has rows of {values} values, which groups of {size} do not divide; fetch the "
+            "checkpoint again"
+        )
+    return values // size
+
+
 def per_row_of_blocks(grid: "Tensor", rows: slice, height: int) -> "Tensor":
     """For each of `rows` the row of `grid` that belongs to its block of `height` rows."""
     import torch

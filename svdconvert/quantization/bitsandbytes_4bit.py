@@ -15,13 +15,14 @@ from svdconvert.quantization.base import Coded, Parts, StorageFormat, require_sh
 
 _STATE = ".quant_state.bitsandbytes__"
 _LONGEST_STATE = 4096  # bytes of JSON
+_LARGEST = 3.4e38  # of a float32
 _NESTED = ("nested_absmax", "nested_quant_map")
 
 
 class BitsAndBytes4Bit(StorageFormat):
     """Packed codes, the largest magnitudes of blocks, and a JSON text with the shape."""
 
-    summary = "bitsandbytes 4-bit: NF4 and FP4, also with double quantisation (QLoRA)"
+    summary = "bitsandbytes 4-bit: NF4, FP4, double quantisation"
     methods = frozenset({"bitsandbytes"})
     encodes = True
 
@@ -84,7 +85,7 @@ def _coded(source: TensorSource, weight: str, kind: str, state: str) -> Coded:
     fields = _fields(source.read(state))
     shape = _shape(fields, infos[weight], state)
     blocksize = fields.get("blocksize")
-    if blocksize not in nf4.BLOCK_SIZES or fields.get("quant_type") != kind:
+    if type(blocksize) is not int or blocksize not in nf4.BLOCK_SIZES or fields.get("quant_type") != kind:
         raise CheckpointError(f"{state} holds no type and size of blocks that are known; restore the file")
     blocks = -(-prod(shape) // blocksize)
     _require(infos[parts["absmax"]], (blocks,), "U8" if "nested_absmax" in parts else "F32")
@@ -123,11 +124,15 @@ def _nested(fields: Mapping[str, Any], state: str) -> tuple[int, float]:
     """(size of a block of magnitudes, their mean) of double quantisation."""
     size = fields.get("nested_blocksize")
     offset = fields.get("nested_offset")
-    if type(size) is not int or not 1 <= size <= 1 << 20 or not isinstance(offset, int | float):
+    if type(size) is not int or not 1 <= size <= 1 << 20 or not _is_float32(offset):
         raise CheckpointError(
             f"{state} lacks the block size or the offset of its magnitudes; restore the file"
         )
     return size, float(offset)
+
+
+def _is_float32(value: object) -> bool:
+    return isinstance(value, int | float) and -_LARGEST < value < _LARGEST
 
 
 def _require(info: TensorInfo, shape: tuple[int, ...], dtype: str) -> None:

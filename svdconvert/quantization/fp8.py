@@ -25,7 +25,11 @@ from svdconvert.quantization.floats import exponents, powers_of_two, scale_of_la
 
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALES = ("weight_scale_inv", "weight_scale", "scale")
-_UNUSED = ("input_scale", "activation_scale", "input_scale_inv", "weight_zero_point")
+# Of activations, and of the keys and values that attention caches.
+_UNUSED = (
+    "input_scale", "input_scale_inv", "activation_scale", "weight_zero_point",
+    "output_scale", "k_scale", "v_scale",
+)  # fmt: skip
 _EXPONENTS = ("U8", "F8_E8M0")
 _TOP_EXPONENT = 8  # of 448, the largest E4M3
 
@@ -33,7 +37,7 @@ _TOP_EXPONENT = 8  # of 448, the largest E4M3
 class Fp8(StorageFormat):
     """E4M3 or E5M2 codes and the scales of their blocks."""
 
-    summary = "FP8: 8-bit floats with a scale per block, row or matrix (DeepSeek, Qwen, compressed-tensors)"
+    summary = "FP8: with scales per block, row or matrix; MXFP8"
     methods = frozenset({"fp8", "mxfp8", "compressed-tensors", "fbgemm_fp8", "modelopt"})
     encodes = True
 

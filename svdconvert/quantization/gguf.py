@@ -68,7 +68,7 @@ _BITS = re.compile(r"(?:I?Q|TQ|MXFP|NVFP|BF|F)([0-9]+)")
 class Gguf(StorageFormat):
     """Blocks of codes of any of llama.cpp's types."""
 
-    summary = "GGUF: files of llama.cpp, of any type that the library gguf decodes"
+    summary = "GGUF: llama.cpp's files"
     methods = frozenset({"gguf"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:

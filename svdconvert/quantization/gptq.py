@@ -21,7 +21,7 @@ _BITS = (2, 3, 4, 8)
 class Gptq(StorageFormat):
     """Codes packed along the input features, zero points along the output features."""
 
-    summary = "GPTQ: packed integers of 2, 3, 4 or 8 bits with groups of input features"
+    summary = "GPTQ: integers of 2, 3, 4 or 8 bits"
     methods = frozenset({"gptq", "auto-round", "autoround"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:
@@ -106,7 +106,7 @@ def _bits_and_inputs(
             return named[0], inputs
     else:
         bits = settings.get("bits")
-        if bits in _BITS and words * 32 % bits == 0:
+        if type(bits) is int and bits in _BITS and words * 32 % bits == 0:
             return bits, words * 32 // bits
     raise CheckpointError(
         f"{codes.name} has the shape {list(codes.shape)}, which {brief(settings.get('bits'))} bits do not "

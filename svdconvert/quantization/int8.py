@@ -16,7 +16,7 @@ _UNUSED = ("input_scale", "input_zero_point", "azp_adj")
 class Int8(StorageFormat):
     """One signed byte per code, a scale per row or group, and perhaps a zero point."""
 
-    summary = "INT8: signed bytes with a scale per row or group (compressed-tensors int-quantized)"
+    summary = "INT8: compressed-tensors' int-quantized"
     methods = frozenset({"compressed-tensors"})
     encodes = True
 

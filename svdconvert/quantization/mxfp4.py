@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
-from svdconvert.quantization.base import Coded, Parts, StorageFormat, require_shape
+from svdconvert.quantization.base import Coded, Parts, StorageFormat, groups_of, require_shape
 from svdconvert.quantization.floats import exponents, pack_e2m1, powers_of_two, scale_of_largest, unpack_e2m1
 
 _GROUP = 32
@@ -22,7 +22,7 @@ _SCALES = ("U8", "F8_E8M0")
 class MxFp4(StorageFormat):
     """Matrices of packed E2M1, or gpt-oss's stacks of experts."""
 
-    summary = "MXFP4: 4-bit floats with a power of two per 32 values (gpt-oss, compressed-tensors)"
+    summary = "MXFP4: gpt-oss, compressed-tensors, DeepSeek-V4"
     methods = frozenset({"mxfp4", "compressed-tensors", "fp8"})
     encodes = True
 
@@ -36,7 +36,7 @@ class MxFp4(StorageFormat):
                     yield _stack(info, scale)
             for codes, scales, dtypes in (
                 ("weight_packed", "weight_scale", ("U8",)),
-                ("weight", "scale", ("I8", "F4")),
+                ("weight", "scale", ("I8",)),
             ):
                 path = name.removesuffix(codes)
                 scale = infos.get(path + scales)
@@ -76,7 +76,7 @@ def _stack(info: TensorInfo, scale: TensorInfo) -> Coded:
 
 def _matrix(path: str, info: TensorInfo, scale: TensorInfo, infos: Mapping[str, TensorInfo]) -> Coded:
     rows, columns = info.shape
-    require_shape(scale, (rows, 2 * columns // _GROUP))
+    require_shape(scale, (rows, groups_of(info, _GROUP)))
     unused = tuple(path + end for end in ("input_global_scale", "input_scale") if path + end in infos)
     parts = {"codes": info.name, "scale": scale.name}
     return Coded(f"{path}weight", (rows, 2 * columns), parts, 4, unused, {"stacked": False})

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
-from svdconvert.quantization.base import Coded, Parts, StorageFormat, require_shape
+from svdconvert.quantization.base import Coded, Parts, StorageFormat, groups_of, require_shape
 from svdconvert.quantization.floats import unpack_e2m1
 
 _GROUP = 16
@@ -20,7 +20,7 @@ _UNUSED = ("input_global_scale", "input_scale", "pre_quant_scale")
 class NvFp4(StorageFormat):
     """Packed E2M1 with scales at two levels."""
 
-    summary = "NVFP4: 4-bit floats with an FP8 scale per 16 values (compressed-tensors, ModelOpt)"
+    summary = "NVFP4: compressed-tensors, ModelOpt"
     methods = frozenset({"compressed-tensors", "modelopt", "modelopt_fp4", "nvfp4"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:
@@ -48,7 +48,7 @@ def _coded(
     path: str, info: TensorInfo, scale: TensorInfo, whole: TensorInfo, infos: Mapping[str, TensorInfo]
 ) -> Coded:
     rows, columns = info.shape
-    require_shape(scale, (rows, 2 * columns // _GROUP))
+    require_shape(scale, (rows, groups_of(info, _GROUP)))
     require_shape(whole, (), (1,), (1, 1))
     parts = {"codes": info.name, "scale": scale.name, "whole": whole.name}
     unused = tuple(path + end for end in _UNUSED if path + end in infos)

@@ -18,7 +18,7 @@ _UNUSED = ("input_scale", "input_zero_point", "input_global_scale")
 class PackQuantized(StorageFormat):
     """Codes packed along the rows, zero points packed along the columns, both stored plus 2^(bits - 1)."""
 
-    summary = "INT4: packed integers of 1 to 8 bits with a scale per row or group (compressed-tensors)"
+    summary = "INT4: compressed-tensors' packed integers of 1 to 8 bits"
     methods = frozenset({"compressed-tensors"})
     encodes = True
 
@@ -97,7 +97,7 @@ def _shape(source: TensorSource, info: TensorInfo, codes: TensorInfo) -> tuple[i
 def _bits(codes: TensorInfo, columns: int, settings: Mapping[str, Any]) -> int:
     """The bits of a code: those of the configuration, or the only ones that fit the size of the rows."""
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == codes.shape[1]]
-    named = {weights.get("num_bits") for weights in weight_settings(settings)}
+    named = [weights.get("num_bits") for weights in weight_settings(settings)]
     chosen = [bits for bits in fitting if bits in named] or fitting
     if len(chosen) != 1:
         raise CheckpointError(

@@ -131,7 +131,7 @@ def detect_formats(
     loaded, _ = FORMATS.load_all()
     found: dict[str, tuple[StorageFormat, Coded]] = {}
     for plugin in loaded.values():
-        if method is not None and method not in plugin.methods:
+        if method is not None and not (isinstance(method, str) and method in plugin.methods):
             continue
         for coded in plugin.detect(source, settings):
             if coded.name in found:

@@ -47,6 +47,24 @@ def resolve_defaults(
     return resolved
 
 
+def check_options_beyond_the_run(options: TrainOptions, steps: int, notify: Callable[[str], None]) -> None:
+    """Name the options whose first effect would come after the last of `steps` steps.
+
+    Raises RecipeError for keep_checkpoints. For intervals, which a recipe has for longer runs, it calls
+    `notify` with a sentence.
+    """
+    text = f"changes nothing in a run of {steps} steps"
+    if options.keep_checkpoints and options.save_every > steps:
+        raise RecipeError(
+            f"keep_checkpoints {text}, because save_every is {options.save_every}; lower it, or leave it out"
+        )
+    if options.eval_every is not None and options.eval_every >= steps:
+        notify(f"eval_every {options.eval_every} {text}")
+    evaluations = (steps - 1) // (options.eval_every or steps)  # after the first step and before the last
+    if options.patience is not None and options.patience > evaluations:
+        notify(f"patience {options.patience} {text}, in which the held-out loss is measured too rarely")
+
+
 def learning_rate_warning(method: str, lr: float) -> str | None:
     """A sentence if `lr` is another method's rate and far from this method's, with both papers; else None."""
     own = METHODS.get(method)

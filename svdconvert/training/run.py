@@ -26,7 +26,11 @@ from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.outputs import TrainedOutput, load_output
-from svdconvert.training.resolve_defaults import learning_rate_warning, resolve_defaults
+from svdconvert.training.resolve_defaults import (
+    check_options_beyond_the_run,
+    learning_rate_warning,
+    resolve_defaults,
+)
 from svdconvert.training.start import AdapterStart, TrainingStart
 
 if TYPE_CHECKING:
@@ -136,7 +140,7 @@ def load_training_job(
     data = data.padded_below(embedding_rows(output.network))
     examples = (*data.splits.train, *data.splits.held_out)
     require_embedded(start.weights, output.network, data.tokenizer, examples)
-    return TrainingJob(
+    job = TrainingJob(
         start=start,
         options=options,
         split=split,
@@ -145,6 +149,8 @@ def load_training_job(
         output=output,
         watch=watch,
     )
+    check_options_beyond_the_run(options, job.steps, run.notify)
+    return job
 
 
 def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkpoints:

@@ -126,10 +126,10 @@ def open_training_start(
 
 def _refuse_gguf(model: OpenModel) -> None:
     """Raise ArtifactError for a GGUF file, from which no network is loaded."""
-    if model.path.suffix == ".gguf":
+    if model.sidecars != model.path:
         raise ArtifactError(
-            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a method "
-            "that leaves the base unchanged), and train the directory that results"
+            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a "
+            "method that leaves the base unchanged), and train the directory that results"
         )
 
 

@@ -108,7 +108,7 @@ def test_a_terminated_run_says_from_where_it_can_continue(model: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [(["--rank", 7], "options.rank was 8 and is 7"), (["--seed", 1], "options.seed")]
+    ("change", "named"), [(["--rank", 7], "options.rank was 8 and is 7"), (["--alpha", 3], "options.alpha")]
 )
 def test_another_option_is_refused_by_name(
     model: Path, tmp_path: Path, change: list[object], named: str

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from tests.faults.injection import Injector
 from tests.process import ROOT
 from tests.program import svdconvert
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 _LONGEST = 120.0  # seconds of one run
 
 
 class Runner:
     """A client of the warm process; a context manager."""
 
+    def __init__(self, environment: Mapping[str, str] = OFFLINE) -> None:
+        self._environment = environment
+
     def __enter__(self) -> "Runner":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self._environment}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.runner"],
             env=environment,

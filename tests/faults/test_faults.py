@@ -3,9 +3,7 @@
 Every N-th call of each command gets each kind of fault; with SVDCONVERT_FAULTS=all every call does.
 """
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +14,13 @@ import torch
 
 from tests import rwkv6, tiny
 from tests.faults.injection import KINDS
+from tests.faults.judgement import EVERY, fault_points, wrong_end
 from tests.faults.runner import Outcome, Runner
 from tests.process import sums
 from tests.reading import readable, write_sums
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
-EVERY = os.environ.get("SVDCONVERT_FAULTS") == "all"
-POINTS = 5
-"""Calls with a fault, for each command and kind, unless every call has one."""
 FEW = ["--targets", "attn.q,mlp.down", "--threads", 1]
 STEPS = ["--steps", 3, "--save-every", 1, "--max-length", 48, "--batch-size", 2, "--eval-rows", 2]
 TRAIN = ["--data", "{sums.jsonl}", *STEPS, "--threads", 1, "--precision", "fp32"]
@@ -109,9 +105,7 @@ def test_a_fault_at_any_call_leaves_nothing_wrong(
     command, reference, wanted = undisturbed
     inputs = sums(stage.root / "inputs")
     number = len(reference.calls)
-    step = 1 if EVERY else max(1, number // POINTS)
-    first = number if EVERY else number - KINDS.index(kind)  # the last calls are the most delicate ones
-    points = range(first, 0, -step)
+    points = fault_points(kind, number)
     wrong = []
     for at in points:
         faults = _faults(stage, command, kind, at, reference, wanted)
@@ -132,7 +126,7 @@ def _faults(
     _prepare(stage, command, out)
     before = sums(out) if out.exists() else {}
     ended = stage.run(command, out, kind, at)
-    found = _wrong_end(ended, kind, reference)
+    found = wrong_end(ended, kind, reference)
     found += _wrong_files(out, before, wanted)
     complete = out.exists() and sums(out) == wanted
     if ended.status == 0 and not complete:
@@ -146,18 +140,6 @@ def _faults(
         elif rest := {path.name for path in out.parent.iterdir()} - {"out", "out.partial.txt"}:
             found.append(f"left over: {rest}")
     return found
-
-
-def _wrong_end(ended: Outcome, kind: str, reference: Outcome) -> list[str]:
-    """What is wrong with the exit status and the words of a run with a fault."""
-    if ended.status == -signal.SIGKILL:
-        return [] if "disk" not in kind else ["killed"]
-    new = [line for line in ended.err.splitlines() if line not in reference.err.splitlines()]
-    if "Traceback" in ended.err or "unexpected" in ended.err or ended.status not in (0, 1):
-        return [f"no sentence: {ended}"]
-    if ended.status == 1 and (len(new) != 1 or not new[0].startswith("svdconvert: ")):
-        return [f"not one sentence: {ended}"]
-    return []
 
 
 def _wrong_files(out: Path, before: dict[str, str], wanted: dict[str, str]) -> list[str]:

@@ -13,8 +13,20 @@ import pytest
 import torch
 import typer
 
-from svdconvert import LoraOptions, Run, SplitOptions, TrainOptions, decompose, merge, to_lora, train
+from svdconvert import (
+    ConvertOptions,
+    LoraOptions,
+    Run,
+    SplitOptions,
+    TrainOptions,
+    convert,
+    decompose,
+    merge,
+    to_lora,
+    train,
+)
 from svdconvert.cli.app import app
+from tests import rwkv6
 from tests.conftest import Build
 from tests.program import Ended, content, svdconvert
 from tests.reading import readable, write_sums
@@ -22,9 +34,20 @@ from tests.reading import readable, write_sums
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 RUN = Run(device="cpu", threads=1)
-KINDS = ("plain", "decomposed", "initial", "trained", "merged", "lora", "finetuned", "foreign")
+KINDS = (
+    "plain",
+    "decomposed",
+    "initial",
+    "trained",
+    "merged",
+    "lora",
+    "finetuned",
+    "foreign",
+    "rwkv",
+    "rwkv-trained",
+)
 
-PLAIN = ("plain", "merged", "finetuned")
+PLAIN = ("plain", "merged", "finetuned", "rwkv")
 
 Words = list[Any]
 
@@ -103,7 +126,10 @@ VALUES: dict[str, Words] = {
     "--seed": [3],
 }
 
-OTHER_VALUES: dict[tuple[str, str], Words] = {("decompose", "--init"): ["random"]}
+OTHER_VALUES: dict[tuple[str, str], Words] = {
+    ("decompose", "--init"): ["random"],
+    ("convert", "--layout"): ["fla"],
+}
 
 # Options that must not change the files, each with the test that shows what it does instead.
 ELSEWHERE = {
@@ -193,7 +219,7 @@ def here(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     readable(checkpoint("qwen2"), home / "other")
     data = str(write_sums(home / "rows.jsonl", rows=6))
     write_sums(home / "more.jsonl", rows=4)
-    options = TrainOptions(data=data, steps=1, batch_size=2, max_length=48, lr=0.1)
+    options = TrainOptions(data=data, steps=1, batch_size=2, lr=0.1)
     decompose(base, home / "decomposed", SplitOptions(rank=4), RUN)
     decompose(base, home / "initial", SplitOptions(rank=4, method="lora"), RUN)
     train(home / "decomposed", home / "trained", options, RUN)
@@ -202,6 +228,9 @@ def here(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     to_lora(home / "trained", home / "lora", LoraOptions(), RUN)
     shutil.copytree(home / "lora", home / "foreign")
     (home / "foreign" / "svdconvert.json").unlink()
+    rwkv6.save(rwkv6.random_model(vocabulary=256), home / "rwkv.pth")
+    convert(home / "rwkv.pth", home / "rwkv", ConvertOptions(layout="hf"), RUN)
+    train(home / "rwkv", home / "rwkv-trained", options, RUN, split=SplitOptions(rank=4))
     return home
 
 
@@ -241,6 +270,8 @@ class Runner:
             yield from ("-o", out)
         if (command == "decompose" or (command == "train" and kind in PLAIN)) and "--rank" not in words:
             yield from ("--rank", 4)
+        if command == "convert" and "--layout" not in words:
+            yield from ("--layout", "web-rwkv")
         if command == "train":
             yield from ("--data", self._here / "rows.jsonl", "--batch-size", 2)
         if kind == "foreign" and command in ("merge", "to-lora"):
@@ -256,6 +287,45 @@ def _files(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def runner(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner(here, tmp_path_factory.mktemp("scratch"))
+
+
+# Options that have no effect with others: (command, kind, the others, the option).
+IDLE: list[tuple[str, str, Words, Words]] = [
+    *(("decompose", "plain", ["--method", method], ["--seed", 3]) for method in ("olora", "middle")),
+    ("decompose", "plain", ["--svd", "exact"], ["--seed", 3]),
+    ("decompose", "plain", ["--method", "lora"], ["--max-shard-size", "8KB"]),
+    ("convert", "rwkv", ["--layout", "blinkdl"], ["--max-shard-size", "8KB"]),
+    ("train", "decomposed", [], ["--split", "test"]),
+    ("train", "decomposed", ["--eval-data", Path("more.jsonl")], ["--eval-split", "validation[:2]"]),
+    ("train", "decomposed", ["--steps", 2], ["--keep-checkpoints"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "kind", "others", "option"), IDLE, ids=str)
+def test_an_option_without_effect_is_refused_in_a_sentence_that_names_it(
+    command: str, kind: str, others: Words, option: Words, runner: Runner
+) -> None:
+    assert not runner.outcome(command, kind, others).refused
+    after = runner.outcome(command, kind, [*others, *option])
+    assert after.ended.status == 1
+    name = option[0].removeprefix("--")
+    assert name in after.ended.err or name.replace("-", "_") in after.ended.err
+    assert "changes nothing" in after.ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "option"),
+    [([], ["--eval-every", 2]), (["--eval-every", 1], ["--patience", 2])],
+    ids=["eval-every", "patience"],
+)
+def test_an_interval_longer_than_the_run_is_named(others: Words, option: Words, runner: Runner) -> None:
+    words = ["--steps", 2, "--eval-rows", 2, *others, *option]
+    ended = runner.outcome("train", "decomposed", words).ended
+    assert ended.status == 0
+    name = option[0].removeprefix("--").replace("-", "_")
+    assert f"{name} {option[1]} changes nothing in a run of 2 steps" in " ".join(ended.err.split())
 
 
 @pytest.mark.parametrize("kind", KINDS)

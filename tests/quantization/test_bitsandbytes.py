@@ -104,6 +104,8 @@ def test_new_weights_are_written_as_bitsandbytes_does(double: bool) -> None:
         {"blocksize": 63},
         {"blocksize": "64"},
         {"blocksize": 32},
+        {"blocksize": 64.0},
+        {"blocksize": [64]},
         {"quant_type": "fp4"},
     ],
 )
@@ -114,7 +116,14 @@ def test_a_state_that_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"nested_blocksize": 0}, {"nested_blocksize": 10**30}, {"nested_blocksize": 16}, {"nested_offset": "x"}],
+    [
+        {"nested_blocksize": 0},
+        {"nested_blocksize": 10**30},
+        {"nested_blocksize": 16},
+        {"nested_offset": "x"},
+        {"nested_offset": 10**400},
+        {"nested_offset": float("inf")},
+    ],
 )
 def test_a_nested_state_that_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="a.weight"):

@@ -65,6 +65,11 @@ def test_mxfp8_has_a_power_of_two_per_32_values(dtype: torch.dtype) -> None:
     assert torch.equal(found, (codes.double() * factors).float())
 
 
+def test_scales_of_the_cache_of_attention_are_hidden() -> None:
+    tensors = stored(torch.ones(4, 4), torch.ones(1)) | {"a.k_scale": torch.ones(1), "a.bias": torch.ones(4)}
+    assert [*view(tensors).infos] == ["a.weight", "a.bias"]
+
+
 def test_scales_that_do_not_fit_are_refused() -> None:
     tensors = stored(torch.ones(300, 300), torch.ones(2, 3))
     with pytest.raises(CheckpointError, match=r"a.weight_scale_inv has the shape \[2, 3\].*needs \[3, 3\]"):

@@ -183,6 +183,12 @@ def test_bits_that_neither_config_nor_shape_tell_are_refused() -> None:
         view(packed(weight_shape=torch.tensor([4, 14])))
 
 
+@pytest.mark.parametrize("bits", [[4], {}, "4", None, 4.5])
+def test_bits_of_any_kind_are_survived(bits: Any) -> None:
+    with pytest.raises(CheckpointError, match="does not tell how many bits"):
+        view(packed(), **config(bits))
+
+
 def test_the_titles_name_bits_and_groups() -> None:
     plugin, coded = only(Memory(packed()), **config(4))
     assert plugin.title(coded) == "INT4 in groups of 8"

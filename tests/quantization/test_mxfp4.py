@@ -132,3 +132,5 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         view({**stack(), SCALES: torch.zeros(3, 8, 1, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match=r"needs \[6, 2\]"):
         view({**matrix(), "a.weight_scale": torch.zeros(6, 3, dtype=torch.uint8)})
+    with pytest.raises(CheckpointError, match="rows of 34 values, which groups of 32 do not divide"):
+        view({**matrix(), "a.weight_packed": torch.zeros(6, 17, dtype=torch.uint8)})

@@ -70,5 +70,7 @@ def test_it_cannot_be_written() -> None:
 def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"needs \[6, 4\]"):
         view(stored() | {"a.weight_scale": torch.ones(6, 3).to(torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match="rows of 34 values, which groups of 16 do not divide"):
+        view(stored() | {"a.weight_packed": torch.zeros(6, 17, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match=r"needs \[\] or \[1\]"):
         view(stored() | {"a.weight_global_scale": torch.ones(6)})

@@ -135,7 +135,7 @@ def test_an_order_outside_the_groups_is_refused(group: int) -> None:
         decode(tensors, bits=4)
 
 
-@pytest.mark.parametrize("bits", [None, 5, "4", [4]])
+@pytest.mark.parametrize("bits", [None, 5, "4", [4], 4.0])
 def test_bits_of_any_kind_are_survived(bits: object) -> None:
     tensors = {name: tensor for name, tensor in gptq(4).items() if name != "a.g_idx"}
     with pytest.raises(CheckpointError, match="do not explain"):

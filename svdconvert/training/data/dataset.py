@@ -15,7 +15,7 @@ from svdconvert.training.data.example import Example, padding_id
 from svdconvert.training.data.labelled import LabelledRowEncoder
 from svdconvert.training.data.mixing import mix_examples, mixture_counts
 from svdconvert.training.data.packing import pack_examples
-from svdconvert.training.data.rows import Row, has_values, read_rows, row_text
+from svdconvert.training.data.rows import Row, has_values, read_rows, refuse_split_of_files, row_text
 from svdconvert.training.model.load import load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
 from svdconvert.training.optim.objective import NextToken
@@ -108,6 +108,7 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     """Read and encode all data that the options name. Raises DataError if something cannot be used."""
     if not options.data_sets:
         raise DataError("there is nothing to train on: give data a file or a Hub data set")
+    _refuse_splits_of_files(options)
     reader = _Reader(options, encoder)
     sets: list[list[Example]] = []
     held_out: list[Example] = []
@@ -127,6 +128,14 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     if options.packing:
         train = pack_examples(train, options.max_length)
     return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
+
+
+def _refuse_splits_of_files(options: TrainOptions) -> None:
+    evaluated = [] if options.eval_data is None else [options.eval_data]
+    if options.eval_split is not None:
+        refuse_split_of_files("--eval-split", options.eval_split, evaluated)
+        evaluated = []
+    refuse_split_of_files("--split", options.split, [*options.data_sets, *evaluated])
 
 
 def _rows_to_train_on(rows: EncodedRows, data: str, options: TrainOptions) -> int:

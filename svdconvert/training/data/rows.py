@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from svdconvert.checkpoint.json_text import DEEPEST, depth, parse_json
-from svdconvert.errors import DataError, did_you_mean
+from svdconvert.errors import DataError, brief, did_you_mean
 from svdconvert.hub.auth import find_token
 
 Row = Mapping[str, Any]
@@ -33,7 +33,7 @@ def read_rows(data: str, split: str = "train") -> Iterable[Row]:
     or has no rows.
     """
     path = Path(data)
-    if path.suffix in READERS or path.exists():
+    if is_file(data):
         rows = _read_file(path, split)
     elif HUB_ID.fullmatch(data):
         rows = _read_hub(data, split)
@@ -42,6 +42,21 @@ def read_rows(data: str, split: str = "train") -> Iterable[Row]:
     if len(rows) == 0:
         raise DataError(f"{data}: it has no rows")
     return _iterate(data, cast(Iterable[Row], rows))
+
+
+def is_file(data: str) -> bool:
+    """True if `data` names a file, False if it can only be a Hub data set."""
+    return Path(data).suffix in READERS or Path(data).exists()
+
+
+def refuse_split_of_files(option: str, split: str, data: Sequence[str]) -> None:
+    """Raise DataError if `split` is not called train and all of `data` are files, which have no splits."""
+    name = split.partition("[")[0]
+    if name != "train" and data and all(is_file(one) for one in data):
+        raise DataError(
+            f"{option} {brief(split)} changes nothing: {data[0]} is a file, which has no splits; leave it "
+            f"out, or take a part of the rows with {option} 'train[:1000]'"
+        )
 
 
 def _iterate(data: str, rows: Iterable[Row]) -> Iterator[Row]:
