@@ -132,7 +132,7 @@ def test_stock_transformers_and_peft_load_and_train_the_same_network(tmp_path: P
         assert torch.equal(ours(input_ids=ids).logits, theirs)
     adapted = PeftModel.from_pretrained(stock, tmp_path / "out", subfolder="pissa_init", is_trainable=True)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
     for _ in range(3):
         loss = adapted.train()(input_ids=ids, labels=ids).loss
