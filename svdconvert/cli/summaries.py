@@ -186,6 +186,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
         {
             "from": f"the {side} {origin.location if origin else ''}",
             "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "format": "quantised, as the source" if manifest.options.get("keep_format") else None,
             "update as stored": _update(manifest.result.update),
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),

@@ -1,6 +1,7 @@
 """The configuration and the tokenizer that a GGUF file holds, as the files of a model's directory."""
 
 from pathlib import Path
+from typing import Any
 
 from svdconvert.errors import CheckpointError
 
@@ -14,7 +15,7 @@ def write_sidecars(file: Path, directory: Path) -> None:
 
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        network: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config.architectures = [network.__name__]
         config.dtype = "bfloat16"
         config.save_pretrained(directory)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ def _nested(fields: Mapping[str, Any], state: str) -> tuple[int, float]:
     return size, float(offset)
 
 
-def _is_float32(value: object) -> bool:
+def _is_float32(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and -_LARGEST < value < _LARGEST
 
 

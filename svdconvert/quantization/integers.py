@@ -6,6 +6,8 @@ from torch import Tensor
 from svdconvert.checkpoint.tensors import REAL, TensorInfo
 from svdconvert.errors import CheckpointError
 
+_AT_ONCE = 1 << 22  # values that are quantised at the same time
+
 
 def group_size(codes: tuple[int, ...], scale: TensorInfo) -> int:
     """Columns per scale of (O, I) codes. Raises CheckpointError if the scales do not fit the codes."""
@@ -36,18 +38,34 @@ def quantize(
     `scale` (rows, groups) and `zero` are the stored ones, None for zero if the codes are symmetric. The rule
     is that of compressed-tensors: scale = largest magnitude / (2^bits - 1) * 2, or (max - min) / (2^bits - 1)
     with a zero point. Because that rule does not give back the scale of codes that it has rounded, a group
-    keeps its stored scale if that represents the weights with a smaller error. A `scale` of one row belongs
-    to the entire matrix.
+    keeps its stored scale if that represents the weights with a smaller error. A single scale belongs to the
+    entire matrix.
     """
-    rows, columns = weight_OI.shape
-    values = weight_OI.reshape(rows, -1, size) if len(scale) > 1 else weight_OI.reshape(1, 1, rows * columns)
+    if scale.numel() == 1:
+        return _quantize(weight_OI.reshape(1, 1, -1), bits, scale, zero, weight_OI.shape)
+    step = max(1, _AT_ONCE // max(1, weight_OI.shape[1]))
+    done = []
+    for start in range(0, len(weight_OI), step):
+        rows = slice(start, start + step)
+        values = weight_OI[rows].reshape(len(weight_OI[rows]), -1, size)
+        own_zero = None if zero is None else zero[rows]
+        done.append(_quantize(values, bits, scale[rows], own_zero, weight_OI[rows].shape))
+    zeros = [each for _, _, each in done if each is not None]
+    codes = torch.cat([each for each, _, _ in done])
+    return codes, torch.cat([each for _, each, _ in done]), torch.cat(zeros) if zeros else None
+
+
+def _quantize(
+    values: Tensor, bits: int, scale: Tensor, zero: Tensor | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`quantize` of values (rows, groups, columns of a group), whose codes get the `shape`."""
     ruled_scale, ruled_zero = _rule(values, bits, scale.dtype, with_zero=zero is not None)
     codes, error = _round(values, bits, ruled_scale, ruled_zero)
     kept_scale = scale.float()[..., None]
     kept_zero = zero.float()[..., None] if zero is not None else torch.zeros(())
     kept_codes, kept_error = _round(values, bits, kept_scale, kept_zero)
     keep = kept_error <= error
-    codes = torch.where(keep, kept_codes, codes).to(torch.int8).reshape(rows, columns)
+    codes = torch.where(keep, kept_codes, codes).to(torch.int8).reshape(shape)
     new_zero = torch.where(keep, kept_zero, ruled_zero)[..., 0].to(torch.int8) if zero is not None else None
     return codes, torch.where(keep, kept_scale, ruled_scale)[..., 0].to(scale.dtype), new_zero
 

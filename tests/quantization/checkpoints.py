@@ -161,22 +161,39 @@ def awq(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _groups(**weights: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+def _groups(kind: str, **weights: Any) -> dict[str, Any]:
+    """compressed-tensors' settings for the format `kind`."""
+    group: dict[str, Any] = {"targets": ["Linear"]}
+    group["weights"] = {"symmetric": True, "dynamic": False, **weights}
+    if kind == "int-quantized":  # only with integers as activations; otherwise the library packs the codes
+        group["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 KINDS: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]] = {
     "fp8-block": (fp8_block, {"quant_method": "fp8", "weight_block_size": [40, 40]}),
-    "fp8-channel": (fp8_channel, _groups(num_bits=8, type="float", strategy="channel")),
+    "fp8-channel": (fp8_channel, _groups("float-quantized", num_bits=8, type="float", strategy="channel")),
     "fp8-tensor": (fp8_tensor, {"quant_method": "fp8"}),
-    "int4": (int4, _groups(num_bits=4, type="int", strategy="group", group_size=32)),
-    "int8": (int8, _groups(num_bits=8, type="int", strategy="channel")),
-    "mxfp4": (mxfp4, _groups(num_bits=4, type="float", strategy="group", group_size=32)),
+    "int4": (int4, _groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)),
+    "int8": (int8, _groups("int-quantized", num_bits=8, type="int", strategy="channel")),
+    "mxfp4": (
+        mxfp4,
+        _groups("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+    ),
     "nf4": (bnb("nf4", False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "nf4-double": (bnb("nf4", True), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "fp4": (bnb("fp4", False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "bnb8": (bnb8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-    "nvfp4": (nvfp4, _groups(num_bits=4, type="float", strategy="tensor_group", group_size=16)),
+    "nvfp4": (
+        nvfp4,
+        _groups("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+    ),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
 }

@@ -136,6 +136,12 @@ def test_int8_is_written_with_no_more_error_than_half_a_step(shape: tuple[int, .
     assert ((decode(made) - weight).abs() <= step * 0.51).all()
 
 
+def test_the_only_row_of_a_matrix_may_have_groups() -> None:
+    tensors = {"a.weight": torch.zeros(1, 64, dtype=torch.int8), "a.weight_scale": torch.ones(1, 4)}
+    made = encode(tensors, gaussian(1, 64))
+    assert (decode(made) - gaussian(1, 64)).abs().max() < gaussian(1, 64).abs().max() / 200
+
+
 def test_a_zero_point_of_int8_is_subtracted() -> None:
     tensors = {
         "a.weight": torch.tensor([[1, 2]], dtype=torch.int8),

@@ -31,7 +31,7 @@ def test_what_the_lora_misses_on_the_untouched_base_is_said(checkpoint: Build, t
         errors[name] = float(torch.linalg.matrix_norm(missed) / torch.linalg.matrix_norm(weight))
     assert isinstance(manifest.result, LoraResult)
     assert manifest.result.missed == pytest.approx(sum(errors.values()) / len(errors), rel=1e-3)
-    (sentence,) = [line for line in said if "misses" in line]
+    (sentence,) = [line for line in said if "LoRA misses" in line]
     assert max(errors, key=errors.__getitem__) in sentence
 
 
