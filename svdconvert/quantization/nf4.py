@@ -46,7 +46,8 @@ NESTED_BLOCK = 256
 """How many magnitudes form a block of double quantisation."""
 
 _AT_ONCE = 1 << 16  # values that are processed at once, so that the working copies stay in the cache
-_FEW = 16  # bounds up to which comparing with all of them is faster than a search
+_CELLS = 256  # equal parts of [-1, 1] in which a number is looked up, which is faster than a search
+_NEAR = 1e-3  # of a part; rounding to float32 moves a value by less
 _LEAST = 1e-38  # instead of the largest magnitude of a block of zeros, as in bitsandbytes
 _OFFSET_LENGTH = 24  # characters of a float in JSON, at most
 
@@ -182,13 +183,32 @@ def _nearest(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tens
 
 
 def _count_below(values: Tensor, bounds: Tensor, counts: Tensor) -> None:
-    """Write the number of sorted `bounds` below each value into `counts` (uint8)."""
-    if len(bounds) > _FEW or values.device.type != "cpu":
+    """Write the number of sorted `bounds` below each value of [-1, 1] into `counts` (uint8)."""
+    table = _cells(tuple(bounds.tolist())) if values.device.type == "cpu" else None
+    if table is None:
         counts.copy_(torch.bucketize(values, bounds, out_int32=True))
         return
-    counts.zero_()
-    for bound in bounds.tolist():  # comparisons are vectorised, and a search is not
-        counts.add_(values > bound)
+    below, threshold = table
+    cell = (values + 1.0).mul_(_CELLS // 2).int()
+    torch.index_select(below, 0, cell, out=counts)
+    counts.add_(values > threshold[cell])
+
+
+@cache
+def _cells(bounds: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """(number of bounds below each of 256 equal parts of [-1, 1] uint8, the bound in it or 2 float32).
+
+    None if a part has several bounds, or if a bound is so near to an end of its part that rounding could
+    mistake the part of a value.
+    """
+    position = (torch.tensor(bounds, dtype=torch.float64) + 1.0) * (_CELLS // 2)
+    cell = position.floor().long()
+    if len(cell.unique()) < len(bounds) or float((position - position.round()).abs().min()) < _NEAR:
+        return None
+    threshold = torch.full((_CELLS + 1,), 2.0)
+    threshold[cell] = torch.tensor(bounds)
+    below = torch.bucketize(torch.arange(_CELLS + 1), cell, right=False).to(torch.uint8)
+    return below, threshold
 
 
 def _blocks_at_once(blocksize: int, tensor: Tensor) -> int:
