@@ -45,7 +45,9 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """How many magnitudes form a block of double quantisation."""
 
-_AT_ONCE = 1 << 18  # values that are processed at once, so that the working copies stay in the cache
+_AT_ONCE = 1 << 16  # values that are processed at once, so that the working copies stay in the cache
+_CELLS = 256  # equal parts of [-1, 1] in which a number is looked up, which is faster than a search
+_NEAR = 1e-3  # of a part; rounding to float32 moves a value by less
 _LEAST = 1e-38  # instead of the largest magnitude of a block of zeros, as in bitsandbytes
 _OFFSET_LENGTH = 24  # characters of a float in JSON, at most
 
@@ -166,18 +168,52 @@ def _nearest(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tens
     indices = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), device=flat.device)
     full = flat.numel() // blocksize * blocksize
-    step = max(blocksize, _AT_ONCE // blocksize * blocksize)
+    step = _blocks_at_once(blocksize, flat) * blocksize
     for start in range(0, full, step):
         stop = min(full, start + step)
         blocks = flat[start:stop].float().reshape(-1, blocksize)
         largest = absmax[start // blocksize : stop // blocksize].copy_(blocks.abs().amax(1))
         shares = (blocks * (1.0 / largest.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
-        indices[start:stop] = torch.bucketize(shares.reshape(-1), bounds, out_int32=True)
+        _count_below(shares.reshape(-1), bounds, indices[start:stop])
     if full < flat.numel():  # bitsandbytes divides the values of a short block instead
         rest = flat[full:].float()
         absmax[-1] = rest.abs().max().clamp(min=_LEAST)
-        indices[full:] = torch.bucketize((rest / absmax[-1]).clamp_(-1, 1), bounds, out_int32=True)
+        _count_below((rest / absmax[-1]).clamp_(-1, 1), bounds, indices[full:])
     return indices, absmax
+
+
+def _count_below(values: Tensor, bounds: Tensor, counts: Tensor) -> None:
+    """Write the number of sorted `bounds` below each value of [-1, 1] into `counts` (uint8)."""
+    table = _cells(tuple(bounds.tolist())) if values.device.type == "cpu" else None
+    if table is None:
+        counts.copy_(torch.bucketize(values, bounds, out_int32=True))
+        return
+    below, threshold = table
+    cell = (values + 1.0).mul_(_CELLS // 2).int()
+    torch.index_select(below, 0, cell, out=counts)
+    counts.add_(values > threshold[cell])
+
+
+@cache
+def _cells(bounds: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """(number of bounds below each of 256 equal parts of [-1, 1] uint8, the bound in it or 2 float32).
+
+    None if a part has several bounds, or if a bound is so near to an end of its part that rounding could
+    mistake the part of a value.
+    """
+    position = (torch.tensor(bounds, dtype=torch.float64) + 1.0) * (_CELLS // 2)
+    cell = position.floor().long()
+    if len(cell.unique()) < len(bounds) or float((position - position.round()).abs().min()) < _NEAR:
+        return None
+    threshold = torch.full((_CELLS + 1,), 2.0)
+    threshold[cell] = torch.tensor(bounds)
+    below = torch.bucketize(torch.arange(_CELLS + 1), cell, right=False).to(torch.uint8)
+    return below, threshold
+
+
+def _blocks_at_once(blocksize: int, tensor: Tensor) -> int:
+    """Blocks that are processed at the same time; a GPU gets all of them."""
+    return max(1, _AT_ONCE // blocksize if tensor.device.type == "cpu" else tensor.numel())
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -206,7 +242,7 @@ def decode(packed: Tensor, absmax: Tensor, book: Tensor, blocksize: int, start: 
     first = start // blocksize
     last = -(-stop // blocksize)
     values = torch.empty((last - first) * blocksize, device=packed.device)
-    step = max(1, _AT_ONCE // blocksize)
+    step = _blocks_at_once(blocksize, packed)
     for block in range(first, last, step):
         end = min(last, block + step)
         part = values[(block - first) * blocksize : (end - first) * blocksize]

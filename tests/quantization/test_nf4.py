@@ -79,6 +79,19 @@ def test_nf4_without_double_quantisation_keeps_its_own_values() -> None:
     assert torch.equal(encode(once, Rule()).decode(), once)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_at_the_bounds_get_the_code_that_a_search_finds(kind: Kind) -> None:
+    levels = CODE_BOOKS[kind].sort().values
+    bounds = (levels[1:] + levels[:-1]) / 2
+    edges = torch.arange(257) / 128 - 1
+    near = torch.cat([bounds, levels, edges])
+    steps = [near, near.nextafter(torch.tensor(2.0)), near.nextafter(torch.tensor(-2.0))]
+    values = torch.cat([torch.tensor([1.0]), *steps]).clamp(-1, 1)
+    codes, _ = quantize(values, kind, 4096)
+    found = CODE_BOOKS[kind][codes.int()]
+    assert torch.equal(found, levels[torch.bucketize(values, bounds)])
+
+
 @pytest.mark.parametrize("size", [1, 2, 63, 64])
 def test_packing_puts_the_first_code_into_the_upper_bits(size: int) -> None:
     codes = torch.arange(size, dtype=torch.uint8) % 16

@@ -63,7 +63,8 @@ def load_quantised(
         layer = model.get_submodule(path)
         assert isinstance(layer, QuantisedLinear)
         layer.fill(stored_weight(source, name))
-    _fill_others(model, source, layout, set(paths.values()), loaded)
+    filled = _fill_others(model, source, layout, set(paths.values()))
+    loaded["missing_keys"] = set(loaded["missing_keys"]) - filled
     stored = {part for _, coded in source.coded.values() for part in coded.stored}
     loaded["unexpected_keys"] = {key for key in loaded["unexpected_keys"] if key not in stored}
     _forget_quantiser(model)
@@ -105,11 +106,10 @@ def densify(model: nn.Module) -> None:
             model.set_submodule(path, plain)
 
 
-def _fill_others(
-    model: nn.Module, source: DecodedSource, layout: Layout, done: set[str], loaded: Mapping[str, Any]
-) -> None:
-    """Decode the quantised weights of parameters that are no linear layers, such as fused experts."""
+def _fill_others(model: nn.Module, source: DecodedSource, layout: Layout, done: set[str]) -> set[str]:
+    """Decode the quantised weights of parameters that are no linear layers; return the parameters' names."""
     parameters = dict(model.named_parameters())
+    filled = set()
     for name in source.coded.keys() - done:
         runtime = layout.runtime_name(name)
         parameter = parameters.get(runtime)
@@ -122,7 +122,8 @@ def _fill_others(
             )
         with torch.no_grad():
             parameter.copy_(source.read(name))
-        loaded["missing_keys"].discard(runtime)
+        filled.add(runtime)
+    return filled
 
 
 def _quantiser_config(wanted: Mapping[str, str]) -> tuple[Any, dict[str, str]]:

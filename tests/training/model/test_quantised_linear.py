@@ -78,7 +78,15 @@ def wide_llama(directory: Path) -> Path:
     from transformers import LlamaForCausalLM
 
     config = tiny.configuration(
-        "llama", hidden_size=128, intermediate_size=192, head_dim=32, tie_word_embeddings=False
+        "llama",
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     tiny.fill(model)
@@ -124,7 +132,7 @@ def test_stock_transformers_and_peft_load_and_train_the_same_network(tmp_path: P
         assert torch.equal(ours(input_ids=ids).logits, theirs)
     adapted = PeftModel.from_pretrained(stock, tmp_path / "out", subfolder="pissa_init", is_trainable=True)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
     for _ in range(3):
         loss = adapted.train()(input_ids=ids, labels=ids).loss
