@@ -233,4 +233,5 @@ def rows_to_compute(source: TensorSource, name: str, rows: int) -> Iterator["Ten
     view, weight, own = found
     if len(source.infos[name].shape) == len(view.infos[weight].shape):
         return view.float32_blocks(weight, rows, rows=own)
-    return iter(read_to_compute(source, name).split(rows))  # one matrix of a stack
+    matrix = read_to_compute(source, name)  # of a stack
+    return (matrix[start : start + rows] for start in range(0, len(matrix), rows))

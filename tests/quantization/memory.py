@@ -24,8 +24,10 @@ class Memory:
     def read(self, name: str) -> Tensor:
         return self.tensors[name].clone()
 
-    def chunks(self, name: str, size: int, buffer: memoryview | None = None) -> Iterator[memoryview]:
-        return in_chunks(tensor_bytes(self.tensors[name]), size, buffer)
+    def chunks(
+        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
+    ) -> Iterator[memoryview]:
+        return in_chunks(tensor_bytes(self.tensors[name])[section or slice(None)], size, buffer)
 
     def file_versions(self) -> Mapping[str, list[int]]:
         return {}

@@ -22,8 +22,7 @@ from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.model.compare import require_complete, require_complete_body
-from svdconvert.training.model.quantised_linear import QuantisedWeight
-from svdconvert.training.model.quantised_loading import load_quantised, open_quantised, replace_by_quantised
+from svdconvert.training.model.quantised_loading import load_quantised, open_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

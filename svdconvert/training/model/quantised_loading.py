@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import torch_dtype
@@ -193,14 +193,9 @@ def _forget_quantiser(model: Any) -> None:
             del part.quantization_config
 
 
-def replace_by_quantised(
-    model: nn.Module, weights: Mapping[str, QuantisedWeight | Tensor]
-) -> dict[str, Tensor]:
-    """Put the quantised ones of `weights`, by path, into the model; return the others."""
-    for path, weight in weights.items():
-        if isinstance(weight, QuantisedWeight):
-            layer = model.get_submodule(path)
-            assert isinstance(layer, nn.Linear)
-            made = QuantisedLinear(layer.in_features, layer.out_features, layer.bias)
-            model.set_submodule(path, made.fill(weight))
-    return {path: weight for path, weight in weights.items() if isinstance(weight, Tensor)}
+def keep_quantised(model: nn.Module, path: str, weight: QuantisedWeight) -> None:
+    """Put a layer with a quantised weight in the place of the linear layer at `path`."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear)
+    made = QuantisedLinear(layer.in_features, layer.out_features, layer.bias)
+    model.set_submodule(path, made.fill(weight))
