@@ -273,10 +273,8 @@ def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
         if name in staged.finished:
             continue
         dtype = torch_dtype(plan.dtypes[name])
-        if new.parameter is not None:
-            tensor = delta.parameter(new.parameter)
-        else:
-            tensor = plan.source.read(new.copied)
+        trained = new.parameter
+        tensor = plan.source.read(new.copied) if trained is None else delta.parameter(trained)
         if new.module is not None:
             product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
             tensor, _ = merged_(tensor.clone(), product, dtype, None, None)
