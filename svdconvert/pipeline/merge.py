@@ -273,8 +273,7 @@ def _write_added(plan: MergePlan, staged: StagedOutput) -> None:
         if name in staged.finished:
             continue
         dtype = torch_dtype(plan.dtypes[name])
-        trained = new.parameter
-        tensor = plan.source.read(new.copied) if trained is None else delta.parameter(trained)
+        tensor = delta.parameter(new.parameter) if new.parameter is not None else plan.source.read(new.copied)
         if new.module is not None:
             product = (_update if plan.weights.side == "base" else _adapter)(delta, new.module)
             tensor, _ = merged_(tensor.clone(), product, dtype, None, None)

@@ -151,6 +151,7 @@ ELSEWHERE = {
     "--track": "tests/training/logs/test_trackers.py",
     "--track-dir": "tests/training/logs/test_trackers.py",
     "--data": "tests/training/data/test_mixing.py",
+    "--image-dir": "tests/commands/test_train_images.py",
 }
 
 # Other options without which an option may have no effect, because of the values that are compared.

@@ -47,16 +47,10 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
         return model
     import transformers
 
-    config = read_config(path)
-    if is_encoder_decoder(config):
-        raise ArtifactError(
-            f"{path} is an encoder with a decoder ({brief(config.get('model_type'))}), and train is for "
-            "models that continue a text; train the adapter that decompose writes with PEFT, then merge or "
-            "convert it"
-        )
+    refuse_encoder_decoder(path)
     with _load_report_silenced():
         model, loaded = _load(
-            getattr(transformers, generating_class(config)),
+            getattr(transformers, generating_class(read_config(path))),
             path,
             layout,
             dtype=dtype or "auto",
@@ -75,6 +69,17 @@ def _load(auto_class: Any, path: Path, layout: Layout, **arguments: Any) -> tupl
         found: tuple[nn.Module, dict[str, Any]] = _from_pretrained(auto_class, path, **arguments)
         return found
     return load_quantised(source, layout, partial(_from_pretrained, auto_class), path, arguments)
+
+
+def refuse_encoder_decoder(path: Path) -> None:
+    """Raise ArtifactError for a model that reads one sequence and writes another, such as T5."""
+    config = read_config(path) if (path / CONFIG).is_file() else {}
+    if is_encoder_decoder(config):
+        raise ArtifactError(
+            f"{path} is an encoder with a decoder ({brief(config.get('model_type'))}), and train is for "
+            "models that continue a text; train the adapter that decompose writes with PEFT, then merge or "
+            "convert it"
+        )
 
 
 def load_classifier(  # noqa: PLR0913 (the model, its head, and how it is loaded)
