@@ -203,7 +203,7 @@ def _cells(bounds: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
     """
     position = (torch.tensor(bounds, dtype=torch.float64) + 1.0) * (_CELLS // 2)
     cell = position.floor().long()
-    if len(cell.unique()) < len(bounds) or float((position - position.round()).abs().min()) < _NEAR:
+    if len(set(cell.tolist())) < len(bounds) or float((position - position.round()).abs().min()) < _NEAR:
         return None
     threshold = torch.full((_CELLS + 1,), 2.0)
     threshold[cell] = torch.tensor(bounds)
