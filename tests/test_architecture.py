@@ -17,6 +17,7 @@ LEVELS = (
     "errors",
     "plugins",
     "checkpoint",
+    "quantization",
     "config",
     "linalg",
     "hub",
@@ -44,9 +45,10 @@ PLUG_INS = {
     "methods": {"base"},
     "merging": {"base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"},
     "commands": set(),
+    "quantization": {"base", "nf4", "packing", "floats", "integers"},
 }
 # These modules of such packages are no plug-ins.
-NO_PLUG_INS = {"automatic", "automatic_cache", "base", "by_names", "detect", "experts", "loading"}
+NO_PLUG_INS = {"automatic", "automatic_cache", "base", "by_names", "detect", "experts", "loading", "view"}
 # Heavy or remote: library -> the only packages that may import it.
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},

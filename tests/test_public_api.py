@@ -47,7 +47,7 @@ PARAMETERS = {
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
     "merge": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
     "to_lora": ["adapter", "out", "options", "run", "*base", "*residual", "*init"],
-    "verify": ["directory", "run", "*base"],
+    "verify": ["directory", "run", "*base", "*nuclear_ratio"],
     "verify_merge": ["merged", "bases", "adapter", "run"],
     "extract": ["base", "tuned", "out", "options", "run"],
     "diff": ["first", "second", "run"],

@@ -23,7 +23,7 @@ PICKLED_SINGLE = "pytorch_model.bin"
 # Model types whose config.json ties the head to the embeddings if it does not say otherwise.
 _TIED_BY_DEFAULT = ("gemma", "gpt2", "opt", "bloom")
 
-ENDINGS = (".pth", ".st")
+ENDINGS = (".pth", ".st", ".gguf")
 """Suffixes of files that are a checkpoint by themselves."""
 _FILES = (*ENDINGS, ".safetensors", ".bin")
 
@@ -81,11 +81,11 @@ def holds_model(directory: Path) -> bool:
 
 
 def open_file(path: Path) -> TensorSource:
-    """The tensors of one file: PyTorch's format if it ends in .pth or .bin, GGUF, else safetensors."""
+    """The tensors of one file: PyTorch's format if it ends in .pth or .bin, GGUF's, else safetensors."""
     if path.suffix == ".gguf":
-        from svdconvert.checkpoint.gguf_files import GgufSource
+        from svdconvert.checkpoint.gguf_file import GgufFile
 
-        return GgufSource(path)
+        return GgufFile(path)
     if path.suffix not in (".pth", ".bin"):
         return SafetensorsSource([path])
     from svdconvert.checkpoint.torch_files import PickledSource

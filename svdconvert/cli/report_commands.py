@@ -69,6 +69,12 @@ def verify(
         list[str] | None,
         typer.Option("--base", help="The base's location; with --merged several, to find the one that fits."),
     ] = None,
+    nuclear_ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure nuclear-norm error ratios of a 4-bit residual: all, or a number per role."
+        ),
+    ] = None,
     debug: DebugOpt = False,
 ) -> None:
     """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
@@ -85,7 +91,9 @@ def verify(
         if base and len(base) > 1:
             raise typer.BadParameter("several --base belong to --merged; give one")
         with progress.tensors("verify", of_bytes=False) as track:
-            report = command(required(directory, "a DIR"), Run(track=track), base=base[0] if base else None)
+            run = Run(track=track)
+            own = base[0] if base else None
+            report = command(required(directory, "a DIR"), run, base=own, nuclear_ratio=nuclear_ratio)
         summaries.show_report(report)
         if not report.passed:
             raise typer.Exit(1)
@@ -163,11 +171,11 @@ def inspect(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Literal["methods", "layouts", "merges"], typer.Argument(help="What to list.")],
+    what: Annotated[Literal["methods", "layouts", "merges", "formats"], typer.Argument(help="What to list.")],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods, the layouts, or the methods that merge."""
+    """List the methods, the layouts, the methods that merge, or the formats of quantised weights."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

@@ -118,11 +118,38 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "method": f"{manifest.method}, rank {_ranks(matrices)}, {len(matrices)} matrices",
             "energy in the adapter": f"{sum(energies) / len(energies):.1%} (mean)" if energies else None,
             "largest error as stored": f"{max(matrix.error for matrix in matrices):.2e}",
+            **_error_reductions(matrices),
             "experts": "each one by itself, for inference engines" if experts else None,
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
     )
+
+
+def _error_reductions(matrices: Sequence["Matrix"]) -> dict[str, str]:
+    """By how much a 4-bit residual's errors are below those of plain NF4, and which start was better."""
+    rows = {}
+    for norm, attribute in {"Frobenius": "reduction", "nuclear": "nuclear_reduction"}.items():
+        roles: dict[str, list[float]] = {}
+        for matrix in matrices:
+            if (value := getattr(matrix.quantised, attribute, None)) is not None:
+                roles.setdefault(matrix.role, []).append(value)
+        total = [value for values in roles.values() for value in values]
+        means = {role: sum(values) / len(values) for role, values in roles.items()}
+        if total:
+            rows[_below(norm)] = f"{sum(total) / len(total):.1%} (mean): {_by_role(means)}"
+    starts = [matrix.quantised.start for matrix in matrices if matrix.quantised and matrix.quantised.start]
+    if starts:
+        rows["better start"] = ", ".join(f"{start} {starts.count(start)}" for start in sorted(set(starts)))
+    return rows
+
+
+def _below(norm: str) -> str:
+    return f"below NF4's error, {norm}"
+
+
+def _by_role(means: Mapping[str, float]) -> str:
+    return ", ".join(f"{role} {mean:.1%}" for role, mean in means.items() if role != "all")
 
 
 def _ranks(matrices: Sequence["Matrix"]) -> str:
@@ -158,6 +185,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
         {
             "from": f"the {side} {origin.location if origin else ''}",
             "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "format": "quantised, as the source" if manifest.options.get("keep_format") else None,
             "update as stored": _update(manifest.result.update),
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
@@ -266,6 +294,10 @@ def show_report(report: "Report") -> None:
         rows["base"] = report.base
         rows["matrices"] = f"{report.matrices} recomputed, largest relative error {report.worst:.2e}"
         rows["exactly reconstructed"] = f"{report.exact:.4f} of the entries, from the stored files alone"
+        rows |= {
+            _below(norm): f"{roles['all']:.1%} (mean): {_by_role(roles)}"
+            for norm, roles in report.reductions.items()
+        }
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
     state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"

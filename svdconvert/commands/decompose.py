@@ -8,7 +8,8 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.inputs.model import open_headers, open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
-from svdconvert.pipeline.decompose import DecomposeJob, plan_decomposition
+from svdconvert.pipeline.decompose import DecomposeJob
+from svdconvert.pipeline.decompose_plan import plan_decomposition
 from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.estimate import Estimate, estimate_decompose
 from svdconvert.pipeline.job import run_job

@@ -1,4 +1,4 @@
-"""svdconvert list: the available methods, layouts and merge methods."""
+"""svdconvert list: the available methods, layouts, merge methods, and formats of quantised weights."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,11 +7,12 @@ from svdconvert.errors import PluginError
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
 from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
+from svdconvert.quantization.base import FORMATS
 
 
-def list_plugins(what: Literal["methods", "layouts", "merges"]) -> list[dict[str, Any]]:
-    """One row for each method, layout or merge method, including those of installed packages."""
-    return {"methods": methods, "layouts": layouts, "merges": merges}[what]()
+def list_plugins(what: Literal["methods", "layouts", "merges", "formats"]) -> list[dict[str, Any]]:
+    """One row for each method, layout, merge method or format, including those of installed packages."""
+    return {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats}[what]()
 
 
 def methods() -> list[dict[str, Any]]:
@@ -111,3 +112,21 @@ def _merge_row(name: str) -> dict[str, Any]:
 
 def _plain(value: float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+def formats() -> list[dict[str, Any]]:
+    """One row for each format of quantised weights; for one that cannot be loaded, the reason."""
+    return [_format_row(name) for name in FORMATS.names()]
+
+
+def _format_row(name: str) -> dict[str, Any]:
+    try:
+        plugin = FORMATS.get(name)
+    except PluginError as error:
+        return {"format": name, "weights": str(error), "quant_method": "", "merge --keep-format": ""}
+    return {
+        "format": name,
+        "weights": plugin.summary,
+        "quant_method": ", ".join(sorted(plugin.methods)),
+        "merge --keep-format": "yes" if plugin.encodes else "no",
+    }

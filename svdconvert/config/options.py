@@ -80,6 +80,16 @@ class SplitOptions:
     """Element type of the stored factors."""
     residual_dtype: AutoFloat = "auto"
     """Element type of the stored residual; auto is that of the source, and float32 for milora."""
+    residual_format: Literal["plain", "nf4"] = "plain"
+    """How the residual is stored: as plain numbers, or in 4 bits as bitsandbytes and transformers read it."""
+    quant_start: Literal["best", "pissa", "loftq"] = "best"
+    """First factors of the 4-bit alternation: the method's (pissa), none (loftq), or what ends up better."""
+    quant_iterations: Annotated[int, Field(ge=1, le=100)] = 5
+    """How often the 4-bit residual and the factors are fitted to each other in turn."""
+    double_quant: bool = False
+    """Quantise the scales of the 4-bit residual too: 4.13 instead of 4.5 bits per weight."""
+    nuclear_ratio: Annotated[str, Field(pattern=r"^(all|[1-9][0-9]{0,5})$")] | None = None
+    """Measure the nuclear-norm error ratio of a 4-bit residual too: all, or a number of matrices per role."""
     max_shard_size: SizeText = "5GB"
     """Largest size of an output shard, such as 5GB, 200MB or 4GiB."""
     copy_base: bool = False
@@ -100,6 +110,8 @@ class MergeOptions:
     """The weights to merge into; auto is the base if it is given or found, else the residual."""
     dtype: AutoFloat = "auto"
     """Element type of the merged matrices; auto is that of the base."""
+    keep_format: bool = False
+    """Write a quantised base in its own format again, instead of a plain checkpoint."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """stochastic keeps, on average, changes that are smaller than the spacing of half-precision numbers."""
     seed: int = 0
@@ -110,6 +122,12 @@ class MergeOptions:
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
     weights: Weights | None = None
     """One factor for the change of each adapter, such as 0.7,-0.4; without it all are 1."""
+
+    @model_validator(mode="after")
+    def _refuse_rivals(self) -> Self:
+        if self.keep_format and self.dtype != "auto":
+            raise ValueError("keep_format and dtype exclude each other: give one")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

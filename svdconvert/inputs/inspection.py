@@ -15,11 +15,13 @@ from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
-from svdconvert.inputs.model import open_headers
+from svdconvert.inputs.model import OpenModel, open_headers
+from svdconvert.inputs.storage_format import bits_per_weight, formats
 from svdconvert.layouts.loading import is_transformers, loading
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
+from svdconvert.quantization.view import DecodedSource
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,18 @@ def _adapter_commands(path: Path, config: AdapterConfig) -> list[str]:
     ]
 
 
+def _storage(opened: OpenModel) -> dict[str, Any]:
+    """How quantised weights are stored; empty if none is."""
+    if not isinstance(opened.source, DecodedSource):
+        return {}
+    stored = opened.source.stored.infos.values()
+    return {
+        "quantised": formats(opened.source),
+        "bits_per_quantised_weight": round(bits_per_weight(opened.source), 3),
+        "stored_size": size_text(sum(info.nbytes for info in stored)),
+    }
+
+
 def _inspect_checkpoint(model: str) -> Inspection:
     opened = open_headers(model)
     infos = opened.source.infos
@@ -211,6 +225,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
         "tensors": len(infos),
         "size": size_text(sum(info.nbytes for info in infos.values())),
         "element_types": dict(Counter(info.dtype for info in infos.values())),
+        **_storage(opened),
     }
     try:
         name, layout = opened.layout()

@@ -1,20 +1,27 @@
 """Opens models that the user or a manifest names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
+from svdconvert.checkpoint.gguf_file import GgufFile
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
-from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import ArtifactError, CheckpointError, ModelNotFoundError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.hub.remote_source import RemoteSource, Unstreamable
+from svdconvert.inputs.storage_format import decoded, refuse_codes, refuse_unknown_format
 from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.layouts.detect import has_signature_tensor, layout_of_model
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
+from svdconvert.models.gguf_sidecars import write_sidecars
 from svdconvert.output.sidecars import CONFIG, has_config, read_config, refuse_foreign_sidecars
+from svdconvert.quantization.view import DecodedSource
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,11 @@ class OpenModel:
 
     snapshot: Snapshot
     source: TensorSource
+    """Its tensors; quantised weights are decoded."""
     config: Mapping[str, Any]
     """config.json; empty for a single file without one next to it."""
+    sidecars: Path
+    """The directory, or the single file, that the files next to the weights are copied from."""
     trust_remote_code: bool = False
     """True if code of the model's repository may run, to find its layout."""
 
@@ -32,6 +42,19 @@ class OpenModel:
     def path(self) -> Path:
         """Its directory, or its single file."""
         return self.snapshot.path
+
+    @property
+    def is_decoded(self) -> bool:
+        """True if weights of the checkpoint are quantised, and `source` decodes them."""
+        return isinstance(self.source, DecodedSource)
+
+    def refuse_unknown_format(self) -> None:
+        """Raise TargetError if the checkpoint is quantised in a way that is not known."""
+        refuse_unknown_format(self.path, self.config, self.source)
+
+    def refuse_codes(self, infos: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+        """Raise TargetError if one of the matrices `names` of `infos` is stored as codes."""
+        refuse_codes(self.path, self.config, infos, names)
 
     def layout(self, name: str | None = None) -> tuple[str, Layout]:
         """(name, layout): the layout called `name`, else the one that fits. Raises as `layout_of_model`."""
@@ -150,12 +173,28 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     refuse_foreign_sidecars(snapshot.path)
     streamed = stream and snapshot.revision is not None
     source = _streamed(snapshot) if streamed else open_checkpoint(snapshot.path)
-    if has_config(snapshot.path):
-        folder = snapshot.path if snapshot.path.is_dir() else snapshot.path.parent
-        return OpenModel(snapshot, source, read_config(folder))
-    if snapshot.path.is_dir() and not has_signature_tensor(source.infos):
-        return OpenModel(snapshot, source, read_config(snapshot.path))
-    return OpenModel(snapshot, source, {})
+    if isinstance(source, GgufFile):
+        return _opened_gguf(snapshot, source)
+    config = _config_of(snapshot.path, source)
+    return OpenModel(snapshot, decoded(source, config, snapshot.path), config, snapshot.path)
+
+
+def _config_of(path: Path, source: TensorSource) -> dict[str, Any]:
+    """config.json; empty for a single file without one, and for a directory whose tensors need none."""
+    if has_config(path):
+        return read_config(path if path.is_dir() else path.parent)
+    if path.is_dir() and not has_signature_tensor(source.infos):
+        return read_config(path)
+    return {}
+
+
+def _opened_gguf(snapshot: Snapshot, source: GgufFile) -> OpenModel:
+    """A GGUF file, whose configuration and tokenizer are written into a temporary directory."""
+    found = decoded(source, {}, snapshot.path)
+    directory = Path(mkdtemp(prefix="svdconvert-gguf-"))
+    finalize(source, rmtree, directory, ignore_errors=True)  # at the latest when the program ends
+    write_sidecars(source.path, directory)
+    return OpenModel(snapshot, found, read_config(directory), directory)
 
 
 def _streamed(snapshot: Snapshot) -> TensorSource:

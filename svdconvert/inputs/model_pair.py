@@ -105,7 +105,7 @@ def _open_pair(base: str, tuned: str, command: str, *, stream: bool) -> ModelPai
         first = open_plain_model(base, command, stream=stream)
         return ModelPair(first, open_plain_model(tuned, command, stream=stream))
     models = [
-        OpenModel(snapshot, source, read_config(snapshot.path))
+        OpenModel(snapshot, source, read_config(snapshot.path), snapshot.path)
         for snapshot, source in zip(sidecars, shared.sources, strict=True)
     ]
     return ModelPair(models[0], models[1], shared.equal)

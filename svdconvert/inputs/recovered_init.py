@@ -21,6 +21,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
 from svdconvert.manifest.results import RecoveredFactors
 from svdconvert.methods.base import METHODS
+from svdconvert.quantization.view import is_decoded
 
 REPEATABLE = ("pissa", "olora", KASA)
 """PEFT's names of the initialisations that the base alone determines; pissa_niter_4 is random."""
@@ -85,8 +86,15 @@ class RecoveredInit:
         found = Factors(top.left_OR * root_R, root_R[:, None] * top.right_RI)
         rest = _norm(difference_OI.addmm_(found.left_OR, found.right_RI, alpha=-1.0))
         self.losses[module] = Loss(rest, start, norm)
-        self._check(name, rank, self.losses[module], torch_dtype(self.residual.infos[name].dtype))
+        self._check(name, rank, self.losses[module], self._coarsest_dtype(name))
         return found
+
+    def _coarsest_dtype(self, name: str) -> torch.dtype:
+        """That of the residual, or the one that a quantised base may have been rounded to before."""
+        assert self.residual is not None
+        residual = torch_dtype(self.residual.infos[name].dtype)
+        base = torch_dtype(self.base.infos[name].dtype) if is_decoded(self.base, name) else residual
+        return max(residual, base, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _check(self, name: str, rank: int, loss: Loss, dtype: torch.dtype) -> None:
         # One rounding changes an entry by at most half an eps; the factor 4 allows for several roundings.

@@ -13,6 +13,7 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.delta import Product
 from svdconvert.manifest.place import Rows
+from svdconvert.quantization.view import read_to_compute
 
 # Modules that only contain the body of a model: versions of transformers, and a body that is saved without
 # its head, differ in them.
@@ -119,10 +120,10 @@ def shape_of_shares(infos: Mapping[str, TensorInfo], shares: Sequence[Share]) ->
 
 
 def read_matrix(source: TensorSource, shares: Sequence[Share]) -> Tensor:
-    """The matrix (out, in) of a module, in the dtype in which its first tensor is stored."""
+    """The matrix (out, in) of a module, in the dtype of its first tensor; float32 if that is quantised."""
     parts = []
     for share in shares:
-        stored = source.read(share.tensor)
+        stored = read_to_compute(source, share.tensor)
         matrix_OI = stored.T if share.transposed else stored
         parts.append(matrix_OI if share.of_tensor is None else matrix_OI[share.of_tensor.slice])
     if len(shares) == 1 and shares[0].of_module is None:

@@ -1,6 +1,6 @@
 """Applying what an adapter changes to a matrix.  O: out features, I: in features, R: rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 
@@ -115,6 +115,17 @@ def realised_change(before: Tensor, exact: Tensor, rounded: Tensor) -> Realised 
             error = got.float() - goal
             sums.ue += float(torch.dot(change, error))
             sums.ee += float(torch.dot(error, error))
+    return sums.realised()
+
+
+def measured(update: Product, blocks: Iterable[tuple[slice, Tensor]]) -> Realised | None:
+    """How much of `update` a stored matrix holds; None if nothing was to change.
+
+    blocks: (rows, merged matrix in float32 minus the stored one), for all rows.
+    """
+    sums = _Sums()
+    for rows, lost in blocks:
+        sums.add(matmul_f32(-update[0][rows], update[1]), lost)
     return sums.realised()
 
 

@@ -124,6 +124,9 @@ class LoraResult:
     """||BA - stored||_F / ||BA||_F over all matrices, for factors BA that were rounded to half precision."""
     norm: float | None = None
     """||BA||_F over all matrices; 0 if training changed nothing. None in a manifest of version 0.1."""
+    missed: float | None = None
+    """For an adapter of a 4-bit residual Q: the mean of ||W - (Q + s0 B0 A0)||_F / ||W||_F over the matrices,
+    which the LoRA leaves out on the untouched base; None for other adapters."""
     recovered: RecoveredFactors | None = None
     extracted: Extraction | None = None
     """None unless it was extracted from two checkpoints."""

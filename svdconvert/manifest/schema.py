@@ -43,6 +43,29 @@ class Origin:
     fingerprint: Fingerprint
 
 
+QuantStart = Literal["pissa", "loftq"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantisedMatrix:
+    """How the residual Q of one matrix is quantised, and how much less it loses than plain NF4."""
+
+    format: Literal["nf4", "fp4"]
+    double: bool
+    """True if the scales are quantised too."""
+    start: QuantStart | None
+    """Whether the better result began with the method's factors (pissa) or without factors (loftq); None if
+    the factors' product is zero."""
+    iteration: int
+    """After which iteration it was reached; 0 if the factors were not fitted."""
+    reduction: float
+    """1 - ||W - (Q + scale * B A)||_F / ||W - NF4(W)||_F, NF4 in blocks of 64 without double quantisation."""
+    checksum: str
+    """Of Q as it is read: decoded, in the dtype of config.json."""
+    nuclear_reduction: float | None = None
+    """The same in the nuclear norm, the error ratio of PiSSA's section 4; None if it was not measured."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
     """One adapted matrix: names, shape and measurements. A measurement that does not apply is None."""
@@ -67,6 +90,14 @@ class Matrix:
     """||W_res + scale * B A - W||_F / ||W||_F as stored."""
     place: Place | None = None
     """Which part of which parameter it is at run time; None if it is the weight of `module`."""
+    quantised: QuantisedMatrix | None = None
+    """None if the residual is stored in plain numbers."""
+
+    @staticmethod
+    def of(note: Mapping[str, Any]) -> "Matrix":
+        """The inverse of `asdict`; the place stays as JSON has it."""
+        found = note.get("quantised")
+        return Matrix(**{**note, "quantised": QuantisedMatrix(**found) if found else None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,10 +149,15 @@ class Manifest:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksum of every tensor of the model's own weights, by name."""
-        return {
+        """Checksum of every tensor of the model's own weights, by name; of a 4-bit one as it is read."""
+        found = {
             name: checksum for file in self.files_of("model") for name, checksum in self.files[file].items()
         }
+        for name, matrix in self.matrices.items():
+            if matrix.quantised and name in found:
+                found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")}
+                found[name] = matrix.quantised.checksum
+        return found
 
     @property
     def init_directory(self) -> str:

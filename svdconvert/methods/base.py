@@ -28,6 +28,12 @@ class Split:
     """What is known of the part of the matrix that the factors hold; None if it was not measured."""
 
 
+def split_sigma_evenly(triplets: Triplets, scale: float) -> Split:
+    """B = U sqrt(S / scale), A = sqrt(S / scale) V^T: the singular values on both sides."""
+    root_R = (triplets.sigma_R / scale).sqrt()
+    return Split(Factors(triplets.left_OR * root_R, root_R[:, None] * triplets.right_RI), triplets.spectrum)
+
+
 Splitter = Callable[[Tensor, int, float, Solver], Split]
 """(weight_OI, rank, scale, solver) -> Split, with scale * factors the part that is taken out of the weight.
 
@@ -57,6 +63,8 @@ class Method:
     residual: bool
     """True if the base becomes W - scale * factors; False if it stays as it is, and the factors' product
     must then be zero at the start."""
+    hold: Callable[[Triplets, float], Split] = split_sigma_evenly
+    """(triplets, scale) -> how the method's factors hold a matrix of low rank."""
     spectrum_part: str | None = None
     """The part of the matrix that the factors are made of, in words; None if there is none.
 
@@ -138,9 +146,3 @@ def kaiming(weight_OI: Tensor, rank: int, solver: Solver) -> Tensor:
 def zeros(weight_OI: Tensor, rank: int) -> Tensor:
     """A B (O, R) of zeros, on the weight's device."""
     return torch.zeros(len(weight_OI), rank, device=weight_OI.device)
-
-
-def split_sigma_evenly(triplets: Triplets, scale: float) -> Split:
-    """B = U sqrt(S / scale), A = sqrt(S / scale) V^T: the singular values on both sides."""
-    root_R = (triplets.sigma_R / scale).sqrt()
-    return Split(Factors(triplets.left_OR * root_R, root_R[:, None] * triplets.right_RI), triplets.spectrum)

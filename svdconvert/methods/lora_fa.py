@@ -10,13 +10,19 @@ from torch import Tensor
 
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.triplets import Triplets
 from svdconvert.methods.base import Method, Split, kaiming, zeros
 
 
 def from_svd(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """The largest triplets."""
+    return hold(solver.top(weight_OI, rank), scale)
+
+
+def hold(triplets: Triplets, scale: float) -> Split:
     """B = U_r S_r / scale, A = V_r^T, whose rows are orthonormal."""
-    top = solver.top(weight_OI, rank)
-    return Split(Factors(top.left_OR * (top.sigma_R / scale), top.right_RI), top.spectrum)
+    factors = Factors(triplets.left_OR * (triplets.sigma_R / scale), triplets.right_RI)
+    return Split(factors, triplets.spectrum)
 
 
 def random(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
@@ -30,6 +36,7 @@ _SVD = Method(
     split=from_svd,
     trains=frozenset({"lora_B"}),
     residual=True,
+    hold=hold,
     spectrum_part="top",
     dropout_harms=True,
     learning_rate=2e-4,

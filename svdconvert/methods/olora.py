@@ -6,7 +6,7 @@ from torch import Tensor
 from svdconvert.linalg.blocks import times, total_energy
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.triplets import spectrum_of
+from svdconvert.linalg.triplets import Triplets, spectrum_of
 from svdconvert.methods.base import Method, Split
 
 
@@ -23,12 +23,19 @@ def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
     return Split(Factors(left_OR, right_RI / scale), spectrum)
 
 
+def hold(triplets: Triplets, scale: float) -> Split:
+    """B = U_r, whose columns are orthonormal as those of Q are, A = S_r V_r^T / scale."""
+    right_RI = (triplets.sigma_R / scale)[:, None] * triplets.right_RI
+    return Split(Factors(triplets.left_OR, right_RI), triplets.spectrum)
+
+
 METHOD = Method(
     summary="trains the first columns of Q and rows of R in W = Q R",
     paper="arXiv:2406.01775",
     split=split,
     trains=frozenset({"lora_A", "lora_B"}),
     residual=True,
+    hold=hold,
     spectrum_part="first columns",
     work="thin",
     learning_rate=2e-4,

@@ -7,13 +7,19 @@ from torch import Tensor
 
 from svdconvert.linalg.factors import Factors
 from svdconvert.linalg.solver import Solver
+from svdconvert.linalg.triplets import Triplets
 from svdconvert.methods.base import Method, Split
 
 
 def split(weight_OI: Tensor, rank: int, scale: float, solver: Solver) -> Split:
+    """The largest triplets."""
+    return hold(solver.top(weight_OI, rank), scale)
+
+
+def hold(triplets: Triplets, scale: float) -> Split:
     """B = U_r, S = S_r / scale, A = V_r^T."""
-    top = solver.top(weight_OI, rank)
-    return Split(Factors(top.left_OR, top.right_RI, top.sigma_R / scale), top.spectrum)
+    factors = Factors(triplets.left_OR, triplets.right_RI, triplets.sigma_R / scale)
+    return Split(factors, triplets.spectrum)
 
 
 METHOD = Method(
@@ -22,6 +28,7 @@ METHOD = Method(
     split=split,
     trains=frozenset({"lora_A", "lora_B", "lora_S"}),
     residual=True,
+    hold=hold,
     spectrum_part="top",
     dropout_harms=True,
     peft_type="SORSA",

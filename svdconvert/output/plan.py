@@ -1,7 +1,7 @@
 """Which tensor goes into which file. The plan is made before the first byte is written."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,18 +58,23 @@ def plan_model(infos: Iterable[TensorInfo], limit: int, single: str | None = Non
 
 
 def plan_divided(
-    units: Sequence[TensorInfo], wholes: Mapping[str, TensorInfo], limit: int, single: str | None = None
+    units: Sequence[TensorInfo],
+    wholes: Mapping[str, TensorInfo],
+    limit: int,
+    stored_as: Callable[[TensorInfo], Sequence[TensorInfo]] | None = None,
 ) -> list[PlannedFile]:
-    """`plan_model` for tensors of which some are given, and will be written, as their parts.
+    """`plan_shards` for tensors of which some are given, and will be written, as their parts.
 
-    `wholes` has the shapes of the undivided tensors. Raises CheckpointError if the parts of one tensor differ
-    in their element type.
+    `wholes` has the shapes of the undivided tensors. `stored_as` says which tensors of one shard an undivided
+    tensor is stored as. Raises CheckpointError if the parts of one tensor differ in their element type.
     """
     by_whole: dict[str, list[TensorInfo]] = {}
     for unit in units:
         if unit.name not in wholes and whole_name(unit.name) in wholes:
             by_whole.setdefault(whole_name(unit.name), []).append(unit)
-    files = plan_model(joined(units, wholes), limit, single)
+    whole_infos = joined(units, wholes)
+    groups = ((info,) if stored_as is None else stored_as(info) for info in whole_infos)
+    files = plan_groups(groups, limit)
     return [
         replace(file, parts=tuple(part for info in file.infos for part in by_whole.get(info.name, ())))
         for file in files
@@ -81,18 +86,24 @@ def plan_shards(infos: Iterable[TensorInfo], limit: int) -> list[PlannedFile]:
 
     A single shard is called model.safetensors, several model-00001-of-0000N.safetensors.
     """
-    groups: list[list[TensorInfo]] = [[]]
+    return plan_groups(((info,) for info in infos), limit)
+
+
+def plan_groups(groups: Iterable[Sequence[TensorInfo]], limit: int) -> list[PlannedFile]:
+    """As `plan_shards`; the tensors of a group are in the same shard."""
+    shards: list[list[TensorInfo]] = [[]]
     left = limit
-    for info in infos:
-        if groups[-1] and info.nbytes > left:
-            groups.append([])
+    for group in groups:
+        nbytes = sum(info.nbytes for info in group)
+        if shards[-1] and nbytes > left:
+            shards.append([])
             left = limit
-        groups[-1].append(info)
-        left -= info.nbytes
-    if len(groups) == 1:
-        return [plan_file("model.safetensors", groups[0])]
-    count = len(groups)
-    return [plan_file(f"model-{n:05}-of-{count:05}.safetensors", group) for n, group in enumerate(groups, 1)]
+        shards[-1] += group
+        left -= nbytes
+    if len(shards) == 1:
+        return [plan_file("model.safetensors", shards[0])]
+    count = len(shards)
+    return [plan_file(f"model-{n:05}-of-{count:05}.safetensors", shard) for n, shard in enumerate(shards, 1)]
 
 
 def index_text(files: Sequence[PlannedFile]) -> str:

@@ -16,6 +16,10 @@ from svdconvert.output.file_kinds import file_kind, sidecar_folders
 from svdconvert.output.plan import PlannedFile, index_text
 
 CONFIG = "config.json"
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""Entries of config.json that say how weights are quantised."""
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files in which ModelOpt, GPTQ and AWQ say the same."""
 _TIED = "tie_word_embeddings"
 # What transformers ties: the matrix that ends in a row for each word, and the one that begins with them.
 _HEADS = ("lm_head.weight", "lm_head.decoder.weight", "embed_out.weight", "cls.predictions.decoder.weight")
@@ -57,16 +61,40 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def complete_checkpoint(
-    source: Path, target: Path, shards: Sequence[PlannedFile], *, exclude: Sequence[str] = ()
+    source: Path,
+    target: Path,
+    shards: Sequence[PlannedFile],
+    *,
+    exclude: Sequence[str] = (),
+    dtypes: Iterable[str] | None = None,
+    was_decoded: bool = False,
 ) -> None:
     """Add to the `shards` in `target` what makes them a checkpoint: sidecars, index and config.json's dtype.
 
-    Sidecars whose names match a pattern in `exclude` are not copied.
+    Sidecars whose names match a pattern in `exclude` are not copied. `dtypes` are the element types of the
+    weights, if those of the stored tensors are not. If the shards hold the decoded weights
+    of a quantised model (`was_decoded`), what describes its quantisation is left out.
     """
-    copy_sidecars(source, target, exclude=exclude)
-    set_config_dtype(target, (info.dtype for shard in shards for info in shard.infos))
+    copy_sidecars(source, target, exclude=[*exclude, *(QUANTISATION_FILES if was_decoded else ())])
+    if was_decoded:
+        _remove_quantisation(target)
+    if dtypes is None:
+        dtypes = (info.dtype for shard in shards for info in shard.infos)
+    set_config_dtype(target, dtypes)
     if len(shards) > 1:
         (target / INDEX).write_text(index_text(shards), encoding="utf-8")
+
+
+def _remove_quantisation(directory: Path) -> None:
+    """Remove the entries of config.json, and of the configurations inside it, that describe codes."""
+    path = directory / CONFIG
+    if not path.exists():
+        return
+    config = read_json_object(path)
+    for part in (config, *_inner_configs(config)):
+        for key in QUANTISATION_KEYS:
+            part.pop(key, None)
+    write_config(directory, config)
 
 
 def copy_sidecars(source: Path, target: Path, *, exclude: Sequence[str] = ()) -> None:
@@ -133,7 +161,7 @@ def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
     not rewritten if it names that type already, or if no tensor is of a float type. A model that is a single
     file has no config.json.
     """
-    name = _common_float(set(dtypes))
+    name = common_float(set(dtypes))
     path = directory / CONFIG
     if name is None or not path.exists():
         return
@@ -142,7 +170,7 @@ def set_config_dtype(directory: Path, dtypes: Iterable[str]) -> None:
         write_config(directory, config)
 
 
-def _common_float(stored: set[str]) -> str | None:
+def common_float(stored: set[str]) -> str | None:
     """The narrowest float type that holds all values of the `stored` types; None if none is a float."""
     if {"BF16", "F16"} <= stored:
         stored = stored | {"F32"}
@@ -176,7 +204,7 @@ def _inner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         for key, value in config.items()
         if isinstance(value, dict)
         and (key.endswith("_config") or "model_type" in value)
-        and key not in ("quantization_config", "compression_config")
+        and key not in QUANTISATION_KEYS
     ]
 
 

@@ -47,6 +47,7 @@ def plan_conversion(model: OpenModel, options: ConvertOptions) -> ConvertPlan:
     """Plan from headers. Raises CheckpointError if a tensor is missing, or has no name in the new layout."""
     own_name, layout = model.layout()
     name, target = in_family(own_name, layout, options.layout)
+    model.refuse_unknown_format()
     source = model.source
     assert layout.family is not None and target.family is not None
     family = as_family(source, layout.family.rules, "the checkpoint")
@@ -131,7 +132,13 @@ class ConvertJob:
         """Copy the sidecars that fit the layout, and write the layout's configuration."""
         if self.plan.config is not None:
             write_config(directory, self.plan.config)
-        complete_checkpoint(self.model.path, directory, self.plan.files, exclude=self.plan.left_out)
+        complete_checkpoint(
+            self.model.sidecars,
+            directory,
+            self.plan.files,
+            exclude=self.plan.left_out,
+            was_decoded=self.model.is_decoded,
+        )
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the converted checkpoint, without the number of threads: it changes no bytes."""

@@ -1,7 +1,5 @@
 """decompose: every target matrix becomes a residual and initial factors, one tensor at a time."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, sqrt
 from pathlib import Path
@@ -12,13 +10,11 @@ from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG as ADAPTER_CONFIG
 from svdconvert.adapters.peft_files import key
-from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, dtype_code, torch_dtype
+from svdconvert.checkpoint.tensors import torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.sizes import parse_size
 from svdconvert.errors import TargetError
 from svdconvert.inputs.model import OpenModel
-from svdconvert.layouts.base import Layout, Slot
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.delta import residual_
 from svdconvert.linalg.factors import Factors
@@ -26,13 +22,18 @@ from svdconvert.linalg.solver import Solver
 from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.linalg.triplets import Spectrum
 from svdconvert.manifest.schema import Manifest, Matrix, roles_of
-from svdconvert.methods.base import METHODS, Method, init_folder
-from svdconvert.output.plan import PlannedFile, plan_divided
-from svdconvert.output.sidecars import complete_checkpoint
+from svdconvert.output.plan import PlannedFile
+from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
-from svdconvert.pipeline.adapter_plan import AdapterPlan, plan_adapter, stack_experts
-from svdconvert.pipeline.adapter_targets import Chosen, matrix_shape
-from svdconvert.pipeline.effects import refuse_idle_experts, refuse_idle_options
+from svdconvert.pipeline.adapter_plan import stack_experts
+from svdconvert.pipeline.adapter_targets import matrix_shape
+from svdconvert.pipeline.decompose_plan import DecomposePlan
+from svdconvert.pipeline.quantised_plan import (
+    decoded_dtype,
+    quantization_config,
+    rule_of,
+)
+from svdconvert.pipeline.quantised_start import quantised_start
 from svdconvert.pipeline.runner import (
     TensorJob,
     TensorResult,
@@ -41,176 +42,13 @@ from svdconvert.pipeline.runner import (
     source_checksums,
     stream,
 )
-from svdconvert.pipeline.scaling import Scaling, scalings
-
-_NUMBER = re.compile(r"\.\d+\.")
-
-
-@dataclass(frozen=True)
-class DecomposePlan:
-    """What will be written, planned from headers alone."""
-
-    method: Method
-    layout: str
-    options: SplitOptions
-    slots: Mapping[str, Slot]
-    scalings: Mapping[str, Scaling]
-    """Rank and scale, by tensor."""
-    infos: Mapping[str, TensorInfo]
-    """The tensors of the model; stacked experts are divided."""
-    shards: tuple[PlannedFile, ...]
-    adapter: AdapterPlan
-    layout_in_use: Layout
-    """The layout with the name `layout`."""
-    without_role: tuple[str, ...] = ()
-    """Matrices of the repeated blocks that the layout does not know and that stay as they are."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the user should know of the plan."""
-        remarks = self.layout_in_use.remarks()
-        narrow = [name for name in self.slots if self._is_narrow(name)]
-        if narrow:
-            remarks += (
-                f"{len(narrow)} matrices, such as {narrow[0]} {self.infos[narrow[0]].shape}, are narrower "
-                f"than rank {self.options.rank} and have the highest rank that they can have",
-            )
-        if not self.without_role:
-            return remarks
-        return (
-            *remarks,
-            f"layout {self.layout} has no role for {', '.join(self.without_role[:8])} "
-            f"({len(self.without_role)} such names): these matrices stay as they are",
-        )
-
-    def _is_narrow(self, name: str) -> bool:
-        return self.scalings[name].rank == min(self.infos[name].shape) < self.options.rank
-
-    @property
-    def folder(self) -> str:
-        """The folder of the initial adapter."""
-        return init_folder(self.options.method)
-
-    @property
-    def files(self) -> list[PlannedFile]:
-        """All files of tensors that are written and stay."""
-        return [*self.shards, self.adapter.file]
-
-    def residual_dtype(self, name: str) -> str:
-        """The element type of the residual of the tensor `name`."""
-        return _residual_code(self.options, self.method, self.infos[name])
-
-
-def plan_decomposition(model: OpenModel, options: SplitOptions) -> DecomposePlan:
-    """Plan from headers. Raises TargetError if a target cannot be decomposed."""
-    layout_name, layout = model.layout(options.layout)
-    source = layout.divided(model.source)
-    method = METHODS.get(options.method).variant(options.init)
-    if method.split is None:
-        raise TargetError(
-            f"{options.method} trains the weights themselves and has nothing to decompose; "
-            f"use svdconvert train MODEL --method {options.method}"
-        )
-    refuse_idle_options(method, options)
-    slots = layout.select(source.infos, options.targets)
-    refuse_idle_experts(options.experts, any(slot.expert is not None for slot in slots.values()))
-    if options.layout is not None:
-        _refuse_partial_layout(layout_name, layout, source)
-    scaled = scalings(layout, source.infos, slots, options)
-    _refuse_unsuitable(source.infos, scaled)
-    outputs = [
-        replace(info, dtype=_residual_code(options, method, info))
-        if name in slots and method.residual
-        else info
-        for name, info in source.infos.items()
-    ]
-    keep = method.residual or options.copy_base
-    limit = parse_size(options.max_shard_size)
-    shards = plan_divided(outputs, model.source.infos, limit) if keep else []
-    adapter = plan_adapter(Chosen(layout, source.infos, slots, scaled, method, options))
-    without_role = _matrices_without_role(model, layout, source.infos)
-    return DecomposePlan(
-        method,
-        layout_name,
-        options,
-        slots,
-        scaled,
-        source.infos,
-        tuple(shards),
-        adapter,
-        layout,
-        without_role,
-    )
-
-
-def _residual_code(options: SplitOptions, method: Method, info: TensorInfo) -> str:
-    if options.residual_dtype != "auto":
-        return dtype_code(getattr(torch, options.residual_dtype))
-    if method.residual_dtype is not None:
-        return dtype_code(getattr(torch, method.residual_dtype))
-    return info.dtype
-
-
-def _refuse_partial_layout(name: str, layout: Layout, source: TensorSource) -> None:
-    """Refuse a given layout of whose roles the checkpoint lacks one.
-
-    In a mixture of experts either an expert's matrix or that of a dense layer is enough.
-    """
-    known = {
-        part
-        for slot in layout.slots(source.infos).values()
-        for part in slot.role.rpartition(".")[2].split("_")
-    }
-    if missing := [role for role in layout.roles if not known.issuperset(role.rpartition(".")[2].split("_"))]:
-        raise TargetError(
-            f"layout {name} does not fit the checkpoint: it has no tensor for {', '.join(missing)}; "
-            "add a layout for this family, which is one file (see the README)"
-        )
-
-
-def _matrices_without_role(
-    model: OpenModel, layout: Layout, infos: Mapping[str, TensorInfo]
-) -> tuple[str, ...]:
-    """Matrices of the repeated blocks that a layout of other models does not know; "*" for numbers."""
-    if model.config.get("model_type") in layout.model_types or layout.signature_tensor in infos:
-        return ()
-    slots = layout.slots(infos)
-    blocks = {name.partition(f".{slot.layer}.")[0] for name, slot in slots.items()}
-    left = [
-        info.name
-        for info in infos.values()
-        if len(info.shape) == 2 and info.name not in slots and _NUMBER.split(info.name)[0] in blocks
-    ]
-    return tuple(dict.fromkeys(_NUMBER.sub(".*.", name) for name in left))
-
-
-def _refuse_unsuitable(infos: Mapping[str, TensorInfo], scaled: Mapping[str, Scaling]) -> None:
-    chosen = [infos[name] for name in scaled]
-    if unreal := [info for info in chosen if info.dtype not in REAL]:
-        raise TargetError(
-            f"{unreal[0].name} is stored as {unreal[0].dtype}, which cannot be decomposed "
-            f"({len(unreal)} such); "
-            "convert the checkpoint to bfloat16, float16 or float32 first"
-        )
-    if shapeless := [info for info in chosen if len(info.shape) != 2 or 0 in info.shape]:
-        raise TargetError(
-            f"{shapeless[0].name} has the shape {shapeless[0].shape} and is not a matrix; "
-            "choose other targets"
-        )
-    if small := [info for info in chosen if min(info.shape) < scaled[info.name].rank]:
-        rank = max(scaled[info.name].rank for info in small)
-        shapes = ", ".join(f"{info.name} {info.shape}" for info in small[:3])
-        most = min(min(info.shape) for info in small)
-        raise TargetError(
-            f"rank {rank} is above what {len(small)} of {len(chosen)} targets have: {shapes}; "
-            f"give --rank {most} or less, or other --targets"
-        )
+from svdconvert.quantization.nf4 import Quantized
 
 
 def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
     """How each tensor of the source is processed: split, copied, or only read for its checksum."""
     copies = {info.name: file.path for file in plan.shards for info in file.units}
-    order = list(copies) or list(plan.infos)
+    order = [name for name in copies if name in plan.infos] or list(plan.infos)
     count = matrices_at_once(plan, device)
 
     def compute(name: str, stored: Tensor) -> TensorResult:
@@ -220,7 +58,10 @@ def decompose_work(plan: DecomposePlan, device: torch.device) -> TensorJob:
             for piece in plan.adapter.pieces[name]
             for factor, tensor in piece.of(factors).pieces().items()
         }
-        if name in copies:
+        if isinstance(base, Quantized):
+            parts = base.tensors(name, decoded_dtype(plan.infos[name]))
+            tensors |= {(copies[part], part): tensor for part, tensor in parts.items()}
+        elif name in copies:
             tensors[copies[name], name] = base
         return TensorResult(tensors, asdict(matrix))
 
@@ -241,7 +82,7 @@ def matrices_at_once(plan: DecomposePlan, device: torch.device) -> int:
 
 def split_tensor(
     plan: DecomposePlan, name: str, stored: Tensor, *, alone: bool
-) -> tuple[Factors, Tensor, Matrix]:
+) -> tuple[Factors, Tensor | Quantized, Matrix]:
     """(factors as stored, the base's matrix or its residual, measurements) of the matrix `name`.
 
     `stored` and what becomes of it are (O, I), or (I, O) if the files have the matrix so. If the dtype stays
@@ -258,16 +99,6 @@ def split_tensor(
     norm = _finite_norm(name, stored)
     solver = Solver(name, options.svd, options.tol, options.seed, alone)
     assert plan.method.split is not None, "plan_decomposition refuses methods without an adapter"
-    transposed = slot.place is not None and slot.place.transposed
-    weight_OI = stored.T.contiguous() if transposed else stored
-    split = plan.method.split(weight_OI, rank, scale, solver)
-    factors = split.factors.to(getattr(torch, options.dtype))
-    base = stored
-    error = 0.0
-    if plan.method.residual:
-        base, lost = residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
-        base = base.T.contiguous() if transposed else base
-        error = lost / norm if norm > 0 else 0.0
     matrix = Matrix(
         module=slot.module,
         role=slot.role,
@@ -276,13 +107,28 @@ def split_tensor(
         dtype=info.dtype,
         rank=rank,
         scale=scale,
-        error=error,
-        **(_measured(split.spectrum) if split.spectrum else {}),
     )
-    return factors, base, matrix
+    if name in plan.quantised:
+        found = quantised_start(stored, plan.alternation(name, solver))
+        measured = _measured(found.spectrum) | {"energy": None}  # it is that of W - Q
+        error = found.error / norm if norm > 0 else 0.0
+        return found.factors, found.base, replace(matrix, error=error, quantised=found.note, **measured)
+    transposed = slot.place is not None and slot.place.transposed
+    weight_OI = stored.T.contiguous() if transposed else stored
+    split = plan.method.split(weight_OI, rank, scale, solver)
+    factors = split.factors.to(getattr(torch, options.dtype))
+    base = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
+    error = 0.0
+    if plan.method.residual:
+        base, lost = residual_(weight_OI, factors, scale, torch_dtype(plan.residual_dtype(name)))
+        base = base.T.contiguous() if transposed else base
+        error = lost / norm if norm > 0 else 0.0
+    return factors, base, replace(matrix, error=error, **_measured(split.spectrum))
 
 
-def _measured(spectrum: Spectrum) -> dict[str, Any]:
+def _measured(spectrum: Spectrum | None) -> dict[str, Any]:
+    if spectrum is None:
+        return {}
     return {
         "sigma_first": spectrum.first,
         "sigma_last": spectrum.last,
@@ -343,8 +189,30 @@ class DecomposeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars if its weights were written, and the adapter's configuration."""
         if self.plan.shards:
-            complete_checkpoint(self.model.path, directory, self.plan.shards)
+            self._complete(directory)
         (directory / self.plan.folder / ADAPTER_CONFIG).write_text(self.plan.adapter.config.text())
+
+    def _complete(self, directory: Path) -> None:
+        """Add sidecars and index to the shards; config.json says which matrices are in 4 bits."""
+        plan = self.plan
+        if not plan.quantised:
+            complete_checkpoint(
+                self.model.sidecars, directory, plan.shards, was_decoded=self.model.is_decoded
+            )
+            return
+        complete_checkpoint(
+            self.model.sidecars,
+            directory,
+            plan.shards,
+            dtypes=plan.stored_dtypes,
+            was_decoded=self.model.is_decoded,
+        )
+        rule = rule_of(plan.options)
+        assert rule is not None
+        config = read_config(directory)
+        compute = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        entry = quantization_config(plan.layout_in_use, plan.infos, plan.quantised, rule, compute)
+        write_config(directory, config | {"quantization_config": entry})
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the decomposed directory."""
@@ -354,9 +222,9 @@ class DecomposeJob:
             layout=self.plan.layout,
             method=self.options.method,
             base=self.model.origin(source_checksums(staged)),
-            base_is_residual=self.plan.method.residual,
+            base_is_residual=self.plan.base_is_residual,
             options=asdict(self.options),
-            matrices={name: Matrix(**note) for name, note in measured.items()},
+            matrices={name: Matrix.of(note) for name, note in measured.items()},
             files=file_checksums(staged),
             roles=roles_of(self.files),
             threads=threads,

@@ -1,5 +1,6 @@
 """Refuses options without an effect: an option that is given must change the result."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from svdconvert.config.execution import Run
@@ -15,15 +16,16 @@ _DEFAULT = SplitOptions()
 def refuse_idle_options(method: Method, options: SplitOptions) -> None:
     """Raise RecipeError for an option of `decompose` that has no effect with the others."""
     name = options.method
-    if not method.residual and options.residual_dtype != "auto":
+    _refuse_idle_quantisation(method, options)
+    if not method.residual and options.residual_dtype != "auto" and options.residual_format == "plain":
         raise _idle("--residual-dtype", f"{name} leaves the base unchanged")
     if method.residual and options.copy_base:
         raise _idle("--copy-base", f"{name} writes a residual base in any case")
-    if not (method.residual or options.copy_base):
+    if not (method.residual or options.copy_base or options.residual_format != "plain"):
         refuse_idle_shard_size(options.max_shard_size, f"{name} does not write the base; add --copy-base")
-    if method.work == "thin" and options.svd != _DEFAULT.svd:
+    if method.work == "thin" and options.svd != _DEFAULT.svd and not _is_fitted(method, options):
         raise _idle("--svd", f"{name} computes no singular triplets")
-    if options.tol != _DEFAULT.tol and (method.work != "search" or options.svd != "fast"):
+    if options.tol != _DEFAULT.tol and not _searches(method, options):
         raise _idle("--tol", "it bounds the error of the fast SVD, which is not used")
     if options.seed and not _draws(method, options):
         raise _idle("--seed", f"{name} draws no random numbers with --svd {options.svd}")
@@ -36,7 +38,37 @@ def without_idle_seed(options: SplitOptions) -> SplitOptions:
 
 
 def _draws(method: Method, options: SplitOptions) -> bool:
-    return method.draws or (method.work == "search" and options.svd == "fast")
+    return method.draws or _searches(method, options)
+
+
+def _searches(method: Method, options: SplitOptions) -> bool:
+    """True if the fast SVD is used: for the method's split, or to fit it to a residual in 4 bits."""
+    return options.svd == "fast" and (method.work == "search" or _is_fitted(method, options))
+
+
+def _is_fitted(method: Method, options: SplitOptions) -> bool:
+    return method.residual and options.residual_format != "plain"
+
+
+_OF_QUANTISATION = ("quant_start", "quant_iterations", "double_quant", "nuclear_ratio")
+_OF_ALTERNATION = ("quant_start", "quant_iterations")
+
+
+def _refuse_idle_quantisation(method: Method, options: SplitOptions) -> None:
+    if options.residual_format == "plain":
+        _refuse_given(options, _OF_QUANTISATION, "it belongs to --residual-format nf4")
+        return
+    _refuse_given(options, ("residual_dtype",), "--residual-format nf4 stores the residual in 4 bits")
+    _refuse_given(options, ("copy_base",), "--residual-format nf4 writes a base in any case")
+    if not method.residual:
+        _refuse_given(options, _OF_ALTERNATION, f"the factors of {options.method} start at zero")
+
+
+def _refuse_given(options: SplitOptions, names: Sequence[str], reason: str) -> None:
+    """Raise RecipeError if one of these options is given."""
+    for name in names:
+        if getattr(options, name) != getattr(_DEFAULT, name):
+            raise _idle(f"--{name.replace('_', '-')}", reason)
 
 
 def refuse_idle_experts(experts: str, has_experts: bool) -> None:  # noqa: FBT001 (one fact)

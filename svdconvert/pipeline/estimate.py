@@ -12,7 +12,9 @@ from svdconvert.linalg.operators import POWERS
 from svdconvert.linalg.threads import worker_pool
 from svdconvert.methods.base import Work
 from svdconvert.pipeline.adapter_targets import matrix_shape
-from svdconvert.pipeline.decompose import DecomposePlan, matrices_at_once
+from svdconvert.pipeline.decompose import matrices_at_once
+from svdconvert.pipeline.decompose_plan import DecomposePlan
+from svdconvert.pipeline.quantised_start import starts_of
 
 _ADDED_BLOCKS = 2  # that the fast engine adds to its first space for trained weights, approximately
 _DISK_SPEED = 500e6  # bytes per second, of a slow SSD
@@ -57,7 +59,7 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
     read = sum(info.nbytes for info in plan.infos.values())
     written = sum(file.nbytes for file in plan.files)
     work = _work(plan)
-    flops = sum(row.count * _flops(*row.shape, row.rank, work) for row in rows)
+    flops = sum(row.count * _flops_of_start(plan, row, work) for row in rows)
     flops *= 2 if plan.options.svd == "exact64" else 1  # float64 runs at half the speed
     return Estimate(
         rows=sorted(rows, key=lambda row: (row.role, row.rank)),
@@ -70,6 +72,15 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
     )
 
 
+def _flops_of_start(plan: DecomposePlan, row: Row, work: Work) -> float:
+    """The split of a matrix and, for a residual in 4 bits, the truncated SVDs that follow it."""
+    starts = starts_of(plan.method, plan.options.quant_start) if plan.quantised else ()
+    search: Work = "search" if plan.options.svd == "fast" else "full"
+    searches = len(starts) * plan.options.quant_iterations
+    splits = 0 if starts == ("loftq",) else 1
+    return splits * _flops(*row.shape, row.rank, work) + searches * _flops(*row.shape, row.rank, search)
+
+
 def _work(plan: DecomposePlan) -> Work:
     """What a split costs; LAPACK computes a full SVD instead of searching for the triplets."""
     full_svd = plan.method.work == "search" and plan.options.svd != "fast"
@@ -78,11 +89,12 @@ def _work(plan: DecomposePlan) -> Work:
 
 def _matrices_in_memory(plan: DecomposePlan, work: Work) -> int:
     """Bytes of the matrices that are in memory at the same time, and of the working copies of a split."""
-    stored = max(plan.infos[name].nbytes for name in plan.slots)
     largest = max(rows * columns for rows, columns in (_shape(plan, name) for name in plan.slots))
+    stored = 4 * largest if plan.decoded else max(plan.infos[name].nbytes for name in plan.slots)
     copy = largest * (8 if plan.options.svd == "exact64" else 4)
     count = matrices_at_once(plan, torch.device("cpu"))
-    return (count + 2) * stored + (9 * copy if work == "full" else count * copy)
+    rest = count * largest * 6 if plan.quantised else 0  # W - Q in float32, and two residuals in 4 bits
+    return (count + 2) * stored + rest + (9 * copy if work == "full" else count * copy)
 
 
 def _shape(plan: DecomposePlan, name: str) -> tuple[int, int]:

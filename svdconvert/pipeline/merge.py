@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import hypot, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.tensors import tensor_bytes, torch_dtype
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
@@ -29,6 +30,7 @@ from svdconvert.output.sidecars import complete_checkpoint, read_config, write_c
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer, tokenizer_changes
 from svdconvert.pipeline.merge_extras import with_entries
+from svdconvert.pipeline.merge_kept import merge_kept, replace_kept
 from svdconvert.pipeline.merge_plan import MergePlan
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -38,6 +40,7 @@ from svdconvert.pipeline.runner import (
     source_checksums,
     stream,
 )
+from svdconvert.quantization.view import is_decoded
 
 FAITHFUL = 0.95
 """A merge warns if the cosine between intended and realised update is below this."""
@@ -89,7 +92,14 @@ class MergeJob:
     def write_sidecars(self, directory: Path) -> None:
         """The model's sidecars, the adapter's own tokenizer, and the head's entries of config.json."""
         weights = self.plan.weights
-        complete_checkpoint(weights.model.path, directory, self.plan.shards)
+        keeps = self.plan.kept is not None
+        complete_checkpoint(
+            weights.model.sidecars,
+            directory,
+            self.plan.shards,
+            dtypes=() if keeps else None,
+            was_decoded=weights.model.is_decoded and not keeps,
+        )
         copy_tokenizer(weights.delta.directory, directory)
         if self.plan.head:
             write_config(directory, with_entries(read_config(directory), self.plan.head))
@@ -98,7 +108,7 @@ class MergeJob:
         """The manifest of the merged checkpoint."""
         weights = self.plan.weights
         known = weights.delta.manifest
-        origin = weights.model.origin(source_checksums(staged))
+        origin = weights.model.origin(_known(self.plan, source_checksums(staged)))
         on_base = weights.side == "base"
         recovered = weights.delta.recovered
         return Manifest(
@@ -122,15 +132,16 @@ class MergeJob:
     def remarks(self, manifest: Manifest) -> Iterator[str]:
         """Which tokenizer was taken; a warning if rounding to nearest lost too much of some updates."""
         weights = self.plan.weights
-        if taken := tokenizer_changes(weights.delta.directory, weights.model.path):
+        if taken := tokenizer_changes(weights.delta.directory, weights.model.sidecars):
             yield (
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
                 "differ from the model's"
             )
         if self.options.rounding == "nearest":
-            yield from remark_on_rounding(
-                manifest, "--dtype float32 keeps it, --rounding stochastic does on average"
-            )
+            advice = "--dtype float32 keeps it, --rounding stochastic does on average"
+            if self.plan.kept is not None:
+                advice = "keep it with --dtype bfloat16 instead of --keep-format, or as a LoRA with to-lora"
+            yield from remark_on_rounding(manifest, advice)
 
 
 def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
@@ -149,11 +160,24 @@ def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
         )
 
 
+_T = TypeVar("_T")
+
+
+def _known(plan: MergePlan, by_name: Mapping[str, _T]) -> dict[str, _T]:
+    """The entries of tensors that are read with the values that `OpenModel.source` shows."""
+    if plan.kept is None:
+        return dict(by_name)
+    shown = with_known_parts(plan.weights.model.source, by_name)
+    return {
+        name: value
+        for name, value in by_name.items()
+        if name in shown.infos and (plan.is_kept(name) or not is_decoded(shown, name))
+    }
+
+
 def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
     """How each tensor of the base or residual is merged or copied."""
-    copies = {
-        info.name: file.path for file in plan.shards for info in file.units if info.name not in plan.added
-    }
+    copies = plan.places()
     return TensorJob(
         order=list(copies),
         matrices={**plan.modules, **plan.extras},
@@ -161,18 +185,16 @@ def merge_work(plan: MergePlan, device: torch.device) -> TensorJob:
         copies=copies,
         device=device,
         parallelism=parallel_matrices(device),
-        expected=plan.weights.expected,
+        expected=_known(plan, plan.weights.expected),
         origin=str(plan.weights.model.path),
     )
 
 
 def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
-    dtype = torch_dtype(plan.dtypes[name])
     delta = plan.weights.delta
     _refuse_other_copy(plan, name, stored)
     if name in plan.extras:
-        tensor = delta.parameter(plan.extras[name])
-        return TensorResult({(file, name): cast_finite(plan.extras[name], tensor, dtype)})
+        return _replace_tensor(plan, name, file)
     if delta.adapter.config.dora:
         return _merge_dora(plan, name, file, stored)
     on_base = plan.weights.side == "base"
@@ -186,18 +208,19 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
     if name in plan.resized:
         stored = delta.parameter(plan.resized[name]).to(stored.device, stored.dtype)
         rows = len(stored)
-    update = joined(module_update) if is_known else None
+    update = _to_device_of(joined(module_update), stored) if is_known else None
     if on_base:
         assert update is not None
         product = update
-        update = None
     else:
-        product = joined(adapter_product)
+        product = _to_device_of(joined(adapter_product), stored)
+    if plan.kept is not None and plan.is_kept(name):
+        return merge_kept(plan.kept, name, file, stored, (product, update))
+    dtype = torch_dtype(plan.dtypes[name])
     is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     generator = Solver(name, seed=plan.options.seed).generator(stored.device) if is_stochastic else None
-    merged, realised = merged_(
-        stored, _to_device_of(product, stored), dtype, update and _to_device_of(update, stored), generator
-    )
+    intended = None if on_base else update  # by default, all of the product
+    merged, realised = merged_(stored, product, dtype, intended, generator)
     if (realised is None or not isfinite(realised.cosine)) and not merged.isfinite().all():
         raise TargetError(
             f"merging {name} gives values that are NaN or Inf: {plan.weights.model.path} holds such values, "
@@ -205,6 +228,15 @@ def _merge_tensor(plan: MergePlan, name: str, file: str, stored: Tensor) -> Tens
             "another --dtype"
         )
     return TensorResult({(file, name): merged}, asdict(realised) if realised and is_known else {})
+
+
+def _replace_tensor(plan: MergePlan, name: str, file: str) -> TensorResult:
+    """A tensor that the adapter trained in full."""
+    parameter = plan.extras[name]
+    tensor = plan.weights.delta.parameter(parameter)
+    if plan.kept is not None and plan.is_kept(name):
+        return replace_kept(plan.kept, name, file, tensor)
+    return TensorResult({(file, name): cast_finite(parameter, tensor, torch_dtype(plan.dtypes[name]))})
 
 
 def module_update(delta: AdapterDelta, module: str) -> Product:
@@ -245,8 +277,12 @@ def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:
     key = delta.adapter.copies.get(parameter)
     if key is None or delta.initial_adapter is not None or name in plan.resized or name in plan.extras:
         return
-    copy = delta.adapter.source.read(key).to(stored.device, stored.dtype)
-    if not torch.equal(copy, stored):
+    if is_decoded(plan.source, name):  # the adapter's program has the decoded values as rounded
+        dtype = torch_dtype(plan.weights.model.source.infos[name].dtype)
+    else:
+        dtype = stored.dtype
+    copy = delta.adapter.source.read(key).to(stored.device, dtype)
+    if not torch.equal(copy, stored.to(dtype)):
         raise ArtifactError(
             f"{delta.directory} has its own {key}, which differs from {name} of {plan.weights.model.path}: "
             "it was trained on another model; give that with --base"

@@ -14,13 +14,14 @@ from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapted_tensors import adapted_tensors
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.merge_weights import MergeWeights
-from svdconvert.inputs.storage_format import refuse_codes
 from svdconvert.inputs.tensor_names import Share
 from svdconvert.layouts.base import Layout
 from svdconvert.manifest.results import Side
 from svdconvert.output.plan import PlannedFile, plan_divided, plan_model
 from svdconvert.pipeline.effects import refuse_idle_merge_options, refuse_idle_shard_size
 from svdconvert.pipeline.merge_extras import Extras, NewTensor, plan_extras, refuse_other_vocabulary
+from svdconvert.pipeline.merge_kept import keep_format, kept_files, with_same_parts
+from svdconvert.quantization.view import DecodedSource, is_decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class MergePlan:
     """What will be written, planned from headers alone."""
 
     source: TensorSource
-    """The weights, divided as the layout has it."""
+    """The weights, divided as the layout has it; with `keep_format` only changed ones are decoded."""
     weights: MergeWeights
     layout: str
     options: MergeOptions
@@ -53,6 +54,23 @@ class MergePlan:
     """Tensor -> parameter of the adapter that is its base, for tensors of another number of rows."""
     head: Mapping[str, Any]
     """Entries of config.json that describe what the adapter adds or resizes."""
+    kept: DecodedSource | None = None
+    """With `keep_format`, the undivided weights, of which those are decoded that are quantised again."""
+
+    def is_kept(self, name: str) -> bool:
+        """True for a matrix that is quantised again."""
+        return self.kept is not None and name in self.kept.coded
+
+    def places(self) -> dict[str, str]:
+        """Tensor of `source` -> file of the output, in the order of the files."""
+        coded = self.kept.coded if self.kept else {}
+        owner = {stored: name for name, (_, each) in coded.items() for stored in each.stored}
+        places: dict[str, str] = {}
+        for file in self.shards:
+            for info in file.units:
+                if info.name not in self.added:
+                    places.setdefault(owner.get(info.name, info.name), file.path)
+        return places
 
     @property
     def nbytes(self) -> int:
@@ -63,27 +81,18 @@ class MergePlan:
 def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     """Plan from headers. Raises ArtifactError if the adapter does not fit the model."""
     delta = weights.delta
-    if delta.adapter.config.dora and (delta.initial_adapter is not None or delta.recovered is not None):
-        raise ArtifactError(
-            f"{delta.directory} is a DoRA adapter that started from a part of its base; merge it with PEFT"
-        )
+    _refuse_dora(delta, options)
+    weights.model.refuse_unknown_format()
     name, layout = weights.model.layout(delta.layout_name)
     source = layout.divided(weights.model.source)
-    shares = adapted_tensors(delta, weights.model)
     extras = plan_extras(delta, weights.model, source.infos, layout)
-    modules: dict[str, list[Change]] = {}
-    for module, of_module in shares.items():
-        if module in extras.heads:
-            continue
-        if of_module[0].tensor not in extras.rows:
-            refuse_shape(delta, module, of_module, source.infos)
-        for share in of_module:
-            modules.setdefault(share.tensor, []).append(Change(module, share))
-    if delta.adapter.config.dora:
-        _refuse_divided_dora(delta, modules, extras)
-    refuse_codes(weights.model.path, weights.model.config, source.infos, modules)
+    modules = _changes(weights, source, extras)
+    weights.model.refuse_codes(source.infos, modules)
     replaced = extras.replaced
-    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in [*modules, *replaced]}
+    changed = [*modules, *replaced]
+    kept = keep_format(weights.model, changed, extras) if options.keep_format else None
+    plain = [tensor for tensor in changed if kept is None or tensor not in kept.coded]
+    dtypes = {tensor: _merged_code(delta, source.infos[tensor], options) for tensor in plain}
     outputs = [
         replace(info, dtype=dtypes.get(tensor, info.dtype), shape=extras.shape(info))
         for tensor, info in source.infos.items()
@@ -91,8 +100,16 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
     for tensor, new in extras.added.items():
         dtypes[tensor] = new.dtype if new.module is None else _merged_code(delta, new.info(tensor), options)
         outputs.append(replace(new.info(tensor), dtype=dtypes[tensor]))
-    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules})
-    shards = tuple(plan_files(outputs, weights.model.source.infos, weights.side, layout, options))
+    refuse_idle_merge_options(options, {dtypes[tensor] for tensor in modules if tensor in dtypes})
+    if kept is None:
+        shards = plan_files(outputs, weights.model.source.infos, weights.side, layout, options)
+    else:
+        source = with_same_parts(kept, source)
+        plain_outputs = {
+            info.name: info for info in outputs if not is_decoded(weights.model.source, info.name)
+        }
+        limit = parse_size(options.max_shard_size)
+        shards = kept_files(kept, source.infos.values(), plain_outputs, limit)
     return MergePlan(
         source=source,
         weights=weights,
@@ -101,11 +118,40 @@ def plan_merge(weights: MergeWeights, options: MergeOptions) -> MergePlan:
         modules=modules,
         extras=replaced,
         added=extras.added,
-        shards=shards,
+        shards=tuple(shards),
         dtypes=dtypes,
+        kept=kept,
         resized={tensor: parameter for tensor, parameter in extras.bases.items() if tensor in modules},
         head=extras.config,
     )
+
+
+def _refuse_dora(delta: AdapterDelta, options: MergeOptions) -> None:
+    """Raise ArtifactError for a DoRA adapter that cannot be merged with these options."""
+    if not delta.adapter.config.dora:
+        return
+    if delta.initial_adapter is not None or delta.recovered is not None:
+        raise ArtifactError(
+            f"{delta.directory} is a DoRA adapter that started from a part of its base; merge it with PEFT"
+        )
+    if options.keep_format:
+        raise ArtifactError(f"--keep-format cannot merge the DoRA adapter {delta.directory}; leave it out")
+
+
+def _changes(weights: MergeWeights, source: TensorSource, extras: Extras) -> dict[str, list[Change]]:
+    """Tensor -> what changes it. Raises ArtifactError if the adapter does not fit the model."""
+    delta = weights.delta
+    modules: dict[str, list[Change]] = {}
+    for module, of_module in adapted_tensors(delta, weights.model).items():
+        if module in extras.heads:
+            continue
+        if of_module[0].tensor not in extras.rows:
+            refuse_shape(delta, module, of_module, source.infos)
+        for share in of_module:
+            modules.setdefault(share.tensor, []).append(Change(module, share))
+    if delta.adapter.config.dora:
+        _refuse_divided_dora(delta, modules, extras)
+    return modules
 
 
 def plan_files(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.tensors import TensorSource, read_whole
+from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, CheckpointError
@@ -24,6 +24,7 @@ from svdconvert.linalg.threads import CPU, float32_products, worker_pool
 from svdconvert.manifest.fingerprint import CHUNK, Checksum
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.transfers import host_buffer, to_device, to_host
+from svdconvert.quantization.view import computed_nbytes, read_to_compute
 
 Place = tuple[str, str]
 """(file, name) of an output tensor."""
@@ -53,7 +54,7 @@ class TensorJob:
     compute: Callable[[str, Tensor], TensorResult]
     """(name, tensor as stored, on `device`) -> result, on any device.
 
-    The tensor may be overwritten, and may be part of the result.
+    A quantised weight is decoded to float32. The tensor may be overwritten, and may be part of the result.
     """
     copies: Mapping[str, str]
     """Name -> file of the output; a tensor without a file is read for its checksum only."""
@@ -171,7 +172,7 @@ def _reading(
 
     def read(name: str, buffer: Tensor) -> tuple[Tensor, str]:
         hasher = Checksum()
-        tensor = read_whole(source, name, buffer, hasher.update, CHUNK)
+        tensor = read_to_compute(source, name, buffer, hasher.update, CHUNK)
         return tensor, _checked(job, name, hasher.text())
 
     with ThreadPoolExecutor(1, "read") as pool:
@@ -199,7 +200,7 @@ class BufferPool:
     """
 
     def __init__(self, job: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
-        nbytes = max((source.infos[name].nbytes for name in names if name in job.matrices), default=0)
+        nbytes = max((computed_nbytes(source, name) for name in names if name in job.matrices), default=0)
         self._free = deque(host_buffer(nbytes, job.device) for _ in range(job.parallelism + 2))
         self._taken: dict[str, Tensor] = {}
 

@@ -86,6 +86,7 @@ class LoraJob:
         delta = self.plan.delta
         known = delta.manifest
         measured = notes(staged, delta.modules).values()
+        missed = _missed(known)
         norm = hypot(*(note["norm"] for note in measured))
         lost = hypot(*(note["lost"] for note in measured))
         return Manifest(
@@ -99,6 +100,7 @@ class LoraJob:
                 truncation=self.plan.truncation.result() if self.plan.truncation else None,
                 rounding=lost / norm if norm else 0.0,
                 norm=norm,
+                missed=sum(missed.values()) / len(missed) if missed else None,
                 recovered=delta.recovered.result() if delta.recovered else None,
                 head=known.head if known else None,
             ),
@@ -107,13 +109,26 @@ class LoraJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if the LoRA changes nothing."""
+        """A warning if the LoRA changes nothing, and what it misses of a start in 4 bits."""
         assert isinstance(manifest.result, LoraResult)
         if not manifest.result.norm:
             yield (
                 f"the LoRA changes nothing: the factors of {self.plan.delta.directory} are those from before "
                 "training"
             )
+        if missed := _missed(self.plan.delta.manifest):
+            worst = max(missed, key=missed.__getitem__)
+            yield (
+                f"{self.plan.delta.directory} was trained on a residual in 4 bits: on the untouched base the "
+                f"LoRA misses W - (Q + s B0 A0), {manifest.result.missed:.1%} of the norm of a matrix on "
+                f"average ({missed[worst]:.1%} of {worst}); merge --from residual keeps it"
+            )
+
+
+def _missed(manifest: Manifest | None) -> dict[str, float]:
+    """||W - (Q + s B0 A0)|| / ||W|| of the matrices whose residual Q is in 4 bits, by tensor."""
+    matrices = manifest.matrices if manifest else {}
+    return {name: matrix.error for name, matrix in matrices.items() if matrix.quantised is not None}
 
 
 def _write_module(plan: LoraPlan, module: str, staged: StagedOutput) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """verify: the checksums and errors in a manifest are recomputed, file by file and matrix by matrix."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from svdconvert.adapters.matrix_factors import matrix_factors
 from svdconvert.adapters.peft_files import Adapter
 from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
-from svdconvert.checkpoint.tensors import TensorSource, blocks_of_rows, torch_dtype
+from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.open_adapter import open_initial_adapter
+from svdconvert.inputs.storage_format import decoded
 from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.linalg.delta import Product
 from svdconvert.linalg.factors import Factors
@@ -27,6 +28,15 @@ from svdconvert.manifest.fingerprint import file_checksum, tensor_checksum
 from svdconvert.manifest.place import Place
 from svdconvert.manifest.schema import Manifest, Matrix
 from svdconvert.output.file_kinds import is_named_as_weights
+from svdconvert.output.sidecars import read_config
+from svdconvert.pipeline.verify_quantised import (
+    Reductions,
+    mean_reductions,
+    measure_reductions,
+    nuclear_sample,
+    reduction_faults,
+)
+from svdconvert.quantization.view import read_to_compute, rows_to_compute
 
 _ROUNDING = 2e-6
 """Difference that float32 may cause between two computations of the same error."""
@@ -48,6 +58,8 @@ class Report:
     """Largest relative reconstruction error."""
     exact: float | None
     """Share of the entries of adapted matrices that are reconstructed bit for bit from the stored files."""
+    reductions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of a 4-bit residual: norm -> role -> the mean share by which its errors are below those of NF4."""
     faults: list[str] = field(default_factory=list)
     """Differences from the manifest, one sentence each."""
 
@@ -69,10 +81,18 @@ class MatrixCheck:
     entries: int
     faults: tuple[str, ...]
     """Differences from the manifest."""
+    reductions: Reductions | None = None
+    """None if the residual is in plain numbers."""
 
 
-def check_directory(directory: Path, manifest: Manifest, base: OpenModel | None, run: Run) -> Report:
-    """Compare every file with the manifest and, if there is a `base`, every adapted matrix with it."""
+def check_directory(
+    directory: Path, manifest: Manifest, base: OpenModel | None, run: Run, nuclear_ratio: str | None = None
+) -> Report:
+    """Compare every file with the manifest and, if there is a `base`, every adapted matrix with it.
+
+    `nuclear_ratio` says on how many matrices of a 4-bit residual nuclear norms are measured.
+    """
+    nuclear = nuclear_sample(manifest, nuclear_ratio)
     faults = []
     tensors = 0
     total = sum(len(checksums) for checksums in manifest.files.values())
@@ -82,7 +102,7 @@ def check_directory(directory: Path, manifest: Manifest, base: OpenModel | None,
         if fault:
             faults.append(f"{directory / file}: {name} {fault}")
     faults += [f"{directory / name} {fault}" for name, fault in check_sidecars(directory, manifest)]
-    checks = list(check_matrices(directory, manifest, base.source, run)) if base else []
+    checks = list(check_matrices(directory, manifest, base.source, run, nuclear)) if base else []
     faults += [f"{check.name}: {fault}" for check in checks for fault in check.faults]
     entries = sum(check.entries for check in checks)
     return Report(
@@ -93,6 +113,7 @@ def check_directory(directory: Path, manifest: Manifest, base: OpenModel | None,
         base=base.snapshot.location if base else None,
         worst=max((check.error for check in checks), default=0.0),
         exact=sum(check.exact for check in checks) / entries if entries else None,
+        reductions=mean_reductions(check.reductions for check in checks if check.reductions),
         faults=faults,
     )
 
@@ -127,25 +148,47 @@ def check_sidecars(directory: Path, manifest: Manifest) -> Iterator[tuple[str, s
 
 
 def check_matrices(
-    directory: Path, manifest: Manifest, base: TensorSource, run: Run
+    directory: Path,
+    manifest: Manifest,
+    base: TensorSource,
+    run: Run,
+    nuclear: Collection[str] = (),
 ) -> Iterator[MatrixCheck]:
     """Compare every adapted matrix with the base, several at the same time."""
     initial = open_initial_adapter(directory, manifest)
     base = with_known_parts(base, manifest.matrices)
-    residual = (
-        with_known_parts(open_checkpoint(directory), manifest.matrices) if manifest.base_is_residual else None
-    )
+    residual = _open_residual(directory, manifest) if manifest.base_is_residual else None
+
+    def check_one(name: str) -> MatrixCheck:
+        matrix = manifest.matrices[name]
+        check = check_matrix(initial, matrix, name, base, residual)
+        if matrix.quantised is None or residual is None:
+            return check
+        found = measure_reductions(
+            read_to_compute(base, name),
+            read_to_compute(residual, name),
+            initial.factors(matrix.module),
+            matrix,
+            nuclear=name in nuclear,
+        )
+        return replace(check, reductions=found, faults=(*check.faults, *reduction_faults(matrix, found)))
+
     total = sum(base.infos[name].nbytes for name in manifest.matrices)
     done = 0
     # check_files has reported residuals that are missing.
     names = [name for name in manifest.matrices if residual is None or name in residual.infos]
     with worker_pool(parallel_matrices(torch.device("cpu"))) as pool:
-        for check in pool.map(
-            lambda name: check_matrix(initial, manifest.matrices[name], name, base, residual), names
-        ):
+        for check in pool.map(check_one, names):
             yield check
             done += base.infos[check.name].nbytes
             run.track(Progress(check.name, "base", done, total))
+
+
+def _open_residual(directory: Path, manifest: Manifest) -> TensorSource:
+    stored = open_checkpoint(directory)
+    if any(matrix.quantised for matrix in manifest.matrices.values()):
+        stored = decoded(stored, read_config(directory), directory)
+    return with_known_parts(stored, manifest.matrices)
 
 
 def check_matrix(
@@ -153,11 +196,11 @@ def check_matrix(
 ) -> MatrixCheck:
     """Compare one matrix with its base. `residual` is None if the method leaves the base unchanged."""
     rows = rows_at_once(*base.infos[name].shape)
-    weights = blocks_of_rows(base, name, rows)
+    weights = rows_to_compute(base, name, rows)
     pairs = (
         ((each, each) for each in weights)
         if residual is None
-        else zip(weights, blocks_of_rows(residual, name, rows), strict=True)
+        else zip(weights, rows_to_compute(residual, name, rows), strict=True)
     )
     factors, scale = matrix_factors(initial, matrix)
     sums = _compare(pairs, _as_stored(factors, scale, matrix.place), torch_dtype(matrix.dtype))
@@ -205,7 +248,7 @@ def _compare(pairs: Iterable[tuple[Tensor, Tensor]], product: Product, dtype: to
         residual_part = residual.float()
         rows = slice(start, start := start + len(weight))
         merged = matmul_f32(left[rows], right).add_(residual_part)
-        sums.exact += int((merged.to(dtype) == weight).sum())
+        sums.exact += int((merged.to(dtype) == weight.to(dtype)).sum())
         sums.error += float(torch.linalg.vector_norm(merged.sub_(base_part))) ** 2
         sums.residual += float(torch.linalg.vector_norm(residual_part)) ** 2
         sums.base += float(torch.linalg.vector_norm(base_part)) ** 2

@@ -37,6 +37,7 @@ from svdconvert.training.data.packing import require_packing_support
 from svdconvert.training.model.extra_parameters import ParameterShapes, extract_parameters, unfreeze
 from svdconvert.training.model.inject import extract_factors, inject_adapters
 from svdconvert.training.model.load import head_config, load_classifier, load_network
+from svdconvert.training.model.quantised_loading import densify, open_quantised
 from svdconvert.training.model.residuals import replace_weights
 from svdconvert.training.start import AdapterStart, FullStart, TrainingStart
 
@@ -106,7 +107,9 @@ class TrainedAdapter:
         if data.labels is None:
             network = load_network(start.weights, layout, dtype, run)
         else:
-            network, new_parameters = load_classifier(start.weights, dtype, data.labels, options.seed, run)
+            network, new_parameters = load_classifier(
+                start.weights, layout, dtype, data.labels, options.seed, run
+            )
             head = head_config(network)
             start = replace(start, fully_trained={**start.fully_trained, **new_parameters})
         paths = start.network_paths()
@@ -276,8 +279,10 @@ class FineTunedModel:
         """
         layout = layout_of_weights(start.layout, start.weights)
         network = load_network(start.weights, layout, torch.float32, run)
+        densify(network)
         network.requires_grad_(True)
-        model = FineTunedModel(start, network, open_checkpoint(start.weights))
+        source = open_quantised(start.weights) or open_checkpoint(start.weights)
+        model = FineTunedModel(start, network, source)
         stored = {id(parameter) for parameter in model._parameters_by_tensor().values()}
         for name, parameter in network.named_parameters():
             if id(parameter) not in stored:

@@ -12,7 +12,7 @@ from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.adapters.stacked import stack_factors
 from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_file
-from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.progress import Progress, Track
@@ -21,12 +21,18 @@ from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
 from svdconvert.inputs.placed import Projection, projections_of
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.fingerprint import checksum, tensor_checksum
+from svdconvert.manifest.fingerprint import Checksum, tensor_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, Matrix, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS, init_folder
-from svdconvert.pipeline.decompose import DecomposePlan, plan_decomposition, split_tensor
+from svdconvert.pipeline.decompose import split_tensor
+from svdconvert.pipeline.decompose_plan import DecomposePlan, plan_decomposition
+from svdconvert.pipeline.quantised_plan import decoded_dtype
+from svdconvert.quantization.nf4 import Quantized
+from svdconvert.quantization.view import read_to_compute
 from svdconvert.training.model.extra_parameters import choose_parameters
 from svdconvert.training.model.inject import ScaledFactors
+from svdconvert.training.model.quantised_linear import QuantisedWeight
+from svdconvert.training.model.quantised_loading import weight_in_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,7 @@ class AdapterStart:
     """Tensor of the base -> what is known about it."""
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
-    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor | QuantisedWeight] = field(default_factory=dict)
     """Tensor of the base -> its residual, if `weights` holds the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
@@ -107,6 +113,7 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
+        _refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
             return FullStart(
                 weights=opened.path,
@@ -121,6 +128,15 @@ def open_training_start(
     return replace(
         start, fully_trained=choose_parameters(opened.source.infos, layout, start.matrices, train_also)
     )
+
+
+def _refuse_gguf(model: OpenModel) -> None:
+    """Raise ArtifactError for a GGUF file, from which no network is loaded."""
+    if model.sidecars != model.path:
+        raise ArtifactError(
+            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a "
+            "method that leaves the base unchanged), and train the directory that results"
+        )
 
 
 def _open_decomposed(
@@ -145,6 +161,7 @@ def _open_decomposed(
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
+    _refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
         _require_unchanged(opened.path, opened.source, known, "the adapter was made")
@@ -234,16 +251,19 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
     source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
     factors: dict[str, Factors] = {}
-    residuals: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor | QuantisedWeight] = {}
     checksums: dict[str, str] = {}
     total_bytes = sum(source.infos[name].nbytes for name in plan.slots)
     done_bytes = 0
     for name in plan.slots:
-        stored = source.read(name)
-        checksums[name] = checksum(tensor_bytes(stored))
+        hasher = Checksum()
+        stored = read_to_compute(source, name, on_chunk=hasher.update)
+        checksums[name] = hasher.text()
         initial, base, matrices[name] = split_tensor(plan, name, stored, alone=True)
         factors |= {piece.module: piece.of(initial) for piece in plan.adapter.pieces[name]}
-        if plan.method.residual:
+        if isinstance(base, Quantized):
+            residuals[name] = weight_in_memory(base, decoded_dtype(plan.infos[name]))
+        elif plan.method.residual:
             residuals[name] = base
         done_bytes += source.infos[name].nbytes
         track(Progress(name, "", done_bytes, total_bytes))
@@ -255,7 +275,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,
-        base_is_residual=plan.method.residual,
+        base_is_residual=plan.base_is_residual,
         config=plan.adapter.config,
         base=model.origin(checksums),
         residual=None,

@@ -14,6 +14,7 @@ from svdconvert.cli.app import app
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.quantization.base import FORMATS
 from tests.conftest import Build
 from tests.program import content, succeeded, svdconvert
 
@@ -61,14 +62,17 @@ def test_list_as_json_has_a_row_for_each() -> None:
     assert [row["method"] for row in methods] == METHODS.names()
     layouts = json.loads(succeeded("list", "layouts", "--json").out)
     assert [row["layout"] for row in layouts] == [*LAYOUTS.names(), "auto", "names"]
+    formats = json.loads(succeeded("list", "formats", "--json").out)
+    assert [row["format"] for row in formats] == FORMATS.names()
 
 
-@pytest.mark.parametrize("what", ["methods", "layouts"])
+@pytest.mark.parametrize("what", ["methods", "layouts", "formats"])
 def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = succeeded("list", what).out.splitlines()
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert names == (METHODS.names() if what == "methods" else [*LAYOUTS.names(), "auto", "names"])
+    layouts = [*LAYOUTS.names(), "auto", "names"]
+    assert names == {"methods": METHODS.names(), "layouts": layouts, "formats": FORMATS.names()}[what]
     assert max(map(len, lines)) <= 80
 
 

@@ -16,6 +16,9 @@ from tests.process import finish, start, sums, wait_until_finished
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "svdconvert"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "svdconvert"]
 
+NF4 = ("--residual-format", "nf4", "--double-quant", "--quant-iterations", 2)
+formats = pytest.mark.parametrize("residual", [(), NF4], ids=["plain", "nf4"])
+
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
@@ -24,8 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return medium.build(tmp_path_factory.mktemp("model") / "base", layers=8)
 
 
-def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
-    options = ["--rank", 8, "--max-shard-size", "300KB"]
+@formats
+def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path, residual: tuple[object, ...]) -> None:
+    options = ["--rank", 8, "--max-shard-size", "100KB" if residual else "300KB", *residual]
     finish(start("decompose", model, "-o", tmp_path / "one", *options))
     finish(start("decompose", model, "-o", tmp_path / "two", *options, program=TORCHRUN))
     assert sums(tmp_path / "two") == sums(tmp_path / "one")
@@ -62,9 +66,12 @@ def test_two_matrices_at_once_have_the_bytes_of_one_after_the_other(model: Path,
     assert {name for name in one if one[name] != two[name]} <= manifests
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_can_finish_it(model: Path, tmp_path: Path) -> None:
+@formats
+def test_a_killed_rank_ends_the_run_and_one_process_can_finish_it(
+    model: Path, tmp_path: Path, residual: tuple[object, ...]
+) -> None:
     out = tmp_path / "out"
-    options = ["--rank", 8, "--max-shard-size", "300KB"]
+    options = ["--rank", 8, "--max-shard-size", "300KB", *residual]
     launcher = start("decompose", model, "-o", out, *options, program=TORCHRUN)
     wait_until_finished(launcher, out, 4)
     _kill_rank(launcher.pid, "1")

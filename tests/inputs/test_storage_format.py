@@ -6,7 +6,7 @@ import pytest
 
 from svdconvert.checkpoint.tensors import REAL, TensorInfo
 from svdconvert.errors import TargetError
-from svdconvert.inputs.storage_format import quantization_method, refuse_codes
+from svdconvert.inputs.storage_format import quantization_method, refuse_codes, refuse_unknown_format
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -46,3 +46,26 @@ def test_real_numbers_are_accepted(dtype: str) -> None:
 def test_only_the_given_names_matter() -> None:
     refuse_codes("m", {}, infos("I8"), [])
     assert quantization_method({"quantization_config": "fp8"}) is None
+
+
+class Headers:
+    """A TensorSource without data."""
+
+    def __init__(self, found: dict[str, TensorInfo]) -> None:
+        self.infos = found
+
+
+def test_a_quantised_checkpoint_must_be_understood_completely() -> None:
+    source: Any = Headers(infos("I8"))
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    with pytest.raises(
+        TargetError, match=f"m is quantised .quantisation hqq. in a way.*explains {NAME}, stored"
+    ):
+        refuse_unknown_format("m", config, source)
+    refuse_unknown_format("m", {}, source)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.bias", "embeddings.position_ids", "h.0.attn.masked_bias"])
+def test_buffers_of_integers_are_no_codes(name: str) -> None:
+    source: Any = Headers({name: TensorInfo(name, (1, 4), "U8")})
+    refuse_unknown_format("m", {"quantization_config": {"quant_method": "fp8"}}, source)

@@ -25,7 +25,7 @@ from svdconvert import (
     train,
     verify,
 )
-from svdconvert.checkpoint.gguf_files import GgufSource
+from svdconvert.checkpoint.gguf_file import GgufFile
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.inputs.gguf_names import GgufNames
 from svdconvert.layouts.llama import LAYOUT as LLAMA
@@ -202,14 +202,14 @@ def test_a_cut_gguf_is_refused(cut: int, home: Path, tmp_path: Path) -> None:
     data = (tmp_path / "gguf" / "adapter.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[:cut] if cut >= 0 else data[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
-        GgufSource(tmp_path / "cut.gguf")
+        GgufFile(tmp_path / "cut.gguf")
 
 
 def test_huge_numbers_in_a_gguf_are_refused(tmp_path: Path) -> None:
     for tensors, entries in ((2**60, 0), (0, 2**60), (2**63, 2**63)):
         (tmp_path / "huge.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries))
         with pytest.raises(CheckpointError, match="a count out of range"):
-            GgufSource(tmp_path / "huge.gguf")
+            GgufFile(tmp_path / "huge.gguf")
 
 
 MLX = """

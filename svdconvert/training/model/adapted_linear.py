@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from svdconvert.linalg.factors import Factors
+from svdconvert.training.model.quantised_linear import device_of
 
 
 class AdaptedLinear(nn.Module):
@@ -44,10 +45,11 @@ class AdaptedLinear(nn.Module):
         tensors = factors.pieces()
         assert trains <= tensors.keys(), f"cannot train {sorted(trains)}: the factors are {sorted(tensors)}"
         self._factor_names = tuple(tensors)
+        device = device_of(base)
         for name, tensor in tensors.items():
             # A copy, because training modifies it. Contiguous, because a factor may be a slice or a transpose
             # of an SVD's output, with which the products are several times slower.
-            own = tensor.detach().to(base.weight.device, torch.float32, copy=True).contiguous()
+            own = tensor.detach().to(device, torch.float32, copy=True).contiguous()
             if name in trains:
                 self.register_parameter(name, nn.Parameter(own))
             else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.model.compare import require_complete, require_complete_body
+from svdconvert.training.model.quantised_loading import load_quantised, open_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +49,10 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
 
     refuse_encoder_decoder(path)
     with _load_report_silenced():
-        model, loaded = _from_pretrained(
+        model, loaded = _load(
             getattr(transformers, generating_class(read_config(path))),
             path,
+            layout,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -57,6 +60,15 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
         )
     require_complete(path, model, loaded, run.notify)
     return model
+
+
+def _load(auto_class: Any, path: Path, layout: Layout, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and transformers' loading info; quantised matrices stay quantised."""
+    source = open_quantised(path)
+    if source is None:
+        found: tuple[nn.Module, dict[str, Any]] = _from_pretrained(auto_class, path, **arguments)
+        return found
+    return load_quantised(source, layout, partial(_from_pretrained, auto_class), path, arguments)
 
 
 def refuse_encoder_decoder(path: Path) -> None:
@@ -70,8 +82,9 @@ def refuse_encoder_decoder(path: Path) -> None:
         )
 
 
-def load_classifier(
+def load_classifier(  # noqa: PLR0913 (the model, its head, and how it is loaded)
     directory: Path,
+    layout: Layout,
     dtype: torch.dtype | None,
     labels: Sequence[str],
     seed: int,
@@ -88,9 +101,10 @@ def load_classifier(
     names = dict(enumerate(labels)) or {0: "LABEL_0"}
     with torch.random.fork_rng(devices=[]), _load_report_silenced():
         torch.manual_seed(seed)
-        model, loaded = _from_pretrained(
+        model, loaded = _load(
             AutoModelForSequenceClassification,
             directory,
+            layout,
             dtype=dtype or "auto",
             id2label=names,
             label2id={name: number for number, name in names.items()},

@@ -8,20 +8,26 @@ from torch import Tensor, nn
 from svdconvert.manifest.place import Rows
 from svdconvert.manifest.schema import Matrix
 from svdconvert.models.matrices import is_conv1d
+from svdconvert.training.model.quantised_linear import QuantisedWeight
+from svdconvert.training.model.quantised_loading import keep_quantised
 
 
 def replace_weights(
     model: nn.Module,
-    residuals: Mapping[str, Tensor],
+    residuals: Mapping[str, Tensor | QuantisedWeight],
     matrices: Mapping[str, Matrix],
     paths: Mapping[str, str],
 ) -> None:
     """Copy `residuals`, by the names of their tensors, into the network; the dtype of each weight stays.
 
-    `matrices` says where each one belongs, and `paths` has the path in the network of each module.
+    `matrices` says where each one belongs, and `paths` has the path in the network of each module. A layer
+    whose residual is quantised is replaced by one that keeps it so.
     """
     for name, stored in residuals.items():
         matrix = matrices[name]
+        if isinstance(stored, QuantisedWeight):
+            keep_quantised(model, paths[matrix.module], stored)
+            continue
         place = matrix.place
         has_module = place is None or place.expert is None
         path = paths[matrix.module] if has_module else place.module if place else ""
