@@ -29,7 +29,8 @@ from svdconvert.layouts.detect import find_layout
 from svdconvert.methods.base import METHODS
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.model.inject import inject_adapters, trainable_count
-from svdconvert.training.model.load import load_network, replace_weights
+from svdconvert.training.model.load import load_network
+from svdconvert.training.model.residuals import replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.resolve_defaults import resolve_defaults
 from svdconvert.training.start import open_training_start
@@ -176,7 +177,7 @@ def _adapted(arguments: argparse.Namespace, seed: int, method: str, init: str | 
     split = SplitOptions(method=method, init=init, rank=arguments.rank, seed=seed)
     start = open_training_start(arguments.model, split, None, Run())
     network = load_network(start.weights, LAYOUTS.get(start.layout), None)
-    replace_weights(network, start.residuals)
+    replace_weights(network, start.residuals, start.matrices, start.network_paths())
     inject_adapters(network, start.scaled_factors(), METHODS.get(method).variant(init).trains)
     return network
 

@@ -28,7 +28,8 @@ from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.data.example import IGNORED, Example
 from svdconvert.training.model.adapted_linear import AdaptedLinear
 from svdconvert.training.model.inject import inject_adapters
-from svdconvert.training.model.load import load_network, replace_weights
+from svdconvert.training.model.load import load_network
+from svdconvert.training.model.residuals import replace_weights
 from svdconvert.training.optim.loop import StepLog, fit
 from svdconvert.training.optim.step import Trainer
 from svdconvert.training.start import open_training_start
@@ -139,7 +140,7 @@ def adapted_network(options: Any) -> nn.Module:
     start = open_training_start(options.model, split, None, Run())
     dtype = None if options.precision == "bf16" else torch.float32
     network = load_network(start.weights, LAYOUTS.get(start.layout), dtype)
-    replace_weights(network, start.residuals)
+    replace_weights(network, start.residuals, start.matrices, start.network_paths())
     inject_adapters(network, start.scaled_factors(), METHODS.get(options.method).trains)
     return network
 
