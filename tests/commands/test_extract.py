@@ -1,6 +1,7 @@
 """extract: what it writes is the best LoRA for the change, with the error that it states."""
 
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
@@ -17,7 +18,7 @@ from svdconvert.commands.extract import plan_extract
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError, RecipeError, TargetError
 from svdconvert.manifest.results import Extraction, LoraResult
-from tests import stock
+from tests import rwkv6, stock
 from tests.conftest import Build
 from tests.loopback_hub.server import Hub
 from tests.program import svdconvert
@@ -195,6 +196,19 @@ def test_stock_peft_loads_it_and_gives_the_tuned_models_logits(
     wanted = stock.logits(stock.plain(tuned))
     found = stock.logits(stock.adapted(base, tmp_path / "lora"))
     assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_an_rwkv6_in_its_authors_format_comes_back(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = rwkv6.random_model(layers=1, width=32, head=16)
+    after = OrderedDict((name, noise(name, tensor, generator)) for name, tensor in before.items())
+    base, tuned = rwkv6.save(before, tmp_path / "base.pth"), rwkv6.save(after, tmp_path / "tuned.pth")
+    found = extraction(extract(base, tuned, tmp_path / "lora", ExtractOptions(rank=32), RUN))
+    assert found.error < 1e-5 and found.omitted == {}
+    merge(tmp_path / "lora", tmp_path / "merged", run=RUN)
+    merged = torch.load(next((tmp_path / "merged").glob("*.pth")))
+    for name, tensor in torch.load(tuned).items():
+        assert torch.allclose(merged[name].float(), tensor.float(), atol=1e-5, rtol=1e-2), name
 
 
 def test_to_lora_truncates_what_was_extracted(models: tuple[Path, Path], tmp_path: Path) -> None:
