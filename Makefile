@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs families families-oldest install quick test test-processors gpu soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo docs families install quick test test-processors gpu soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -55,11 +55,6 @@ gpu:
 # families: check every family of transformers, about half an hour, and write docs/families.md
 families: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.sweep --page docs/families.md
-
-# families-oldest: check the sample of families with the oldest transformers that is supported
-families-oldest: install
-	$(BIN)/python -m pip install -qq --no-deps --upgrade --target build/transformers-oldest transformers==5.0.0
-	PYTHONPATH=build/transformers-oldest:. OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/families
 
 # soak: 200 kills of all commands that write, 100,000 inputs for all parsers, and every injected fault
 soak: install

@@ -19,8 +19,10 @@ from svdconvert.commands.verify import verify
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions, SplitOptions
 from svdconvert.config.progress import Progress
-from svdconvert.errors import RecipeError
+from svdconvert.errors import OutputError, RecipeError
 from svdconvert.manifest.schema import read_manifest
+from svdconvert.output import staging
+from svdconvert.pipeline import adapter_plan
 from tests.families.check import TOKENS
 from tests.mixtures import FAMILIES, mixture
 from tests.process import sums
@@ -229,6 +231,33 @@ def test_an_interrupted_run_continues_to_the_same_bytes(stacked: bool, model: Bu
     assert len(items) > 14
     assert sums(tmp_path / "out") == wanted
     assert not (tmp_path / "out" / "pissa_init" / "experts.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["while factors are put together", "before the directory is renamed"])
+def test_a_run_that_is_stopped_at_its_end_continues_to_the_same_bytes(
+    place: str, model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = model("mixtral")
+    wanted = sums(split(base, tmp_path / "whole"))
+    module, name = (adapter_plan, "write_stack") if "factors" in place else (staging, "install")
+    original = getattr(module, name)
+    calls: list[int] = []
+
+    def stop(*arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == (3 if "factors" in place else 1):
+            raise OSError(5, "stopped")
+        original(*arguments)
+
+    monkeypatch.setattr(module, name, stop)
+    with pytest.raises((OSError, OutputError)):
+        split(base, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
+    messages: list[str] = []
+    again = Run(device="cpu", threads=1, notify=messages.append)
+    decompose(base, tmp_path / "out", SplitOptions(rank=4), again)
+    assert any("tensors are done" in message for message in messages)
+    assert sums(tmp_path / "out") == wanted
 
 
 def test_a_stacked_tensor_stays_one_tensor_in_the_files(model: Build, tmp_path: Path) -> None:

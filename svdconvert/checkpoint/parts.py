@@ -147,7 +147,8 @@ def joined(infos: Iterable[TensorInfo], wholes: Mapping[str, TensorInfo]) -> lis
     found: dict[str, TensorInfo] = {}
     for info in infos:
         name = info.name if info.name in wholes else whole_name(info.name)
-        whole = replace(wholes[name], dtype=info.dtype) if name in wholes else info
+        is_part = name != info.name and name in wholes
+        whole = replace(wholes[name], dtype=info.dtype) if is_part else info
         if found.setdefault(whole.name, whole).dtype != info.dtype:
             raise CheckpointError(
                 f"{whole.name} is one tensor, and its parts cannot be stored as {found[whole.name].dtype} "

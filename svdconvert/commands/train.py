@@ -5,12 +5,14 @@ from pathlib import Path
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
+from svdconvert.hub.download import fetch
 from svdconvert.linalg.threads import use_threads
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.output.staging import recorded
 from svdconvert.pipeline.job import run_job
 from svdconvert.training.logs.trackers import require_trackers
+from svdconvert.training.model.load import refuse_encoder_decoder
 from svdconvert.training.run import Watch, ignore_log, load_training_job
 from svdconvert.training.start import open_training_start
 
@@ -36,6 +38,8 @@ def train(  # noqa: PLR0913 (what to start from, how to train, and a callback)
     split = split or SplitOptions()
     check_free(Path(out), overwrite=run.overwrite)
     require_trackers(plan)
+    if plan.task == "text":
+        refuse_encoder_decoder(fetch(str(model), "sidecars").path)
     # A plain model is decomposed while it is opened, with results that depend on the number of threads.
     use_threads(run.threads or recorded(Path(out), "threads"))
     start = open_training_start(str(model), split, base, run, plan.train_also or ())

@@ -49,7 +49,7 @@ def measure_init(delta: AdapterDelta, base: OpenModel) -> InitEvidence:
     names = adapted_tensors(delta, base)
     source = base.layout(delta.layout_name)[1].divided(base.source)
     along = size = projected = 0.0
-    for module in _spread(delta.modules):
+    for module in _spread([module for module in delta.modules if module in names]):
         factors, scale = delta.trained(module)
         weight_OI = read_matrix(source, names[module]).float()
         left_OR, right_RI = factors.folded()

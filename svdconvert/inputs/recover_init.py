@@ -50,6 +50,11 @@ def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None 
     if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
     names = adapted_tensors(delta, base)
+    if absent := [module for module in delta.modules if module not in names]:
+        raise ArtifactError(
+            f"{delta.directory} adapts {absent[0]}, which {base.path} ties to its embeddings, and its "
+            "initial adapter cannot be recovered for that; give it with --init"
+        )
     ranks = {module: delta.adapter.shape(module, "lora_A")[0] for module in delta.modules}
     layout = base.layout(delta.layout_name)[1]
     source = layout.divided(base.source)

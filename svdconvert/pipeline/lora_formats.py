@@ -58,7 +58,8 @@ class LoraFormat:
         keys = _factor_keys(delta, form)
         extras = {parameter: extra_key(parameter, delta.modules) for parameter in delta.adapter.extras}
         if delta.initial_adapter is None:
-            extras |= {parameter: copy_key(parameter) for parameter in delta.adapter.copies}
+            copies = [parameter for parameter in delta.adapter.copies if parameter not in extras]
+            extras |= {parameter: copy_key(parameter) for parameter in copies}
         return replace(keys, extras=extras)
 
     def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:

@@ -181,8 +181,14 @@ def _untie(
         base = copy if copy in delta.adapter.copies else None
         shape = delta.adapter.parameter_info(copy).shape if base else info.shape
         extras.added[copy] = NewTensor(shape, info.dtype, base, embedding, adapted[0])
+        if shape != info.shape and not changed:
+            # The resized embeddings are the resized head.
+            extras.replaced[embedding] = copy
+            extras.rows[embedding] = shape[0]
         return
-    extras.added["lm_head.weight"] = NewTensor(info.shape, info.dtype, copied=embedding)
+    base = extras.bases.get(embedding)
+    shape = delta.adapter.parameter_info(base).shape if base else info.shape
+    extras.added["lm_head.weight"] = NewTensor(shape, info.dtype, base, embedding)
 
 
 def _equals_embedding(delta: AdapterDelta, extras: Extras, embedding: str, head: str) -> bool:
@@ -194,7 +200,7 @@ def _equals_embedding(delta: AdapterDelta, extras: Extras, embedding: str, head:
 
 
 def _tied_embedding(delta: AdapterDelta, model: OpenModel, names: TensorNames) -> str | None:
-    """The embeddings that are also the head; None if the model has or needs a head of its own, or several."""
+    """The embeddings that are also the head; None if the head is another matrix, or there are several."""
     if model.config.get("is_encoder_decoder") is True or names.layout.task_of(names.infos) != "CAUSAL_LM":
         return None
     if any(name.endswith(HEADS) for name in names.infos) or model.config.get(_TIED) is False:
@@ -223,8 +229,8 @@ def _resize(delta: AdapterDelta, model: OpenModel, extras: Extras, infos: Mappin
         most = max(sizes, key=lambda name: sizes[name])
         raise ArtifactError(
             f"{delta.directory} was trained with another vocabulary: {most} would have {sizes[most]} rows "
-            f"and {least} {sizes[least]}; resize the model (resize_token_embeddings of transformers), save "
-            "it, and give it with --base"
+            f"and {least} {sizes[least]}; resize the model (resize_token_embeddings of transformers), "
+            "save it, and give it with --base"
         )
     extras.config[_SIZE] = next(iter(sizes.values()))
 

@@ -16,7 +16,7 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.commands.train import train
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import ArtifactError, RecipeError
+from svdconvert.errors import RecipeError
 from svdconvert.pipeline.decompose import SplitOptions
 from tests.reading import readable, write_sums
 from tests.stock import adapted, logits, plain, tensors
@@ -112,23 +112,6 @@ def test_what_cannot_be_trained_in_full_is_refused(fault: str, tmp_path: Path) -
     with pytest.raises(RecipeError, match=words):
         train(base, tmp_path / "trained", plan, split=SplitOptions(rank=4))
     assert not (tmp_path / "trained").exists()
-
-
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
-def test_parameters_that_the_base_does_not_store_are_refused(checkpoint: Build, tmp_path: Path) -> None:
-    tied = checkpoint("llama", dtype=torch.float32, tied=True)
-    for number, (name, words) in enumerate(
-        [
-            ("lm_head", "lm_head.weight in full, which the model does not store"),
-            ("embed_tokens", "ties to its head"),
-        ]
-    ):
-        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name], task_type="CAUSAL_LM")
-        model = get_peft_model(plain(tied), config)
-        model.save_pretrained(tmp_path / f"adapter{number}")
-        with pytest.raises(ArtifactError, match=words):
-            merge(tmp_path / f"adapter{number}", tmp_path / "merged", base=str(tied))
-    assert not (tmp_path / "merged").exists()
 
 
 def test_names_in_the_adapter_and_in_the_base_map_to_each_other() -> None:

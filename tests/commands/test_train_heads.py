@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from svdconvert import Run, SplitOptions, TrainOptions, decompose, merge, read_manifest, to_lora, train
-from svdconvert.errors import ArtifactError, DataError, MissingPackageError
+from svdconvert.errors import DataError, MissingPackageError
 from svdconvert.publish.card import CardContext, write_card
 from svdconvert.publish.files import SourceRepos
 from tests.conftest import Build
@@ -294,13 +294,13 @@ def test_options_for_texts_are_refused_for_classifiers(tmp_path: Path) -> None:
     refused("train", "x", "-o", tmp_path / "out", *arguments, words=["packing", "are for texts"])
 
 
-def test_a_foreign_head_is_refused_by_name(chain: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_what_peft_saves_of_a_classifier_is_merged_too(
+    chain: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     home = chain("bert", "classify")
-    stock = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2), home / "lora"
-    )
+    kind = AutoModelForSequenceClassification
+    stock = PeftModel.from_pretrained(kind.from_pretrained(home / "base", num_labels=2), home / "lora")
+    expected = logits(stock, home)
     stock.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(
-        ArtifactError, match=r"trained \S+ in full, which the model does not have: a new part"
-    ):
-        merge(tmp_path / "foreign", tmp_path / "out", base=str(home / "base"), init="none")
+    merge(tmp_path / "foreign", tmp_path / "out", base=str(home / "base"), init="none")
+    torch.testing.assert_close(logits(kind.from_pretrained(tmp_path / "out"), home), expected)

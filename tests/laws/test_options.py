@@ -157,6 +157,7 @@ ELSEWHERE = {
     "--track": "tests/training/logs/test_trackers.py",
     "--track-dir": "tests/training/logs/test_trackers.py",
     "--data": "tests/training/data/test_mixing.py",
+    "--image-dir": "tests/commands/test_train_images.py",
     "--config": "tests/pipeline/test_combine_checkpoints.py",
 }
 

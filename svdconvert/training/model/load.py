@@ -45,16 +45,10 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
         return model
     import transformers
 
-    config = read_config(path)
-    if is_encoder_decoder(config):
-        raise ArtifactError(
-            f"{path} is an encoder with a decoder ({brief(config.get('model_type'))}), and train is for "
-            "models that continue a text; train the adapter that decompose writes with PEFT, then merge or "
-            "convert it"
-        )
+    refuse_encoder_decoder(path)
     with _load_report_silenced():
         model, loaded = _from_pretrained(
-            getattr(transformers, generating_class(config)),
+            getattr(transformers, generating_class(read_config(path))),
             path,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -63,6 +57,17 @@ def load_network(path: Path, layout: Layout, dtype: torch.dtype | None, run: Run
         )
     require_complete(path, model, loaded, run.notify)
     return model
+
+
+def refuse_encoder_decoder(path: Path) -> None:
+    """Raise ArtifactError for a model that reads one sequence and writes another, such as T5."""
+    config = read_config(path) if (path / CONFIG).is_file() else {}
+    if is_encoder_decoder(config):
+        raise ArtifactError(
+            f"{path} is an encoder with a decoder ({brief(config.get('model_type'))}), and train is for "
+            "models that continue a text; train the adapter that decompose writes with PEFT, then merge or "
+            "convert it"
+        )
 
 
 def load_classifier(
