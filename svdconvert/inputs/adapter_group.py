@@ -1,5 +1,6 @@
 """Several adapters of one base: which of their modules belong together, and what they need of the base."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,8 @@ from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.tensor_names import TensorNames, without_containers
 from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.manifest.origin import base_conflict, same_model
+
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,7 @@ def open_group(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
     ]
     group = AdapterGroup(tuple(settled))
     _refuse_misfits(group)
-    for delta in group.deltas:
-        _refuse_joined_factors(delta)
+    _refuse_mixed_forms(group)
     if differing := [name for name in group.parameters if not group.is_agreed(name)]:
         return replace(group, base=_needed_base(group, differing[0], sources))
     if sources.base and not any(needs_base):
@@ -160,18 +162,21 @@ def _needed_base(group: AdapterGroup, name: str, sources: Sources) -> OpenModel:
     return found
 
 
-def _refuse_joined_factors(delta: AdapterDelta) -> None:
-    """Raise ArtifactError for factors that a combined LoRA would have to store in another form."""
-    if delta.adapter.experts:
+def _refuse_mixed_forms(group: AdapterGroup) -> None:
+    """Raise ArtifactError for factors that one combined LoRA cannot hold together."""
+    fused = [delta for delta in group.deltas if delta.adapter.experts]
+    single = [delta for delta in group.deltas if any(_EXPERT.search(one) for one in delta.modules)]
+    if fused and single:
         raise ArtifactError(
-            f"{delta.directory} has the factors of all experts of a layer in one tensor, which are not "
-            "combined; write it with to-lora --experts each first, or merge the adapters into their base"
+            f"{fused[0].directory} has the factors of all experts of a layer in one tensor, and "
+            f"{single[0].directory} those of each expert: write both in one form, with to-lora"
         )
-    if delta.adapter.embeddings:
-        raise ArtifactError(
-            f"{delta.directory} adapts the embeddings {min(delta.adapter.embeddings)}, which are not "
-            "combined; merge the adapters into their base"
-        )
+    for delta in group.deltas:
+        if delta.adapter.embeddings:
+            raise ArtifactError(
+                f"{delta.directory} adapts the embeddings {min(delta.adapter.embeddings)}, which are not "
+                "combined; merge the adapters into their base"
+            )
 
 
 def _refuse_misfits(group: AdapterGroup) -> None:

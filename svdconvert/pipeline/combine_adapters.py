@@ -1,6 +1,6 @@
 """combine: several adapters are merged into one LoRA, in the joint rank space of their factors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import hypot
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from svdconvert.adapters.adapter_config import CONFIG, PER_EXPERT, WITH_PARAMETERS, AdapterConfig
 from svdconvert.adapters.extra_parameters import contains_adapters, declaration, extra_key
 from svdconvert.adapters.peft_files import WEIGHTS, key
+from svdconvert.adapters.stacked import Stack, stacks_of
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
@@ -28,10 +29,12 @@ from svdconvert.merging.rank_space import combine_products
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_tokenizer
+from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.combine_settings import Chosen
 from svdconvert.pipeline.lora_formats import base_repository
 from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
+from svdconvert.pipeline.scaling import as_pattern
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,18 @@ class CombinePlan:
     """Module -> rank; factors of smaller ranks are padded with zeros."""
     dtype: torch.dtype
     file: PlannedFile
+    stacks: tuple[Stack, ...] = ()
+    """Experts of one parameter, whose factors share tensors; a stack's rank is the largest of its experts."""
+
+    @property
+    def single(self) -> list[str]:
+        """The modules with tensors of their own."""
+        return single_modules(self.group)
 
     @property
     def rank(self) -> int:
-        """The rank in the configuration: the largest of a module."""
-        return max(self.ranks.values())
+        """The rank in the configuration: the largest of a module that is in no stack."""
+        return max(self.ranks[module] for module in self.single or self.ranks)
 
 
 def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOptions) -> CombinePlan:
@@ -67,9 +77,11 @@ def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOption
         ranks = {module: min(options.rank, rank) for module, rank in most.items()}
     elif found := choose_ranks(group.modules, lambda one: _combined(group, chosen, one, None), options):
         ranks = {module: max(1, rank) for module, rank in found.ranks.items()}
-    rank = max(ranks.values())
-    infos = []
-    for module in group.modules:
+    single = single_modules(group)
+    rank = max(ranks[module] for module in single or ranks)
+    stacks = stacks_of({one: (*group.shape(one), ranks[one]) for one in ranks if one not in single})
+    infos = [info for stack in stacks for info in stack.infos(dtype_code(dtype))]
+    for module in single:
         rows, columns = group.shape(module)
         infos.append(TensorInfo(key(module, "lora_A"), (rank, columns), dtype_code(dtype)))
         infos.append(TensorInfo(key(module, "lora_B"), (rows, rank), dtype_code(dtype)))
@@ -85,7 +97,17 @@ def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOption
         ranks=ranks,
         dtype=dtype,
         file=plan_file(WEIGHTS, infos, "adapter"),
+        stacks=tuple(stacks),
     )
+
+
+def single_modules(group: AdapterGroup) -> list[str]:
+    """The modules with tensors of their own: all but experts whose factors share tensors."""
+    return [
+        module
+        for module, each in group.modules.items()
+        if not any(own in group.deltas[index].adapter.experts for index, own in each.items())
+    ]
 
 
 def _natural_rank(group: AdapterGroup, chosen: Chosen, module: str) -> int:
@@ -149,10 +171,18 @@ class CombineJob:
     def write(self, staged: StagedOutput, run: Run) -> None:
         """Write the factors of every module and the parameters trained in full."""
         modules = list(self.plan.group.modules)
-        for done, module in enumerate(modules, 1):
+        for done, module in enumerate(self.plan.single, 1):
             if module not in staged.finished:
                 staged.finish(module, _write_module(self.plan, module, staged))
             run.track(Progress(module, self.plan.file.path, done, len(modules)))
+        done = len(self.plan.single)
+        for stack in self.plan.stacks:
+            _write_experts(self.plan, stack, staged)
+            run.track(
+                Progress(
+                    stack.parameter, self.plan.file.path, done := done + len(stack.members), len(modules)
+                )
+            )
         for name in self.plan.group.parameters:
             if name not in staged.finished:
                 tensor = cast_finite(name, _combined_parameter(self.plan, name), self.plan.dtype)
@@ -200,6 +230,31 @@ class CombineJob:
 
 
 def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[str, Any]:
+    factors, note = _stored(plan, module, plan.rank)
+    checksums = {}
+    for factor, tensor in factors.items():
+        name = key(module, factor)
+        staged.write(plan.file.path, name, tensor)
+        checksums[name] = checksum(tensor_bytes(tensor))
+    return {"files": {plan.file.path: checksums}, "note": note}
+
+
+def _write_experts(plan: CombinePlan, stack: Stack, staged: StagedOutput) -> None:
+    """Write the factors of all experts of a parameter, which are in memory together."""
+    if all(member.module in staged.finished for member in stack.members):
+        return
+    stored = {one.module: _stored(plan, one.module, one.rank) for one in stack.members}
+
+    def read(module: str, factor: str, rows: slice) -> Tensor:
+        return stored[module][0][factor][rows]
+
+    write_stack(staged, plan.file.path, stack, dtype_code(plan.dtype), read)
+    for module, (_, note) in stored.items():
+        staged.finish(module, {"files": {}, "note": note})
+
+
+def _stored(plan: CombinePlan, module: str, width: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(the factors of a module, padded to the rank `width`, what the manifest will say of them)."""
     rank = plan.ranks[module]
     product = [*_combined(plan.group, plan.chosen, module, rank)]
     if product[0].shape[1] > rank or _is_truncated(plan.options):
@@ -212,18 +267,14 @@ def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[
         left, right = product
         norm = product_norm(left, right)
         left_out = 0.0
-    missing = plan.rank - left.shape[1]
+    missing = width - left.shape[1]
     padded = {"lora_A": pad(right, (0, 0, 0, missing)), "lora_B": pad(left, (0, missing))}
-    tensors = {
-        key(module, factor): cast_finite(f"{module}.{factor}", tensor, plan.dtype)
-        for factor, tensor in padded.items()
+    factors = {
+        factor: cast_finite(f"{module}.{factor}", tensor, plan.dtype) for factor, tensor in padded.items()
     }
-    for name, tensor in tensors.items():
-        staged.write(plan.file.path, name, tensor)
-    checksums = {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors.items()}
-    stored = [tensors[key(module, factor)] for factor in ("lora_B", "lora_A")]
-    lost = 0.0 if plan.dtype == torch.float32 else product_distance(left, right, *stored)
-    return {"files": {plan.file.path: checksums}, "note": {"norm": norm, "lost": lost, "left_out": left_out}}
+    exact = plan.dtype == torch.float32
+    lost = 0.0 if exact else product_distance(left, right, factors["lora_B"], factors["lora_A"])
+    return factors, {"norm": norm, "lost": lost, "left_out": left_out}
 
 
 def _is_truncated(options: CombineOptions) -> bool:
@@ -265,7 +316,10 @@ def _combined_parameter(plan: CombinePlan, name: str) -> Tensor:
 
 
 def _config(plan: CombinePlan) -> AdapterConfig:
-    """Scale 1 (alpha is the rank), no patterns; the base is named if all adapters name the same."""
+    """Scale 1 (alpha is the rank), no patterns but for experts of another rank.
+
+    The base is named if all adapters name the same.
+    """
     group = plan.group
     configs = [delta.adapter.config for delta in group.deltas]
     modules = list(group.modules)
@@ -273,12 +327,15 @@ def _config(plan: CombinePlan) -> AdapterConfig:
     types = {config.peft_type for config in configs} & {PER_EXPERT, WITH_PARAMETERS}
     mixed = contains_adapters(group.parameters, modules)
     bases = {base_repository(delta) for delta in group.deltas}
+    targets, parameters = _targets(plan, configs)
+    patterns = as_pattern({stack.parameter: stack.rank for stack in plan.stacks}, plan.rank)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,
-        targets=sorted({target for config in configs for target in config.targets})
-        if group.has_one_spelling
-        else modules,
+        targets=targets,
+        parameters=parameters,
+        rank_pattern=patterns,
+        alpha_pattern={name: float(rank) for name, rank in patterns.items()},
         base=bases.pop() if len(bases) == 1 else None,
         task=next((config.task for config in configs if config.task), None),
         modules_to_save=saved,
@@ -286,3 +343,14 @@ def _config(plan: CombinePlan) -> AdapterConfig:
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         peft_type=PER_EXPERT if PER_EXPERT in types else WITH_PARAMETERS if mixed or types else "LORA",
     )
+
+
+def _targets(plan: CombinePlan, configs: Sequence[AdapterConfig]) -> tuple[list[str], list[str]]:
+    """(target_modules, target_parameters): those of all adapters, or full paths if their names differ."""
+    if plan.group.has_one_spelling:
+        targets = {target for config in configs for target in config.targets}
+        return sorted(targets), sorted({name for config in configs for name in config.parameters})
+    named = {module: f"{module}.weight" for module in plan.single}
+    dense = [one for one in named if any(config.names_parameter(named[one]) for config in configs)]
+    parameters = [*(named[one] for one in dense), *(stack.parameter for stack in plan.stacks)]
+    return [one for one in named if one not in dense], parameters

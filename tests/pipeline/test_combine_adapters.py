@@ -245,9 +245,10 @@ def test_adapters_of_other_shapes_or_kinds_are_refused(
         combine([other, other], tmp_path / "out", run=RUN)
 
 
-def test_adapters_of_single_experts_are_combined(checkpoint: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", ["fused", "each"])
+def test_adapters_of_experts_are_combined(experts: str, checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint("mixtral", dtype=torch.float32)
-    decompose(base, tmp_path / "start", SplitOptions(rank=2, method="lora"), RUN)
+    decompose(base, tmp_path / "start", SplitOptions(rank=2, method="lora", experts=experts), RUN)
     each = [
         trained_from(tmp_path / "start", tmp_path / name, amount) for name, amount in (("a", 0.1), ("b", 0.3))
     ]
