@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.loading import is_transformers, vllm_advice
+from svdconvert.layouts.loading import loading_in_peft, vllm_advice
 
 _MANY = 40  # rows of a table that a screen shows
 
@@ -69,8 +69,12 @@ def show_extracted(out_dir: object, manifest: "Manifest") -> None:
             "vLLM": vllm_advice(result.rank),
         },
         [
-            *([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_transformers(manifest.layout) else []),
-            f"svdconvert merge {out_dir} -o MERGED",
+            line
+            for line in (
+                loading_in_peft(manifest.layout, out_dir),
+                f"svdconvert merge {out_dir} -o MERGED",
+            )
+            if line
         ],
     )
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.loading import is_transformers, loading, vllm_advice
+from svdconvert.layouts.loading import loading, loading_in_peft, vllm_advice
 from svdconvert.output.measurements import losses
 from svdconvert.output.sidecars import read_json_object
 
@@ -245,8 +245,8 @@ def _uses(out_dir: object, manifest: "Manifest", base: str) -> list[str]:
         return [f"llama-cli -m BASE.gguf --lora {out_dir}/adapter.gguf"]
     if form == "mlx":
         return [f"mlx_lm.generate --model {base} --adapter-path {out_dir}", merge]
-    is_peft = form in ("peft", "vllm") and is_transformers(manifest.layout)
-    return [*([f'PeftModel.from_pretrained(base, "{out_dir}")'] if is_peft else []), merge]
+    peft = loading_in_peft(manifest.layout, out_dir) if form in ("peft", "vllm") else ""
+    return [*([peft] if peft else []), merge]
 
 
 def _named_base(out_dir: object) -> str | None:

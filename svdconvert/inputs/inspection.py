@@ -17,7 +17,7 @@ from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
 from svdconvert.inputs.model import OpenModel, open_headers
 from svdconvert.inputs.storage_format import bits_per_weight, formats
-from svdconvert.layouts.loading import is_transformers, loading
+from svdconvert.layouts.loading import loading, loading_in_peft
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
@@ -109,9 +109,8 @@ def _summary(manifest: Manifest) -> str:
 def _next_commands(path: str, manifest: Manifest) -> list[str]:
     plain = [line for line in [loading(manifest.layout, path)] if line]
     form = manifest.options.get("format", "peft")
-    is_peft = form in ("peft", "vllm") and is_transformers(manifest.layout)
-    stock = is_peft and manifest.options.get("experts") != "each"
-    peft = [f'PeftModel.from_pretrained(base, "{path}")'] if stock else []
+    in_peft = loading_in_peft(manifest.layout, path) if form in ("peft", "vllm") else ""
+    peft = [in_peft] if in_peft else []
     if form == "gguf":
         return [f"llama-cli -m BASE.gguf --lora {path}/adapter.gguf", f"svdconvert verify {path}"]
     base = "" if manifest.base else " --base BASE"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.layouts.base import LAYOUTS, LayoutFamily
-from svdconvert.output.sidecars import CONFIG, read_config
+from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 
 CAUSAL = "AutoModelForCausalLM"
 _IMAGE_TEXT = "AutoModelForImageTextToText"
@@ -55,6 +55,13 @@ def is_transformers(name: str) -> bool:
     """True if transformers, and therefore PEFT, loads models of the layout `name`."""
     family = _family(name)
     return family is None or "AutoModel" in family.loading
+
+
+def loading_in_peft(name: str, path: object) -> str:
+    """The expression that loads the LoRA at `path` with stock PEFT; empty if that refuses it."""
+    config = Path(str(path)) / "adapter_config.json"
+    is_stock = config.is_file() and read_json_object(config).get("peft_type") == "LORA"
+    return f'PeftModel.from_pretrained(base, "{path}")' if is_stock and is_transformers(name) else ""
 
 
 def vllm_advice(rank: int) -> str | None:

@@ -19,6 +19,7 @@ from svdconvert import (
     decompose,
     diff,
     extract,
+    inspect,
     merge,
     to_lora,
 )
@@ -99,6 +100,7 @@ def test_the_change_of_experts_is_extracted_and_found_in_the_merged_model(
     roles = {group.role for group in diff(base, tmp_path / "tuned", RUN).groups() if group.changed}
     assert any("experts" in role for role in roles)
     extract(base, tmp_path / "tuned", tmp_path / "lora", ExtractOptions(rank=8), RUN)
+    assert not any("PeftModel" in line for line in inspect(tmp_path / "lora").next)
     merge(tmp_path / "lora", tmp_path / "again", MergeOptions(dtype="float32"), RUN, base=str(base))
     again = tensors(tmp_path / "again")
     for name, value in tensors(tmp_path / "tuned").items():
