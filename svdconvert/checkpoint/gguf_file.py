@@ -59,7 +59,7 @@ class GgufFile:
         self._open = OpenFiles()
         self.metadata, found = _read_header(file)
         self.tensors: Mapping[str, GgufTensor] = {_stored_name(tensor): tensor for tensor in found}
-        """By the names of `infos`: the one in the file, the type, and the number of the expert."""
+        """By the names of `infos`; see `_stored_name`."""
         self.infos: Mapping[str, TensorInfo] = {
             name: _info(name, tensor) for name, tensor in self.tensors.items()
         }
@@ -88,8 +88,10 @@ class GgufFile:
 
 
 def _stored_name(tensor: GgufTensor) -> str:
+    """The name in the file; of codes, with their type, and of one of several experts, with its number."""
+    kind = "" if tensor.type in _CODE_OF_TYPE else f".{tensor.type}"
     number = "" if tensor.expert is None else f".{tensor.expert}"
-    return f"{tensor.name}.{tensor.type}{number}"
+    return f"{tensor.name}{kind}{number}"
 
 
 def _info(name: str, tensor: GgufTensor) -> TensorInfo:

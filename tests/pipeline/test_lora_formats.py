@@ -208,7 +208,7 @@ def test_a_cut_gguf_is_refused(cut: int, home: Path, tmp_path: Path) -> None:
 def test_huge_numbers_in_a_gguf_are_refused(tmp_path: Path) -> None:
     for tensors, entries in ((2**60, 0), (0, 2**60), (2**63, 2**63)):
         (tmp_path / "huge.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries))
-        with pytest.raises(CheckpointError, match="a count out of range"):
+        with pytest.raises(CheckpointError, match="huge.gguf is damaged"):
             GgufFile(tmp_path / "huge.gguf")
 
 
