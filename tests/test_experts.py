@@ -28,6 +28,8 @@ from tests.mixtures import FAMILIES, mixture
 from tests.process import sums
 from tests.stock import adapted, plain, same_bytes, start_of, tensors, trained_from
 
+pytestmark = pytest.mark.slow
+
 RUN = Run(device="cpu", threads=1)
 Build = Callable[..., Path]
 every_storage = pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])

@@ -201,7 +201,10 @@ def test_a_target_with_a_value_that_is_no_number_is_refused(value: str, model: P
 
 
 RECIPES: dict[str, tuple[str, list[str]]] = {
-    "unknown key": ("model: m\nsed: 1\n", ["'sed'", "known: combine, convert, decompose, ", "did you mean seed?"]),
+    "unknown key": (
+        "model: m\nsed: 1\n",
+        ["'sed'", "known: combine, convert, decompose, ", "did you mean seed?"],
+    ),
     "unknown key of a section": ("decompose: {rnk: 4}\n", ["decompose", "'rnk'", "did you mean rank?"]),
     "value of the wrong type": ("decompose: {rank: many}\n", ["rank is 'many'", "integer"]),
     "value that is no choice": (

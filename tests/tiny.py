@@ -108,7 +108,8 @@ _FOUND = ("gemma3",)
 """Model types without a layout of their own: the layout is found from the network."""
 _OWN = {kind: LAYOUTS.get(name) for name in LAYOUTS.names() for kind in LAYOUTS.get(name).model_types}
 MODEL_TYPES = sorted([*_OWN, *_FOUND])
-PEFT_MODEL_TYPES = sorted([*(kind for kind, layout in _OWN.items() if layout.experts is None), *_FOUND])
+MIXTURES = frozenset(kind for kind, layout in _OWN.items() if layout.experts is not None)
+PEFT_MODEL_TYPES = sorted([*(kind for kind in _OWN if kind not in MIXTURES), *_FOUND])
 """Those without mixtures of experts."""
 CAUSAL = [kind for kind in MODEL_TYPES if kind in _FOUND or _OWN[kind].task == "CAUSAL_LM"]
 """Those that are no encoders."""

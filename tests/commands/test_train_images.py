@@ -20,6 +20,8 @@ from tests import vision
 from tests.program import content, refused
 from tests.stock import same_bytes, tensors
 
+pytestmark = pytest.mark.slow
+
 STEPS: dict[str, Any] = {
     "steps": 12,
     "batch_size": 4,

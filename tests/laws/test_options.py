@@ -47,6 +47,9 @@ KINDS = (
     "rwkv-trained",
 )
 
+SAMPLE = ("plain", "decomposed", "trained", "lora")
+"""The kinds that `make quick` tries."""
+
 PLAIN = ("plain", "merged", "finetuned", "rwkv")
 
 Words = list[Any]
@@ -358,7 +361,9 @@ def test_an_interval_longer_than_the_run_is_named(others: Words, option: Words, 
     assert f"{name} {option[1]} changes nothing in a run of 2 steps" in " ".join(ended.err.split())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SAMPLE else pytest.mark.slow) for kind in KINDS]
+)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=pytest.mark.slow if case.command == "train" else ()) for case in CASES],

@@ -33,6 +33,8 @@ from tests.mixtures import FAMILIES, mixture
 from tests.reading import write_sums, write_tokenizer
 from tests.stock import adapted, plain, start_of
 
+pytestmark = pytest.mark.slow
+
 RUN = Run(device="cpu", threads=1)
 MODELS = Path(transformers.__file__).parent / "models"
 Make = Callable[..., Path]
