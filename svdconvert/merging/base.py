@@ -103,7 +103,7 @@ class MergeMethod:
     summary: str
     """One line for `svdconvert list merges`."""
     paper: str
-    """Where it is defined."""
+    """The paper or the program that defines it."""
     takes: frozenset[Input]
     parameters: tuple[Parameter, ...] = ()
     changes: MergeChanges | None = None
