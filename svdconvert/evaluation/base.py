@@ -16,8 +16,8 @@ Record = Mapping[str, Any]
 """A row of a data set, by the names of its fields."""
 
 Protocol = Literal["strict", "paper", "paper-pissa"]
-"""`strict` is right; `paper` grades as the published code does, with its faults; `paper-pissa` is PiSSA's code,
-if it differs from the others'."""
+"""`strict` is right; `paper` grades as the published code does, with its faults, and `paper-pissa` as PiSSA's
+does if that differs."""
 PROTOCOLS: tuple[Protocol, ...] = ("strict", "paper")
 
 
