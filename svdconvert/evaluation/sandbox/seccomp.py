@@ -112,7 +112,7 @@ CLONE = (56, 220)
 TGKILL = (234, 131)
 PRLIMIT = (302, 261)
 # From here on all architectures have the same numbers. An older kernel refuses a call that it does not know
-# with the same error, so that the C library does without it: io_uring, clone3, pidfd_*, fchmodat2, and others.
+# with the same error, so that the C library does without it: io_uring, clone3, pidfd_*, fchmodat2 ...
 FIRST_NEW = 424
 ALLOWED_NEW = {"close_range": 436, "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441, "futex_waitv": 449}
 
