@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict
 
 from svdconvert.checkpoint.json_text import parse_json
