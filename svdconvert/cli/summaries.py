@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
+from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading, loading_in_peft, vllm_advice
 from svdconvert.output.measurements import losses
@@ -34,14 +34,11 @@ def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()
     """Print a short table of what was done, and the commands that can follow."""
     if not leads():
         return
-    table = Table(title=Text(plain(title), style="bold"), show_header=False, box=None, pad_edge=False)
-    table.title_justify = "left"
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")  # a shortened link does not work
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(Text(plain(name)), Text(plain(value)))
-    show(table)
+    show(Text(wrapped(plain(title), stdout), style="bold"))
+    known = {plain(name): plain(value) for name, value in rows.items() if value is not None}
+    width = max(map(len, known), default=0) + 1
+    for name, value in known.items():
+        show(Text(f"{name:{width}}", style="dim").append(wrapped(value, stdout, width), style="not dim"))
     for number, command in enumerate(commands):
         show(
             Text("next" if number == 0 else "  or", style="dim").append(
