@@ -19,6 +19,7 @@ from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
 from svdconvert.manifest.place import Place
 from svdconvert.manifest.results import RESULT_OF_KIND, Result
+from svdconvert.manifest.training import Training, recorded_training
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import FileRole, PlannedFile
@@ -116,6 +117,8 @@ class Manifest:
     """Every option that affects the result, as requested, defaults included."""
     result: Result | None = None
     """What resulted from the options; None for kinds without such a result."""
+    training: Training | None = None
+    """The training that the weights come from; None if there was none, or if nothing is known of it."""
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     """By the tensor's name in the base."""
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -248,6 +251,19 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"{path} is damaged at {location}: {first['msg']}; restore the file") from error
     _refuse_names(path, manifest)
     return manifest
+
+
+def training_of(directory: Path, manifest: Manifest | None) -> Training | None:
+    """The training that a directory comes from, as its manifest or, from before 0.2, its measurements say.
+
+    None if there was none. Raises ArtifactError if the measurements are damaged.
+    """
+    if manifest is None or manifest.training is not None:
+        return manifest.training if manifest else None
+    if manifest.kind not in ("trained", "finetuned"):
+        return None
+    ranks = [matrix.rank for matrix in manifest.matrices.values()]
+    return recorded_training(directory, manifest.options, max(ranks, default=None))
 
 
 def _refuse_names(path: Path, manifest: Manifest) -> None:
