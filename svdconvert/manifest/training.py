@@ -19,11 +19,12 @@ CHAT = "chat"
 """The prompt format of a model that is asked with the tokenizer's chat template."""
 NO_TEMPLATE = "none"
 """The prompt format of a model that is asked with the text alone."""
+_MOST_STEPS = 1 << 53
 _POINTS = 64
 _MOST_SAMPLES = 3
 _LONGEST = 2000  # characters of a sample
 
-Point = tuple[Annotated[int, Field(ge=0, lt=1 << 53)], Annotated[float, Field(allow_inf_nan=False)]]
+Point = tuple[Annotated[int, Field(ge=0, lt=_MOST_STEPS)], Annotated[float, Field(allow_inf_nan=False)]]
 """(step, value)."""
 
 
@@ -44,7 +45,7 @@ class Training:
 
     options: Mapping[str, Any]
     """The options of train, defaults included."""
-    steps: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
+    steps: Annotated[int, Field(ge=0, lt=_MOST_STEPS)] = 0
     rank: int | None = None
     """The largest rank of the adapter; None for full fine-tuning."""
     prompt: str | None = None
@@ -66,7 +67,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurements:
-    """The measurements of a run that have one value per step, by name: loss, lr, eval_loss, sigma_drift, .."""
+    """The measurements of a run that have one value per step, by name: loss, eval_loss, sigma_drift."""
 
     series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
 
@@ -84,20 +85,24 @@ def is_hub_data(data: str) -> bool:
 def read_series(path: Path) -> Measurements:
     """All measurements in a metrics.jsonl; none if the file does not exist.
 
-    Values that are no finite numbers are left out. Raises ArtifactError if the file is damaged.
+    Values that are no finite floats are left out. Raises ArtifactError if the file is damaged.
     """
     series: dict[str, list[Point]] = {}
     for _, values in read_measurements(path) if path.is_file() else ():
+        step = values.pop("step")
         for name, value in values.items():
-            if name != "step" and isinstance(value, (int, float)) and isfinite(value):
-                series.setdefault(name, []).append((values["step"], float(value)))
+            if 0 <= step < _MOST_STEPS and isinstance(value, float) and isfinite(value):
+                series.setdefault(name, []).append((step, value))
     return Measurements(series=series)
 
 
 def recorded_training(
     directory: Path, options: Mapping[str, Any], rank: int | None, prompt: str | None = None
 ) -> Training:
-    """The training whose measurements and samples are in `directory`. Raises ArtifactError if they are damaged."""
+    """The training whose measurements and samples are in `directory`.
+
+    Raises ArtifactError if these are damaged.
+    """
     found = read_series(directory / METRICS)
     losses = found.of("loss")
     return Training(

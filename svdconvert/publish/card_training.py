@@ -108,4 +108,7 @@ def sample_blocks(training: Training | None) -> Iterator[dict[str, str]]:
     """{"prompt": .., "before": .., "after": ..} of every sample, as blocks of code."""
     for sample in training.samples if training else ():
         texts = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
-        yield {name: block(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...") for name, text in texts.items()}
+        yield {
+            name: block(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
+            for name, text in texts.items()
+        }
