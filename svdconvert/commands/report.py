@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svdconvert.config.execution import Run
+from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.threads import use_threads
 from svdconvert.reports.collect import collect
@@ -12,6 +13,7 @@ from svdconvert.reports.page import render
 from svdconvert.reports.write import check_page, write_page
 
 
+@tracked
 def report(directories: str | Path | Sequence[str | Path], out: str | Path, run: Run | None = None) -> Path:
     """Write a self-contained page about one or more directories or adapters to `out`, and return its path.
 
@@ -28,5 +30,5 @@ def report(directories: str | Path | Sequence[str | Path], out: str | Path, run:
     require_matplotlib()
     check_page(path, overwrite=run.overwrite)
     use_threads(run.threads)
-    write_page(path, render(collect(given, run)), overwrite=run.overwrite)
+    write_page(path, render(collect(given)), overwrite=run.overwrite)
     return path

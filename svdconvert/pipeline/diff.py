@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.checkpoint.tensors import REAL
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, TargetError, UnknownNameError
 from svdconvert.inputs.model_pair import Difference, ModelPair
 from svdconvert.layouts.base import Slot
@@ -130,7 +130,7 @@ def compare_models(pair: ModelPair, run: Run) -> ModelDiff:
                 found.append(_equal(name, slot, common[name].shape))
             else:
                 found.append(_compare(difference, name, slot, run))
-            run.track(Progress(name, "", done, len(common)))
+            report(None, done, len(common), "tensors", name=name)
     first, second = (model.snapshot.name for model in pair.models)
     mismatches = [*pair.mismatches().values()]
     return ModelDiff(first, second, found, mismatches, len(pair.equal & common.keys()))

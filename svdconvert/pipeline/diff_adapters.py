@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import hypot
 
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.recover_init import lost_init
@@ -69,7 +69,7 @@ def compare_adapters(first: AdapterDelta, second: AdapterDelta, run: Run) -> Ada
     for done, module in enumerate(common, 1):
         _refuse_shapes(first, second, module)
         found.append(ModuleDiff(module, relate(exact_factors(first, module), exact_factors(second, module))))
-        run.track(Progress(module, "", done, len(common)))
+        report(None, done, len(common), "modules", name=module)
     norms = hypot(*(one.relation.norms[0] for one in found)), hypot(*(one.relation.norms[1] for one in found))
     along = sum((one.relation.cosine or 0.0) * one.relation.norms[0] * one.relation.norms[1] for one in found)
     return AdapterDiff(

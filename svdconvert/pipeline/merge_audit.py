@@ -15,7 +15,7 @@ from torch import Tensor
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.tensor_names import joined_product
@@ -119,7 +119,7 @@ def audit_merge(merged: OpenModel, weights: MergeWeights, run: Run) -> BaseAudit
                     faults.append(f"{name} {fault}")
             elif fault := _other_fault(plan, found, name):
                 faults.append(f"{name} {fault}")
-            run.track(Progress(name, "", done, len(names)))
+            report(None, done, len(names), "tensors", name=name)
     faults += _unexpected(plan, found)
     return BaseAudit(weights.model.snapshot.name, matrices, faults)
 

@@ -14,7 +14,7 @@ from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
 from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.open_adapter import open_initial_adapter
 from svdconvert.inputs.storage_format import decoded
@@ -98,7 +98,7 @@ def check_directory(
     total = sum(len(checksums) for checksums in manifest.files.values())
     for file, name, fault in check_files(directory, manifest):
         tensors += 1
-        run.track(Progress(name, file, tensors, total))
+        report("verify", tensors, total, "tensors", name=name, file=file)
         if fault:
             faults.append(f"{directory / file}: {name} {fault}")
     faults += [f"{directory / name} {fault}" for name, fault in check_sidecars(directory, manifest)]
@@ -181,7 +181,7 @@ def check_matrices(
         for check in pool.map(check_one, names):
             yield check
             done += base.infos[check.name].nbytes
-            run.track(Progress(check.name, "base", done, total))
+            report("recompute", done, total, "bytes", name=check.name)
 
 
 def _open_residual(directory: Path, manifest: Manifest) -> TensorSource:

@@ -11,6 +11,7 @@ from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.hub.replies import listed_files
+from svdconvert.hub.transfers import Count, upload_followed
 from svdconvert.manifest.schema import PLAIN, Manifest, read_manifest, training_of
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
@@ -165,18 +166,22 @@ def _commit(
     name = destination.repository
     wanted = {*upload_files.files, *copies}
 
-    def attempt() -> "CommitInfo":
+    def attempt(count: Count) -> "CommitInfo":
         # Anew each time: an attempt whose answer was lost may have been carried out.
         return hub_api().create_commit(
             name,
-            operations=_operations(upload_files, copies, inspect_branch(destination).own - wanted),
+            operations=[
+                count(operation)
+                for operation in _operations(upload_files, copies, inspect_branch(destination).own - wanted)
+            ],
             commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
             revision=destination.branch,
             parent_commit=state.commit,
             create_pr=options.pull_request,
         )
 
-    return attempt() if options.pull_request else with_retries(attempt)
+    with upload_followed(name, upload_files.nbytes) as count:
+        return attempt(count) if options.pull_request else with_retries(lambda: attempt(count))
 
 
 def _operations(

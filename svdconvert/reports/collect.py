@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from svdconvert.config.execution import Run
 from svdconvert.errors import SvdConvertError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.grids import Grid, grids_of
@@ -39,10 +38,10 @@ class Subject:
     """Sentences about what is not known of it."""
 
 
-def collect(directories: Sequence[str | Path], run: Run) -> list[Subject]:
+def collect(directories: Sequence[str | Path]) -> list[Subject]:
     """All directories, in the order given. Raises SvdConvertError if one is of no known kind."""
     names = short_names([str(directory) for directory in directories])
-    return [_collect(str(given), name, run) for given, name in zip(directories, names, strict=True)]
+    return [_collect(str(given), name) for given, name in zip(directories, names, strict=True)]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -55,7 +54,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _collect(given: str, name: str, run: Run) -> Subject:
+def _collect(given: str, name: str) -> Subject:
     path = Path(given) if Path(given).exists() else fetch(given, "adapter").path
     inspection = describe(given)
     manifest = read_manifest(path) if has_manifest(path) else None
@@ -78,7 +77,7 @@ def _collect(given: str, name: str, run: Run) -> Subject:
         training=read(lambda: training_of(path, manifest), None),
         series=read(lambda: read_series(path / METRICS), Measurements()),
         grids=_shown_grids(manifest),
-        spectra=measure_spectra(path, run) if is_adapter else Spectra(),
+        spectra=measure_spectra(path) if is_adapter else Spectra(),
         results=own,
     )
     others = [one.task for one in results if one not in own]

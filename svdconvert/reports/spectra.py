@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import SvdConvertError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.grids import place_of
@@ -37,26 +36,26 @@ class Spectra:
     """Sentences about what the files do not allow to compute."""
 
 
-def measure_spectra(directory: Path, run: Run) -> Spectra:
+def measure_spectra(directory: Path) -> Spectra:
     """The spectra of a directory with an adapter; a remark instead if its files do not suffice."""
     try:
         delta = open_adapter_delta(directory)
-        return _measure(delta, run)
+        return _measure(delta)
     except SvdConvertError as error:
         return Spectra(remarks=(f"no singular values: {error}",))
 
 
-def _measure(delta: AdapterDelta, run: Run) -> Spectra:
+def _measure(delta: AdapterDelta) -> Spectra:
     if delta.is_lost:
-        found = _by_role(delta, adapter_product, run)
+        found = _by_role(delta, adapter_product)
         missing = (
             "its initial adapter is not here: only the spectra of its factors are known, not of the change"
         )
         return Spectra(adapter=found, remarks=(missing,))
-    start = {} if delta.initial_adapter is None else _by_role(delta, _initial_product, run)
+    start = {} if delta.initial_adapter is None else _by_role(delta, _initial_product)
     if delta.initial_adapter is delta.adapter:
         return Spectra(adapter=start)
-    change = _by_role(delta, module_update, run)
+    change = _by_role(delta, module_update)
     sigmas = [sigma for members in change.values() for sigma in members]
     if not any(any(sigma) for sigma in sigmas):
         return Spectra(adapter=start)
@@ -71,7 +70,7 @@ def _initial_product(delta: AdapterDelta, module: str) -> Product:
 
 
 def _by_role(
-    delta: AdapterDelta, product_of: Callable[[AdapterDelta, str], Product], run: Run
+    delta: AdapterDelta, product_of: Callable[[AdapterDelta, str], Product]
 ) -> dict[str, list[Spectrum]]:
     """Role -> the singular values of every matrix, those that are zero left out."""
     found: dict[str, list[Spectrum]] = {}
@@ -83,7 +82,7 @@ def _by_role(
         place = place_of(module)
         role = place[1] if place else module.rpartition(".")[2]
         found.setdefault(role, []).append([value for value in sigma.tolist() if value > floor])
-        run.track(Progress(module, str(delta.directory), number, len(modules)))
+        report(None, number, len(modules), "matrices", name=module)
     return found
 
 
