@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.checkpoint.file_names import is_known_kind, leads_outside, name_fault
+from svdconvert.config.display import Shown
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
@@ -101,8 +102,8 @@ class Matrix:
         return Matrix(**{**note, "quantised": QuantisedMatrix(**found) if found else None})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class Manifest(Shown):
     """The content of svdconvert.json."""
 
     kind: Kind
@@ -132,6 +133,24 @@ class Manifest:
     """The command that wrote the directory, if that is not the usual one of its kind: extract."""
     svdconvert: str = __version__
     format: int = FORMAT
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Kind, method, ranks, base, and the measurements of all matrices together."""
+        ranks = sorted({matrix.rank for matrix in self.matrices.values()})
+        energies = [matrix.energy for matrix in self.matrices.values() if matrix.energy is not None]
+        return {
+            "kind": self.kind,
+            "method": self.method or None,
+            "layout": self.layout or None,
+            "rank": ranks[0] if len(ranks) == 1 else ranks or getattr(self.result, "rank", None),
+            "matrices": len(self.matrices) or None,
+            "base": self.base.location if self.base else None,
+            "mean energy": round(sum(energies) / len(energies), 4) if energies else None,
+            "held-out loss": self.training.held_out[-1][1]
+            if self.training and self.training.held_out
+            else None,
+            "files": len(self.files),
+        }
 
     def write(self, directory: Path) -> "Manifest":
         """Write svdconvert.json into `directory`. Raises ArtifactError if a value is NaN or infinite."""

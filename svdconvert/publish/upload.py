@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.config.display import Shown
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
@@ -55,8 +56,8 @@ class Destination:
         return self.options.revision or _MAIN
 
 
-@dataclass(frozen=True)
-class Published:
+@dataclass(frozen=True, repr=False)
+class Published(Shown):
     """The result of a push."""
 
     url: str
@@ -70,6 +71,17 @@ class Published:
     """False if the repository held all of it already."""
     lacks_base: bool = False
     """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """The address, and what was sent."""
+        return {
+            "url": self.url,
+            "commit": self.commit,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "changed": self.changed,
+            "not sent": len(self.unsent) or None,
+        }
 
 
 @dataclass(frozen=True)
