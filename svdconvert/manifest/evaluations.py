@@ -18,6 +18,7 @@ from svdconvert.output.sidecars import read_json_object
 
 FOLDER = "evaluations"
 FORMAT = 1
+_AGAIN = "remove the file and evaluate again"
 MOST_RESULTS = 1000
 """Results that are read from one directory."""
 
@@ -126,6 +127,11 @@ class EvaluationResult(Shown, _Part):
         return self.metrics[self.headline]
 
 
+def result_name(task: str) -> str:
+    """The name of a task's files, without their endings: harness:piqa is harness--piqa."""
+    return task.replace(":", "--")
+
+
 def manifest_fingerprint(manifest: Manifest) -> str:
     """Identifies the model of a directory: its own tensors, its base and its residual.
 
@@ -153,14 +159,14 @@ def read_evaluation(path: Path) -> EvaluationResult:
     if values.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} has format {values.get('format')!r}, and this svdconvert reads format {FORMAT}; use the "
-            "version that wrote it, or evaluate again"
+            f"version that wrote it, or {_AGAIN}"
         )
     try:
         result = EvaluationResult.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; evaluate again") from error
-    if result.headline not in result.metrics or result.task != path.stem.replace("--", ":"):
-        raise ArtifactError(f"{path} is damaged: its task or its headline does not fit; evaluate again")
+        raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; {_AGAIN}") from error
+    if result.headline not in result.metrics or result_name(result.task) != path.stem:
+        raise ArtifactError(f"{path} is damaged: its task or its headline does not fit; {_AGAIN}")
     return result
