@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from svdconvert.cli.pictures import pictures
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading, loading_in_peft, vllm_advice
@@ -300,14 +301,29 @@ def show_report(report: "Report") -> None:
         }
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
+    rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
     state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
     summary(f"{report.directory} {state}", rows)
 
 
 def show_inspection(found: "Inspection") -> None:
     """Print the description of a directory."""
-    rows = {name.replace("_", " "): _readable(value) for name, value in found.details.items() if value}
+    details = {**found.details, "evaluations": [_score(one) for one in found.details.get("evaluations", ())]}
+    rows = {name.replace("_", " "): _readable(value) for name, value in details.items() if value}
     summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
+    if stdout.is_terminal:
+        for line in pictures(found, stdout.width):
+            show_line(line)
+
+
+def _score(result: Mapping[str, Any]) -> str:
+    """A result of `eval` in an inspection: gsm8k 12.3 % (10.1 % to 14.9 %)."""
+    name, score = list(result.items())[1]
+    low, high = result["interval"] or (None, None)
+    spread = f" ({low:.1%} to {high:.1%})" if low is not None else ""
+    rows = f", the first {result['rows']} rows" if result["limit"] is not None else ""
+    whose = "" if result["of_these_weights"] else ", of other weights"
+    return f"{result['task']} {name} {score:.1%}{spread}{rows}{whose}"
 
 
 def _readable(value: object) -> str:
@@ -317,12 +333,12 @@ def _readable(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ",".join(map(_readable, value))
+        return (", " if any(" " in str(one) for one in value) else ",").join(map(_readable, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:
