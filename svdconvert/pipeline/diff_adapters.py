@@ -1,9 +1,11 @@
 """diff of two adapters: norms, cosines and principal angles of their changes, from the factors alone."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import hypot
 
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError
@@ -23,8 +25,8 @@ class ModuleDiff:
     relation: Relation
 
 
-@dataclass(frozen=True)
-class AdapterDiff:
+@dataclass(frozen=True, repr=False)
+class AdapterDiff(Shown):
     """The comparison of two adapters."""
 
     first: str
@@ -39,6 +41,18 @@ class AdapterDiff:
     """Between the two changes, over the common modules."""
     parameters: list[str]
     """Parameters trained in full by either, which are not compared."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """How many modules both adapt, and how alike the changes are."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "modules": len(self.modules),
+            "only first": len(self.only_first) or None,
+            "only second": len(self.only_second) or None,
+            "cosine": self.cosine,
+            "norms": self.norms,
+        }
 
     def cells(self) -> dict[tuple[int, str], float]:
         """(layer, role) -> ||second - first|| / ||first||; a role is a path after the layer's number."""

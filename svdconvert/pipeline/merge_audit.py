@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
 from svdconvert.config.progress import report
@@ -82,13 +83,24 @@ class BaseAudit:
         return Counter(matrix.rule for matrix in self.matrices)
 
 
-@dataclass(frozen=True)
-class MergeAudit:
+@dataclass(frozen=True, repr=False)
+class MergeAudit(Shown):
     """A merged checkpoint against each base that was given."""
 
     merged: str
     adapter: str
     bases: list[BaseAudit]
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Whether a base fits, and which."""
+        return {
+            "merged": self.merged,
+            "adapter": self.adapter,
+            "passed": self.passed,
+            "bases": len(self.bases),
+            "best": self.best.base,
+            "faults": len(self.best.faults) or None,
+        }
 
     @property
     def best(self) -> BaseAudit:

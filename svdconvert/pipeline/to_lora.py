@@ -105,6 +105,7 @@ class LoraJob:
                 recovered=delta.recovered.result() if delta.recovered else None,
                 head=known.head if known else None,
             ),
+            training=delta.training,
             files=file_checksums(staged),
             roles=roles_of(self.files),
         )

@@ -29,18 +29,18 @@ _REPORTED = 64  # rows between two reports of progress
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
-def read_rows(data: str, split: str = "train") -> Iterable[Row]:
+def read_rows(data: str, split: str = "train", revision: str | None = None) -> Iterable[Row]:
     """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a Hub data set.
 
-    An existing path takes precedence over a Hub id of the same name. Raises DataError if `data` is neither,
-    or has no rows.
+    `revision` is a commit of the data set, by default the newest one. An existing path takes precedence over
+    a Hub id of the same name. Raises DataError if `data` is neither, or has no rows.
     """
     path = Path(data)
     report("read rows", 0, name=data)
     if is_file(data):
         rows = _read_file(path, split)
     elif HUB_ID.fullmatch(data):
-        rows = _read_hub(data, split)
+        rows = _read_hub(data, split, revision)
     else:
         raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
     if len(rows) == 0:
@@ -202,10 +202,12 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
     }
 
 
-def _read_hub(data: str, split: str) -> Any:
+def _read_hub(data: str, split: str, revision: str | None) -> Any:
     name, _, config = data.partition(":")
     description = f"{data}, taken for a Hub data set"
-    return _load_dataset(description, name, name=config or None, split=split, token=find_token())
+    return _load_dataset(
+        description, name, name=config or None, split=split, revision=revision, token=find_token()
+    )
 
 
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
