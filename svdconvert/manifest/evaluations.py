@@ -58,6 +58,10 @@ class EvaluatedModel(_Part):
     """org/name on the Hub, or the name of the directory."""
     method: str | None = None
     rank: Count | None = None
+    weights: Literal["own", "base", "residual"] = "own"
+    """Whose weights its adapter was used with, if it is one."""
+    prompts: str = ""
+    """Checksum of the prompts as its tokenizer encodes them."""
 
 
 class GradeCount(_Part):

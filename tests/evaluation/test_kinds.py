@@ -76,7 +76,7 @@ def test_a_decomposed_directory_answers_as_its_base(home: Path, ask: Ask, tmp_pa
     decompose(home / "base", tmp_path / "pissa", SplitOptions(rank=4), CPU)
     decompose(home / "base", tmp_path / "lora", SplitOptions(rank=4, method="lora"), CPU)
     before = ask(home / "base")
-    assert min(len(set(answer.split())) for answer in before) > 3, "the answers are too much alike to compare"
+    assert len(set(" ".join(before).split())) > 8, "the answers are too much alike to compare"
     assert ask(tmp_path / "pissa") == before
     assert ask(tmp_path / "lora") == before
 
