@@ -5,8 +5,8 @@
 FILE holds rows of GSM8K. Every contender runs in a separate process, in turn, with the model in float32. The
 seconds are those from the prompts to the answers, without loading, elapsed and of the processor, which a busy
 machine disturbs less; of several rounds the median. HFLM answers in batches of 1, which is its default, 4, 16
-and 64; ours with its own default. Answers that differ from ours are counted: batches change sums of float32 in
-their last bits, which a near tie turns into another word. Needs `pip install "svdconvert[eval]"`.
+and 64; ours with its own default. Answers that differ from ours are counted: batches change the last bits of
+sums in float32, and a near tie then becomes another word. Needs `pip install "svdconvert[eval]"`.
 """
 
 import argparse
@@ -72,10 +72,8 @@ def main() -> None:
     default = f"{HARNESS} 1" if f"{HARNESS} 1" in others else best
     for name, mark in ((best, MARKS["of its best"]), (default, MARKS["of its default"])):
         times = others[name] / seconds["svdconvert"]
-        by_processor = processor[name] / processor["svdconvert"]
-        console.print(
-            f"{times:.2f} times the speed of {name} ({by_processor:.2f} by processor time); the mark is {mark}"
-        )
+        busy = processor[name] / processor["svdconvert"]
+        console.print(f"{times:.2f} times the speed of {name} ({busy:.2f} of processor); the mark is {mark}")
 
 
 def medians(found: dict[str, list[dict[str, Any]]], what: str) -> dict[str, float]:
