@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from svdconvert.cli import combine_summaries, progress, summaries
+from svdconvert.cli import combine_summaries, lora_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
@@ -13,6 +13,7 @@ from svdconvert.cli.arguments import (
     DeviceOpt,
     InitOpt,
     InputsArg,
+    JsonOpt,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -24,6 +25,7 @@ from svdconvert.cli.arguments import (
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.config.combine import CombineOptions
@@ -32,7 +34,12 @@ from svdconvert.config.recipe import options, read_recipe
 
 
 @app.command(
-    cls=SingleOptions, epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned"
+    cls=SingleOptions,
+    epilog=examples(
+        "svdconvert merge trained -o merged",
+        "svdconvert merge trained -o merged --from base --push me/name-tuned",
+        "svdconvert merge math code -o both --weights 0.7,0.3 --plan",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(MergeOptions)
@@ -52,10 +59,11 @@ def merge(
     trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Merge an adapter into its base or residual, or several into their base, as a plain checkpoint."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
@@ -87,7 +95,11 @@ def merge(
 @app.command(
     cls=SingleOptions,
     name="to-lora",
-    epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa",
+    epilog=examples(
+        "svdconvert to-lora trained -o lora",
+        "svdconvert to-lora trained -o lora --rank 16",
+        "svdconvert to-lora peft-output -o lora --residual pissa",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(LoraOptions)
@@ -102,10 +114,11 @@ def to_lora(
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write the change made by training as a standard LoRA for the untouched base."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.to_lora import to_lora as command
 
         shared = read_recipe(recipe)
@@ -116,10 +129,10 @@ def to_lora(
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
                 )
-            summaries.show_lora(output.place, manifest)
+            lora_summaries.show_lora(output.place, manifest)
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert combine math code -o both --weights 0.7,0.3")
+@app.command(cls=SingleOptions, epilog=examples("svdconvert combine math code -o both --weights 0.7,0.3"))
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(CombineOptions)
 def combine(
@@ -136,10 +149,11 @@ def combine(
     device: DeviceOpt = None,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Merge several adapters into one LoRA, or several checkpoints into one checkpoint."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.combine import combine as command
 
         shared = read_recipe(recipe)

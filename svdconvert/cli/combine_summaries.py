@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from svdconvert.cli.summaries import show_lora, summary
+from svdconvert.cli.facts import merged_facts
+from svdconvert.cli.lora_summaries import show_lora
+from svdconvert.cli.summaries import summary
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading
 
@@ -35,6 +37,7 @@ def show_combined(out_dir: object, manifest: "Manifest") -> None:
             for command in (f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir))
             if command
         ],
+        merged_facts(out_dir, manifest),
     )
 
 
@@ -49,5 +52,14 @@ def show_group_plan(plan: "GroupPlan") -> None:
             "merge": f"{len(plan.modules)} matrices",
             "read": size_text(sum(info.nbytes for info in base.source.infos.values())),
             "write": f"{size_text(sum(file.nbytes for file in plan.shards))} in {len(plan.shards)} files",
+        },
+        facts={
+            "weights": base.snapshot.location,
+            "side": "base",
+            "adapters": len(plan.weights),
+            "matrices": len(plan.modules),
+            "read_bytes": sum(info.nbytes for info in base.source.infos.values()),
+            "written_bytes": sum(file.nbytes for file in plan.shards),
+            "files": [file.path for file in plan.shards],
         },
     )

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.cli.answers import tell
+from svdconvert.cli.facts import extracted_facts
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
 from svdconvert.config.sizes import size_text
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest
     from svdconvert.pipeline.diff import ModelDiff
     from svdconvert.pipeline.diff_adapters import AdapterDiff
-    from svdconvert.pipeline.extract_estimate import ExtractEstimate
+    from svdconvert.pipeline.extract_estimate import ExtractEstimate, RankRow
     from svdconvert.pipeline.merge_audit import MergeAudit, Rule
 
 
@@ -45,7 +47,31 @@ def show_extract_plan(base: object, tuned: object, plan: "ExtractEstimate") -> N
             "changed": f"{plan.changed} target matrices" if plan.changed is not None else None,
             **energies,
         },
+        facts=_extract_plan_facts(base, tuned, plan),
     )
+
+
+def _extract_plan_facts(base: object, tuned: object, plan: "ExtractEstimate") -> dict[str, Any]:
+    return {
+        "base": str(base),
+        "tuned": str(tuned),
+        "matrices": [asdict(row) for row in plan.rows],
+        "read_bytes": plan.read,
+        "written_bytes": plan.written,
+        "memory_bytes": plan.memory,
+        "equal_tensors": plan.equal,
+        "changed_matrices": plan.changed,
+        "ranks": [rank_facts(row) for row in plan.ranks],
+        "energies": [
+            {"energy": share, "largest_rank": most, "total_rank": total}
+            for share, most, total in plan.tolerances
+        ],
+    }
+
+
+def rank_facts(row: "RankRow") -> dict[str, Any]:
+    """A row of rank against error."""
+    return {"rank": row.rank, "error": row.error, "budget_error": row.budget_error, "bytes": row.nbytes}
 
 
 def show_extracted(out_dir: object, manifest: "Manifest") -> None:
@@ -76,6 +102,7 @@ def show_extracted(out_dir: object, manifest: "Manifest") -> None:
             )
             if line
         ],
+        extracted_facts(out_dir, manifest, result),
     )
 
 
@@ -95,6 +122,7 @@ def show_diff(found: "ModelDiff | AdapterDiff") -> None:
     """Print how much two checkpoints or adapters differ."""
     from svdconvert.pipeline.diff import ModelDiff
 
+    tell(diff_json(found))
     if isinstance(found, ModelDiff):
         _show_models(found)
     else:
@@ -206,6 +234,13 @@ def show_audit(audit: "MergeAudit") -> None:
             **{f"matrices: {rule}": count for rule, count in best.rules.items()},
             "equal under one rounding": f"{sum(exact) / len(exact):.4f} of the entries" if exact else None,
             "faults": f"{hidden} more are not shown" if hidden > 0 else None,
+        },
+        facts={
+            "passed": audit.passed,
+            "merged": audit.merged,
+            "adapter": audit.adapter,
+            "base": best.base,
+            "bases": [{**asdict(one), "passed": one.passed, "rules": dict(one.rules)} for one in audit.bases],
         },
     )
 

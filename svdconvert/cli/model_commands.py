@@ -3,14 +3,13 @@
 from dataclasses import replace
 from typing import Annotated
 
-import typer
-
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     BaseOpt,
     DebugOpt,
     DeviceOpt,
+    JsonOpt,
     ModelArg,
     OutOpt,
     OverwriteOpt,
@@ -19,10 +18,13 @@ from svdconvert.cli.arguments import (
     StreamOpt,
     ThreadsOpt,
     TrustOpt,
+    option,
     required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
+from svdconvert.cli.option_groups import ADAPTER
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
@@ -33,7 +35,12 @@ from svdconvert.config.train import TrainOptions
 
 @app.command(
     cls=SingleOptions,
-    epilog="Example: svdconvert decompose org/name -o pissa --method pissa --rank 64 --targets attn,mlp.down",
+    epilog=examples(
+        "svdconvert decompose org/name -o pissa --rank 64 --plan",
+        "svdconvert decompose org/name -o pissa --rank 16 --targets attn,mlp.down",
+        "svdconvert decompose org/name -o qpissa --rank 64 --residual-format nf4",
+        "svdconvert decompose org/name --stream --push me/name-pissa-r64",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(SplitOptions)
@@ -50,10 +57,11 @@ def decompose(
     trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Split the target matrices of MODEL into a residual base and an initial adapter."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.decompose import decompose as command
         from svdconvert.commands.decompose import plan_decompose
         from svdconvert.pipeline.effects import without_idle_seed
@@ -79,7 +87,12 @@ def decompose(
 
 @app.command(
     cls=SingleOptions,
-    epilog="Example: svdconvert train pissa -o trained --data train.jsonl --eval-rows 64 --steps 200",
+    epilog=examples(
+        "svdconvert train pissa -o trained --data rows.jsonl --eval-rows 64",
+        "svdconvert train org/name -o out --method lora --rank 16 --data org/set",
+        "svdconvert train bert -o out --task classify --data nyu-mll/glue:mrpc",
+        "svdconvert train pissa -o trained --recipe recipe.yaml --lr 2e-4",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(TrainOptions)
@@ -89,10 +102,12 @@ def train(
     model: ModelArg = None,
     out: OutOpt = None,
     method: Annotated[
-        str | None, typer.Option(help="The method by which a plain MODEL is split first. Default: pissa.")
+        str | None,
+        option("--method", "METHOD", "By which a plain MODEL is split first. Default: pissa.", ADAPTER),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="The rank of a plain MODEL's adapter. Default: 64.")
+        int | None,
+        option("--rank", "N", "The rank of a plain MODEL's adapter. Default: 64.", ADAPTER, min=1),
     ] = None,
     base: BaseOpt = None,
     recipe: RecipeOpt = None,
@@ -100,10 +115,11 @@ def train(
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Train the adapter of a decomposed directory, or a new adapter of a plain MODEL."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.train import train as command
         from svdconvert.pipeline.effects import without_idle_seed
         from svdconvert.training.start import split_for
@@ -126,7 +142,7 @@ def train(
 
 
 @app.command(
-    cls=SingleOptions, epilog="Example: svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf"
+    cls=SingleOptions, epilog=examples("svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ConvertOptions)
@@ -139,10 +155,11 @@ def convert(
     overwrite: OverwriteOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write MODEL with the names of another layout, such as an RWKV-6 .pth for transformers, and back."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.convert import convert as command
 
         shared = read_recipe(recipe)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from svdconvert.cli.wording import as_typed
 from svdconvert.errors import OutputError
 from svdconvert.hub.auth import scrub
 
@@ -36,8 +37,8 @@ def _visible(character: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """Print one line on standard error, without Hub tokens that the message may contain."""
-    stderr.print(Text(f"svdconvert: {plain(scrub(sentence))}"))
+    """Print one line on standard error, with options as they are typed and without any Hub token."""
+    stderr.print(Text(f"svdconvert: {plain(scrub(as_typed(sentence)))}"))
 
 
 def notify(sentence: str) -> None:

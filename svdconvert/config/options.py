@@ -126,7 +126,7 @@ class MergeOptions:
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:
         if self.keep_format and self.dtype != "auto":
-            raise ValueError("keep_format and dtype exclude each other: give one")
+            raise ValueError("`keep_format` and `dtype` exclude each other: give one")
         return self
 
 
@@ -173,7 +173,7 @@ def refuse_rivals(options: object, names: Sequence[str]) -> None:
     """Raise ValueError if more than one of these options is given."""
     given = [name for name in names if getattr(options, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} exclude each other: give one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

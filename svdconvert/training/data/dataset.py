@@ -129,13 +129,13 @@ def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:
         return
     named = (image for row in splits.all for image in (row.images.images if row.images else ()))
     if all(image.path is None for image in named):
-        raise DataError("image_dir changes nothing: no row names an image by its path; leave it out")
+        raise DataError("`image_dir` changes nothing: no row names an image by its path; leave it out")
 
 
 def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     """Read and encode all data that the options name. Raises DataError if something cannot be used."""
     if not options.data_sets:
-        raise DataError("there is nothing to train on: give data a file or a Hub data set")
+        raise DataError("there is nothing to train on: give `data` a file or a Hub data set")
     _refuse_splits_of_files(options)
     reader = _Reader(options, encoder)
     sets: list[list[Example]] = []
@@ -155,7 +155,7 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
         reader.warnings.append(_mixture_text(sets, options))
     if options.packing:
         if any(example.images is not None for example in train):
-            raise DataError("packing is for rows without images; leave packing out")
+            raise DataError("`packing` is for rows without images; leave it out")
         train = pack_examples(train, options.max_length)
     return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
 
@@ -173,8 +173,8 @@ def _rows_to_train_on(rows: EncodedRows, data: str, options: TrainOptions) -> in
     count = len(rows) - options.eval_rows
     if count <= 0:
         raise DataError(
-            f"{data}: eval_rows holds out {options.eval_rows} of its {len(rows)} rows, which leaves none to "
-            "train on; give fewer"
+            f"{data}: `eval_rows` holds out {options.eval_rows} of its {len(rows)} rows, which leaves none "
+            "to train on; give fewer"
         )
     return count
 
@@ -244,8 +244,8 @@ def _refuse_long_rows(rows: EncodedRows, max_length: int) -> None:
         else:
             continue
         raise DataError(
-            f"row {number} {reason} max_length {max_length}: "
-            "give a larger max_length, or set too_long to cut or drop"
+            f"row {number} {reason} `max_length` {max_length}: "
+            "give a larger `max_length`, or set `too_long` to cut or drop"
         )
 
 
@@ -257,14 +257,14 @@ def _row_warnings(data: str, rows: EncodedRows, options: TrainOptions) -> Iterat
         number, row = truncated[0]
         what = "left out" if options.too_long == "drop" else "cut"
         yield (
-            f"{data}: {len(truncated)} of {len(rows)} rows are longer than max_length {options.max_length} "
+            f"{data}: {len(truncated)} of {len(rows)} rows are longer than `max_length` {options.max_length} "
             f"and are {what}; the first is row {number} with {row.length} tokens"
         )
     empty = [number for number, row in enumerate(rows, start=1) if row is None]
     if empty:
         yield (
             f"{data}: {len(empty)} of {len(rows)} rows are left out, because they have no token in the loss "
-            f"within max_length {options.max_length}; the first is row {empty[0]}"
+            f"within `max_length` {options.max_length}; the first is row {empty[0]}"
         )
 
 
@@ -273,7 +273,7 @@ def _usable_examples(rows: EncodedRows, data: str, part: str, options: TrainOpti
     usable = [row for row in rows if row is not None and not (drops_long and _is_truncated(row))]
     if not usable:
         raise DataError(
-            f"{data}: none of the {len(rows)} {part} rows has a response within max_length "
-            f"{options.max_length}: give a larger max_length"
+            f"{data}: none of the {len(rows)} {part} rows has a response within `max_length` "
+            f"{options.max_length}: give a larger `max_length`"
         )
     return usable
