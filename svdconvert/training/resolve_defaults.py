@@ -32,8 +32,8 @@ def resolve_defaults(
         )
     if options.eval_every and not (options.holds_out or method.residual):
         raise RecipeError(
-            "`eval_every` changes nothing without held-out rows; give `eval_rows` or `eval_data`, or leave it "
-            "out"
+            "`eval_every` changes nothing without held-out rows; give `eval_rows` or `eval_data`, or leave "
+            "it out"
         )
     if options.corrected_gradient and method.trains != {"lora_B"}:
         raise RecipeError("`corrected_gradient` is for methods that train B only (lora-fa); leave it out")

@@ -43,7 +43,7 @@ def test_a_warning_about_dropout_is_given_for_principal_components_only() -> Non
     assert resolve_defaults(TrainOptions(dropout=0.2), METHODS.get("sorsa"), 0.1, said.append).dropout == 0.2
     first, second = said
     assert first.startswith("`dropout` 0.1 randomly removes principal components")
-    assert second.startswith("dropout 0.2 randomly removes principal components")
+    assert second.startswith("`dropout` 0.2 randomly removes principal components")
     for name in ("lora", "milora", "lora-xs"):
         resolve_defaults(TrainOptions(dropout=0.1), METHODS.get(name), 0.0, ignore)
 
