@@ -1,7 +1,6 @@
 """The commands that take one model: decompose, train and convert."""
 
 from dataclasses import replace
-from typing import Annotated
 
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.application import app
@@ -18,19 +17,22 @@ from svdconvert.cli.arguments import (
     StreamOpt,
     ThreadsOpt,
     TrustOpt,
-    option,
     required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
-from svdconvert.cli.option_groups import ADAPTER
+from svdconvert.cli.option_groups import NEW_ADAPTER
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.cli.wording import spelled
 from svdconvert.config.options import ConvertOptions, PushOptions, SplitOptions
 from svdconvert.config.recipe import is_shared, options, read_recipe
 from svdconvert.config.train import TrainOptions
+
+_OF_NEW_ADAPTER = ("method", "rank", "alpha", "rslora", "targets")
+"""The options of decompose that train has too, for a plain MODEL."""
 
 
 @app.command(
@@ -95,20 +97,14 @@ def decompose(
     ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
+@with_options(SplitOptions, into="splitting", panel=NEW_ADAPTER, only=_OF_NEW_ADAPTER)
 @with_options(TrainOptions)
 def train(
     typed: Typed,
+    splitting: Typed,
     pushing: Typed,
     model: ModelArg = None,
     out: OutOpt = None,
-    method: Annotated[
-        str | None,
-        option("--method", "METHOD", "By which a plain MODEL is split first. Default: pissa.", ADAPTER),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        option("--rank", "N", "The rank of a plain MODEL's adapter. Default: 64.", ADAPTER, min=1),
-    ] = None,
     base: BaseOpt = None,
     recipe: RecipeOpt = None,
     overwrite: OverwriteOpt = False,
@@ -127,14 +123,13 @@ def train(
         configure_malloc_for_training()
         shared = read_recipe(recipe)
         source = required(model or shared.get("model"), "a MODEL")
-        given = {name: value for name, value in (("method", method), ("rank", rank)) if value is not None}
-        asked = options(SplitOptions, shared, given)
+        asked = options(SplitOptions, shared, splitting)
         if is_shared("seed", "decompose", shared):
             asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
         settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
         run = run_settings(shared, None, **settings)
-        split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
+        split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
         with published(out, push, pushing) as output:
             with progress.steps() as watch:
                 manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)

@@ -10,6 +10,7 @@ ARGUMENTS = "Arguments"
 RESULT = "Result"
 DATA = "Data"
 ADAPTER = "Adapter"
+NEW_ADAPTER = "New adapter, of a plain MODEL"
 OPTIMIZER = "Optimizer"
 EVALUATION = "Evaluation"
 PRECISION = "Precision"
@@ -22,8 +23,8 @@ OTHERS = "Options"
 GENERAL = "General"
 
 ORDER = (
-    ADAPTER, RESULT, DATA, OPTIMIZER, EVALUATION, PRECISION, INPUTS, SAVING, MEMORY, TRACKING, OTHERS,
-    PUBLISHING, GENERAL,
+    NEW_ADAPTER, ADAPTER, RESULT, DATA, OPTIMIZER, EVALUATION, PRECISION, INPUTS, SAVING, MEMORY, TRACKING,
+    OTHERS, PUBLISHING, GENERAL,
 )  # fmt: skip
 """The headings from top to bottom."""
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -77,14 +77,16 @@ class SingleOptions(TyperCommand):
 
 
 def with_options(
-    kind: type, into: str = "typed", panel: str = RESULT
+    kind: type, into: str = "typed", panel: str = RESULT, only: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add one option per field of `kind` to a command, which gets the given ones as its argument `into`.
 
-    The headings are those of option_groups.py, and `panel` for fields that have none there.
+    The headings are those of option_groups.py, and `panel` for fields that have none there. With `only`,
+    there are options for these fields alone, and all of them under `panel`.
     """
     described: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
-    known = headings(kind)
+    known = {} if only else headings(kind)
+    described = {name: described[name] for name in only or described}
     order = [
         *(name for name in known if name in described),
         *(name for name in described if name not in known),

@@ -71,7 +71,7 @@ class SplitOptions:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input in training, for adapter_config.json."""
     targets: Names = ("all-linear",)
-    """What is decomposed: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    """What is decomposed: all-linear, roles (attn, mlp.up), modules (q_proj) or globs on names, by commas."""
     svd: Literal["fast", "exact", "exact64"] = "fast"
     """fast is randomised with a measured error; exact is LAPACK's full SVD in float32, exact64 in float64."""
     tol: AboveZero = 1e-3
@@ -203,7 +203,7 @@ class ExtractOptions:
     rank_budget: Rank | None = None
     """Ranks whose sum is this, distributed over the matrices so that the total error is smallest."""
     targets: Names = ("all-linear",)
-    """What becomes factors: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    """What becomes factors: all-linear, roles (attn, mlp.up), modules (q_proj) or globs, by commas."""
     keep: Literal["changed", "none"] = "changed"
     """changed stores norms, biases, embeddings and heads that differ, in full; none leaves them out."""
     dtype: Float = "float32"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -115,6 +116,7 @@ def open_training_start(
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
         _refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
+            _refuse_adapter_options(split)
             return FullStart(
                 weights=opened.path,
                 method=split.method,
@@ -128,6 +130,15 @@ def open_training_start(
     return replace(
         start, fully_trained=choose_parameters(opened.source.infos, layout, start.matrices, train_also)
     )
+
+
+def _refuse_adapter_options(split: SplitOptions) -> None:
+    """Raise RecipeError for options of an adapter if the method trains without one."""
+    if others := _differing(split, asdict(SplitOptions(method=split.method, layout=split.layout))):
+        raise RecipeError(
+            f"`{others[0]}` changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
 
 
 def _refuse_gguf(model: OpenModel) -> None:
@@ -177,6 +188,8 @@ def split_for(
     If only a recipe, which may hold the options of all commands, differs from the directory, `notify` is
     called with a sentence.
     """
+    if METHODS.get(split.method).split is None:
+        split = _without_adapter(split, typed)
     if not typed and replace(split, seed=SplitOptions().seed) == SplitOptions():
         return split
     path = fetch(model, "sidecars").path
@@ -187,6 +200,21 @@ def split_for(
     if others := _other_options(manifest, split):
         notify(f"{path} keeps its own split: {', '.join(others)} of the recipe would need another decompose")
     return None
+
+
+def _without_adapter(split: SplitOptions, typed: Collection[str]) -> SplitOptions:
+    """The options without those of an adapter that only a recipe has. Raises RecipeError if one was typed."""
+    if others := [name for name in typed if name != "--method"]:
+        raise RecipeError(
+            f"{others[0]} changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
+    return SplitOptions(method=split.method, layout=split.layout)
+
+
+def _differing(split: SplitOptions, others: Mapping[str, Any]) -> list[str]:
+    """The options whose values differ from `others`; the seed may, as it belongs to the training too."""
+    return [name for name, value in asdict(split).items() if name != "seed" and value != others[name]]
 
 
 def _other_options(manifest: Manifest, split: SplitOptions) -> list[str]:

@@ -182,6 +182,7 @@ NEEDS: dict[tuple[str, str], Words] = {
     ("combine", "--density"): ["--method", "ties"],
     ("combine", "--set"): ["--method", "iso-c"],
     ("combine", "--seed"): ["--method", "dare-linear", "--density", 0.5],
+    ("train", "--rslora"): ["--alpha", 8],
     ("train", "--too-long"): ["--max-length", 8],
     ("train", "--precision"): ["--precision", "fp32"],
     ("train", "--keep-checkpoints"): ["--save-every", 1],
