@@ -38,7 +38,7 @@ def format_help(command: Any, context: Any, formatter: Any) -> None:
 
 def _usage(command: Any, context: Any) -> str:
     arguments = [_value(part) for part in _parameters(command, context, "argument")]
-    output = ["-o DIR"] if any("--out" in part.opts for part in command.params) else []
+    output = [f"-o {_value(part)}" for part in command.params if "--out" in part.opts]
     words = [*arguments, *output, "[OPTIONS]"]
     if getattr(command, "commands", None):
         words = ["COMMAND", "..."]

@@ -1,6 +1,7 @@
 """The commands that take one model: decompose, train and convert."""
 
 from dataclasses import replace
+from typing import Annotated
 
 from svdconvert.cli import progress, summaries
 from svdconvert.cli.application import app
@@ -17,12 +18,13 @@ from svdconvert.cli.arguments import (
     StreamOpt,
     ThreadsOpt,
     TrustOpt,
+    option,
     required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
-from svdconvert.cli.option_groups import NEW_ADAPTER
+from svdconvert.cli.option_groups import NEW_ADAPTER, TRACKING
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
@@ -79,7 +81,7 @@ def decompose(
             summaries.show_estimate(source, estimate)
             return
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("decompose") as track:
+            with progress.shown("decompose") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = run_settings(shared, track, **settings)
                 run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
@@ -110,6 +112,10 @@ def train(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
+    log_every: Annotated[
+        int | None,
+        option("--log-every", "N", "Leave a line with the losses after every N steps.", TRACKING, min=1),
+    ] = None,
     push: PushOpt = None,
     json: JsonOpt = False,
     debug: DebugOpt = False,
@@ -128,11 +134,11 @@ def train(
             asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
         settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
-        run = run_settings(shared, None, **settings)
-        split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
         with published(out, push, pushing) as output:
-            with progress.steps() as watch:
-                manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
+            with progress.shown("train", log_every) as track:
+                run = run_settings(shared, track, **settings)
+                split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
+                manifest = command(source, output.directory, chosen, run, split=split, base=base)
             summaries.show_trained(output.place, manifest)
 
 
@@ -161,7 +167,7 @@ def convert(
         chosen = options(ConvertOptions, shared, typed)
         source = required(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("convert") as track:
+            with progress.shown("convert") as track:
                 run = run_settings(shared, track, overwrite=overwrite)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svdconvert.cli import summaries
+from svdconvert.cli import progress, summaries
 from svdconvert.cli.answers import notify
 from svdconvert.cli.arguments import option
 from svdconvert.cli.option_groups import PUBLISHING
@@ -69,14 +69,17 @@ def published(
     if out is None and sink is None:
         raise typer.BadParameter("-o DIR is missing")
     if ranks.leads:
-        check_destination(destination)
+        with progress.shown("check"):
+            check_destination(destination)
     output = Output(out or Path(push.split("/")[-1]), sink)
     yield output
     if sink is not None:
         assert sink.published is not None, "the upload finishes with the output"
         summaries.show_published(output.directory, push, sink.published, after=True)
     elif ranks.leads:
-        summaries.show_published(output.directory, push, upload(output.directory, destination), after=True)
+        with progress.shown("push"):
+            done = upload(output.directory, destination)
+        summaries.show_published(output.directory, push, done, after=True)
 
 
 def refuse_push_options(push: str | None, pushing: Typed) -> None:

@@ -25,6 +25,7 @@ from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import Recipe
+from svdconvert.config.sizes import size_text
 
 
 @app.command(cls=SingleOptions, epilog=examples("svdconvert push pissa me/name-pissa-r64 --private"))
@@ -50,7 +51,8 @@ def push(
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.push import push as command
 
-        done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        with progress.shown("push"):
+            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
         summaries.show_published(directory, repository, done)
 
 
@@ -106,7 +108,7 @@ def verify(
             )
         if base and len(base) > 1:
             raise typer.BadParameter("several --base belong to --merged; give one")
-        with progress.tensors("verify", of_bytes=False) as track:
+        with progress.shown("verify") as track:
             run = Run(track=track)
             own = base[0] if base else None
             report = command(required(directory, "a DIR"), run, base=own, nuclear_ratio=nuclear_ratio)
@@ -124,7 +126,7 @@ def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases
     given = required(adapter, "--adapter ADAPTER")
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
-    with progress.tensors("verify", of_bytes=False) as track:
+    with progress.shown("verify") as track:
         audit = verify_merge(merged, bases, given, Run(track=track))
     comparison_summaries.show_audit(audit)
     if not audit.passed:
@@ -157,7 +159,7 @@ def diff(
 
         if picture is not None:
             check_picture(picture)
-        with progress.tensors("diff", of_bytes=False) as track:
+        with progress.shown("diff") as track:
             settings = {"threads": threads, "device": device, "stream": stream}
             run = run_settings(Recipe(), track, **settings, trust_remote_code=trust_remote_code)
             found = command(first, second, run)
@@ -185,7 +187,39 @@ def inspect(
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.inspect import inspect as command
 
-        summaries.show_inspection(command(model, engine))
+        with progress.shown("inspect"):
+            found = command(model, engine)
+        summaries.show_inspection(found)
+
+
+@app.command(cls=SingleOptions, epilog=examples("svdconvert report pissa trained merged -o page.html"))
+def report(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directories or adapters, local or on the Hub.")
+    ],
+    out: Annotated[
+        Path | None, option("-o, --out", "FILE", "The page to write; its name ends in .html.", SAVING)
+    ] = None,
+    overwrite: Annotated[
+        bool, option("--overwrite", None, "Replace a report that nobody has edited.", SAVING)
+    ] = False,
+    threads: ThreadsOpt = None,
+    json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> None:
+    """Write one page about directories: energies, errors, spectra, losses, drift, scores and samples."""
+    with report_errors(debug=debug, json=json):
+        from svdconvert.commands.report import report as command
+
+        page = required(out, "-o PAGE.html")
+        with progress.shown("report") as track:
+            command(directories, page, Run(overwrite=overwrite, threads=threads, track=track))
+        size = page.stat().st_size
+        summaries.summary(
+            f"wrote {page}",
+            {"directories": len(directories), "size": size_text(size)},
+            facts={"page": str(page), "directories": directories, "bytes": size},
+        )
 
 
 @app.command(cls=SingleOptions, name="list", epilog=examples("svdconvert list methods"))

@@ -18,10 +18,11 @@ from svdconvert.cli.facts import (
     published_facts,
     trained_facts,
 )
-from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
+from svdconvert.cli.pictures import pictures
+from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
+from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading
-from svdconvert.output.measurements import losses
 
 if TYPE_CHECKING:
     from svdconvert.inputs.inspection import Inspection
@@ -55,14 +56,11 @@ def summary(
     tell(facts, summary=title, next=list(commands))
     if not leads() or wants_json():
         return
-    table = Table(title=Text(plain(title), style="bold"), show_header=False, box=None, pad_edge=False)
-    table.title_justify = "left"
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")  # a shortened link does not work
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(Text(plain(name)), Text(plain(value)))
-    show(table)
+    show(Text(wrapped(plain(title), stdout), style="bold"))
+    known = {plain(name): plain(value) for name, value in rows.items() if value is not None}
+    width = max(map(len, known), default=0) + 1
+    for name, value in known.items():
+        show(Text(f"{name:{width}}", style="dim").append(wrapped(value, stdout, width), style="not dim"))
     for number, command in enumerate(commands):
         show(
             Text("next" if number == 0 else "  or", style="dim").append(
@@ -292,6 +290,7 @@ def show_report(report: "Report") -> None:
         }
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
+    rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
     state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
     facts = {**asdict(report), "directory": str(report.directory), "passed": report.passed}
     summary(f"{report.directory} {state}", rows, facts=facts)
@@ -299,9 +298,23 @@ def show_report(report: "Report") -> None:
 
 def show_inspection(found: "Inspection") -> None:
     """Print the description of a directory."""
-    rows = {_label(name): _readable(value, name) for name, value in found.details.items() if value}
+    details = {**found.details, "evaluations": [_score(one) for one in found.details.get("evaluations", ())]}
+    rows = {_label(name): _readable(value, name) for name, value in details.items() if value}
     summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
     tell(asdict(found))
+    if stdout.is_terminal:
+        for line in pictures(found, stdout.width):
+            show_line(line)
+
+
+def _score(result: Mapping[str, Any]) -> str:
+    """A result of `eval` in an inspection: gsm8k 12.3 % (10.1 % to 14.9 %)."""
+    name, score = list(result.items())[1]
+    low, high = result["interval"] or (None, None)
+    spread = f" ({low:.1%} to {high:.1%})" if low is not None else ""
+    rows = f", the first {result['rows']} rows" if result["limit"] is not None else ""
+    whose = "" if result["of_these_weights"] else ", of other weights"
+    return f"{result['task']} {name} {score:.1%}{spread}{rows}{whose}"
 
 
 def _label(name: str) -> str:
@@ -317,27 +330,25 @@ def _readable(value: object, name: str = "") -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ",".join(map(_readable, value))
+        return (", " if any(" " in str(one) for one in value) else ",").join(map(_readable, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:
-    """Print the losses of a training run."""
-    trained, held_out = losses(Path(str(out_dir)) / "metrics.jsonl")
+    """Print what a training run has changed, with its curve on a terminal."""
+    commands = [loading(manifest.layout, out_dir)]
+    if manifest.kind == "trained":  # a LoRA keeps all of the training, a merge what its dtype can hold
+        commands = [f"svdconvert to-lora {out_dir} -o LORA", f"svdconvert merge {out_dir} -o MERGED"]
+    rows = training_rows(Path(str(out_dir)), manifest)
+    curve = loss_curve(manifest, stdout) if stdout.is_terminal else None
+    chat = [f"svdconvert chat {out_dir}"] if is_text_model(manifest) else []
     summary(
         f"trained into {out_dir}",
-        {
-            "steps": len(trained),
-            "loss": f"{trained[0]:.4f} -> {trained[-1]:.4f}",
-            "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
-            "rate": manifest.options["lr"],
-        },
-        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"]
-        if manifest.kind == "trained"
-        else [loading(manifest.layout, out_dir)],
+        {**rows, "loss curve": curve},
+        [*chat, *commands],
         trained_facts(out_dir, manifest),
     )

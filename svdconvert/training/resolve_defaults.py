@@ -69,9 +69,13 @@ def check_options_beyond_the_run(options: TrainOptions, steps: int, notify: Call
 
 
 def learning_rate_warning(method: str, lr: float) -> str | None:
-    """A sentence if `lr` is another method's rate and far from this method's, with both papers; else None."""
+    """A sentence if `lr` is another method's rate and far from this method's, with both papers; else None.
+
+    None too for a rate that this method is known to learn well with.
+    """
     own = METHODS.get(method)
-    if 1 / _SIMILAR <= lr / own.learning_rate <= _SIMILAR:
+    rates = (own.learning_rate, *own.other_rates)
+    if any(1 / _SIMILAR <= lr / rate <= _SIMILAR for rate in rates):
         return None
     for name, other in METHODS.load_all()[0].items():
         if isclose(lr, other.learning_rate, rel_tol=1e-3):

@@ -16,7 +16,7 @@ from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.progress import Progress, Track
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
@@ -123,7 +123,7 @@ def open_training_start(
                 layout=opened.layout(split.layout)[0],
                 base=opened.origin(),
             )
-        start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
+        start = start_from_plain(plan_decomposition(opened, split), opened)
     if not train_also:
         return start
     layout = layout_of_weights(start.layout, start.weights)
@@ -164,7 +164,7 @@ def _open_decomposed(
         )
     if others := _other_options(manifest, split):
         raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
-    _require_unchanged_files(snapshot.path, manifest)
+    require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
             find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
@@ -175,7 +175,7 @@ def _open_decomposed(
     _refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
-        _require_unchanged(opened.path, opened.source, known, "the adapter was made")
+        require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
 
 
@@ -240,19 +240,24 @@ def _other_split(directory: Path, manifest: Manifest, names: str) -> str:
     )
 
 
-def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
+def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
     """Raise ArtifactError if a tensor of the directory is not the one that the manifest describes."""
     for file, known in manifest.files.items():
-        _require_unchanged(directory / file, open_file(directory / file), known, "it was written")
+        require_unchanged(directory / file, open_file(directory / file), known, "it was written")
 
 
-def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    """Raise ArtifactError if a tensor has not its known checksum any more."""
     source = with_known_parts(source, known)
+    total = sum(source.infos[name].nbytes for name in known if name in source.infos)
+    done = 0
     for name, mark in known.items():
+        report("check", done, total, "bytes", name=name)
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
         if tensor_checksum(source, name) != mark:
             raise ArtifactError(f"{path}: {name} has changed since {when}; restore the file")
+        done += source.infos[name].nbytes
 
 
 def start_from_decomposed(
@@ -274,7 +279,7 @@ def start_from_decomposed(
     )
 
 
-def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
+def start_from_plain(plan: DecomposePlan, model: OpenModel) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
@@ -294,7 +299,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         elif plan.method.residual:
             residuals[name] = base
         done_bytes += source.infos[name].nbytes
-        track(Progress(name, "", done_bytes, total_bytes))
+        report("decompose", done_bytes, total_bytes, "bytes", name=name)
     for stack in plan.adapter.stacks:
         own = {member.module: factors.pop(member.module) for member in stack.members}
         factors |= stack_factors(stack, own)
