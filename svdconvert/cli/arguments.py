@@ -107,6 +107,16 @@ PlanOpt = Annotated[
     bool,
     option("--plan", None, "Write nothing; print what would be done, by reading headers only.", GENERAL),
 ]
+TrainPlanOpt = Annotated[
+    bool,
+    option(
+        "--plan", None, "Write nothing; print what would be done, from headers and the encoded rows.", GENERAL
+    ),
+]
+LoraPlanOpt = Annotated[
+    bool,
+    option("--plan", None, "Write nothing; print what would be done, and the error of each rank.", GENERAL),
+]
 JsonOpt = Annotated[bool, option("--json", None, "Print one JSON document instead of tables.", GENERAL)]
 TrustOpt = Annotated[
     bool,

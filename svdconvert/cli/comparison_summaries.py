@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.cli.answers import tell
 from svdconvert.cli.facts import extracted_facts
+from svdconvert.cli.plan_summaries import rank_facts, show_ranks
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
 from svdconvert.config.sizes import size_text
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest
     from svdconvert.pipeline.diff import ModelDiff
     from svdconvert.pipeline.diff_adapters import AdapterDiff
-    from svdconvert.pipeline.extract_estimate import ExtractEstimate, RankRow
+    from svdconvert.pipeline.extract_estimate import ExtractEstimate
     from svdconvert.pipeline.merge_audit import MergeAudit, Rule
 
 
@@ -26,14 +27,7 @@ def show_extract_plan(base: object, tuned: object, plan: "ExtractEstimate") -> N
         ("role", "shape", "matrices"),
         [(row.role, " x ".join(map(str, row.shape)), row.count) for row in plan.rows],
     )
-    if plan.ranks:
-        listing(
-            ("rank", "error", "with --rank-budget", "size"),
-            [
-                (row.rank, f"{row.error:.4f}", f"{row.budget_error:.4f}", size_text(row.nbytes))
-                for row in plan.ranks
-            ],
-        )
+    show_ranks(plan.ranks)
     energies = {
         f"--energy {share:g}": f"ranks up to {most}, {total} in all" for share, most, total in plan.tolerances
     }
@@ -67,11 +61,6 @@ def _extract_plan_facts(base: object, tuned: object, plan: "ExtractEstimate") ->
             for share, most, total in plan.tolerances
         ],
     }
-
-
-def rank_facts(row: "RankRow") -> dict[str, Any]:
-    """A row of rank against error."""
-    return {"rank": row.rank, "error": row.error, "budget_error": row.budget_error, "bytes": row.nbytes}
 
 
 def show_extracted(out_dir: object, manifest: "Manifest") -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-from svdconvert.cli import progress, summaries
+from svdconvert.cli import plan_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     BaseOpt,
@@ -17,6 +17,7 @@ from svdconvert.cli.arguments import (
     RecipeOpt,
     StreamOpt,
     ThreadsOpt,
+    TrainPlanOpt,
     TrustOpt,
     option,
     required,
@@ -109,6 +110,7 @@ def train(
     out: OutOpt = None,
     base: BaseOpt = None,
     recipe: RecipeOpt = None,
+    plan: TrainPlanOpt = False,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -122,6 +124,7 @@ def train(
 ) -> None:
     """Train the adapter of a decomposed directory, or a new adapter of a plain MODEL."""
     with report_errors(debug=debug, out=out, json=json):
+        from svdconvert.commands.train import plan_train
         from svdconvert.commands.train import train as command
         from svdconvert.pipeline.effects import without_idle_seed
         from svdconvert.training.start import split_for
@@ -134,6 +137,14 @@ def train(
             asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
         settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
+        if plan:
+            refuse_push_options(push, pushing)
+            with progress.shown("train --plan") as track:
+                run = run_settings(shared, track, **settings)
+                split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
+                estimate = plan_train(source, chosen, run, split=split, base=base)
+            plan_summaries.show_train_plan(source, estimate)
+            return
         with published(out, push, pushing) as output:
             with progress.shown("train", log_every) as track:
                 run = run_settings(shared, track, **settings)

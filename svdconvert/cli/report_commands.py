@@ -1,11 +1,11 @@
 """The commands that describe, check or publish what exists, and write no tensors."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from svdconvert.cli import comparison_summaries, progress, summaries
+from svdconvert.cli import comparison_summaries, plan_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     DebugOpt,
@@ -20,7 +20,7 @@ from svdconvert.cli.arguments import (
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
-from svdconvert.cli.option_groups import INPUTS, RESULT, SAVING
+from svdconvert.cli.option_groups import GENERAL, INPUTS, RESULT, SAVING
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
@@ -28,7 +28,7 @@ from svdconvert.config.recipe import Recipe
 from svdconvert.config.sizes import size_text
 
 
-@app.command(cls=SingleOptions, epilog=examples("svdconvert push pissa me/name-pissa-r64 --private"))
+@app.command(cls=SingleOptions, epilog=examples("svdconvert push pissa me/name-pissa-r64 --private --plan"))
 @with_options(PushOptions, panel="Publishing")
 def push(
     typed: Typed,
@@ -44,15 +44,24 @@ def push(
         str | None,
         option("--residual", "ORG/NAME", "The residual's name, if it was read from a local one.", INPUTS),
     ] = None,
+    plan: Annotated[
+        bool, option("--plan", None, "Send nothing; print which files would be sent.", GENERAL)
+    ] = False,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Publish DIR with a card; files that the Hub already has are not sent again."""
     with report_errors(debug=debug, json=json):
+        from svdconvert.commands.push import plan_push
         from svdconvert.commands.push import push as command
 
+        asked = PushOptions(**typed)
+        places: dict[str, Any] = {"base": base, "residual": residual}
+        if plan:
+            plan_summaries.show_push_plan(directory, plan_push(directory, repository, asked, **places))
+            return
         with progress.shown("push"):
-            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+            done = command(directory, repository, asked, **places)
         summaries.show_published(directory, repository, done)
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from svdconvert.manifest.results import Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
-    from svdconvert.pipeline.merge_plan import MergePlan
     from svdconvert.pipeline.verify import Report
     from svdconvert.publish.upload import Published
 
@@ -185,29 +184,6 @@ def _ranks(matrices: Sequence["Matrix"]) -> str:
     least = min(matrix.rank for matrix in matrices)
     most = max(matrix.rank for matrix in matrices)
     return str(most) if least == most else f"{least} to {most}"
-
-
-def show_merge_plan(adapter: object, plan: "MergePlan") -> None:
-    """Print what a merge would read and write."""
-    weights = plan.weights
-    summary(
-        f"merge {adapter} would",
-        {
-            "weights": f"the {weights.side} {weights.model.snapshot.location}",
-            "merge": f"{len(plan.modules)} matrices",
-            "read": size_text(sum(info.nbytes for info in weights.model.source.infos.values())),
-            "write": f"{size_text(plan.nbytes)} in {len(plan.shards)} files",
-        },
-        facts={
-            "source": str(adapter),
-            "weights": weights.model.snapshot.location,
-            "side": weights.side,
-            "matrices": len(plan.modules),
-            "read_bytes": sum(info.nbytes for info in weights.model.source.infos.values()),
-            "written_bytes": plan.nbytes,
-            "files": [file.path for file in plan.shards],
-        },
-    )
 
 
 def show_merged(out_dir: object, manifest: "Manifest") -> None:

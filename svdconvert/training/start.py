@@ -114,9 +114,9 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
-        _refuse_gguf(opened)
+        refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
-            _refuse_adapter_options(split)
+            refuse_adapter_options(split)
             return FullStart(
                 weights=opened.path,
                 method=split.method,
@@ -132,7 +132,7 @@ def open_training_start(
     )
 
 
-def _refuse_adapter_options(split: SplitOptions) -> None:
+def refuse_adapter_options(split: SplitOptions) -> None:
     """Raise RecipeError for options of an adapter if the method trains without one."""
     if others := _differing(split, asdict(SplitOptions(method=split.method, layout=split.layout))):
         raise RecipeError(
@@ -141,7 +141,7 @@ def _refuse_adapter_options(split: SplitOptions) -> None:
         )
 
 
-def _refuse_gguf(model: OpenModel) -> None:
+def refuse_gguf(model: OpenModel) -> None:
     """Raise ArtifactError for a GGUF file, from which no network is loaded."""
     if model.sidecars != model.path:
         raise ArtifactError(
@@ -157,13 +157,7 @@ def _open_decomposed(
 
     Raises ArtifactError if a stored tensor has changed since.
     """
-    manifest = read_manifest(snapshot.path)
-    if manifest.kind != "decomposed":
-        raise ArtifactError(
-            f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
-        )
-    if others := _other_options(manifest, split):
-        raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
+    manifest = decomposed_manifest(snapshot.path, split)
     require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
@@ -172,11 +166,26 @@ def _open_decomposed(
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
-    _refuse_gguf(opened)
+    refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
         require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
+
+
+def decomposed_manifest(directory: Path, split: SplitOptions) -> Manifest:
+    """The manifest of what `decompose` wrote.
+
+    Raises ArtifactError for a directory of another kind, RecipeError if `split` asks for another split.
+    """
+    manifest = read_manifest(directory)
+    if manifest.kind != "decomposed":
+        raise ArtifactError(
+            f"{directory} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
+        )
+    if others := _other_options(manifest, split):
+        raise RecipeError(_other_split(directory, manifest, ", ".join(others)))
+    return manifest
 
 
 def split_for(

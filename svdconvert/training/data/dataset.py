@@ -46,6 +46,29 @@ class Encoder(Protocol):
         """
 
 
+@dataclass(slots=True)
+class RowCounts:
+    """The rows of all data sets together, training and held-out ones, before packing."""
+
+    read: int = 0
+    cut: int = 0
+    """Rows that are longer than `max_length` and are cut."""
+    left_out: int = 0
+    """Rows that are too long, or without a token in the loss."""
+    longest: int = 0
+    """Tokens of the longest row before it is cut."""
+
+    def add(self, rows: EncodedRows, options: TrainOptions) -> None:
+        """Count the rows of a data set."""
+        known = [row for row in rows if row is not None]
+        long = sum(map(_is_truncated, known))
+        drops_long = options.too_long == "drop"
+        self.read += len(rows)
+        self.cut += 0 if drops_long else long
+        self.left_out += len(rows) - len(known) + (long if drops_long else 0)
+        self.longest = max(self.longest, *(row.length for row in known), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class DataSplits:
     """The examples of a run."""
@@ -56,6 +79,7 @@ class DataSplits:
     """One sentence for each kind of row that is truncated or left out."""
     checksums: Mapping[str, str] = field(default_factory=dict)
     """Name of the data -> checksum of all its rows as read."""
+    counts: RowCounts = field(default_factory=RowCounts)
 
     @property
     def all(self) -> Sequence[Example]:
@@ -160,7 +184,8 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
         if any(example.images is not None for example in train):
             raise DataError("`packing` is for rows without images; leave it out")
         train = pack_examples(train, options.max_length)
-    return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
+    warnings = [*encoder.remarks, *reader.warnings]
+    return DataSplits(train, held_out, warnings, reader.checksums, reader.counts)
 
 
 def _refuse_splits_of_files(options: TrainOptions) -> None:
@@ -200,6 +225,7 @@ class _Reader:
     encoder: Encoder
     warnings: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def read(self, data: str, split: str) -> EncodedRows:
         """Read and encode one data set."""
@@ -220,6 +246,7 @@ class _Reader:
         except DataError as error:
             raise DataError(f"{data}: {error}") from error
         self.checksums[f"{data} ({split})" if data in self.checksums else data] = checksum.hexdigest()
+        self.counts.add(encoded, self.options)
         self.warnings.extend(_row_warnings(data, encoded, self.options))
         if unused := [name for name in fields if name not in self.encoder.used_fields]:
             used = ", ".join(name for name in fields if name in self.encoder.used_fields)
