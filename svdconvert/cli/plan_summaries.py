@@ -60,7 +60,7 @@ def show_lora_plan(adapter: object, plan: "LoraEstimate") -> None:
     summary(
         f"to-lora {adapter} would",
         {
-            "LoRA": f"rank {plan.rank}, {plan.modules} modules, relative error {plan.error:.2%}",
+            "LoRA": f"rank {plan.rank}, {plan.modules} modules, relative error {plan.relative_error:.2%}",
             "note": None if plan.changed else "the adapter was not trained: this LoRA would change nothing",
             "write": size_text(plan.written),
             "peak memory": f"about {size_text(plan.memory)}",

@@ -19,7 +19,7 @@ class LoraEstimate:
     modules: int
     rank: int
     """The rank in the configuration: the largest one of a module."""
-    error: float
+    relative_error: float
     """||change - BA||_F / ||change||_F over all modules, with the options as given; 0 if it is exact."""
     changed: bool
     """False if the factors are those from before training, so the LoRA would change nothing."""
@@ -44,7 +44,7 @@ def estimate_lora(plan: LoraPlan) -> LoraEstimate:
     return LoraEstimate(
         modules=len(delta.modules),
         rank=plan.rank,
-        error=plan.truncation.error if plan.truncation else 0.0,
+        relative_error=plan.truncation.error if plan.truncation else 0.0,
         changed=not spectra or any(float(one.sum()) > 0 for one in spectra.values()),
         written=plan.file.nbytes,
         memory=_PROCESS + _COPIES * 8 * largest,
