@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Progress
 from svdconvert.errors import ArtifactError
