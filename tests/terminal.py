@@ -30,9 +30,12 @@ class Screen:
     column: int = 0
     drawn: list[str] = field(default_factory=list)
     """The content of a line whenever the cursor left it or it was erased."""
+    output: str = ""
+    """What the program wrote; a line that only the terminal wraps is one line in it, which can be copied."""
 
     def feed(self, output: str) -> None:
         """Write what a program has written."""
+        self.output += output
         for piece in _PIECE.finditer(output):
             if piece["text"] is None:
                 self._control(piece["code"], piece["number"])
