@@ -9,8 +9,6 @@ from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from xxhash import xxh3_64_hexdigest
-
 from svdconvert.config.display import visible
 from svdconvert.errors import MissingPackageError
 from svdconvert.manifest.training import Point, averaged, thinned
@@ -216,16 +214,15 @@ def _save(figure: Any, title: str) -> str:
 
 
 def inlined(svg: str, title: str) -> str:
-    """A file of matplotlib as an element of HTML: it scales, and its ids are unique to the title.
-
-    A page may hold several figures, and an id must be unique in a page.
-    """
+    """A file of matplotlib as an element of HTML that scales."""
     body = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="([^"]*)"', body)
     name = escape(visible(title))
     start = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{name}" class="figure">'
     body = re.sub(r"<(metadata|style).*?</\1>", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    prefix = f"f{xxh3_64_hexdigest(svg.encode() + title.encode())[:8]}-"
-    body = re.sub(r'(\sid=")', rf"\g<1>{prefix}", body)
-    body = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{prefix}", body).replace("xlink:href", "href")
-    return (start + body.replace(_INK, "currentColor")).strip()
+    return (start + body.replace("xlink:href", "href").replace(_INK, "currentColor")).strip()
+
+
+def numbered(svg: str, number: int) -> str:
+    """The figure with ids that begin with its number: an id must be unique in a page."""
+    return re.sub(r'(\sid="|\shref="#|url\(#)', rf"\g<1>f{number}-", svg)
