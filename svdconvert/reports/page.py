@@ -36,7 +36,7 @@ def render(subjects: Sequence[Subject]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=" and ".join(subject.name for subject in subjects[:3]) + (" ..." if len(subjects) > 3 else ""),
+        title=_title([subject.name for subject in subjects]),
         overview=_table([overview(subject) for subject in subjects]),
         subjects=[_section(subject, numbers) for subject in subjects],
         names=[subject.name for subject in subjects],
@@ -44,6 +44,13 @@ def render(subjects: Sequence[Subject]) -> str:
         shared=[_embedded(figure, numbers) for figure in _shared_figures(subjects)],
         version=__version__,
     )
+
+
+def _title(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if len(names) > 3:
+        return f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _finalize(value: Any) -> Any:
