@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.diff import diff
     from svdconvert.commands.doctor import doctor
+    from svdconvert.commands.evaluate import evaluate
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.verify import verify, verify_merge
     from svdconvert.config.chat import ChatOptions
     from svdconvert.config.combine import CombineOptions
+    from svdconvert.config.evaluation import EvaluationOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
@@ -39,12 +41,15 @@ if TYPE_CHECKING:
     from svdconvert.config.progress import Progress
     from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
+    from svdconvert.manifest.evaluations import EvaluationResult, read_evaluations
     from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
     "ChatOptions",
     "CombineOptions",
     "ConvertOptions",
+    "EvaluationOptions",
+    "EvaluationResult",
     "ExtractOptions",
     "LoraOptions",
     "Manifest",
@@ -62,11 +67,13 @@ __all__ = [
     "decompose",
     "diff",
     "doctor",
+    "evaluate",
     "extract",
     "inspect",
     "list_plugins",
     "merge",
     "push",
+    "read_evaluations",
     "read_manifest",
     "report",
     "to_lora",
@@ -79,6 +86,8 @@ _MODULES = {
     "ChatOptions": "config.chat",
     "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
+    "EvaluationOptions": "config.evaluation",
+    "EvaluationResult": "manifest.evaluations",
     "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
@@ -90,6 +99,7 @@ _MODULES = {
     "SvdConvertError": "errors",
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
+    "read_evaluations": "manifest.evaluations",
     "read_manifest": "manifest.schema",
     "verify_merge": "commands.verify",
 }

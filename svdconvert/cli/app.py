@@ -8,6 +8,7 @@ from svdconvert.cli import model_commands  # isort: skip
 from svdconvert.cli import adapter_commands  # isort: skip
 from svdconvert.cli import extract_commands  # isort: skip
 from svdconvert.cli import chat_commands  # isort: skip
+from svdconvert.cli import evaluation_commands  # isort: skip
 from svdconvert.cli import report_commands  # isort: skip
 from svdconvert.cli import doctor_commands  # isort: skip
 from svdconvert.cli.application import app
@@ -17,6 +18,7 @@ __all__ = [
     "app",
     "chat_commands",
     "doctor_commands",
+    "evaluation_commands",
     "extract_commands",
     "model_commands",
     "report_commands",
