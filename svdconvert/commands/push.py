@@ -5,7 +5,7 @@ from pathlib import Path
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.progress import tracked
-from svdconvert.publish.upload import Destination, Published, upload
+from svdconvert.publish.upload import Destination, Published, PushEstimate, estimate_push, upload
 
 
 @tracked
@@ -30,3 +30,23 @@ def push(
         repository=repository, options=options or PushOptions(), base=base, residual=residual
     )
     return upload(Path(directory), destination, (run or Run()).notify)
+
+
+@tracked
+def plan_push(
+    directory: str | Path,
+    repository: str,
+    options: PushOptions | None = None,
+    run: Run | None = None,
+    *,
+    base: str | None = None,
+    residual: str | None = None,
+) -> PushEstimate:
+    """Say which files `push` would send. Sends and changes nothing, and needs no token.
+
+    Raises SvdConvertError with one sentence.
+    """
+    destination = Destination(
+        repository=repository, options=options or PushOptions(), base=base, residual=residual
+    )
+    return estimate_push(Path(directory), destination)

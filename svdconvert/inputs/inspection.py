@@ -13,7 +13,6 @@ from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.config.display import Shown
 from svdconvert.config.recipe import non_default_options, section_of
-from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
@@ -271,7 +270,7 @@ def _storage(opened: OpenModel) -> dict[str, Any]:
     return {
         "quantised": formats(opened.source),
         "bits_per_quantised_weight": round(bits_per_weight(opened.source), 3),
-        "stored_size": size_text(sum(info.nbytes for info in stored)),
+        "stored_size_bytes": sum(info.nbytes for info in stored),
     }
 
 
@@ -281,7 +280,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
     details: dict[str, Any] = {
         "model_type": opened.config.get("model_type"),
         "tensors": len(infos),
-        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "size_bytes": sum(info.nbytes for info in infos.values()),
         "element_types": dict(Counter(info.dtype for info in infos.values())),
         **_storage(opened),
     }

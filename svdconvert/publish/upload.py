@@ -133,6 +133,56 @@ def upload(
         return commit_directory(directory, manifest, destination, repos)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushEstimate:
+    """What a push would send. Sizes in bytes."""
+
+    repository: str
+    branch: str
+    files: Mapping[str, int]
+    """Path in the repository -> size. The Hub may have some of them already."""
+    nbytes: int
+    unsent: tuple[str, ...]
+    """Files of the directory that are not sent."""
+    base: str | None
+    """org/name of the base that the card names."""
+    residual: str | None
+    lacks_base: bool
+    """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
+    private: bool
+    pull_request: bool
+    message: str | None
+
+
+def estimate_push(directory: Path, destination: Destination) -> PushEstimate:
+    """What `upload` would send, in addition to a card. Asks the Hub for `base` and `residual` only.
+
+    Raises SvdConvertError as `upload` does, except for what the Hub refuses.
+    """
+    manifest = read_manifest(directory)
+    repos = resolve_source_repos(manifest, destination.base, destination.residual)
+    manifest = without_local_paths(manifest, repos)
+    collected = collect_files(directory, manifest, destination.repository, repos)
+    files = {**collected.files, **result_files(own_results(directory, manifest))}
+    sizes = {
+        name: content.stat().st_size if isinstance(content, Path) else len(content)
+        for name, content in sorted(files.items())
+    }
+    return PushEstimate(
+        repository=destination.repository,
+        branch=destination.branch,
+        files=sizes,
+        nbytes=sum(sizes.values()),
+        unsent=tuple(name for name in collected.unsent if name not in files),
+        base=repos.base_id,
+        residual=repos.residual_id,
+        lacks_base=_lacks_base(manifest, repos),
+        private=destination.options.private,
+        pull_request=destination.options.pull_request,
+        message=destination.options.message,
+    )
+
+
 def open_repository(destination: Destination) -> None:
     """Create the repository and the branch if they do not exist."""
     name = destination.repository

@@ -182,6 +182,7 @@ NEEDS: dict[tuple[str, str], Words] = {
     ("combine", "--density"): ["--method", "ties"],
     ("combine", "--set"): ["--method", "iso-c"],
     ("combine", "--seed"): ["--method", "dare-linear", "--density", 0.5],
+    ("train", "--rslora"): ["--alpha", 8],
     ("train", "--too-long"): ["--max-length", 8],
     ("train", "--precision"): ["--precision", "fp32"],
     ("train", "--keep-checkpoints"): ["--save-every", 1],
@@ -342,8 +343,7 @@ def test_an_option_without_effect_is_refused_in_a_sentence_that_names_it(
     assert not runner.outcome(command, kind, others).refused
     after = runner.outcome(command, kind, [*others, *option])
     assert after.ended.status == 1
-    name = option[0].removeprefix("--")
-    assert name in after.ended.err or name.replace("-", "_") in after.ended.err
+    assert option[0] in after.ended.err
     assert "changes nothing" in after.ended.err
 
 
@@ -357,8 +357,7 @@ def test_an_interval_longer_than_the_run_is_named(others: Words, option: Words, 
     words = ["--steps", 2, "--eval-rows", 2, *others, *option]
     ended = runner.outcome("train", "decomposed", words).ended
     assert ended.status == 0
-    name = option[0].removeprefix("--").replace("-", "_")
-    assert f"{name} {option[1]} changes nothing in a run of 2 steps" in " ".join(ended.err.split())
+    assert f"{option[0]} {option[1]} changes nothing in a run of 2 steps" in " ".join(ended.err.split())
 
 
 @pytest.mark.parametrize(
