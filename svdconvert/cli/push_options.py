@@ -78,7 +78,7 @@ def published(
         summaries.show_published(output.directory, push, sink.published, after=True)
     elif ranks.leads:
         with progress.shown("push"):
-            done = upload(output.directory, destination)
+            done = upload(output.directory, destination, notify)
         summaries.show_published(output.directory, push, done, after=True)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from svdconvert.cli import comparison_summaries, plan_summaries, progress, summaries
+from svdconvert.cli.answers import notify
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     DebugOpt,
@@ -61,7 +62,8 @@ def push(
             plan_summaries.show_push_plan(directory, plan_push(directory, repository, asked, **places))
             return
         with progress.shown("push"):
-            done = command(directory, repository, asked, **places)
+            run = Run(notify=notify)
+            done = command(directory, repository, asked, run=run, **places)
         summaries.show_published(directory, repository, done)
 
 
@@ -234,13 +236,13 @@ def report(
 @app.command(cls=SingleOptions, name="list", epilog=examples("svdconvert list methods"))
 def list_(
     what: Annotated[
-        Literal["methods", "layouts", "merges", "formats"],
-        typer.Argument(metavar="methods|layouts|merges|formats", help="What to list."),
+        Literal["methods", "layouts", "merges", "formats", "tasks"],
+        typer.Argument(metavar="methods|layouts|merges|formats|tasks", help="What to list."),
     ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods, the layouts, the methods that merge, or the formats of quantised weights."""
+    """List the methods, the layouts, the methods that merge, the formats of weights, or the tasks of eval."""
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.list_plugins import in_words, list_plugins
 

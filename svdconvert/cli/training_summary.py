@@ -87,4 +87,4 @@ def loss_curve(manifest: "Manifest", console: "Console") -> str | None:
 
 def is_text_model(manifest: "Manifest") -> bool:
     """True if what was trained writes text, so that one can talk to it."""
-    return manifest.options.get("task", "text") == "text"
+    return bool(manifest.options.get("task", "text") == "text")

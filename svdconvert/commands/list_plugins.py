@@ -1,9 +1,10 @@
-"""svdconvert list: the available methods, layouts, merge methods, and formats of quantised weights."""
+"""svdconvert list: the available methods, layouts, merge methods, formats of weights, and tasks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from svdconvert.errors import PluginError
+from svdconvert.evaluation.base import TASKS
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
 from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
@@ -20,13 +21,14 @@ LABELS: Mapping[str, str] = {
 """Key of a row -> its heading in a table for people, if that is not the key itself."""
 
 
-def list_plugins(what: Literal["methods", "layouts", "merges", "formats"]) -> list[dict[str, Any]]:
-    """One row for each method, layout, merge method or format, including those of installed packages.
+def list_plugins(what: Literal["methods", "layouts", "merges", "formats", "tasks"]) -> list[dict[str, Any]]:
+    """One row for each method, layout, merge method, format or task, with those of installed packages.
 
     The first value of a row is the name, the second a phrase. Several values are a list, parameters a mapping
     to their defaults; a value that does not apply is None. `in_words` makes texts of all of them.
     """
-    return {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats}[what]()
+    listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
+    return listing[what]()
 
 
 def in_words(row: Mapping[str, Any]) -> dict[str, str]:
@@ -175,4 +177,24 @@ def _format_row(name: str) -> dict[str, Any]:
         "weights": plugin.summary,
         "quant_methods": sorted(plugin.methods),
         "keeps_format": plugin.encodes,
+    }
+
+
+def tasks() -> list[dict[str, Any]]:
+    """One row for each task of `eval`; for one that cannot be loaded, the reason."""
+    return [_task_row(name) for name in TASKS.names()]
+
+
+def _task_row(name: str) -> dict[str, Any]:
+    try:
+        task = TASKS.get(name)
+    except PluginError as error:
+        return {"task": name, "what it asks": str(error), "group": "", "data": "", "graded": "", "paper": ""}
+    return {
+        "task": name,
+        "what it asks": task.summary,
+        "group": ", ".join(task.groups),
+        "data": task.data.name,
+        "graded": ", ".join(task.protocols),
+        "paper": task.paper,
     }

@@ -18,7 +18,7 @@ from svdconvert.evaluation.answering import (
     encode_prompts,
     ending_ids,
 )
-from svdconvert.evaluation.base import PROTOCOLS, Limits, Task
+from svdconvert.evaluation.base import Limits, Task
 from svdconvert.evaluation.classifying import Classifier
 from svdconvert.evaluation.loading import Opened
 from svdconvert.evaluation.questions import Questions
@@ -69,6 +69,8 @@ class Asked:
     answer: Callable[[Sequence[int]], Sequence[Answer]]
     """Numbers of the rows of a batch -> their answers."""
     batch_size: int
+    prompts: str
+    """Checksum of the prompts as tokens."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else shapes the answers."""
 
@@ -102,12 +104,11 @@ def _ask_writer(model: Answering, questions: Questions) -> Asked:
         "stops": list(endings.stops),
         "ending_tokens": sorted(ids),
         "context": endings.context,
-        "prompts": digest(prompts),
     }
     longest = max((len(prompt) + endings.room(prompt) for prompt in prompts), default=1)
     size = model.options.batch_size or _rows_within(network, model.dtype, longest)
     writer = Writer(network, model.tokenizer, prompts, endings)
-    return Asked([len(prompt) for prompt in prompts], writer.answers, size, options)
+    return Asked([len(prompt) for prompt in prompts], writer.answers, size, digest(prompts), options)
 
 
 def _notify_unfit(run: Run, task: str, count: int) -> None:
@@ -117,13 +118,13 @@ def _notify_unfit(run: Run, task: str, count: int) -> None:
 
 def _generation_limits(task: Task, most: int | None) -> Limits:
     """The limits under which answers suffice for every protocol: the larger, and the stops of all."""
-    found = [task.limits[protocol] for protocol in PROTOCOLS]
+    found = [task.limits[protocol] for protocol in task.protocols]
     stops = [stop for stop in found[0].stops if all(stop in limits.stops for limits in found)]
     return Limits(max_new_tokens=most or max(limits.max_new_tokens for limits in found), stops=tuple(stops))
 
 
 def _smaller_limits(task: Task, most: int) -> tuple[int, ...]:
-    limits = {task.limits[protocol].max_new_tokens for protocol in PROTOCOLS}
+    limits = {task.limits[protocol].max_new_tokens for protocol in task.protocols}
     return tuple(sorted(limit for limit in limits if limit < most))
 
 
@@ -146,11 +147,11 @@ def _ask_classifier(model: Answering, questions: Questions) -> Asked:
     options = {
         "labels": list(classifier.labels),
         "max_length": classifier.most_tokens(),
-        "prompts": digest([list(one["input_ids"]) for one in encodings]),
     }
     return Asked(
         [len(one["input_ids"]) for one in encodings],
         lambda rows: classifier.answers([encodings[row] for row in rows]),
         model.options.batch_size or _ROWS_OF_A_CLASSIFIER,
+        digest([list(one["input_ids"]) for one in encodings]),
         options,
     )

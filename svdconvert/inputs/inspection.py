@@ -19,6 +19,7 @@ from svdconvert.inputs.engines import FORMATS, Engine, report_for
 from svdconvert.inputs.grids import by_role_and_layer, grids_of
 from svdconvert.inputs.model import OpenModel, open_headers
 from svdconvert.inputs.storage_format import bits_per_weight, formats
+from svdconvert.inputs.unfinished import read_unfinished
 from svdconvert.layouts.loading import loading, loading_in_peft
 from svdconvert.manifest.evaluations import manifest_fingerprint, read_evaluations
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest, training_of
@@ -87,12 +88,13 @@ def describe_for(model: str | Path, engine: Engine) -> Inspection:
 
 def _inspect_unfinished(path: Path) -> Inspection:
     out = str(path).removesuffix(".partial")
-    return Inspection(
-        str(path),
-        "unfinished",
-        f"the unfinished output of a run that writes {out}",
-        [f"the same command again, which continues and writes {out}"],
-    )
+    summary = f"the unfinished output of a run that writes {out}"
+    again = f"the same command again, which continues and writes {out}"
+    found = read_unfinished(path)
+    if found is None:
+        return Inspection(str(path), "unfinished", summary, [again])
+    details = {"begun_by": f"svdconvert {found.version} {found.verb}", "so_far": found.finished}
+    return Inspection(str(path), "unfinished", summary, [found.command or again], details)
 
 
 def _inspect_manifest(name: str, path: Path, manifest: Manifest) -> Inspection:

@@ -158,8 +158,8 @@ def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
     if low:
         worst = min(low, key=low.__getitem__)
         yield (
-            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: {update.kept:.1%} of "
-            f"the training's change is in the merged weights, cosine {update.cosine:.2f} with all of it "
+            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: {update.kept:.1%} "
+            f"of the training's change is in the merged weights, cosine {update.cosine:.2f} with all of it "
             f"(lowest: {low[worst]:.2f} in {worst}), and as far as it is missing they answer like the "
             f"untrained base; what that costs in loss only an evaluation shows; {advice}"
         )
