@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.diff import diff
+    from svdconvert.commands.evaluate import evaluate
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
     from svdconvert.commands.push import push
+    from svdconvert.commands.report import report
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
     from svdconvert.commands.verify import verify, verify_merge
     from svdconvert.config.combine import CombineOptions
+    from svdconvert.config.evaluation import EvaluationOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
@@ -34,11 +37,14 @@ if TYPE_CHECKING:
     )
     from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
+    from svdconvert.manifest.evaluations import EvaluationResult, read_evaluations
     from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
     "CombineOptions",
     "ConvertOptions",
+    "EvaluationOptions",
+    "EvaluationResult",
     "ExtractOptions",
     "LoraOptions",
     "Manifest",
@@ -53,12 +59,15 @@ __all__ = [
     "convert",
     "decompose",
     "diff",
+    "evaluate",
     "extract",
     "inspect",
     "list_plugins",
     "merge",
     "push",
+    "read_evaluations",
     "read_manifest",
+    "report",
     "to_lora",
     "train",
     "verify",
@@ -68,6 +77,8 @@ __all__ = [
 _MODULES = {
     "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
+    "EvaluationOptions": "config.evaluation",
+    "EvaluationResult": "manifest.evaluations",
     "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
@@ -78,6 +89,7 @@ _MODULES = {
     "SvdConvertError": "errors",
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
+    "read_evaluations": "manifest.evaluations",
     "read_manifest": "manifest.schema",
     "verify_merge": "commands.verify",
 }

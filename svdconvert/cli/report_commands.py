@@ -23,6 +23,7 @@ from svdconvert.cli.terminal import as_json
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import Recipe
+from svdconvert.config.sizes import size_text
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
@@ -46,7 +47,8 @@ def push(
     with report_errors(debug=debug, out=None):
         from svdconvert.commands.push import push as command
 
-        done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        with progress.shown("push"):
+            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
         summaries.show_published(directory, repository, done)
 
 
@@ -90,7 +92,7 @@ def verify(
             )
         if base and len(base) > 1:
             raise typer.BadParameter("several --base belong to --merged; give one")
-        with progress.tensors("verify", of_bytes=False) as track:
+        with progress.shown("verify") as track:
             run = Run(track=track)
             own = base[0] if base else None
             report = command(required(directory, "a DIR"), run, base=own, nuclear_ratio=nuclear_ratio)
@@ -108,7 +110,7 @@ def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases
     given = required(adapter, "--adapter ADAPTER")
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
-    with progress.tensors("verify", of_bytes=False) as track:
+    with progress.shown("verify") as track:
         audit = verify_merge(merged, bases, given, Run(track=track))
     comparison_summaries.show_audit(audit)
     if not audit.passed:
@@ -140,7 +142,7 @@ def diff(
 
         if picture is not None:
             check_picture(picture)
-        with progress.tensors("diff", of_bytes=False) as track:
+        with progress.shown("diff") as track:
             settings = {"threads": threads, "device": device, "stream": stream}
             run = run_settings(Recipe(), track, **settings, trust_remote_code=trust_remote_code)
             found = command(first, second, run)
@@ -165,17 +167,44 @@ def inspect(
 
         from svdconvert.commands.inspect import inspect as command
 
-        found = command(model, engine)
+        with progress.shown("inspect"):
+            found = command(model, engine)
         as_json(asdict(found)) if json else summaries.show_inspection(found)
+
+
+@app.command(cls=SingleOptions, epilog="Example: svdconvert report pissa trained merged -o page.html")
+def report(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directories or adapters, local or on the Hub.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The page to write; ends in .html.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a report that nobody has edited.")
+    ] = False,
+    threads: ThreadsOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Write one page about directories: energies, errors, spectra, losses, drift, scores and samples."""
+    with report_errors(debug=debug, out=None):
+        from svdconvert.commands.report import report as command
+
+        page = required(out, "-o PAGE.html")
+        with progress.tensors("report", of_bytes=False) as track:
+            command(directories, page, Run(overwrite=overwrite, threads=threads, track=track))
+        summaries.summary(
+            f"wrote {page}", {"directories": len(directories), "size": size_text(page.stat().st_size)}
+        )
 
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Literal["methods", "layouts", "merges", "formats"], typer.Argument(help="What to list.")],
+    what: Annotated[
+        Literal["methods", "layouts", "merges", "formats", "tasks"], typer.Argument(help="What to list.")
+    ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods, the layouts, the methods that merge, or the formats of quantised weights."""
+    """List the methods, the layouts, the methods that merge, the formats of weights, or the tasks of eval."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

@@ -1,18 +1,20 @@
-"""svdconvert list: the available methods, layouts, merge methods, and formats of quantised weights."""
+"""svdconvert list: the available methods, layouts, merge methods, formats of weights, and tasks."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 from svdconvert.errors import PluginError
+from svdconvert.evaluation.base import TASKS
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
 from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
 
-def list_plugins(what: Literal["methods", "layouts", "merges", "formats"]) -> list[dict[str, Any]]:
-    """One row for each method, layout, merge method or format, including those of installed packages."""
-    return {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats}[what]()
+def list_plugins(what: Literal["methods", "layouts", "merges", "formats", "tasks"]) -> list[dict[str, Any]]:
+    """One row for each method, layout, merge method, format or task, with those of installed packages."""
+    listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
+    return listing[what]()
 
 
 def methods() -> list[dict[str, Any]]:
@@ -129,4 +131,24 @@ def _format_row(name: str) -> dict[str, Any]:
         "weights": plugin.summary,
         "quant_method": ", ".join(sorted(plugin.methods)),
         "merge --keep-format": "yes" if plugin.encodes else "no",
+    }
+
+
+def tasks() -> list[dict[str, Any]]:
+    """One row for each task of `eval`; for one that cannot be loaded, the reason."""
+    return [_task_row(name) for name in TASKS.names()]
+
+
+def _task_row(name: str) -> dict[str, Any]:
+    try:
+        task = TASKS.get(name)
+    except PluginError as error:
+        return {"task": name, "what it asks": str(error), "group": "", "data": "", "graded": "", "paper": ""}
+    return {
+        "task": name,
+        "what it asks": task.summary,
+        "group": ", ".join(task.groups),
+        "data": task.data.name,
+        "graded": ", ".join(task.protocols),
+        "paper": task.paper,
     }
