@@ -69,6 +69,8 @@ class Asked:
     answer: Callable[[Sequence[int]], Sequence[Answer]]
     """Numbers of the rows of a batch -> their answers."""
     batch_size: int
+    prompts: str
+    """Checksum of the prompts as tokens."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else shapes the answers."""
 
@@ -102,12 +104,11 @@ def _ask_writer(model: Answering, questions: Questions) -> Asked:
         "stops": list(endings.stops),
         "ending_tokens": sorted(ids),
         "context": endings.context,
-        "prompts": digest(prompts),
     }
     longest = max((len(prompt) + endings.room(prompt) for prompt in prompts), default=1)
     size = model.options.batch_size or _rows_within(network, model.dtype, longest)
     writer = Writer(network, model.tokenizer, prompts, endings)
-    return Asked([len(prompt) for prompt in prompts], writer.answers, size, options)
+    return Asked([len(prompt) for prompt in prompts], writer.answers, size, digest(prompts), options)
 
 
 def _notify_unfit(run: Run, task: str, count: int) -> None:
@@ -146,11 +147,11 @@ def _ask_classifier(model: Answering, questions: Questions) -> Asked:
     options = {
         "labels": list(classifier.labels),
         "max_length": classifier.most_tokens(),
-        "prompts": digest([list(one["input_ids"]) for one in encodings]),
     }
     return Asked(
         [len(one["input_ids"]) for one in encodings],
         lambda rows: classifier.answers([encodings[row] for row in rows]),
         model.options.batch_size or _ROWS_OF_A_CLASSIFIER,
+        digest([list(one["input_ids"]) for one in encodings]),
         options,
     )

@@ -20,7 +20,7 @@ from svdconvert.evaluation.questions import Questions
 from svdconvert.evaluation.scores import Answered, Graded, grade_all
 from svdconvert.evaluation.store import Progressing, TaskFiles, progressing
 from svdconvert.linalg.threads import use_threads
-from svdconvert.manifest.evaluations import EvaluatedData, EvaluationResult, read_evaluation
+from svdconvert.manifest.evaluations import EvaluatedData, EvaluatedModel, EvaluationResult, read_evaluation
 from svdconvert.version import __version__
 
 
@@ -109,18 +109,14 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 def _identity(model: Answering, questions: Questions, asked: Asked) -> dict[str, Any]:
     """Everything that shapes the answers: a run is continued only if it is the same."""
-    opened = model.opened
-    weights = "own"
-    if opened.adapter is not None:
-        weights = "residual" if opened.adapter[1].is_residual else "base"
+    asked_model = _asked_model(model, asked)
     return {
         "task": questions.task.name,
         "version": questions.task.version,
         "data": questions.data.model_dump(mode="json"),
-        "model": {key: value for key, value in opened.identity.model_dump().items() if key != "name"},
+        "model": {key: value for key, value in asked_model.model_dump(mode="json").items() if key != "name"},
         "options": {
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights,
             "batch_size": asked.batch_size,
             **asked.options,
             "device": next(model.network.parameters()).device.type,
@@ -134,11 +130,20 @@ def _identity(model: Answering, questions: Questions, asked: Asked) -> dict[str,
     }
 
 
+def _asked_model(model: Answering, asked: Asked) -> EvaluatedModel:
+    """The model, and how it is asked."""
+    opened = model.opened
+    weights = "own"
+    if opened.adapter is not None:
+        weights = "residual" if opened.adapter[1].is_residual else "base"
+    return opened.identity.model_copy(update={"weights": weights, "prompts": asked.prompts})
+
+
 def _result(
     task: Task, opened: Opened, graded: Graded, state: Progressing, code: CodeRunner
 ) -> EvaluationResult:
-    model = opened.identity
     identity = state.identity
+    model = EvaluatedModel(**identity["model"], name=opened.identity.name)
     published = published_rows(task.name, opened.base_name, model.method, model.rank, opened.trained_on)
     return EvaluationResult(
         task=task.name,
