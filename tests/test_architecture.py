@@ -56,6 +56,7 @@ NO_PLUG_INS = {"automatic", "automatic_cache", "base", "by_names", "detect", "ex
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},
     "huggingface_hub": {"hub", "publish"},
+    "lm_eval": {"evaluation"},
     "peft": set(),
     "rich": {"cli"},
     "transformers": {"training", "models"},

@@ -127,7 +127,7 @@ def _show(model: str, results: "Sequence[EvaluationResult]", out: Path | None, *
     for result in results:
         for name, value in result.metrics.items():
             if name != "accuracy":
-                summaries.show_line(f"{result.task} {name}: {100 * value:.2f}")
+                summaries.show_line(f"{result.task} {name}: {_metric(result.task, value)}")
         for row in result.published:
             rank = f", rank {row.rank}" if row.rank else ""
             summaries.show_line(
@@ -136,6 +136,11 @@ def _show(model: str, results: "Sequence[EvaluationResult]", out: Path | None, *
             )
     place = (out or Path(model)) / "evaluations"
     summaries.show_line(f"answers and results are in {place}")
+
+
+def _metric(task: str, value: float) -> str:
+    """In percent; lm-evaluation-harness also has metrics that are no shares, so its own stay as they are."""
+    return f"{value:.6g}" if task.startswith("harness:") else f"{100 * value:.2f}"
 
 
 def _rows(result: "EvaluationResult") -> list[tuple[object, ...]]:

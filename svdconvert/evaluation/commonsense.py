@@ -29,7 +29,8 @@ def commonsense_task(
 
     def row(number: int, record: Record) -> Row:
         if "instruction" in record:
-            instruction, gold = text_of(record, "instruction"), text_of(record, "answer")
+            instruction = text_of(record, "instruction")
+            gold = text_of(record, "answer")
         else:
             instruction, gold = read_public(record)
         if gold not in choices:

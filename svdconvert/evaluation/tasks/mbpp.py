@@ -8,7 +8,7 @@ from svdconvert.evaluation.grading.code_answers import joined, pissa_code, writt
 from svdconvert.evaluation.records import read_each, text_of, texts_of
 from svdconvert.training.data.prompts import ALPACA
 
-SECONDS = 3.0
+_SECONDS = 10.0  # a reference solution takes more than 3 on a slow machine
 
 _QUESTION = (
     "You are an expert Python programmer, and here is your task: {text} "
@@ -62,7 +62,7 @@ def _grade(row: Row, answer: str, protocol: Protocol, runner: Runner | None) -> 
         text = program(row, answer, protocol)
     except ValueError:
         return Grade(False, True, None)
-    return Grade(text is not None and runner(text, SECONDS), text is not None, text)
+    return Grade(text is not None and runner(text, _SECONDS), text is not None, text)
 
 
 TASK = Task(
