@@ -62,6 +62,11 @@ _GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "TrainOptions": _TRAIN,
     "SplitOptions": _SPLIT,
     "PushOptions": {PUBLISHING: ("private", "revision", "message", "pull_request")},
+    "EvaluationOptions": {
+        DATA: ("data", "limit"),
+        EVALUATION: ("max_new_tokens", "regrade", "run_code", "sandbox"),
+        MEMORY: ("batch_size", "dtype"),
+    },
     "MergeOptions": {SAVING: ("max_shard_size",)},
     "CombineOptions": {SAVING: ("max_shard_size",)},
     "ConvertOptions": {SAVING: ("max_shard_size",)},

@@ -11,6 +11,7 @@ from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
 LABELS: Mapping[str, str] = {
+    "asks": "what it asks",
     "does": "what it does",
     "trained_values": "values of an O x I matrix",
     "loads_in_peft": "stock PEFT loads it",
@@ -189,12 +190,13 @@ def _task_row(name: str) -> dict[str, Any]:
     try:
         task = TASKS.get(name)
     except PluginError as error:
-        return {"task": name, "what it asks": str(error), "group": "", "data": "", "graded": "", "paper": ""}
+        unknown = dict.fromkeys(("groups", "data", "protocols", "paper"))
+        return {"task": name, "asks": str(error), **unknown}
     return {
         "task": name,
-        "what it asks": task.summary,
-        "group": ", ".join(task.groups),
+        "asks": task.summary,
+        "groups": list(task.groups),
         "data": task.data.name,
-        "graded": ", ".join(task.protocols),
+        "protocols": list(task.protocols),
         "paper": task.paper,
     }

@@ -43,6 +43,7 @@ def make_kinds(checkpoint: Build, home: Path) -> Path:
     readable(checkpoint("qwen2"), home / "other")
     data = str(write_sums(home / "rows.jsonl", rows=6))
     write_sums(home / "more.jsonl", rows=4)
+    (home / "questions.jsonl").write_text('{"question": "what is 1 + 2 ?", "answer": "#### 3"}\n')
     options = TrainOptions(data=data, steps=1, batch_size=2, lr=0.1)
     decompose(base, home / "decomposed", SplitOptions(rank=4), RUN)
     decompose(base, home / "initial", SplitOptions(rank=4, method="lora"), RUN)

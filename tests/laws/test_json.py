@@ -52,6 +52,7 @@ def words_of(command: str, kind: str, here: Path, out: Path) -> list[list[Any]]:
     rows = ["--data", here / "rows.jsonl", "--batch-size", 2, "--steps", 1]
     rank = ["--rank", 2] if plain else []
     first = kind == "plain"
+    asked = ["--data", here / "questions.jsonl", "--limit", 1, "--max-new-tokens", 2]
     ways: dict[str, list[list[Any]]] = {
         "decompose": [[one, "-o", out, "--rank", 2], [one, "--rank", 2, "--plan"]],
         "train": [[one, "-o", out, *rows, *rank], [one, *rows, *rank, "--plan"]],
@@ -67,7 +68,8 @@ def words_of(command: str, kind: str, here: Path, out: Path) -> list[list[Any]]:
         "verify": [[one], ["--merged", one, "--adapter", here / "lora", "--base", here / "plain"]],
         "diff": [[one, other if plain else here / "lora"]],
         "inspect": [[one], [one, "--for", "vllm"]],
-        "list": [[what] for what in ("methods", "layouts", "merges", "formats")] if first else [],
+        "list": [[what] for what in ("methods", "layouts", "merges", "formats", "tasks")] if first else [],
+        "eval": [[one, "--tasks", "gsm8k", *asked, *base, "-o", out], [out, out, "--compare"]],
         "report": [[one, "-o", out.with_suffix(".html")]] if kind in ("trained", "merged") else [],
     }
     assert command in ways, f"add the ways in which {command} is run here, and its keys to docs/json.md"
@@ -127,9 +129,11 @@ def has_type(value: Any, types: str) -> bool:
 
 
 def texts_that_are_numbers(value: Any, path: str = "") -> list[str]:
-    """Where a text is a number, with or without a unit; options are as they were given."""
+    """Where a text is a number, with or without a unit; options and versions are as they are."""
     if isinstance(value, dict):
-        items = [(f"{path}.{name}", inner) for name, inner in value.items() if name != "options"]
+        items = [
+            (f"{path}.{name}", inner) for name, inner in value.items() if name not in ("options", "versions")
+        ]
     elif isinstance(value, list):
         items = [(f"{path}[]", inner) for inner in value]
     else:
