@@ -59,7 +59,7 @@ ONLY_IN = {
     "lm_eval": {"evaluation"},
     "peft": set(),
     "rich": {"cli"},
-    "transformers": {"training", "models"},
+    "transformers": {"training", "models", "evaluation"},
     "typer": {"cli"},
 }
 
