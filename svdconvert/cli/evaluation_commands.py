@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svdconvert.cli import progress, summaries
+from svdconvert.cli.answers import tell, tell_rows
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     BaseOpt,
@@ -17,12 +18,16 @@ from svdconvert.cli.arguments import (
     ResidualOpt,
     ThreadsOpt,
     TrustOpt,
+    option,
     required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
+from svdconvert.cli.option_groups import EVALUATION, SAVING
 from svdconvert.cli.options import SingleOptions, Typed, with_options
-from svdconvert.cli.terminal import as_json, leads
+from svdconvert.cli.terminal import leads
+from svdconvert.cli.wording import spelled
 from svdconvert.config.evaluation import EvaluationOptions, evaluation_options
 from svdconvert.config.recipe import Recipe
 
@@ -33,9 +38,14 @@ _COLUMNS = ("task", "graded", "n", "right", "score", "95 % interval", "unanswere
 
 
 @app.command(
-    cls=SingleOptions, name="eval", epilog="Example: svdconvert eval trained --tasks gsm8k --limit 200"
+    cls=SingleOptions,
+    name="eval",
+    epilog=examples(
+        "svdconvert eval trained --tasks gsm8k --limit 200",
+        "svdconvert eval trained lora --compare",
+    ),
 )
-@with_options(EvaluationOptions, panel="Evaluation")
+@with_options(EvaluationOptions, panel=EVALUATION)
 def evaluate(
     typed: Typed,
     directories: Annotated[
@@ -47,19 +57,20 @@ def evaluate(
     ],
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Tasks, or groups of tasks, by commas; see svdconvert list tasks."),
+        option("--tasks", "TASK,...", "Tasks, or groups of tasks; see svdconvert list tasks.", EVALUATION),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Compare the results of several directories row by row.")
+        bool,
+        option("--compare", None, "Compare the results of several directories row by row.", EVALUATION),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Where evaluations/ is written, if not into DIR."),
+        option("-o, --out", "DIR", "Where evaluations/ is written, if not into the model's.", SAVING),
     ] = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Ask the model again, and replace the results.")
+        bool, option("--overwrite", None, "Ask the model again, and replace the results.", SAVING)
     ] = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
@@ -68,7 +79,7 @@ def evaluate(
     debug: DebugOpt = False,
 ) -> None:
     """Let a model answer the tasks of the papers, and grade the answers; a killed run is continued."""
-    with report_errors(debug=debug):
+    with report_errors(debug=debug, json=json):
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
         given: dict[str, Any] = {
             "out": out,
@@ -80,7 +91,7 @@ def evaluate(
             "trust_remote_code": trust_remote_code or None,
         }
         if compare:
-            _compare(directories, names, {**typed, **given}, json=json)
+            _compare(directories, names, {**typed, **given})
             return
         from svdconvert.commands.evaluate import evaluate as command
 
@@ -99,29 +110,27 @@ def evaluate(
                 residual=residual,
                 output=out,
             )
-        _show(directories[0], found, out, json=json)
+        _show(directories[0], found, out)
 
 
-def _compare(directories: Sequence[str], tasks: Sequence[str], given: Typed, *, json: bool) -> None:
+def _compare(directories: Sequence[str], tasks: Sequence[str], given: Typed) -> None:
     """Print how the results of several directories differ; no model is loaded."""
     from svdconvert.cli.evaluation_comparison import show_comparison
     from svdconvert.evaluation.comparison import compare_evaluations
 
     if idle := [name for name, value in given.items() if value is not None]:
-        option = idle[0].replace("_", "-")
         raise typer.BadParameter(
-            f"--{option} changes nothing with --compare, which asks no model; leave it out"
+            f"{spelled(idle[0])} changes nothing with --compare, which asks no model; leave it out"
         )
     found = compare_evaluations([Path(directory) for directory in directories], tasks)
-    as_json(found.model_dump(mode="json")) if json else show_comparison(found)
+    tell(found.model_dump(mode="json"))
+    show_comparison(found)
 
 
-def _show(model: str, results: "Sequence[EvaluationResult]", out: Path | None, *, json: bool) -> None:
+def _show(model: str, results: "Sequence[EvaluationResult]", out: Path | None) -> None:
     """Print the results of one model."""
+    tell_rows([result.model_dump(mode="json") for result in results])
     if not leads():
-        return
-    if json:
-        as_json([result.model_dump(mode="json") for result in results])
         return
     summaries.listing(_COLUMNS, [row for result in results for row in _rows(result)])
     for result in results:

@@ -58,7 +58,6 @@ VALUES: dict[str, Words] = {
     "--state": [Path("plain")],
     "--stream": [],
     "--method": ["milora"],
-    "--json": [],
     "--data-weights": ["1,2"],
     "--eval-data": [Path("more.jsonl")],
     "--eval-rows": [3],
@@ -101,6 +100,7 @@ VALUES: dict[str, Words] = {
     "--pull-request": [],
     "--seed": [3],
     "--weights": ["0.5"],
+    "--base-name": ["org/base"],
     "--density": [0.5],
     "--set": ["lambda=0.5"],
 }
@@ -127,6 +127,7 @@ ELSEWHERE = {
     "--trust-remote-code": "tests/publish/test_card.py",
     "--push": "tests/publish/test_upload.py",
     "--debug": "tests/cli/test_errors.py",
+    "--json": "tests/laws/test_json.py",
     "--nuclear-ratio": "tests/commands/test_quantised_residual.py",
     "--attention": "tests/training/model/test_attention.py",
     "--gradient-checkpointing": "tests/training/model/test_modes.py",
