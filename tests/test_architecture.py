@@ -32,6 +32,7 @@ LEVELS = (
     "publish",
     "pipeline",
     "training",
+    "evaluation",
     "reports",
     "commands",
     "cli",

@@ -200,9 +200,11 @@ class Rwkv6(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         state: list[Memory] | None = None,
+        logits_to_keep: int = 0,
     ) -> Output:
         """Logits of `input_ids` (B, T), continuing from `state`.
 
+        Only those of the last `logits_to_keep` tokens are computed, unless that is 0.
         Padding must be on the right; no other token depends on it there, so the mask is ignored. The state
         is reset at every token of a row whose position id is 0.
         """
@@ -212,7 +214,7 @@ class Rwkv6(nn.Module):
             hidden = self._hidden_of_packed(input_ids, starts)
         else:
             hidden, after = self._hidden(input_ids, state or self.first_state(len(input_ids)))
-        return Output(self.head(self.ln_out(hidden)), after)
+        return Output(self.head(self.ln_out(hidden[:, -logits_to_keep:])), after)
 
     def _hidden(self, ids_BT: Tensor, state: list[Memory]) -> tuple[Tensor, list[Memory]]:
         h_BTC: Tensor = self.emb(ids_BT)

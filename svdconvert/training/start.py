@@ -153,7 +153,7 @@ def _open_decomposed(
         )
     if others := _other_options(manifest, split):
         raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
-    _require_unchanged_files(snapshot.path, manifest)
+    require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
             find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
@@ -164,7 +164,7 @@ def _open_decomposed(
     _refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
-        _require_unchanged(opened.path, opened.source, known, "the adapter was made")
+        require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
 
 
@@ -212,13 +212,14 @@ def _other_split(directory: Path, manifest: Manifest, names: str) -> str:
     )
 
 
-def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
+def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
     """Raise ArtifactError if a tensor of the directory is not the one that the manifest describes."""
     for file, known in manifest.files.items():
-        _require_unchanged(directory / file, open_file(directory / file), known, "it was written")
+        require_unchanged(directory / file, open_file(directory / file), known, "it was written")
 
 
-def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    """Raise ArtifactError if a tensor has not its known checksum any more."""
     source = with_known_parts(source, known)
     for name, mark in known.items():
         if name not in source.infos:

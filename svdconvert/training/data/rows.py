@@ -26,17 +26,17 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
-def read_rows(data: str, split: str = "train") -> Iterable[Row]:
+def read_rows(data: str, split: str = "train", revision: str | None = None) -> Iterable[Row]:
     """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a Hub data set.
 
-    An existing path takes precedence over a Hub id of the same name. Raises DataError if `data` is neither,
+    `revision` is a commit of the data set, by default the newest one. An existing path takes precedence over a Hub id of the same name. Raises DataError if `data` is neither,
     or has no rows.
     """
     path = Path(data)
     if is_file(data):
         rows = _read_file(path, split)
     elif HUB_ID.fullmatch(data):
-        rows = _read_hub(data, split)
+        rows = _read_hub(data, split, revision)
     else:
         raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
     if len(rows) == 0:
@@ -196,10 +196,12 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
     }
 
 
-def _read_hub(data: str, split: str) -> Any:
+def _read_hub(data: str, split: str, revision: str | None) -> Any:
     name, _, config = data.partition(":")
     description = f"{data}, taken for a Hub data set"
-    return _load_dataset(description, name, name=config or None, split=split, token=find_token())
+    return _load_dataset(
+        description, name, name=config or None, split=split, revision=revision, token=find_token()
+    )
 
 
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
