@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.list_plugins import list_plugins
     from svdconvert.commands.merge import merge
     from svdconvert.commands.push import push
+    from svdconvert.commands.report import report
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
     from svdconvert.commands.verify import verify, verify_merge
@@ -59,6 +60,7 @@ __all__ = [
     "merge",
     "push",
     "read_manifest",
+    "report",
     "to_lora",
     "train",
     "verify",

@@ -34,6 +34,7 @@ NAMES = [
     "merge",
     "push",
     "read_manifest",
+    "report",
     "to_lora",
     "train",
     "verify",
@@ -55,6 +56,7 @@ PARAMETERS = {
     "list_plugins": ["what"],
     "push": ["directory", "repository", "options", "*base", "*residual"],
     "read_manifest": ["directory"],
+    "report": ["directories", "out", "run"],
 }
 
 

@@ -23,6 +23,7 @@ from svdconvert.cli.terminal import as_json
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import Recipe
+from svdconvert.config.sizes import size_text
 
 
 @app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
@@ -167,6 +168,30 @@ def inspect(
 
         found = command(model, engine)
         as_json(asdict(found)) if json else summaries.show_inspection(found)
+
+
+@app.command(cls=SingleOptions, epilog="Example: svdconvert report pissa trained merged -o page.html")
+def report(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directories or adapters, local or on the Hub.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The page to write; ends in .html.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a report that nobody has edited.")
+    ] = False,
+    threads: ThreadsOpt = None,
+    debug: DebugOpt = False,
+) -> None:
+    """Write one page about directories: energies, errors, spectra, losses, drift, scores and samples."""
+    with report_errors(debug=debug, out=None):
+        from svdconvert.commands.report import report as command
+
+        page = required(out, "-o PAGE.html")
+        with progress.tensors("report", of_bytes=False) as track:
+            command(directories, page, Run(overwrite=overwrite, threads=threads, track=track))
+        summaries.summary(
+            f"wrote {page}", {"directories": len(directories), "size": size_text(page.stat().st_size)}
+        )
 
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")

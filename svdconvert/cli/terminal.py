@@ -7,7 +7,6 @@ characters visible; rich markup is only interpreted in svdconvert's own text.
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,24 +14,17 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from svdconvert.config.display import visible
 from svdconvert.errors import OutputError
 from svdconvert.hub.auth import scrub
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format, surrogate, private use, separators
-
 
 def plain(value: object) -> str:
     """`value` as one line of text: control and format characters as escapes, such as \\x1b and \\n."""
-    return "".join(_visible(character) for character in str(value))
-
-
-def _visible(character: str) -> str:
-    if unicodedata.category(character) not in _INVISIBLE:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    return visible(str(value))
 
 
 def say(sentence: str) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
+from svdconvert.config.progress import tracked
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.combine import open_combination
 from svdconvert.pipeline.job import run_job
 
 
+@tracked
 def combine(  # noqa: PLR0913 (two locations besides the inputs)
     inputs: Sequence[str | Path],
     out: str | Path,

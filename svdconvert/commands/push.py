@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
+from svdconvert.config.progress import tracked
 from svdconvert.publish.upload import Destination, Published, upload
 
 
+@tracked
 def push(
     directory: str | Path,
     repository: str,
@@ -13,13 +16,14 @@ def push(
     *,
     base: str | None = None,
     residual: str | None = None,
+    run: Run | None = None,
 ) -> Published:
     """Publish a directory that svdconvert wrote as org/name, with a card.
 
     Files that the Hub already has are not sent again.
 
-    `base` and `residual` are the repositories of models that were read from a local directory. Raises
-    SvdConvertError with one sentence; the same push can be repeated.
+    `base` and `residual` are the repositories of models that were read from a local directory; of `run` only
+    `track` counts. Raises SvdConvertError with one sentence; the same push can be repeated.
     """
     destination = Destination(
         repository=repository, options=options or PushOptions(), base=base, residual=residual

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
+from svdconvert.config.progress import tracked
 from svdconvert.inputs.dora_delta import approximated_dora
 from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.recover_init import find_base, find_base_sidecars, settle_init
@@ -15,6 +16,7 @@ from svdconvert.pipeline.lora_plan import plan_lora
 from svdconvert.pipeline.to_lora import LoraJob
 
 
+@tracked
 def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     adapter: str | Path,
     out: str | Path,

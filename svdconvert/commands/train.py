@@ -4,6 +4,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
+from svdconvert.config.progress import tracked
 from svdconvert.config.train import TrainOptions
 from svdconvert.hub.download import fetch
 from svdconvert.linalg.threads import use_threads
@@ -17,6 +18,7 @@ from svdconvert.training.run import Watch, ignore_log, load_training_job
 from svdconvert.training.start import open_training_start
 
 
+@tracked
 def train(  # noqa: PLR0913 (what to start from, how to train, and a callback)
     model: str | Path,
     out: str | Path,

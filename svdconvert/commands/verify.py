@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
+from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.merge_weights import choose_weights
@@ -16,6 +17,7 @@ from svdconvert.pipeline.merge_audit import BaseAudit, MergeAudit, audit_merge
 from svdconvert.pipeline.verify import Report, check_directory
 
 
+@tracked
 def verify(
     directory: str | Path,
     run: Run | None = None,
@@ -38,6 +40,7 @@ def verify(
     return replace(report, directory=Path(directory))
 
 
+@tracked
 def verify_merge(
     merged: str | Path, bases: Sequence[str | Path], adapter: str | Path, run: Run | None = None
 ) -> MergeAudit:

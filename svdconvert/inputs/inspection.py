@@ -1,6 +1,7 @@
 """What a directory, file or model is, and which commands can follow."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.config.display import Shown
 from svdconvert.config.recipe import non_default_options, section_of
 from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
@@ -24,8 +26,8 @@ from svdconvert.output.sidecars import read_json_object
 from svdconvert.quantization.view import DecodedSource
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Description of a directory or model."""
 
     directory: str
@@ -36,6 +38,15 @@ class Inspection:
     next: list[str]
     """Commands that can follow."""
     details: dict[str, Any] = field(default_factory=dict)
+
+    def shown_as(self) -> Mapping[str, object]:
+        """What it is and the first command that can follow."""
+        return {
+            "directory": self.directory,
+            "kind": self.kind,
+            "summary": self.summary,
+            "next": self.next[0] if self.next else None,
+        }
 
 
 def describe(model: str | Path) -> Inspection:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from svdconvert.config.display import Shown
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import digest
 from svdconvert.manifest.schema import Manifest
@@ -84,7 +85,7 @@ class PublishedScore(_Part):
     source: str
 
 
-class EvaluationResult(_Part):
+class EvaluationResult(Shown, _Part):
     """The content of one file. Scores are fractions from 0 to 1."""
 
     format: Literal[1] = 1
@@ -106,6 +107,19 @@ class EvaluationResult(_Part):
     """The layers that confined generated code; empty if none was run."""
     published: tuple[PublishedScore, ...] = ()
     versions: Mapping[str, str] = {}
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Task, score and interval, and how many rows were asked."""
+        strict = self.grades.get("strict")
+        return {
+            "task": self.task,
+            self.headline: round(self.metrics.get(self.headline, 0.0), 4),
+            "interval": tuple(round(end, 4) for end in strict.interval) if strict else None,
+            "correct": strict.correct if strict else None,
+            "rows": self.data.rows,
+            "limit": self.data.limit,
+            "model": self.model.name,
+        }
 
     @property
     def score(self) -> float:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.config.progress import report
 from svdconvert.models import world_tokenizer
 from svdconvert.models.rwkv6_tensors import MIX_ORDER, Sizes
 from svdconvert.models.wkv6 import Form, wkv6
@@ -304,7 +305,10 @@ def load(family: TensorSource, dtype: torch.dtype | None = None) -> Rwkv6:
     """
     with torch.device("meta"):
         model = Rwkv6(Sizes.of(family.infos))
-    tensors = {name: family.read(name) for name in family.infos}
+    tensors = {}
+    for done, name in enumerate(family.infos):
+        report("load weights", done, len(family.infos), "tensors", name=name)
+        tensors[name] = family.read(name)
     for name in [name for name in tensors if name.endswith(".time_state")]:
         model.get_submodule(name.rsplit(".", 1)[0]).time_state = nn.Parameter(tensors[name].float())
     cast = {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()}

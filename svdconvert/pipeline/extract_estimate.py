@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdconvert.checkpoint.tensors import ELEMENTS, dtype_code
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.inputs.model_pair import Difference
 from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.low_rank import allocate_ranks
@@ -102,7 +102,7 @@ def _spectra(plan: ExtractPlan, run: Run) -> dict[str, Tensor]:
             change = difference.read(name)
             if energy := total_energy(change):
                 spectra[name] = squares_of(change, energy)
-            run.track(Progress(name, "", done, len(plan.slots)))
+            report("spectra", done, len(plan.slots), "matrices", name=name)
     return spectra
 
 

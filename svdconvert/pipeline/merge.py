@@ -124,6 +124,7 @@ class MergeJob:
                 recovered=RecoveredFactors(by=recovered.way) if recovered else None,
                 head=self.plan.head or None,
             ),
+            training=weights.delta.training,
             files=file_checksums(staged),
             roles=roles_of(self.files),
             threads=threads,

@@ -18,7 +18,6 @@ from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import is_sidecar, read_json_object
 
 CARD = "README.md"
-METRICS = "metrics.jsonl"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -139,12 +138,18 @@ def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dic
 
 def without_local_paths(manifest: Manifest, repos: SourceRepos) -> Manifest:
     """The manifest without the paths of this machine."""
+    training = manifest.training
     return replace(
         manifest,
         base=_elsewhere(repos.base),
         residual=_elsewhere(repos.residual),
-        options={key: _without_path(value) for key, value in manifest.options.items()},
+        options=_without_paths(manifest.options),
+        training=training and replace(training, options=_without_paths(training.options)),
     )
+
+
+def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _without_path(value) for key, value in options.items()}
 
 
 def _elsewhere(origin: Origin | None) -> Origin | None:

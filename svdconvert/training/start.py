@@ -15,7 +15,7 @@ from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.progress import Progress, Track
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
@@ -121,7 +121,7 @@ def open_training_start(
                 layout=opened.layout(split.layout)[0],
                 base=opened.origin(),
             )
-        start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
+        start = start_from_plain(plan_decomposition(opened, split), opened)
     if not train_also:
         return start
     layout = layout_of_weights(start.layout, start.weights)
@@ -221,11 +221,15 @@ def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
     """Raise ArtifactError if a tensor has not its known checksum any more."""
     source = with_known_parts(source, known)
+    total = sum(source.infos[name].nbytes for name in known if name in source.infos)
+    done = 0
     for name, mark in known.items():
+        report("check", done, total, "bytes", name=name)
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
         if tensor_checksum(source, name) != mark:
             raise ArtifactError(f"{path}: {name} has changed since {when}; restore the file")
+        done += source.infos[name].nbytes
 
 
 def start_from_decomposed(
@@ -247,7 +251,7 @@ def start_from_decomposed(
     )
 
 
-def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
+def start_from_plain(plan: DecomposePlan, model: OpenModel) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
@@ -267,7 +271,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         elif plan.method.residual:
             residuals[name] = base
         done_bytes += source.infos[name].nbytes
-        track(Progress(name, "", done_bytes, total_bytes))
+        report("decompose", done_bytes, total_bytes, "bytes", name=name)
     for stack in plan.adapter.stacks:
         own = {member.module: factors.pop(member.module) for member in stack.members}
         factors |= stack_factors(stack, own)

@@ -89,6 +89,8 @@ class TrainingData:
     objective: NextToken | SequenceLabel
     labels: Sequence[str] | None = None
     """Names of the classes of a new head, empty for regression; None if the model keeps its own head."""
+    prompt_format: str | None = None
+    """How the trained model is asked: a template, chat or none; None for rows with labels or images."""
 
     def padded_below(self, rows: float) -> "TrainingData":
         """The same with a padding token below `rows`, the number of rows of the embedding.
@@ -121,7 +123,8 @@ def open_training_data(
     splits = read_dataset(options, encoder)
     _refuse_idle_image_dir(splits, options)
     vision = encoder.vision if splits.has_images else None
-    return TrainingData(tokenizer, splits, NextToken(padding_id(tokenizer), vision))
+    objective = NextToken(padding_id(tokenizer), vision)
+    return TrainingData(tokenizer, splits, objective, prompt_format=encoder.prompt_format)
 
 
 def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:

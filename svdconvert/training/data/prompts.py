@@ -79,6 +79,15 @@ def format_prompt(
     return (template or ALPACA).replace("{prompt}", prompt)
 
 
+def prompt_format(fields: FieldSet, options: TrainOptions) -> str:
+    """How a model that was trained on rows with these fields is asked: a template, "chat" or "none"."""
+    if fields[0] in CHAT_FIELDS:
+        return "chat"
+    if options.template is not None:
+        return options.template
+    return "none" if len(fields) == 1 or fields == ("prompt", "completion") else ALPACA
+
+
 def choose_fields(row: Row, options: TrainOptions) -> FieldSet:
     """The fields to train on: (prompt, response), ("messages",), ("conversations",) or ("text",).
 

@@ -22,6 +22,7 @@ from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.model.compare import require_complete, require_complete_body
+from svdconvert.training.model.loading_progress import loading_reported
 from svdconvert.training.model.quantised_loading import load_quantised, open_quantised
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _family_tensors(path: Path, family: LayoutFamily) -> TensorSource:
 
 def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
     try:
-        with _progress_bars_disabled():
+        with loading_reported():
             return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         name = auto_class.__name__
@@ -230,18 +231,3 @@ def _load_report_silenced() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-@contextmanager
-def _progress_bars_disabled() -> Iterator[None]:
-    """Suppress the progress bars of transformers; its warnings stay."""
-    from transformers.utils import logging
-
-    transformers_logging: Any = logging
-    were_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            transformers_logging.enable_progress_bar()
