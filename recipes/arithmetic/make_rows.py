@@ -1,7 +1,7 @@
 """Sums of three or four numbers with worked solutions, from reasoning-gym, as training and held-out rows.
 
     pip install reasoning-gym==0.1.25
-    python recipes/arithmetic/make_rows.py OUT
+    python recipes/arithmetic/make_rows.py svdconvert/recipes/arithmetic
 
 Writes OUT/train.jsonl and OUT/heldout.jsonl. The questions and answers are those of reasoning-gym's chain_sum
 (Apache-2.0), with fixed seeds; the solution, one addition or subtraction per line, is worked out here. No
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TRAIN = 2048
+TRAIN = 1024
 HELD_OUT = 200
 Row = dict[str, str]
 

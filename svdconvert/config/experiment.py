@@ -81,7 +81,7 @@ def check_experiment(content: Mapping[str, Any], source: str) -> None:
             f"{source}: variants is not a mapping of names to options; write NAME: {{...}} lines"
         )
     for name in variants or ():
-        if not _names_a_directory(name):
+        if not names_a_directory(name):
             raise RecipeError(
                 f"{source}: the variant {brief(name)} cannot name a directory next to the others; rename it"
             )
@@ -94,7 +94,8 @@ def check_experiment(content: Mapping[str, Any], source: str) -> None:
         _check_steps(content["steps"], source)
 
 
-def _names_a_directory(name: Any) -> bool:
+def names_a_directory(name: Any) -> bool:
+    """True for a variant's name that can be that of a directory next to those of `run` itself."""
     taken = (BASE, *FOLDERS.values())
     return isinstance(name, str) and name_fault(name) is None and "/" not in name and name not in taken
 
