@@ -83,12 +83,12 @@ def _train(source: Path, out: Path, run: Run) -> None:
     train(source / "start", out, options, run)
 
 
-_WRITING = ("combine", "convert", "decompose", "extract", "merge", "to-lora", "train")
+WRITING = ("combine", "convert", "decompose", "extract", "merge", "to-lora", "train")
 """The phases that write the output."""
 
 
 def _pause(progress: Progress) -> None:
-    if progress.phase in _WRITING:
+    if progress.phase in WRITING:
         time.sleep(3600 if progress.done == progress.total else _PAUSE)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdconvert.config.progress import Progress
 from svdconvert.errors import SvdConvertError
 from svdconvert.output.uncached import UncachedWriter
 from tests.conftest import Build
@@ -325,8 +326,9 @@ def test_a_full_disk_is_reported_in_one_sentence(
 def test_another_command_does_not_continue_an_unfinished_output(base: Path, tmp_path: Path) -> None:
     from svdconvert import Run, SplitOptions, decompose
 
-    def stop(progress: object) -> None:
-        raise SvdConvertError("enough")
+    def stop(progress: Progress) -> None:
+        if progress.done:
+            raise SvdConvertError("enough")
 
     with pytest.raises(SvdConvertError, match="enough"):
         decompose(base, tmp_path / "out", SplitOptions(rank=4), Run(track=stop))

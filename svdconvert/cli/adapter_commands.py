@@ -74,7 +74,7 @@ def merge(
                 summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("merge") as track:
+            with progress.shown("merge") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = run_settings(shared, track, **settings)
                 run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
@@ -111,7 +111,7 @@ def to_lora(
         shared = read_recipe(recipe)
         chosen = options(LoraOptions, shared, typed)
         with published(out, push, pushing) as output:
-            with progress.tensors("to-lora", of_bytes=False) as track:
+            with progress.shown("to-lora") as track:
                 run = run_settings(shared, track, overwrite=overwrite)
                 manifest = command(
                     adapter, output.directory, chosen, run, base=base, residual=residual, init=init
@@ -145,7 +145,7 @@ def combine(
         shared = read_recipe(recipe)
         chosen = options(CombineOptions, shared, typed)
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("combine") as track:
+            with progress.shown("combine") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = replace(run_settings(shared, track, **settings), shard_sink=output.shard_sink)
                 manifest = command(

@@ -64,13 +64,13 @@ def extract(
         chosen = options(ExtractOptions, shared, typed)
         if plan:
             refuse_push_options(push, pushing)
-            with progress.tensors("extract --plan", of_bytes=False) as track:
+            with progress.shown("extract --plan") as track:
                 run = run_settings(shared, track, **settings)
                 found = plan_extract(base, tuned, chosen, run, sketch=sketch)
             comparison_summaries.show_extract_plan(base, tuned, found)
             return
         with published(out, push, pushing) as output:
-            with progress.tensors("extract") as track:
+            with progress.shown("extract") as track:
                 run = run_settings(shared, track, **settings, stream=stream)
                 manifest = command(base, tuned, output.directory, chosen, run)
             comparison_summaries.show_extracted(output.place, manifest)

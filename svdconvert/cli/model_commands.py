@@ -69,7 +69,7 @@ def decompose(
             summaries.show_estimate(source, estimate)
             return
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("decompose") as track:
+            with progress.shown("decompose") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = run_settings(shared, track, **settings)
                 run = replace(run, trust_remote_code=trust_remote_code, shard_sink=output.shard_sink)
@@ -99,6 +99,10 @@ def train(
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     trust_remote_code: TrustOpt = False,
+    log_every: Annotated[
+        int | None,
+        typer.Option("--log-every", min=1, help="Leave a line with the losses after every N steps."),
+    ] = None,
     push: PushOpt = None,
     debug: DebugOpt = False,
 ) -> None:
@@ -117,11 +121,11 @@ def train(
             asked = without_idle_seed(asked)
         chosen = options(TrainOptions, shared, typed)
         settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
-        run = run_settings(shared, None, **settings)
-        split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
         with published(out, push, pushing) as output:
-            with progress.steps() as watch:
-                manifest = command(source, output.directory, chosen, run, split=split, base=base, watch=watch)
+            with progress.shown("train", log_every) as track:
+                run = run_settings(shared, track, **settings)
+                split = split_for(source, asked, [f"--{name}" for name in given], run.notify)
+                manifest = command(source, output.directory, chosen, run, split=split, base=base)
             summaries.show_trained(output.place, manifest)
 
 
@@ -149,7 +153,7 @@ def convert(
         chosen = options(ConvertOptions, shared, typed)
         source = required(model or shared.get("model"), "a MODEL")
         with published(out, push, pushing, stream=stream) as output:
-            with progress.tensors("convert") as track:
+            with progress.shown("convert") as track:
                 run = run_settings(shared, track, overwrite=overwrite)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)
                 manifest = command(source, output.directory, chosen, run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svdconvert.cli import summaries
+from svdconvert.cli import progress, summaries
 from svdconvert.cli.options import Typed
 from svdconvert.cli.terminal import notify
 from svdconvert.config.options import PushOptions
@@ -66,14 +66,17 @@ def published(
     if out is None and sink is None:
         raise typer.BadParameter("-o DIR is missing")
     if ranks.leads:
-        check_destination(destination)
+        with progress.shown("check"):
+            check_destination(destination)
     output = Output(out or Path(push.split("/")[-1]), sink)
     yield output
     if sink is not None:
         assert sink.published is not None, "the upload finishes with the output"
         summaries.show_published(output.directory, push, sink.published)
     elif ranks.leads:
-        summaries.show_published(output.directory, push, upload(output.directory, destination))
+        with progress.shown("push"):
+            done = upload(output.directory, destination)
+        summaries.show_published(output.directory, push, done)
 
 
 def refuse_push_options(push: str | None, pushing: Typed) -> None:

@@ -47,7 +47,8 @@ def push(
     with report_errors(debug=debug, out=None):
         from svdconvert.commands.push import push as command
 
-        done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+        with progress.shown("push"):
+            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
         summaries.show_published(directory, repository, done)
 
 
@@ -91,7 +92,7 @@ def verify(
             )
         if base and len(base) > 1:
             raise typer.BadParameter("several --base belong to --merged; give one")
-        with progress.tensors("verify", of_bytes=False) as track:
+        with progress.shown("verify") as track:
             run = Run(track=track)
             own = base[0] if base else None
             report = command(required(directory, "a DIR"), run, base=own, nuclear_ratio=nuclear_ratio)
@@ -109,7 +110,7 @@ def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases
     given = required(adapter, "--adapter ADAPTER")
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
-    with progress.tensors("verify", of_bytes=False) as track:
+    with progress.shown("verify") as track:
         audit = verify_merge(merged, bases, given, Run(track=track))
     comparison_summaries.show_audit(audit)
     if not audit.passed:
@@ -141,7 +142,7 @@ def diff(
 
         if picture is not None:
             check_picture(picture)
-        with progress.tensors("diff", of_bytes=False) as track:
+        with progress.shown("diff") as track:
             settings = {"threads": threads, "device": device, "stream": stream}
             run = run_settings(Recipe(), track, **settings, trust_remote_code=trust_remote_code)
             found = command(first, second, run)
@@ -166,7 +167,8 @@ def inspect(
 
         from svdconvert.commands.inspect import inspect as command
 
-        found = command(model, engine)
+        with progress.shown("inspect"):
+            found = command(model, engine)
         as_json(asdict(found)) if json else summaries.show_inspection(found)
 
 

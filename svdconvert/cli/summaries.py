@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout
+from svdconvert.cli.pictures import pictures
+from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
+from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading, loading_in_peft, vllm_advice
-from svdconvert.output.measurements import losses
 from svdconvert.output.sidecars import read_json_object
 
 if TYPE_CHECKING:
@@ -34,14 +35,11 @@ def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()
     """Print a short table of what was done, and the commands that can follow."""
     if not leads():
         return
-    table = Table(title=Text(plain(title), style="bold"), show_header=False, box=None, pad_edge=False)
-    table.title_justify = "left"
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")  # a shortened link does not work
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(Text(plain(name)), Text(plain(value)))
-    show(table)
+    show(Text(wrapped(plain(title), stdout), style="bold"))
+    known = {plain(name): plain(value) for name, value in rows.items() if value is not None}
+    width = max(map(len, known), default=0) + 1
+    for name, value in known.items():
+        show(Text(f"{name:{width}}", style="dim").append(wrapped(value, stdout, width), style="not dim"))
     for number, command in enumerate(commands):
         show(
             Text("next" if number == 0 else "  or", style="dim").append(
@@ -300,14 +298,29 @@ def show_report(report: "Report") -> None:
         }
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
+    rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
     state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
     summary(f"{report.directory} {state}", rows)
 
 
 def show_inspection(found: "Inspection") -> None:
     """Print the description of a directory."""
-    rows = {name.replace("_", " "): _readable(value) for name, value in found.details.items() if value}
+    details = {**found.details, "evaluations": [_score(one) for one in found.details.get("evaluations", ())]}
+    rows = {name.replace("_", " "): _readable(value) for name, value in details.items() if value}
     summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
+    if stdout.is_terminal:
+        for line in pictures(found, stdout.width):
+            show_line(line)
+
+
+def _score(result: Mapping[str, Any]) -> str:
+    """A result of `eval` in an inspection: gsm8k 12.3 % (10.1 % to 14.9 %)."""
+    name, score = list(result.items())[1]
+    low, high = result["interval"] or (None, None)
+    spread = f" ({low:.1%} to {high:.1%})" if low is not None else ""
+    rows = f", the first {result['rows']} rows" if result["limit"] is not None else ""
+    whose = "" if result["of_these_weights"] else ", of other weights"
+    return f"{result['task']} {name} {score:.1%}{spread}{rows}{whose}"
 
 
 def _readable(value: object) -> str:
@@ -317,26 +330,20 @@ def _readable(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ",".join(map(_readable, value))
+        return (", " if any(" " in str(one) for one in value) else ",").join(map(_readable, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_trained(out_dir: object, manifest: "Manifest") -> None:
-    """Print the losses of a training run."""
-    trained, held_out = losses(Path(str(out_dir)) / "metrics.jsonl")
-    summary(
-        f"trained into {out_dir}",
-        {
-            "steps": len(trained),
-            "loss": f"{trained[0]:.4f} -> {trained[-1]:.4f}",
-            "held-out loss": f"{held_out[0]:.4f} -> {held_out[-1]:.4f}" if held_out else None,
-            "rate": manifest.options["lr"],
-        },
-        [f"svdconvert merge {out_dir} -o MERGED", f"svdconvert to-lora {out_dir} -o LORA"]
-        if manifest.kind == "trained"
-        else [loading(manifest.layout, out_dir)],
-    )
+    """Print what a training run has changed, with its curve on a terminal."""
+    commands = [loading(manifest.layout, out_dir)]
+    if manifest.kind == "trained":  # a LoRA keeps all of the training, a merge what its dtype can hold
+        commands = [f"svdconvert to-lora {out_dir} -o LORA", f"svdconvert merge {out_dir} -o MERGED"]
+    rows = training_rows(Path(str(out_dir)), manifest)
+    curve = loss_curve(manifest, stdout) if stdout.is_terminal else None
+    chat = [f"svdconvert chat {out_dir}"] if is_text_model(manifest) else []
+    summary(f"trained into {out_dir}", {**rows, "loss curve": curve}, [*chat, *commands])

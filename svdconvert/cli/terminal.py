@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from svdconvert.hub.auth import scrub
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
+_NARROWEST = 20  # characters that a line has even on a narrower terminal
 
 def plain(value: object) -> str:
     """`value` as one line of text: control and format characters as escapes, such as \\x1b and \\n."""
@@ -29,7 +31,19 @@ def plain(value: object) -> str:
 
 def say(sentence: str) -> None:
     """Print one line on standard error, without Hub tokens that the message may contain."""
-    stderr.print(Text(f"svdconvert: {plain(scrub(sentence))}"))
+    stderr.print(Text(wrapped(f"svdconvert: {plain(scrub(sentence))}", stderr)))
+
+
+def wrapped(sentence: str, console: Console, indent: int = 0) -> str:
+    """The sentence with line breaks at spaces if `console` is a terminal; later lines have `indent` spaces.
+
+    A word that is longer than a line, such as an address, stays whole.
+    """
+    if not console.is_terminal:
+        return sentence
+    width = max(console.width - indent, _NARROWEST)
+    lines = wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
 
 
 def notify(sentence: str) -> None:

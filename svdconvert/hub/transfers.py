@@ -161,3 +161,16 @@ def _xet_followed(transfer: Transfer) -> Iterator[None]:
     finally:
         for name, (module, before) in found.items():
             setattr(module, name, before)
+
+
+@contextmanager
+def hub_bars_restored() -> Iterator[None]:
+    """Leave huggingface_hub's setting of its own bars as it was, whatever changes it meanwhile."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    try:
+        yield
+    finally:
+        if were_disabled:
+            disable_progress_bars()

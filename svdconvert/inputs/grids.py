@@ -36,6 +36,17 @@ def grids_of(manifest: Manifest) -> dict[str, Grid]:
     return {title: grid for title, grid in found.items() if grid and any(grid.values())}
 
 
+def by_role_and_layer(grids: Mapping[str, Grid]) -> dict[str, dict[str, dict[int, float]]]:
+    """The same as title -> role -> layer -> value, which JSON can hold; roles and layers are sorted."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for title, grid in grids.items():
+        rows: dict[str, dict[int, float]] = {role: {} for role in sorted({role for _, role in grid})}
+        for layer, role in sorted(grid):
+            rows[role][layer] = grid[layer, role]
+        found[title] = rows
+    return found
+
+
 def place_of(name: str) -> tuple[int, str] | None:
     """(layer, role) of a tensor or module by its name; None if the name has no number of a layer."""
     found = _LAYER.search(name)

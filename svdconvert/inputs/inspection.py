@@ -17,10 +17,13 @@ from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
+from svdconvert.inputs.grids import by_role_and_layer, grids_of
 from svdconvert.inputs.model import OpenModel, open_headers
 from svdconvert.inputs.storage_format import bits_per_weight, formats
 from svdconvert.layouts.loading import loading, loading_in_peft
-from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
+from svdconvert.manifest.evaluations import manifest_fingerprint, read_evaluations
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest, training_of
+from svdconvert.manifest.training import Training
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
 from svdconvert.quantization.view import DecodedSource
@@ -38,6 +41,10 @@ class Inspection(Shown):
     next: list[str]
     """Commands that can follow."""
     details: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    """Losses of a training in the order of its steps, by name; empty if nothing is recorded of one."""
+    grids: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """What was measured of every matrix: title -> role -> layer -> value."""
 
     def shown_as(self) -> Mapping[str, object]:
         """What it is and the first command that can follow."""
@@ -56,7 +63,7 @@ def describe(model: str | Path) -> Inspection:
         return _inspect_unfinished(path)
     path = path if path.exists() else fetch(str(model), "adapter").path
     if has_manifest(path):
-        return _inspect_manifest(str(model), read_manifest(path))
+        return _inspect_manifest(str(model), path, read_manifest(path))
     if is_adapter(path):
         return _inspect_adapter(path)
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
@@ -89,7 +96,9 @@ def _inspect_unfinished(path: Path) -> Inspection:
     )
 
 
-def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
+def _inspect_manifest(name: str, path: Path, manifest: Manifest) -> Inspection:
+    training = training_of(path, manifest)
+    curves = {"loss": training.losses, "held-out loss": training.held_out} if training else {}
     details = {
         "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
@@ -99,8 +108,45 @@ def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
         "options": non_default_options(section_of(manifest.kind, manifest.command), manifest.options),
         **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
+        **_training_details(training),
+        "evaluations": _evaluation_details(path, manifest),
     }
-    return Inspection(path, manifest.kind, _summary(manifest), _next_commands(path, manifest), details)
+    return Inspection(
+        name,
+        manifest.kind,
+        _summary(manifest),
+        _next_commands(name, manifest),
+        details,
+        curves={name: [value for _, value in points] for name, points in curves.items() if points},
+        grids=by_role_and_layer(grids_of(manifest)),
+    )
+
+
+def _training_details(training: Training | None) -> dict[str, Any]:
+    if training is None:
+        return {}
+    return {
+        "trained_on": training.data,
+        "steps": training.steps,
+        "final_loss": training.losses[-1][1] if training.losses else None,
+        "held_out_loss": training.held_out[-1][1] if training.held_out else None,
+    }
+
+
+def _evaluation_details(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The results of `eval`, those of other weights marked as such."""
+    fingerprint = manifest_fingerprint(manifest)
+    return [
+        {
+            "task": result.task,
+            result.headline: result.score,
+            "interval": list(result.grades["strict"].interval) if "strict" in result.grades else None,
+            "rows": result.data.rows,
+            "limit": result.data.limit,
+            "of_these_weights": result.model.fingerprint == fingerprint,
+        }
+        for result in read_evaluations(path)
+    ]
 
 
 def _summary(manifest: Manifest) -> str:

@@ -147,10 +147,15 @@ def read_evaluations(directory: Path) -> list[EvaluationResult]:
 
     Raises ArtifactError if a file is damaged or of an unknown format.
     """
+    return [read_evaluation(path) for path in result_paths(directory)]
+
+
+def result_paths(directory: Path) -> list[Path]:
+    """The files of the results in DIR/evaluations, sorted. Raises ArtifactError if there are too many."""
     paths = sorted((directory / FOLDER).glob("*.json"))
     if len(paths) > MOST_RESULTS:
         raise ArtifactError(f"{directory / FOLDER} holds more than {MOST_RESULTS} results; remove some")
-    return [read_evaluation(path) for path in paths]
+    return paths
 
 
 def read_evaluation(path: Path) -> EvaluationResult:

@@ -138,6 +138,7 @@ class Manifest(Shown):
         """Kind, method, ranks, base, and the measurements of all matrices together."""
         ranks = sorted({matrix.rank for matrix in self.matrices.values()})
         energies = [matrix.energy for matrix in self.matrices.values() if matrix.energy is not None]
+        held_out = self.training.held_out if self.training else ()
         return {
             "kind": self.kind,
             "method": self.method or None,
@@ -146,9 +147,7 @@ class Manifest(Shown):
             "matrices": len(self.matrices) or None,
             "base": self.base.location if self.base else None,
             "mean energy": round(sum(energies) / len(energies), 4) if energies else None,
-            "held-out loss": self.training.held_out[-1][1]
-            if self.training and self.training.held_out
-            else None,
+            "held-out loss": held_out[-1][1] if held_out else None,
             "files": len(self.files),
         }
 

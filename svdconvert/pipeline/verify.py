@@ -61,6 +61,8 @@ class Report(Shown):
     """Share of the entries of adapted matrices that are reconstructed bit for bit from the stored files."""
     reductions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of a 4-bit residual: norm -> role -> the mean share by which its errors are below those of NF4."""
+    evaluations: int = 0
+    """Results of `eval` that were compared with their answers."""
     faults: list[str] = field(default_factory=list)
     """Differences from the manifest, one sentence each."""
 

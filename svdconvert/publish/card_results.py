@@ -8,7 +8,13 @@ import yaml
 
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import with_retries
-from svdconvert.manifest.evaluations import FOLDER, EvaluationResult, manifest_fingerprint, read_evaluation
+from svdconvert.manifest.evaluations import (
+    FOLDER,
+    EvaluationResult,
+    manifest_fingerprint,
+    read_evaluation,
+    result_paths,
+)
 from svdconvert.manifest.schema import Manifest
 from svdconvert.publish.card_text import cell
 
@@ -30,7 +36,7 @@ def own_results(directory: Path, manifest: Manifest) -> dict[Path, EvaluationRes
     Raises ArtifactError if a file is damaged.
     """
     fingerprint = manifest_fingerprint(manifest)
-    found = {path: read_evaluation(path) for path in sorted((directory / FOLDER).glob("*.json"))}
+    found = {path: read_evaluation(path) for path in result_paths(directory)}
     return {path: one for path, one in found.items() if one.model.fingerprint == fingerprint}
 
 

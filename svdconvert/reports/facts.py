@@ -130,7 +130,7 @@ def by_role(grid: Grid) -> list[dict[str, str]]:
             "mean": f"{sum(values) / len(values):.4g}",
             "largest": f"{max(values):.4g}",
         }
-        for role, values in roles.items()
+        for role, values in sorted(roles.items())
     ]
 
 

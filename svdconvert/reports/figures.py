@@ -92,7 +92,7 @@ def curves(title: str, x: str, lines: Sequence[Curve], *, log: bool = False) -> 
             _draw(axes, line)
         axes.set_xlabel(x)
         if log:
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.margins(x=0.02)
         _legend(axes)
     return svg.text
@@ -111,11 +111,11 @@ def bands(title: str, x: str, groups: Mapping[str, Sequence[Sequence[float]]]) -
             means = [sum(row) / len(row) for row in rows]
             colour = _COLOURS[number % len(_COLOURS)]
             axes.fill_between(
-                places, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.12, lw=0
+                places, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.07, lw=0
             )
             _draw(axes, Curve(points=list(zip(places, means, strict=True)), label=name, colour=number))
         axes.set_xlabel(x)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.margins(x=0.02)
         _legend(axes)
     return svg.text
@@ -159,10 +159,23 @@ def _draw(axes: "Axes", line: Curve) -> None:
     )
 
 
+def _logarithmic(axes: "Axes") -> None:
+    """A logarithmic scale with plain numbers, which need no mathematical typesetting."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _legend(axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     if 1 < len(labels) <= _MOST_NAMES:
-        axes.legend(handles, labels, loc="best", handlelength=1.4, labelspacing=0.3)
+        columns = 4 if max(map(len, labels)) < 12 else 2
+        axes.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=columns, handlelength=1.4
+        )
 
 
 def _short(name: str) -> str:

@@ -55,7 +55,7 @@ def inline_heatmap(title: str, values: Mapping[tuple[int, str], float]) -> str:
 
     From the least to the largest value on a linear scale, on a logarithmic one if they are far apart.
     """
-    roles = list(dict.fromkeys(role for _, role in values))
+    roles = sorted({role for _, role in values})
     layers = sorted({layer for layer, _ in values})
     low = min(values.values())
     high = max(values.values())

@@ -59,18 +59,24 @@ def _section(subject: Subject) -> dict[str, Any]:
     spectra = subject.spectra
     figures = []
     if any(any(members) for members in spectra.adapter.values()):
-        figures.append(bands("Singular values of the adapter at its start", "index", spectra.adapter))
+        figures.append(
+            bands("Singular values of the adapter at its start", "index", _sorted(spectra.adapter))
+        )
     if spectra.change:
-        figures.append(bands("Singular values of the change by training", "index", spectra.change))
+        figures.append(bands("Singular values of the change by training", "index", _sorted(spectra.change)))
     return {
         "name": subject.name,
-        "summary": subject.inspection.summary,
+        "summary": subject.inspection.summary[:1].upper() + subject.inspection.summary[1:],
         "facts": described(subject),
         "heatmaps": [
             {"title": title, "svg": Markup(inline_heatmap(title, grid)), "rows": by_role(grid)}
             for title, grid in subject.grids.items()
         ],
-        "figures": [Markup(figure) for figure in figures],
+        "figures": [
+            Markup(bands(title, "index", {role: roles[role] for role in sorted(roles)}))
+            for title, roles in spectra.items()
+            if any(any(members) for members in roles.values())
+        ],
         "samples": subject.training.samples[:_MOST_SAMPLES] if subject.training else (),
         "missing": subject.missing,
     }

@@ -192,12 +192,14 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
         metrics.sync()
         staged.keep()
 
-    follower = _Follower(job.steps, last_held_out(staged.path / METRICS) if checkpoints.step else None)
-    report("train", checkpoints.step, job.steps, "steps")
+    before = last_held_out(staged.path / METRICS) if checkpoints.step else None
+    follower = _Follower(job.steps, checkpoints.step, {} if before is None else {"held_out": before})
+    follower.report()
 
     def record(log: Log) -> None:
-        follower.report(log)
+        follower.note(log)
         metrics.write(log)
+        follower.report()
         job.watch(log, job.steps)
 
     checkpoints = replace(checkpoints, before_save=before_save)
@@ -212,19 +214,23 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
 
 @dataclass
 class _Follower:
-    """Reports measurements as the progress of the phase "train"."""
+    """Reports the newest measurements as the progress of the phase "train"."""
 
     steps: int
-    held_out: float | None
-    """The last held-out loss, in a resumed run that of the earlier one."""
+    step: int
+    facts: dict[str, float]
 
-    def report(self, log: Log) -> None:
+    def note(self, log: Log) -> None:
+        """Remember a measurement."""
+        self.step = log.step
         if isinstance(log, EvalLog):
-            self.held_out = log.eval_loss
+            self.facts["held_out"] = log.eval_loss
         elif isinstance(log, StepLog):
-            held_out = {} if self.held_out is None else {"held_out": self.held_out}
-            facts = {"loss": log.loss, **held_out, "lr": log.lr, "tokens_per_second": log.speed}
-            report("train", log.step, self.steps, "steps", **facts)
+            self.facts |= {"loss": log.loss, "lr": log.lr, "tokens_per_second": log.speed}
+
+    def report(self) -> None:
+        """Say how far the training is, also after something else was done."""
+        report("train", self.step, self.steps, "steps", **self.facts)
 
 
 def _drift_is_due(job: TrainingJob, step: int) -> bool:

@@ -302,7 +302,7 @@ def test_a_damaged_factor_file_is_computed_again(models: tuple[Path, Path], tmp_
     def stop(progress: Progress) -> None:
         if progress.done > progress.total // 2:
             file = tmp_path / "out.partial" / "factors" / "1.f32"
-            broken.append(progress.name)
+            broken.append(progress.phase)
             file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
             raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from svdconvert.config.progress import report
+from svdconvert.hub.transfers import hub_bars_restored
 
 
 @contextmanager
@@ -26,19 +27,15 @@ def loading_reported() -> Iterator[None]:
 
 @contextmanager
 def _bars_disabled(transformers_logging: Any) -> Iterator[None]:
-    """Without bars of transformers and of huggingface_hub, which it disables and enables too."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-
-    hub_disabled = are_progress_bars_disabled()
-    were_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            transformers_logging.enable_progress_bar()
-        if hub_disabled:
-            disable_progress_bars()
+    """Without bars of transformers; with them it disables and enables those of huggingface_hub."""
+    with hub_bars_restored():
+        were_enabled = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if were_enabled:
+                transformers_logging.enable_progress_bar()
 
 
 def _counter(factory: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> "_Counter":
