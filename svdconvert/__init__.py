@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
     from svdconvert.manifest.schema import Manifest, read_manifest
+    from svdconvert.workflow.run import run
 
 __all__ = [
     "CombineOptions",
@@ -61,6 +62,7 @@ __all__ = [
     "push",
     "read_manifest",
     "report",
+    "run",
     "to_lora",
     "train",
     "verify",
@@ -81,6 +83,7 @@ _MODULES = {
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
     "read_manifest": "manifest.schema",
+    "run": "workflow.run",
     "verify_merge": "commands.verify",
 }
 """Exported name -> its module; a command's function is in the module of the same name."""

@@ -35,6 +35,7 @@ LEVELS = (
     "evaluation",
     "reports",
     "commands",
+    "workflow",
     "cli",
     "__main__",
     "__init__",

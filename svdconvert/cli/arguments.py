@@ -56,7 +56,10 @@ OutOpt = Annotated[
 ]
 RecipeOpt = Annotated[
     Path | None,
-    typer.Option("--recipe", help="A YAML file of options; options on the command line override it."),
+    typer.Option(
+        "--recipe",
+        help="A YAML file of options, or a name that svdconvert list recipes shows; typed options override it.",
+    ),
 ]
 PlanOpt = Annotated[
     bool, typer.Option("--plan", help="Write nothing; print what would be done, by reading headers only.")

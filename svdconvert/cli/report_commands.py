@@ -198,11 +198,13 @@ def report(
 
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
-    what: Annotated[Literal["methods", "layouts", "merges", "formats"], typer.Argument(help="What to list.")],
+    what: Annotated[
+        Literal["methods", "layouts", "merges", "formats", "recipes"], typer.Argument(help="What to list.")
+    ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods, the layouts, the methods that merge, or the formats of quantised weights."""
+    """List methods, layouts, methods that merge, formats of quantised weights, or recipes."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

@@ -13,7 +13,6 @@ from svdconvert.cli.arguments import (
     DebugOpt,
     DeviceOpt,
     JsonOpt,
-    OverwriteOpt,
     ThreadsOpt,
     TrustOpt,
     required,

@@ -24,6 +24,7 @@ stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
 _NARROWEST = 20  # characters that a line has even on a narrower terminal
 
+
 def plain(value: object) -> str:
     """`value` as one line of text: control and format characters as escapes, such as \\x1b and \\n."""
     return visible(str(value))

@@ -44,7 +44,9 @@ def kept_evaluation(evaluations: list[dict[str, Any]], options: Any) -> dict[str
 
 def _steps(taken: int, options: Any) -> str:
     if options.get("steps") and taken < options["steps"]:
-        return f"{taken} of {options['steps']}: {options.get('patience')} evaluations without a new lowest loss"
+        return (
+            f"{taken} of {options['steps']}: {options.get('patience')} evaluations without a new lowest loss"
+        )
     return str(taken)
 
 

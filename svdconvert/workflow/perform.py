@@ -1,11 +1,10 @@
-"""The steps of `run`: each calls one command, unless its directory is there and was made with these options."""
+"""The steps of `run`: each calls one command, unless its directory is there, made with the same options."""
 
 import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from svdconvert.commands.decompose import decompose
 from svdconvert.commands.evaluate import evaluate
@@ -60,7 +59,7 @@ _COMMANDS: Mapping[str, Callable[[Plan, Path, Run, Watch], None]] = {
 
 
 def _adapter(plan: Plan) -> Path:
-    """What is merged or converted: the trained adapter, or the initial one of a recipe that trains nothing."""
+    """What is merged or converted: the trained adapter, or the initial one if nothing is trained."""
     return plan.path("trained" if "train" in plan.steps else "decomposed")
 
 
@@ -122,9 +121,3 @@ def _is_answered(directory: Path, task: Task, section: EvalSection) -> bool:
 def continuing(run: Run) -> Run:
     """The settings of a single step: what may be overwritten was removed before the first one."""
     return replace(run, overwrite=False)
-
-
-def plain_values(options: Any) -> dict[str, Any]:
-    """Options as JSON has them."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(options)))
-    return values

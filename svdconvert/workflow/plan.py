@@ -67,7 +67,7 @@ class Experiment:
         return any(plan.evaluation is not None and plan.evaluation.base for plan in self.plans)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that shapes the results, as JSON: an interrupted run continues only if it is the same."""
+        """Everything that shapes the results: an interrupted run continues only if it is the same."""
         return {
             plan.name: {
                 "steps": [*plan.steps, *(["report"] if self.reports else [])],
