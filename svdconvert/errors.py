@@ -11,6 +11,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
 ├── HubError               the Hub refuses an upload, or is out of reach during one
 ├── DataError              training data that cannot be used
+├── SandboxError           generated code cannot be confined, or must not be run
 └── MissingPackageError    an optional package is not installed
 
 Faults of the program itself are assertions, which are never caught.
@@ -72,6 +73,10 @@ class HubError(SvdConvertError):
 
 class DataError(SvdConvertError):
     """Training data that cannot be used."""
+
+
+class SandboxError(SvdConvertError):
+    """Generated code cannot be confined on this system, or must not be run without consent."""
 
 
 class MissingPackageError(SvdConvertError):

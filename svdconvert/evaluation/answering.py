@@ -3,9 +3,9 @@
 B: rows of the batch, V: vocabulary.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -176,11 +176,10 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], b
 
     An end-of-text token that the tokenizer appends is left out, because the answer follows.
     """
-    encode: Callable[..., object] = tokenizer
+    encode: Any = tokenizer
     found = []
     for text in texts:
-        encoding: dict[str, list[int]] = encode(text, verbose=False)  # type: ignore[assignment]
-        ids = list(encoding["input_ids"])
+        ids: list[int] = list(encode(text, verbose=False)["input_ids"])
         while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids.pop()
         found.append(ids or [bos])
@@ -197,7 +196,7 @@ def ending_ids(network: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> froz
 
 def context_length(network: nn.Module) -> int | None:
     """The most tokens that a network takes; None if its configuration has no limit."""
-    config = getattr(network, "config", None)
-    text = config.get_text_config() if config is not None else None  # type: ignore[union-attr, operator]
+    config: Any = getattr(network, "config", None)
+    text = config.get_text_config() if config is not None else None
     length = getattr(text, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

@@ -15,8 +15,9 @@ from svdconvert.plugins import Registry
 Record = Mapping[str, Any]
 """A row of a data set, by the names of its fields."""
 
-Protocol = Literal["strict", "paper"]
-"""`strict` is right; `paper` grades as the published code does, with its faults."""
+Protocol = Literal["strict", "paper", "paper-pissa"]
+"""`strict` is right; `paper` grades as the published code does, with its faults, and `paper-pissa` as PiSSA's
+does if that differs."""
 PROTOCOLS: tuple[Protocol, ...] = ("strict", "paper")
 
 

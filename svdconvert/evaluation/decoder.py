@@ -28,8 +28,9 @@ def shared_beginning(rows: Sequence[Tokens]) -> list[int]:
     """The tokens that all rows begin with; every row has at least one more."""
     if not rows:
         return []
-    first = min(rows)
-    last = max(rows)  # the sorted order makes these two differ first
+    ordered = [list(row) for row in rows]
+    first = min(ordered)
+    last = max(ordered)  # no two rows differ earlier than these
     shortest = min(map(len, rows))
     count = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
     return list(first[: min(count, shortest - 1)])

@@ -34,10 +34,10 @@ def open_decoder(network: nn.Module, beginning: Tokens, longest: int) -> Decoder
 class CachedDecoder:
     """A network of transformers with a cache of keys and values; rows are padded on the left."""
 
-    def __init__(self, network: nn.Module, beginning: Tokens) -> None:
+    def __init__(self, network: Any, beginning: Tokens) -> None:
         from svdconvert.evaluation.growing_cache import new_cache
 
-        self._network: Any = network
+        self._network = network
         self._shared = len(beginning)
         self._options = _last_logits_only(network)
         self._beginning = new_cache(network)

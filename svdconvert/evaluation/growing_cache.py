@@ -13,11 +13,11 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 _ROOM = 128  # tokens that are added to the buffers at a time
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The keys and values of one layer, (B, H, T, D), as views of buffers with room for more tokens."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -72,19 +72,21 @@ def new_cache(network: Any) -> DynamicCache:
 def repeated(cache: DynamicCache, network: Any, count: int) -> DynamicCache:
     """A cache of `count` rows, each with what the single row of `cache` holds."""
     copy = new_cache(network)
-    for number, layer in enumerate(cache.layers):
+    layers: Any = cache.layers
+    for number, layer in enumerate(layers):
         if layer.keys is None or layer.values is None:
             continue
         keys, values = (part.expand(count, -1, -1, -1) for part in (layer.keys, layer.values))
         copy.update(keys, values, number)
         if hasattr(layer, "cumulative_length"):
-            copy.layers[number].cumulative_length = layer.cumulative_length
+            vars(copy.layers[number])["cumulative_length"] = layer.cumulative_length
     return copy
 
 
 def keep_rows(cache: DynamicCache, indices: Tensor) -> None:
     """Keep some rows of the batch, in every layer."""
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         layer.batch_select_indices(indices)
 
 
@@ -96,10 +98,12 @@ def shortest_window(network: Any) -> int | None:
 
 def cache_bytes_per_token(network: Any, dtype: torch.dtype) -> int:
     """How many bytes of keys and values a token takes; an upper bound for layers that share them."""
-    config = network.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    config: Any = network.config.get_text_config(decoder=True)
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     width = getattr(config, "hidden_size", 1)
-    size = getattr(config, "head_dim", None) or width // max(1, getattr(config, "num_attention_heads", 1))
+    size: Any = getattr(config, "head_dim", None) or width // max(
+        1, getattr(config, "num_attention_heads", 1)
+    )
     layers = getattr(config, "num_hidden_layers", 1)
     return 2 * int(layers) * int(_largest(heads)) * int(_largest(size)) * dtype.itemsize
 

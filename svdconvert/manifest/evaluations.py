@@ -95,7 +95,7 @@ class EvaluationResult(Shown, _Part):
     model: EvaluatedModel
     options: Mapping[str, Any] = {}
     """Everything else that shapes the answers: element type, batch size, limits, stop strings."""
-    grades: Mapping[Literal["strict", "paper"], GradeCount]
+    grades: Mapping[Literal["strict", "paper", "paper-pissa"], GradeCount]
     metrics: Mapping[str, Number]
     headline: str
     """The key of `metrics` that stands for the task."""

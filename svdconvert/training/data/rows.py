@@ -32,8 +32,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 def read_rows(data: str, split: str = "train", revision: str | None = None) -> Iterable[Row]:
     """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a Hub data set.
 
-    `revision` is a commit of the data set, by default the newest one. An existing path takes precedence over
-    a Hub id of the same name. Raises DataError if `data` is neither, or has no rows.
+    An existing path takes precedence over a Hub id of the same name; `revision` is a commit of a data set.
+    Raises DataError if `data` is neither, or has no rows.
     """
     path = Path(data)
     report("read rows", 0, name=data)

@@ -1,0 +1,64 @@
+"""svdconvert eval: the scores of a model on the tasks of the papers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from svdconvert.config.evaluation import EvaluationOptions
+from svdconvert.config.execution import Run
+from svdconvert.errors import RecipeError
+from svdconvert.evaluation.asking import Answering
+from svdconvert.evaluation.base import Task, tasks_named
+from svdconvert.evaluation.loading import open_answering
+from svdconvert.evaluation.questions import read_questions
+from svdconvert.evaluation.run import CodeRunner, evaluate_task, refuse_misfit, regrade_task
+from svdconvert.evaluation.store import TaskFiles, results_folder
+from svdconvert.manifest.evaluations import EvaluationResult
+
+
+def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the results go)
+    directory: str | Path,
+    tasks: Sequence[str],
+    options: EvaluationOptions | None = None,
+    run: Run | None = None,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    base: str | None = None,
+    residual: str | None = None,
+    output: str | Path | None = None,
+) -> list[EvaluationResult]:
+    """Let the model of a directory, or `org/name`, answer `tasks`, and grade the answers.
+
+    `tasks` are names of tasks or of groups of tasks. `data` and `limit` override those of `options`. Results
+    and answers are written to `evaluations` in the directory, or in `output` if that is given; a run that was
+    killed is continued. `base` and `residual` override locations in an adapter's manifest. Raises
+    SvdConvertError with one sentence.
+    """
+    run = run or Run()
+    options = options or EvaluationOptions()
+    options = replace(options, data=data or options.data, limit=limit or options.limit)
+    chosen = tasks_named(tasks)
+    _refuse_shared_data(chosen, options)
+    folder = results_folder(str(directory), Path(output) if output is not None else None)
+    files = [TaskFiles(folder, task.name, run.ranks) for task in chosen]
+    code = CodeRunner()
+    if options.regrade:
+        return [regrade_task(task, one, code) for task, one in zip(chosen, files, strict=True)]
+    questions = [read_questions(task, options.data, options.limit) for task in chosen]
+    opened = open_answering(directory, run, base=base, residual=residual)
+    refuse_misfit(opened, chosen)
+    if run.ranks.leads:
+        for one in files:
+            one.prepare(overwrite=run.overwrite)
+    run.ranks.wait()
+    model = Answering(opened, options, run)
+    return [evaluate_task(model, asked, one, code) for asked, one in zip(questions, files, strict=True)]
+
+
+def _refuse_shared_data(tasks: Sequence[Task], options: EvaluationOptions) -> None:
+    if options.data is not None and len(tasks) > 1:
+        raise RecipeError(
+            f"--data {options.data} holds the rows of one task, and {', '.join(task.name for task in tasks)} "
+            "are several; give one task"
+        )
