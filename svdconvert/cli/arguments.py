@@ -58,7 +58,7 @@ RecipeOpt = Annotated[
     Path | None,
     typer.Option(
         "--recipe",
-        help="A YAML file of options, or a name that svdconvert list recipes shows; typed options override it.",
+        help="A YAML file of options, or a name from svdconvert list recipes; typed options override it.",
     ),
 ]
 PlanOpt = Annotated[

@@ -1,4 +1,4 @@
-"""svdconvert list: the available methods, layouts, merge methods, formats of quantised weights, and recipes."""
+"""svdconvert list: methods, layouts, merge methods, formats of quantised weights, and recipes."""
 
 from collections.abc import Callable
 from itertools import takewhile

@@ -34,8 +34,10 @@ _ROW = 0.22  # inches of a score
 
 
 def draw_learning(curves: Curves, bars: Bars) -> str:
-    """An SVG: one panel for each measurement, the mean over the seeds in a band from least to largest, and one
-    for each task with the scores. The same values give the same bytes."""
+    """An SVG: a panel for each measurement and each task. The same values give the same bytes.
+
+    A curve is the mean over the seeds, in a band from the least to the largest.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
