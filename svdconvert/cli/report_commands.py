@@ -19,7 +19,7 @@ from svdconvert.cli.arguments import (
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.options import SingleOptions, Typed, with_options
-from svdconvert.cli.terminal import as_json
+from svdconvert.cli.terminal import as_json, notify
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import Recipe
@@ -48,7 +48,9 @@ def push(
         from svdconvert.commands.push import push as command
 
         with progress.shown("push"):
-            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+            options = PushOptions(**typed)
+            run = Run(notify=notify)
+            done = command(directory, repository, options, base=base, residual=residual, run=run)
         summaries.show_published(directory, repository, done)
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from svdconvert.publish.upload import Published
 
 _NO_BASE = (
-    "the card names no model to load it on, because that was a local directory: push that too, write it "
-    "into the card, or delete README.md on the Hub and push again with --base or --residual ORG/NAME"
+    "the card names no model to load it on, because that is a local directory: push that too, and push this "
+    "again with --base or --residual ORG/NAME, which writes a card that nobody has edited anew"
 )
 _MANY = 12  # entries of a mapping that a screen shows
 

@@ -1,12 +1,13 @@
 """Upload a finished directory as one commit of a repository."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.display import Shown
+from svdconvert.config.execution import ignore_message
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
@@ -25,6 +26,7 @@ from svdconvert.publish.files import (
     UploadFiles,
     collect_files,
     resolve_source_repos,
+    unnamed_models,
     without_local_paths,
 )
 
@@ -114,14 +116,18 @@ def check_destination(destination: Destination) -> None:
             return  # they are created when the work is done
 
 
-def upload(directory: Path, destination: Destination) -> Published:
+def upload(
+    directory: Path, destination: Destination, notify: Callable[[str], None] = ignore_message
+) -> Published:
     """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
-    Raises HubError with one sentence; the same push can be repeated.
+    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         repos = resolve_source_repos(manifest, destination.base, destination.residual)
+        for sentence in unnamed_models(manifest, repos):
+            notify(sentence)
         open_repository(destination)
         return commit_directory(directory, manifest, destination, repos)
 

@@ -56,14 +56,10 @@ def _table(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
 
 
 def _section(subject: Subject) -> dict[str, Any]:
-    spectra = subject.spectra
-    figures = []
-    if any(any(members) for members in spectra.adapter.values()):
-        figures.append(
-            bands("Singular values of the adapter at its start", "index", _sorted(spectra.adapter))
-        )
-    if spectra.change:
-        figures.append(bands("Singular values of the change by training", "index", _sorted(spectra.change)))
+    spectra = {
+        "Singular values of the adapter at its start": subject.spectra.adapter,
+        "Singular values of the change by training": subject.spectra.change,
+    }
     return {
         "name": subject.name,
         "summary": subject.inspection.summary[:1].upper() + subject.inspection.summary[1:],
