@@ -46,6 +46,9 @@ def run(
             help="Another value than the recipe's, such as train.steps=2; may be given several times.",
         ),
     ] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run the programs that the model writes for tasks of code.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again, in a directory that another run wrote.")
     ] = False,
@@ -65,7 +68,8 @@ def run(
         with progress.shown("run") as track:
             settings = {"overwrite": overwrite, "threads": threads, "device": device}
             execution = run_settings(shared, track, **settings, trust_remote_code=trust_remote_code)
-            found = command(recipe, directory, execution, changes=_changes(changes or [], model))
+            given = [*(changes or []), *(["eval.run_code=true"] if run_code else [])]
+            found = command(recipe, directory, execution, changes=_changes(given, model))
         as_json([asdict(one) for one in found]) if json else run_summaries.show_outcomes(directory, found)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass as checked
+from typing_extensions import Self
 
 from svdconvert.checkpoint.file_names import name_fault
 from svdconvert.config.evaluation import EvaluationOptions
@@ -33,6 +34,12 @@ FOLDERS: Mapping[str, str] = {
 """Step -> the directory that it writes."""
 BASE = "base"
 """The directory with the results of the untouched model."""
+RECORD = "run.json"
+RESULTS = "results.json"
+REPORT = "report.html"
+PICTURE = "curves.svg"
+FILES = (RECORD, RESULTS, REPORT, PICTURE)
+"""What `run` writes next to the directories."""
 OWN_KEYS = ("variants", "seeds", "steps")
 _MOST = 1000  # runs of one recipe
 
@@ -49,6 +56,12 @@ class EvalSection(EvaluationOptions):
     """Who is asked: trained, merged, lora or decomposed; by default what was trained, else decomposed."""
     base: bool = False
     """Ask the untouched model too."""
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if self.regrade:
+            raise ValueError("regrade is for svdconvert eval, when a run is finished")
+        return self
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)
@@ -95,9 +108,9 @@ def check_experiment(content: Mapping[str, Any], source: str) -> None:
 
 
 def names_a_directory(name: Any) -> bool:
-    """True for a variant's name that can be that of a directory next to those of `run` itself."""
-    taken = (BASE, *FOLDERS.values())
-    return isinstance(name, str) and name_fault(name) is None and "/" not in name and name not in taken
+    """True for a variant's name that can be that of a directory next to what `run` writes itself."""
+    is_plain = isinstance(name, str) and name_fault(name) is None and "/" not in name
+    return is_plain and name not in (BASE, *FILES)
 
 
 def _check_steps(steps: Any, source: str) -> None:

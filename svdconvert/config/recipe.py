@@ -116,6 +116,7 @@ def read_recipe(path: Path | None) -> Recipe:
     variants: dict[str, Mapping[str, Any]] = {}
     for name, changes in (own["variants"] or {}).items():
         variants[name] = _changes(changes or {}, f"{path}: variants: {name}", path.parent)
+    _refuse_consent([sections, *variants.values()], path)
     steps = own["steps"] and [step.replace("-", "_") for step in own["steps"]]
     return Recipe(shared, sections, path, present, variants, own["seeds"] or (), steps)
 
@@ -151,6 +152,15 @@ def _parse(
         _refuse_unknown(options, [entry.name for entry in fields(kind)], f"{source}: {name}")
         sections[name] = with_neighbours(name, options, folder)
     return shared, sections
+
+
+def _refuse_consent(parts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raise RecipeError if a recipe, which may come from anybody, allows to run what a model wrote."""
+    if any("run_code" in (part.get("eval") or {}) for part in parts):
+        raise RecipeError(
+            f"{path}: eval: run_code is not read from a recipe, because it runs what a model wrote; type "
+            "svdconvert run with --run-code"
+        )
 
 
 def _changes(content: Any, source: str, folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from svdconvert.commands.decompose import decompose
@@ -89,20 +89,22 @@ def _evaluate(plan: Plan, run: Run) -> None:
         directory = plan.path(folder)
         for task in tasks_named(section.tasks):
             if not _is_answered(directory, task, section):
-                evaluate(directory, [task.name], _options_of(section), run)
+                evaluate(directory, [task.name], _options_of(section, task), run)
 
 
 def evaluate_base(plan: Plan, out: Path, run: Run) -> None:
     """Ask the untouched model, with the results in `out`."""
     assert plan.evaluation is not None
     for task in tasks_named(plan.evaluation.tasks):
-        evaluate(plan.model, [task.name], _options_of(plan.evaluation), run, output=out)
+        evaluate(plan.model, [task.name], _options_of(plan.evaluation, task), run, output=out)
     gc.collect()
 
 
-def _options_of(section: EvalSection) -> EvaluationOptions:
-    values = {name: value for name, value in vars(section).items() if name not in ("tasks", "of", "base")}
-    return EvaluationOptions(**values)
+def _options_of(section: EvalSection, task: Task) -> EvaluationOptions:
+    """The options of eval for one task, of which only some run code."""
+    names = [entry.name for entry in fields(EvaluationOptions)]
+    of_code = () if task.runs_code else ("run_code", "sandbox")
+    return EvaluationOptions(**{name: getattr(section, name) for name in names if name not in of_code})
 
 
 def _is_answered(directory: Path, task: Task, section: EvalSection) -> bool:

@@ -68,14 +68,15 @@ class Experiment:
 
     def identity(self) -> dict[str, Any]:
         """Everything that shapes the results: an interrupted run continues only if it is the same."""
-        return {
-            plan.name: {
+        found = {
+            plan.variant.name: {
                 "steps": [*plan.steps, *(["report"] if self.reports else [])],
                 **plan.variant.shared,
                 **{key: dict(value) for key, value in plan.variant.sections.items() if value},
             }
             for plan in self.plans
         }
+        return {"recipe": found[""]} if "" in found else {"runs": found}
 
 
 def plan_experiment(recipe: Recipe, changes: Mapping[str, Any], out: Path) -> Experiment:

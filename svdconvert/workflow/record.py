@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from svdconvert.config.experiment import BASE, FOLDERS, names_a_directory
+from svdconvert.config.experiment import (
+    BASE,
+    FOLDERS,
+    PICTURE,
+    RECORD,
+    RESULTS,
+    names_a_directory,
+)
 from svdconvert.errors import OutputError
 from svdconvert.output.journal import require_same_run
 from svdconvert.output.ownership import check_free, sync_directory
 from svdconvert.output.sidecars import read_json_object
 from svdconvert.version import __version__
 
-RECORD = "run.json"
-RESULTS = "results.json"
-REPORT = "report.html"
-PICTURE = "curves.svg"
 _FORMAT = 1
 
 
@@ -27,7 +30,7 @@ def begin(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     With `overwrite`, what another run left there is removed. Raises OutputError if `out` holds something
     else, or belongs to another recipe, with what differs.
     """
-    record = {"format": _FORMAT, "svdconvert": __version__, "runs": identity}
+    record = {"format": _FORMAT, "svdconvert": __version__, **identity}
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} is no directory; choose another -o")
     if (out / RECORD).is_file():
@@ -35,7 +38,7 @@ def begin(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
         if not overwrite:
             require_same_run(before, json.loads(json.dumps(record)), out)
             return
-        _remove(out, {*before["runs"], *identity})
+        _remove(out, before.get("runs"))
     elif out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} holds other files and no {RECORD}; choose another -o")
     try:
@@ -48,15 +51,14 @@ def begin(out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """The record. Raises OutputError if it is damaged."""
     found = read_json_object(path)
-    runs = found.get("runs")
-    if found.get("format") != _FORMAT or not isinstance(runs, dict):
+    if found.get("format") != _FORMAT or not isinstance(found.get("runs", {}), dict):
         raise OutputError(f"{path} was not written by run of this version; move {path.parent} away")
     return found
 
 
-def _remove(out: Path, runs: Iterable[str]) -> None:
+def _remove(out: Path, runs: Iterable[str] | None) -> None:
     """Remove what the runs wrote. Raises OutputError if a directory holds a file of somebody else."""
-    places = [out, *(out / name for name in runs if names_a_directory(name))]
+    places = [out] if runs is None else [out / name for name in runs if names_a_directory(name)]
     written = [place / folder for place in places for folder in FOLDERS.values()]
     for directory in written:
         check_free(directory, overwrite=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from svdconvert.commands.report import report
 from svdconvert.config.execution import Run
+from svdconvert.config.experiment import PICTURE, REPORT, RESULTS
 from svdconvert.config.recipe import read_recipe
 from svdconvert.linalg.threads import use_threads
 from svdconvert.reports.figures import require_matplotlib
@@ -16,7 +17,7 @@ from svdconvert.training.run import Watch, ignore_log
 from svdconvert.workflow.outcome import Outcome, curves_of, outcomes
 from svdconvert.workflow.perform import continuing, evaluate_base, perform
 from svdconvert.workflow.plan import Experiment, plan_experiment
-from svdconvert.workflow.record import PICTURE, REPORT, RESULTS, begin, results_directory, write
+from svdconvert.workflow.record import begin, results_directory, write
 
 
 def run(
