@@ -60,7 +60,7 @@ class EvalSection(EvaluationOptions):
     @model_validator(mode="after")
     def _check_place(self) -> Self:
         if self.regrade:
-            raise ValueError("regrade is for svdconvert eval, when a run is finished")
+            raise ValueError("regrade is for svdconvert eval, after the run")
         return self
 
 

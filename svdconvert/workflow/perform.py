@@ -74,9 +74,9 @@ def _is_done(plan: Plan, step: Step) -> bool:
     made = read_manifest(directory).options
     wanted = json.loads(json.dumps(asdict(plan.split if step == "decompose" else plan.options[step])))
     for name in plan.variant.sections.get(step, {}):
-        if wanted[name] != made.get(name):
+        if name in made and wanted[name] != made[name]:
             raise OutputError(
-                f"{directory} was made with {name} {made.get(name)!r}, and the recipe says {wanted[name]!r}; "
+                f"{directory} was made with {name} {made[name]!r}, and the recipe says {wanted[name]!r}; "
                 "give --overwrite to start again, or choose another -o"
             )
     return True

@@ -10,6 +10,7 @@ from svdconvert.commands.report import report
 from svdconvert.config.execution import Run
 from svdconvert.config.experiment import PICTURE, REPORT, RESULTS
 from svdconvert.config.recipe import read_recipe
+from svdconvert.hub.download import fetch
 from svdconvert.linalg.threads import use_threads
 from svdconvert.reports.figures import require_matplotlib
 from svdconvert.reports.learning import draw_learning
@@ -43,6 +44,8 @@ def run(
     experiment = plan_experiment(read, changes or {}, out)
     if experiment.reports:
         require_matplotlib()
+    for model in {plan.model for plan in experiment.plans}:
+        fetch(model, "sidecars")  # a model that does not exist is refused before anything is written
     begin(out, experiment.identity(), overwrite=settings.overwrite)
     use_threads(settings.threads)
     if experiment.asks_base:

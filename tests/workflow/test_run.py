@@ -58,7 +58,8 @@ def recipe(checkpoint: Build, tmp_path: Path) -> Callable[..., Path]:
     def make(**changes: Any) -> Path:
         content = {"model": str(home / "model"), **RECIPE, **changes}
         path = home / "sums.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value != "absent"}))
+        present = {key: value for key, value in content.items() if value != "absent"}
+        path.write_text(yaml.safe_dump(present, sort_keys=False))
         return path
 
     return make
@@ -191,7 +192,7 @@ def test_another_recipe_is_refused_by_name_and_begins_anew_with_overwrite(
         ({"eval": {"limit": 3}}, ["eval", "tasks"]),
         ({"model": None}, ["names no model", "--model"]),
         ({"eval": {"tasks": "humaneval", "run_code": True}}, ["run_code", "--run-code"]),
-        ({"eval": {"tasks": "gsm8k", "regrade": True}}, ["regrade is for svdconvert eval"]),
+        ({"eval": {"tasks": "gsm8k", "regrade": True}}, ["regrade"]),
         ({"steps": ["eval"]}, ["nothing to run"]),
         ({"train": {"steps": -1}}, ["train", "steps is -1"]),
     ],
