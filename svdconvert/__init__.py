@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.diff import diff
+    from svdconvert.commands.evaluate import evaluate
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
     from svdconvert.commands.list_plugins import list_plugins
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.train import train
     from svdconvert.commands.verify import verify, verify_merge
     from svdconvert.config.combine import CombineOptions
+    from svdconvert.config.evaluation import EvaluationOptions
     from svdconvert.config.execution import Run
     from svdconvert.config.options import (
         ConvertOptions,
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
     )
     from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
+    from svdconvert.manifest.evaluations import EvaluationResult, read_evaluations
     from svdconvert.manifest.schema import Manifest, read_manifest
     from svdconvert.workflow.run import run
 
 __all__ = [
     "CombineOptions",
     "ConvertOptions",
+    "EvaluationOptions",
+    "EvaluationResult",
     "ExtractOptions",
     "LoraOptions",
     "Manifest",
@@ -55,11 +60,13 @@ __all__ = [
     "convert",
     "decompose",
     "diff",
+    "evaluate",
     "extract",
     "inspect",
     "list_plugins",
     "merge",
     "push",
+    "read_evaluations",
     "read_manifest",
     "report",
     "run",
@@ -72,6 +79,8 @@ __all__ = [
 _MODULES = {
     "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
+    "EvaluationOptions": "config.evaluation",
+    "EvaluationResult": "manifest.evaluations",
     "ExtractOptions": "config.options",
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
@@ -82,6 +91,7 @@ _MODULES = {
     "SvdConvertError": "errors",
     "TrainOptions": "config.train",
     "TrainPlan": "config.train",
+    "read_evaluations": "manifest.evaluations",
     "read_manifest": "manifest.schema",
     "run": "workflow.run",
     "verify_merge": "commands.verify",

@@ -201,12 +201,13 @@ def report(
 @app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
 def list_(
     what: Annotated[
-        Literal["methods", "layouts", "merges", "formats", "recipes"], typer.Argument(help="What to list.")
+        Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
+        typer.Argument(help="What to list."),
     ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List methods, layouts, methods that merge, formats of quantised weights, or recipes."""
+    """List methods, layouts, methods that merge, formats of weights, tasks of eval, or recipes."""
     with report_errors(debug=debug):
         from svdconvert.commands.list_plugins import list_plugins
 

@@ -6,16 +6,19 @@ from pathlib import Path
 
 from svdconvert.config.evaluation import EvaluationOptions
 from svdconvert.config.execution import Run
-from svdconvert.errors import RecipeError
+from svdconvert.config.progress import tracked
+from svdconvert.errors import RecipeError, SandboxError
 from svdconvert.evaluation.asking import Answering
 from svdconvert.evaluation.base import Task, tasks_named
 from svdconvert.evaluation.loading import open_answering
 from svdconvert.evaluation.questions import read_questions
 from svdconvert.evaluation.run import CodeRunner, evaluate_task, refuse_misfit, regrade_task
+from svdconvert.evaluation.sandbox.runner import Sandbox
 from svdconvert.evaluation.store import TaskFiles, results_folder
 from svdconvert.manifest.evaluations import EvaluationResult
 
 
+@tracked
 def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the results go)
     directory: str | Path,
     tasks: Sequence[str],
@@ -42,7 +45,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the r
     _refuse_shared_data(chosen, options)
     folder = results_folder(str(directory), Path(output) if output is not None else None)
     files = [TaskFiles(folder, task.name, run.ranks) for task in chosen]
-    code = CodeRunner()
+    code = _code_runner(chosen, options)
     if options.regrade:
         return [regrade_task(task, one, code) for task, one in zip(chosen, files, strict=True)]
     questions = [read_questions(task, options.data, options.limit) for task in chosen]
@@ -54,6 +57,24 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the r
     run.ranks.wait()
     model = Answering(opened, options, run)
     return [evaluate_task(model, asked, one, code) for asked, one in zip(questions, files, strict=True)]
+
+
+def _code_runner(tasks: Sequence[Task], options: EvaluationOptions) -> CodeRunner:
+    """What runs the programs that a model wrote; nothing if no task needs it.
+
+    Raises SandboxError if a task needs it and it was not asked for, or if programs cannot be confined.
+    """
+    running = [task.name for task in tasks if task.runs_code]
+    if not running and options.run_code:
+        raise RecipeError("--run-code changes nothing, because none of these tasks runs code; leave it out")
+    if not running:
+        return CodeRunner()
+    if not options.run_code:
+        raise SandboxError(
+            f"{running[0]} runs what the model wrote, to see whether it works; give --run-code"
+        )
+    sandbox = Sandbox.open(options.sandbox)
+    return CodeRunner(sandbox.run, sandbox.layers)
 
 
 def _refuse_shared_data(tasks: Sequence[Task], options: EvaluationOptions) -> None:

@@ -1,27 +1,26 @@
-"""svdconvert list: methods, layouts, merge methods, formats of quantised weights, and recipes."""
+"""svdconvert list: methods, layouts, merge methods, formats of weights, tasks, and recipes."""
 
 from collections.abc import Callable
-from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
-from svdconvert.config.options import SplitOptions
-from svdconvert.config.recipe import options, read_recipe, variants_of
-from svdconvert.config.recipe_files import ENDING, PACKAGED, recipe_names
+from svdconvert.config.recipe_list import recipes
 from svdconvert.errors import PluginError
+from svdconvert.evaluation.base import TASKS
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
 from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
 
-def list_plugins(what: Literal["methods", "layouts", "merges", "formats", "recipes"]) -> list[dict[str, Any]]:
-    """One row for each method, layout, merge method or format, including those of installed packages.
+def list_plugins(
+    what: Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
+) -> list[dict[str, Any]]:
+    """One row for each method, layout, merge method, format or task, with those of installed packages.
 
     For recipes: one row for each recipe of this package.
     """
-    listings = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats}
-    return {**listings, "recipes": recipes}[what]()
+    listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
+    return {**listing, "recipes": recipes}[what]()
 
 
 def methods() -> list[dict[str, Any]]:
@@ -141,25 +140,21 @@ def _format_row(name: str) -> dict[str, Any]:
     }
 
 
-def recipes() -> list[dict[str, Any]]:
-    """One row for each recipe of the package, in the order of their names."""
-    return [_recipe_row(name) for name in recipe_names()]
+def tasks() -> list[dict[str, Any]]:
+    """One row for each task of `eval`; for one that cannot be loaded, the reason."""
+    return [_task_row(name) for name in TASKS.names()]
 
 
-def _recipe_row(name: str) -> dict[str, Any]:
-    path = PACKAGED / f"{name}{ENDING}"
-    runs = [recipe for _, recipe in variants_of(read_recipe(path), {})]
-    tasks = [runs[0].sections["eval"].get("tasks", ())]
+def _task_row(name: str) -> dict[str, Any]:
+    try:
+        task = TASKS.get(name)
+    except PluginError as error:
+        return {"task": name, "what it asks": str(error), "group": "", "data": "", "graded": "", "paper": ""}
     return {
-        "recipe": name,
-        "what it is": _comment(path),
-        "model": str(runs[0].get("model")),
-        "method": ", ".join(dict.fromkeys(options(SplitOptions, recipe, {}).method for recipe in runs)),
-        "tasks": ", ".join(name if isinstance(name, str) else ", ".join(name) for name in tasks),
+        "task": name,
+        "what it asks": task.summary,
+        "group": ", ".join(task.groups),
+        "data": task.data.name,
+        "graded": ", ".join(task.protocols),
+        "paper": task.paper,
     }
-
-
-def _comment(path: Path) -> str:
-    """The comment at the top of a recipe, as one line."""
-    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    return " ".join(line.lstrip("# ") for line in lines)

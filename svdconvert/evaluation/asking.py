@@ -18,7 +18,7 @@ from svdconvert.evaluation.answering import (
     encode_prompts,
     ending_ids,
 )
-from svdconvert.evaluation.base import PROTOCOLS, Limits, Task
+from svdconvert.evaluation.base import Limits, Task
 from svdconvert.evaluation.classifying import Classifier
 from svdconvert.evaluation.loading import Opened
 from svdconvert.evaluation.questions import Questions
@@ -117,13 +117,13 @@ def _notify_unfit(run: Run, task: str, count: int) -> None:
 
 def _generation_limits(task: Task, most: int | None) -> Limits:
     """The limits under which answers suffice for every protocol: the larger, and the stops of all."""
-    found = [task.limits[protocol] for protocol in PROTOCOLS]
+    found = [task.limits[protocol] for protocol in task.protocols]
     stops = [stop for stop in found[0].stops if all(stop in limits.stops for limits in found)]
     return Limits(max_new_tokens=most or max(limits.max_new_tokens for limits in found), stops=tuple(stops))
 
 
 def _smaller_limits(task: Task, most: int) -> tuple[int, ...]:
-    limits = {task.limits[protocol].max_new_tokens for protocol in PROTOCOLS}
+    limits = {task.limits[protocol].max_new_tokens for protocol in task.protocols}
     return tuple(sorted(limit for limit in limits if limit < most))
 
 

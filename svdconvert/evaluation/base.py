@@ -19,6 +19,7 @@ Protocol = Literal["strict", "paper", "paper-pissa"]
 """`strict` is right; `paper` grades as the published code does, with its faults, and `paper-pissa` as PiSSA's
 does if that differs."""
 PROTOCOLS: tuple[Protocol, ...] = ("strict", "paper")
+"""Those of a task without limits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +90,7 @@ class Task:
     summary: str
     """One line for `svdconvert list tasks`."""
     version: int
-    """Raised whenever the prompt, the limits or the grades change."""
+    """Raised whenever the prompt or the limits change; a change of the grades needs only `eval --regrade`."""
     data: DataSource
     rows: Callable[[Sequence[Record]], list[Row]]
     """Records in the order of the data set -> one row for each. Raises DataError, which names the record."""
@@ -97,7 +98,7 @@ class Task:
     kind: Literal["generate", "classify"] = "generate"
     """Whether the answer is text that the model writes, or the label that a classifier predicts."""
     limits: Mapping[Protocol, Limits] = field(default_factory=dict)
-    """For every protocol; empty for a classifier."""
+    """For every protocol of the task; empty for a classifier, which has the usual two."""
     headline: str = "accuracy"
     """The score that stands for the task: the share of correct answers, unless `metrics` has this name."""
     metrics: Callable[[Sequence[Row], Sequence[str]], Mapping[str, float]] = no_metrics
@@ -108,6 +109,11 @@ class Task:
     """True if grading runs what the model wrote."""
     paper: str = ""
     """Where its protocol comes from."""
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """The protocols under which its answers are graded."""
+        return tuple(self.limits) or PROTOCOLS
 
 
 TASKS: Registry[Task] = Registry("svdconvert.evaluation.tasks", "TASK", Task)

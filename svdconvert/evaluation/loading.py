@@ -22,7 +22,7 @@ from svdconvert.layouts.loading import auto_class, is_encoder_decoder
 from svdconvert.linalg.threads import pick_device
 from svdconvert.manifest.evaluations import EvaluatedModel, manifest_fingerprint
 from svdconvert.manifest.fingerprint import digest, tensor_checksum
-from svdconvert.manifest.schema import Manifest, has_manifest, read_manifest
+from svdconvert.manifest.schema import Manifest, has_manifest, read_manifest, training_of
 from svdconvert.training.model.load import load_classifier, load_network, load_tokenizer
 from svdconvert.training.start import require_unchanged_files
 
@@ -43,6 +43,23 @@ class Opened:
     """The classes of a classifier, in order; empty for one number; None for a model that writes text."""
     identity: EvaluatedModel
     base: str | None
+    """The base's location, if the user gave it."""
+    manifest: Manifest | None = None
+    """That of the directory, if svdconvert wrote it."""
+    directory: Path
+    """What was opened."""
+
+    @property
+    def base_name(self) -> str:
+        """The location of the untouched model, by which published scores are found."""
+        origin = self.manifest.base if self.manifest else None
+        return origin.location if origin else self.weights.snapshot.location
+
+    @property
+    def trained_on(self) -> list[str]:
+        """The names of the data that it was trained on, if they are known."""
+        training = training_of(self.directory, self.manifest) if self.manifest else None
+        return training.data if training else []
 
     def load(self, dtype: str, run: Run) -> nn.Module:
         """The network on the run's device, in `dtype` or, for "auto", as it is stored.
@@ -104,6 +121,8 @@ def open_answering(
         labels=_labels(opened.config, opened.config),
         identity=_identity(opened.snapshot, manifest, "plain", [opened.source]),
         base=None,
+        manifest=manifest,
+        directory=opened.path,
     )
 
 
@@ -114,13 +133,16 @@ def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) 
     _refuse_silent(opened)
     head = delta.manifest.head if delta.manifest else None
     owner = fetch(model, "sidecars")
+    own = _manifest(owner)
     return Opened(
         weights=opened,
         layout=_layout(opened, delta.manifest, run),
         adapter=(delta, weights),
         labels=_labels(opened.config, head or opened.config),
-        identity=_identity(owner, _manifest(owner), "adapter", [delta.adapter.source, opened.source]),
+        identity=_identity(owner, own, "adapter", [delta.adapter.source, opened.source]),
         base=base,
+        manifest=own,
+        directory=owner.path,
     )
 
 
@@ -170,7 +192,8 @@ def _identity(
         sums = [[one, tensor_checksum(source, one)] for source in sources for one in sorted(source.infos)]
         return EvaluatedModel(kind=kind, fingerprint=digest(sums), name=name)
     ranks = [matrix.rank for matrix in manifest.matrices.values()]
-    rank = getattr(manifest.result, "rank", None) or max(ranks, default=None)
+    training = manifest.training.rank if manifest.training else None
+    rank = getattr(manifest.result, "rank", None) or max(ranks, default=training)
     return EvaluatedModel(
         kind=manifest.kind,
         fingerprint=manifest_fingerprint(manifest),

@@ -1,24 +1,26 @@
 """Evaluates a model on tasks: questions, answers in batches, grades, results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from time import monotonic
 from typing import Any
 
 import torch
+
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError
 from svdconvert.evaluation.answering import Answer, plan_batches
 from svdconvert.evaluation.asking import Answering, Asked, ask
 from svdconvert.evaluation.base import Runner, Task
 from svdconvert.evaluation.loading import Opened
+from svdconvert.evaluation.published import published_rows
 from svdconvert.evaluation.questions import Questions
 from svdconvert.evaluation.scores import Answered, Graded, grade_all
 from svdconvert.evaluation.store import Progressing, TaskFiles, progressing
 from svdconvert.linalg.threads import use_threads
-from svdconvert.manifest.evaluations import EvaluatedData, EvaluatedModel, EvaluationResult, read_evaluation
+from svdconvert.manifest.evaluations import EvaluatedData, EvaluationResult, read_evaluation
 from svdconvert.version import __version__
 
 
@@ -66,7 +68,7 @@ def evaluate_task(
         answered = [Answered(row=row, **state.record(row.id)) for row in questions.rows]
         if run.ranks.leads:
             graded = grade_all(questions.task, answered, code.run)
-            files.write(_result(questions.task, identity, model.opened.identity, graded, state, code), graded)
+            files.write(_result(questions.task, model.opened, graded, state, code), graded)
     run.ranks.wait()
     if run.ranks.leads:
         files.remove_partials()
@@ -82,13 +84,13 @@ def _answer_batches(
     done = total - sum(len(plan[number]) for number in own)
     if own and state.records:
         run.notify(f"{name}: going on after {done} of {total} answers")
-    run.track(Progress(name, "", done, total))
+    report("answer", done, total, "rows", name=name)
     for number in own:
         start = monotonic()
         answers = asked.answer(plan[number])
         state.add(number, [_record(answer) for answer in answers], monotonic() - start)
         done += len(plan[number])
-        run.track(Progress(name, "", done, total))
+        report("answer", done, total, "rows", name=name)
 
 
 def _record(answer: Answer) -> dict[str, Any]:
@@ -125,13 +127,11 @@ def _identity(model: Answering, questions: Questions, asked: Asked) -> dict[str,
 
 
 def _result(
-    task: Task,
-    identity: Mapping[str, Any],
-    model: EvaluatedModel,
-    graded: Graded,
-    state: Progressing,
-    code: CodeRunner,
+    task: Task, opened: Opened, graded: Graded, state: Progressing, code: CodeRunner
 ) -> EvaluationResult:
+    model = opened.identity
+    identity = state.identity
+    published = published_rows(task.name, opened.base_name, model.method, model.rank, opened.trained_on)
     return EvaluationResult(
         task=task.name,
         version=task.version,
@@ -144,6 +144,7 @@ def _result(
         seconds=round(state.seconds, 3),
         tokens=sum(int(line["tokens"]) for line in graded.lines),
         sandbox=code.layers if task.runs_code else (),
+        published=tuple(published),
         versions=identity["versions"],
     )
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from svdconvert.evaluation.answering import cut_at_stop
-from svdconvert.evaluation.base import PROTOCOLS, Grade, Protocol, Row, Runner, Task
+from svdconvert.evaluation.base import Grade, Protocol, Row, Runner, Task
 from svdconvert.evaluation.intervals import standard_error, wilson_interval
 from svdconvert.manifest.evaluations import GradeCount
 
@@ -51,7 +51,7 @@ def grade_all(task: Task, answered: Sequence[Answered], runner: Runner | None = 
     """Grade all answers; `runner` runs programs, for the tasks that need one."""
     lines: list[dict[str, Any]] = [_line(one) for one in answered]
     grades: dict[Protocol, GradeCount] = {}
-    for protocol in PROTOCOLS:
+    for protocol in task.protocols:
         found = [one.under(task, protocol) for one in answered]
         graded = [
             task.grade(one.row, text, protocol, runner)

@@ -1,8 +1,8 @@
 """The files of an evaluation: answers as they are made, and the result when all are there.
 
 While a task is answered, each rank appends to `<task>.partial*.jsonl`: first everything that shapes the
-answers, then a line for every answer, and a line at the end of every batch. A batch counts only with that
-line, so a kill at any moment costs one batch at most. In the end `<task>.jsonl` and then `<task>.json` appear.
+answers, then a line for every answer, and one at the end of every batch. A batch counts only with that line,
+so a kill at any moment costs one batch at most. In the end `<task>.jsonl` and then `<task>.json` appear.
 """
 
 import json
