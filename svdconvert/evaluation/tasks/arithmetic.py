@@ -1,7 +1,7 @@
 """Arithmetic: sums of a few numbers, whose answer is one whole number. A small task that shows learning.
 
-The rows are those of svdconvert/recipes/arithmetic, made by reasoning-gym's chain_sum. The grade depends on no
-format: the last number of an answer counts, so a model that was never shown how to answer loses nothing by it.
+The rows are those of svdconvert/recipes/arithmetic, made by reasoning-gym's chain_sum. The grade depends on
+no format: the last number of an answer counts, so a model that was never shown how to answer loses nothing.
 """
 
 import re
