@@ -14,9 +14,11 @@ from svdconvert.config.display import Shown
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import digest
 from svdconvert.manifest.schema import Manifest
+from svdconvert.output.ownership import EVALUATIONS
 from svdconvert.output.sidecars import read_json_object
 
-FOLDER = "evaluations"
+FOLDER = EVALUATIONS
+"""The subdirectory of the results."""
 FORMAT = 1
 _AGAIN = "remove the file and evaluate again"
 MOST_RESULTS = 1000
