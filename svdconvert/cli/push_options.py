@@ -75,7 +75,7 @@ def published(
         summaries.show_published(output.directory, push, sink.published)
     elif ranks.leads:
         with progress.shown("push"):
-            done = upload(output.directory, destination)
+            done = upload(output.directory, destination, notify)
         summaries.show_published(output.directory, push, done)
 
 

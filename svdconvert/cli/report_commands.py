@@ -191,7 +191,7 @@ def report(
         from svdconvert.commands.report import report as command
 
         page = required(out, "-o PAGE.html")
-        with progress.tensors("report", of_bytes=False) as track:
+        with progress.shown("report") as track:
             command(directories, page, Run(overwrite=overwrite, threads=threads, track=track))
         summaries.summary(
             f"wrote {page}", {"directories": len(directories), "size": size_text(page.stat().st_size)}

@@ -23,7 +23,8 @@ def push(
     Files that the Hub already has are not sent again.
 
     `base` and `residual` are the repositories of models that were read from a local directory; of `run` only
-    `track` and `notify` count: it is called with a sentence for each such model that is not given. Raises SvdConvertError with one sentence; the same push can be repeated.
+    `track` and `notify` count: it is called with a sentence for each such model that is not given. Raises
+    SvdConvertError with one sentence; the same push can be repeated.
     """
     destination = Destination(
         repository=repository, options=options or PushOptions(), base=base, residual=residual

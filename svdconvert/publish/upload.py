@@ -121,7 +121,8 @@ def upload(
 ) -> Published:
     """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
-    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one sentence; the same push can be repeated.
+    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one
+    sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
