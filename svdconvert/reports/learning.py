@@ -16,7 +16,7 @@ Bars = Sequence[tuple[str, str, str, float, tuple[float, float]]]
 """(run, variant, task, score, interval)."""
 
 _TITLES = {"eval_loss": "held-out loss", "matthews": "Matthews", "f1": "F1"}
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "svdconvert",
     "font.size": 9,
     "axes.spines.top": False,

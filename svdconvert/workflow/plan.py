@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from svdconvert.config.experiment import FOLDERS, STEPS, EvalSection, ReportSection, Step, Variant
 from svdconvert.config.options import LoraOptions, MergeOptions, SplitOptions
@@ -113,7 +113,7 @@ def _plan(variant: Variant, recipe: Recipe, out: Path) -> Plan:
     if "eval" in steps:
         chosen["eval"] = options(EvalSection, recipe, {})
         tasks_named(chosen["eval"].tasks)
-    report = cast(ReportSection, options(ReportSection, recipe, {}))
+    report = options(ReportSection, recipe, {})
     asked = _directories(chosen["eval"].of, "eval", steps, recipe) if "eval" in steps else []
     return Plan(
         variant=variant,
