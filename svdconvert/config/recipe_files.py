@@ -1,10 +1,11 @@
 """Recipe files: those of the package by their names, and the data files that lie next to a recipe."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from svdconvert.errors import RecipeError, brief, did_you_mean
+from svdconvert.errors import RecipeError, brief
 
 PACKAGED = Path(__file__).resolve().parents[1] / "recipes"
 """The folder of the recipes that are installed with the program."""
@@ -29,9 +30,10 @@ def find_recipe(path: Path) -> Path:
     if len(path.parts) == 1 and name in names:
         return PACKAGED / f"{name}{ENDING}"
     if len(path.parts) == 1 and path.suffix not in (ENDING, ".yml"):
+        nearest = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise RecipeError(
-            f"there is no file and no recipe {brief(name)}; {did_you_mean(name, names)} "
-            "(svdconvert list recipes)"
+            f"there is no file and no recipe {brief(name)}; {hint}svdconvert list recipes shows all"
         )
     raise RecipeError(
         f"{path} does not exist; give a YAML file, or a name that svdconvert list recipes shows"

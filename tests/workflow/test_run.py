@@ -149,6 +149,7 @@ def test_another_recipe_is_refused_by_name_and_begins_anew_with_overwrite(
     succeeded(*words)
     refused(*words, "--set", "train.steps=2", words=[out, "train.steps was 3 and is 2", "--overwrite"])
     assert read_manifest(out / "trained").options["steps"] == 3
+    assert json.loads(succeeded(*words, "--json").out) == json.loads((out / "results.json").read_text())
     succeeded(*words, "--set", "train.steps=2", "--overwrite")
     assert read_manifest(out / "trained").options["steps"] == 2
     (out / "trained" / "notes.txt").write_text("mine")
