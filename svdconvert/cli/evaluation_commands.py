@@ -34,6 +34,13 @@ from svdconvert.config.recipe import Recipe
 if TYPE_CHECKING:
     from svdconvert.manifest.evaluations import EvaluationResult
 
+_OutOpt = Annotated[
+    Path | None,
+    option("-o, --out", "DIR", "Where evaluations/ is written, if not into the model's.", SAVING),
+]
+_OverwriteOpt = Annotated[
+    bool, option("--overwrite", None, "Ask the model again, and replace the results.", SAVING)
+]
 _COLUMNS = ("task", "graded", "n", "right", "score", "95 % interval", "unanswered", "cut")
 
 
@@ -63,15 +70,10 @@ def evaluate(
         bool,
         option("--compare", None, "Compare the results of several directories row by row.", EVALUATION),
     ] = False,
-    out: Annotated[
-        Path | None,
-        option("-o, --out", "DIR", "Where evaluations/ is written, if not into the model's.", SAVING),
-    ] = None,
+    out: _OutOpt = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", None, "Ask the model again, and replace the results.", SAVING)
-    ] = False,
+    overwrite: _OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -101,15 +103,8 @@ def evaluate(
         with progress.shown("eval") as track:
             settings = {"overwrite": overwrite, "threads": threads, "device": device}
             run = replace(run_settings(Recipe(), track, **settings), trust_remote_code=trust_remote_code)
-            found = command(
-                directories[0],
-                names,
-                evaluation_options(typed),
-                run,
-                base=base,
-                residual=residual,
-                output=out,
-            )
+            chosen = evaluation_options(typed)
+            found = command(directories[0], names, chosen, run, base=base, residual=residual, output=out)
         _show(directories[0], found, out)
 
 
