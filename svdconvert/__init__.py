@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from svdconvert.errors import SvdConvertError
     from svdconvert.manifest.evaluations import EvaluationResult, read_evaluations
     from svdconvert.manifest.schema import Manifest, read_manifest
+    from svdconvert.workflow.run import run
 
 __all__ = [
     "ChatOptions",
@@ -76,6 +77,7 @@ __all__ = [
     "read_evaluations",
     "read_manifest",
     "report",
+    "run",
     "to_lora",
     "train",
     "verify",
@@ -101,6 +103,7 @@ _MODULES = {
     "TrainPlan": "config.train",
     "read_evaluations": "manifest.evaluations",
     "read_manifest": "manifest.schema",
+    "run": "workflow.run",
     "verify_merge": "commands.verify",
 }
 """Exported name -> its module; a command's function is in the module of the same name."""

@@ -37,6 +37,7 @@ LEVELS = (
     "diagnosis",
     "reports",
     "commands",
+    "workflow",
     "cli",
     "__main__",
     "__init__",

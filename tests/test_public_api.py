@@ -43,6 +43,7 @@ NAMES = [
     "read_evaluations",
     "read_manifest",
     "report",
+    "run",
     "to_lora",
     "train",
     "verify",
@@ -62,6 +63,7 @@ PARAMETERS = {
     "diff": ["first", "second", "run"],
     "inspect": ["model", "engine"],
     "list_plugins": ["what"],
+    "run": ["recipe", "out", "settings", "*changes", "*watch"],
     "push": ["directory", "repository", "options", "*base", "*residual"],
     "evaluate": [
         "directory",

@@ -11,6 +11,7 @@ from svdconvert.cli import chat_commands  # isort: skip
 from svdconvert.cli import evaluation_commands  # isort: skip
 from svdconvert.cli import report_commands  # isort: skip
 from svdconvert.cli import doctor_commands  # isort: skip
+from svdconvert.cli import run_command  # isort: skip
 from svdconvert.cli.application import app
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "extract_commands",
     "model_commands",
     "report_commands",
+    "run_command",
 ]

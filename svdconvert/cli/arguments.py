@@ -101,7 +101,12 @@ ConfigOpt = Annotated[
 ]
 RecipeOpt = Annotated[
     Path | None,
-    option("--recipe", "FILE", "A YAML file of options; options on the command line override it.", GENERAL),
+    option(
+        "--recipe",
+        "FILE|NAME",
+        "A YAML file of options, or a name from svdconvert list recipes; typed options override it.",
+        GENERAL,
+    ),
 ]
 PlanOpt = Annotated[
     bool,

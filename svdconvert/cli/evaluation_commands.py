@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svdconvert.cli import progress, summaries
-from svdconvert.cli.answers import tell
+from svdconvert.cli.answers import tell, tell_rows
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     BaseOpt,
@@ -34,16 +34,22 @@ from svdconvert.config.recipe import Recipe
 if TYPE_CHECKING:
     from svdconvert.manifest.evaluations import EvaluationResult
 
-_COLUMNS = ("task", "graded", "n", "right", "score in %", "95 % interval", "unanswered", "cut")
+_OutOpt = Annotated[
+    Path | None,
+    option("-o, --out", "DIR", "Where evaluations/ is written, if not into the model's.", SAVING),
+]
+_OverwriteOpt = Annotated[
+    bool, option("--overwrite", None, "Ask the model again, and replace the results.", SAVING)
+]
+_COLUMNS = ("task", "graded", "n", "right", "score", "95 % interval", "unanswered", "cut")
 
 
 @app.command(
     cls=SingleOptions,
     name="eval",
     epilog=examples(
-        "svdconvert eval trained --tasks gsm8k,math --limit 200",
-        "svdconvert eval org/name --tasks humaneval --run-code -o results",
-        "svdconvert eval base trained-pissa trained-lora --compare",
+        "svdconvert eval trained --tasks gsm8k --limit 200",
+        "svdconvert eval trained lora --compare",
     ),
 )
 @with_options(EvaluationOptions, panel=EVALUATION)
@@ -62,16 +68,12 @@ def evaluate(
     ] = None,
     compare: Annotated[
         bool,
-        option("--compare", None, "Compare the results of several directories, row by row.", EVALUATION),
+        option("--compare", None, "Compare the results of several directories row by row.", EVALUATION),
     ] = False,
-    out: Annotated[
-        Path | None, option("-o, --out", "DIR", "Where evaluations/ is written, if not into DIR.", SAVING)
-    ] = None,
+    out: _OutOpt = None,
     base: BaseOpt = None,
     residual: ResidualOpt = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", None, "Ask the model again, and replace the results.", SAVING)
-    ] = False,
+    overwrite: _OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -81,10 +83,17 @@ def evaluate(
     """Let a model answer the tasks of the papers, and grade the answers; a killed run is continued."""
     with report_errors(debug=debug, json=json):
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else []
+        given: dict[str, Any] = {
+            "out": out,
+            "base": base,
+            "residual": residual,
+            "overwrite": overwrite or None,
+            "threads": threads,
+            "device": device,
+            "trust_remote_code": trust_remote_code or None,
+        }
         if compare:
-            given = {"out": out, "base": base, "residual": residual, "threads": threads, "device": device}
-            flags = {"overwrite": overwrite or None, "trust_remote_code": trust_remote_code or None}
-            _compare(directories, names, {**typed, **given, **flags})
+            _compare(directories, names, {**typed, **given})
             return
         from svdconvert.commands.evaluate import evaluate as command
 
@@ -94,8 +103,8 @@ def evaluate(
         with progress.shown("eval") as track:
             settings = {"overwrite": overwrite, "threads": threads, "device": device}
             run = replace(run_settings(Recipe(), track, **settings), trust_remote_code=trust_remote_code)
-            places: dict[str, Any] = {"base": base, "residual": residual, "output": out}
-            found = command(directories[0], names, evaluation_options(typed), run, **places)
+            chosen = evaluation_options(typed)
+            found = command(directories[0], names, chosen, run, base=base, residual=residual, output=out)
         _show(directories[0], found, out)
 
 
@@ -108,35 +117,33 @@ def _compare(directories: Sequence[str], tasks: Sequence[str], given: Typed) -> 
         raise typer.BadParameter(
             f"{spelled(idle[0])} changes nothing with --compare, which asks no model; leave it out"
         )
-    found = compare_evaluations(directories, tasks)
-    tell(
-        summary=f"compared {len(directories)} directories",
-        next=[],
-        tasks=found.model_dump(mode="json")["tasks"],
-    )
+    found = compare_evaluations([Path(directory) for directory in directories], tasks)
+    tell(found.model_dump(mode="json"))
     show_comparison(found)
 
 
 def _show(model: str, results: "Sequence[EvaluationResult]", out: Path | None) -> None:
     """Print the results of one model."""
+    tell_rows([result.model_dump(mode="json") for result in results])
     if not leads():
         return
     summaries.listing(_COLUMNS, [row for result in results for row in _rows(result)])
-    for line in [line for result in results for line in _lines(result)]:
-        summaries.show_line(line)
+    for result in results:
+        for name, value in result.metrics.items():
+            if name != "accuracy":
+                summaries.show_line(f"{result.task} {name}: {100 * value:.2f}")
+        for row in result.published:
+            rank = f", rank {row.rank}" if row.rank else ""
+            summaries.show_line(
+                f"{result.task} published: {100 * row.score:.2f} for {row.model}, {row.method}{rank}, "
+                f"{row.data} ({row.source})"
+            )
     place = (out or Path(model)) / "evaluations"
-    summaries.summary(
-        f"evaluated {model} on {', '.join(result.task for result in results)}",
-        {"answers and results": place},
-        facts={
-            "directory": str(place),
-            "results": [result.model_dump(mode="json") for result in results],
-        },
-    )
+    summaries.show_line(f"answers and results are in {place}")
 
 
 def _rows(result: "EvaluationResult") -> list[tuple[object, ...]]:
-    """One row for each protocol."""
+    """One row for each protocol; scores are in percent."""
     return [
         (
             result.task,
@@ -150,18 +157,3 @@ def _rows(result: "EvaluationResult") -> list[tuple[object, ...]]:
         )
         for protocol, grade in result.grades.items()
     ]
-
-
-def _lines(result: "EvaluationResult") -> list[str]:
-    """The other scores, what confined generated code, and published scores."""
-    others = {name: value for name, value in result.metrics.items() if name != "accuracy"}
-    lines = [f"{result.task}: {name} {100 * value:.2f} %" for name, value in others.items()]
-    if result.sandbox:
-        lines.append(f"{result.task}: programs were confined by {', '.join(result.sandbox)}")
-    for row in result.published:
-        rank = f", rank {row.rank}" if row.rank else ""
-        lines.append(
-            f"{result.task}: published {100 * row.score:.2f} % for {row.model}, {row.method}{rank}, "
-            f"{row.data} ({row.source})"
-        )
-    return lines

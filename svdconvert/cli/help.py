@@ -36,6 +36,11 @@ def format_help(command: Any, context: Any, formatter: Any) -> None:
         formatter.write("".join(f"  {line}\n" for line in lines if line) + "\n")
 
 
+def format_usage(command: Any, context: Any, formatter: Any) -> None:
+    """Write the line that a usage error begins with."""
+    formatter.write(f"Usage: {_usage(command, context)}\n")
+
+
 def _usage(command: Any, context: Any) -> str:
     arguments = [_value(part) for part in _parameters(command, context, "argument")]
     output = [f"-o {_value(part)}" for part in command.params if "--out" in part.opts]

@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
@@ -13,7 +15,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
 from svdconvert.cli.answers import print_failure
-from svdconvert.cli.help import format_help
+from svdconvert.cli.help import format_help, format_usage
 from svdconvert.cli.option_groups import METAVARS, RESULT, headings
 from svdconvert.cli.terminal import plain
 from svdconvert.cli.wording import as_typed, spelled
@@ -46,16 +48,35 @@ class Commands(TyperGroup):
         """The help of the program: its commands."""
         format_help(self, ctx, formatter)
 
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """The first line of a usage error."""
+        format_usage(self, ctx, formatter)
+
     @contextmanager
     def _plain_usage_errors(self) -> Iterator[None]:
         try:
             yield
         except _USAGE_ERRORS as error:
             if isinstance(message := getattr(error, "message", None), str):
-                vars(error)["message"] = plain(as_typed(message))
+                vars(error)["message"] = plain(as_typed(_without_internals(message)))
             if self._json:
                 print_failure(cast(Any, error).format_message(), 2)
             raise
+
+
+_CHOICES = re.compile(r"'([^']*)' is not one of ((?:'[^']*'(?:, )?)+)\.?$")
+
+
+def _without_internals(message: str) -> str:
+    """Typer's message without pydantic's prefix, and with the choice that was probably meant."""
+    message = message.replace("Value error, ", "", 1)
+    found = _CHOICES.search(message)
+    if found is None:
+        return message
+    names = re.findall(r"'([^']*)'", found[2])
+    nearest = get_close_matches(found[1], names, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{message[: found.start()]}{found[1]!r} is not one of {', '.join(names)}{hint}"
 
 
 class SingleOptions(TyperCommand):
@@ -70,6 +91,10 @@ class SingleOptions(TyperCommand):
                 raise typer.BadParameter(f"{parameter.opts[-1]} is given {count} times; give it once")
         parsed: list[str] = super().parse_args(ctx, args)
         return parsed
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """The first line of a usage error."""
+        format_usage(self, ctx, formatter)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The help of the command: its options in groups."""

@@ -236,13 +236,13 @@ def report(
 @app.command(cls=SingleOptions, name="list", epilog=examples("svdconvert list methods"))
 def list_(
     what: Annotated[
-        Literal["methods", "layouts", "merges", "formats", "tasks"],
-        typer.Argument(metavar="methods|layouts|merges|formats|tasks", help="What to list."),
+        Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
+        typer.Argument(metavar="methods|layouts|merges|formats|tasks|recipes", help="What to list."),
     ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
-    """List the methods, the layouts, the methods that merge, the formats of weights, or the tasks of eval."""
+    """List methods, layouts, methods that merge, formats of weights, tasks of eval, or recipes."""
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.list_plugins import in_words, list_plugins
 

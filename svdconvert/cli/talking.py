@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from svdconvert.cli.answers import tell, wants_json
 from svdconvert.cli.terminal import say, standard_output
 from svdconvert.config.chat import CHAT, NO_TEMPLATE
 from svdconvert.config.display import visible
@@ -20,7 +21,11 @@ _KNOWN = "/reset begins anew, /exit leaves, Ctrl-C stops an answer"
 
 def answer_once(conversation: "Conversation", prompt: str | None) -> None:
     """Print the answer to `prompt`, or to all of standard input."""
-    _print_answer(conversation, _read_prompt() if prompt is None else prompt)
+    prompt = _read_prompt() if prompt is None else prompt
+    if wants_json():
+        tell(prompt=prompt, answer="".join(conversation.ask(prompt)))
+        return
+    _print_answer(conversation, prompt)
 
 
 def _read_prompt() -> str:

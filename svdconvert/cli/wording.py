@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from functools import cache
 
+from svdconvert.config.chat import ChatOptions
 from svdconvert.config.evaluation import EvaluationOptions
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
@@ -34,5 +35,5 @@ def _typed(name: str, otherwise: str) -> str:
 
 @cache
 def _options() -> frozenset[str]:
-    classes = (*SECTIONS.values(), PushOptions, EvaluationOptions, Run)
+    classes = (*SECTIONS.values(), PushOptions, EvaluationOptions, ChatOptions, Run)
     return frozenset(field.name for kind in classes for field in fields(kind)) | frozenset(_OTHERS)

@@ -1,8 +1,9 @@
-"""svdconvert list: the available methods, layouts, merge methods, formats of weights, and tasks."""
+"""svdconvert list: methods, layouts, merge methods, formats of weights, tasks, and recipes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from svdconvert.config.recipe_list import recipes
 from svdconvert.errors import PluginError
 from svdconvert.evaluation.base import TASKS
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
@@ -11,8 +12,10 @@ from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
 LABELS: Mapping[str, str] = {
+    "about": "what it is",
     "asks": "what it asks",
     "does": "what it does",
+    "groups": "group",
     "trained_values": "values of an O x I matrix",
     "loads_in_peft": "stock PEFT loads it",
     "model_types": "model_type",
@@ -22,14 +25,17 @@ LABELS: Mapping[str, str] = {
 """Key of a row -> its heading in a table for people, if that is not the key itself."""
 
 
-def list_plugins(what: Literal["methods", "layouts", "merges", "formats", "tasks"]) -> list[dict[str, Any]]:
+def list_plugins(
+    what: Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
+) -> list[dict[str, Any]]:
     """One row for each method, layout, merge method, format or task, with those of installed packages.
 
-    The first value of a row is the name, the second a phrase. Several values are a list, parameters a mapping
-    to their defaults; a value that does not apply is None. `in_words` makes texts of all of them.
+    For recipes: one row for each recipe of this package. The first value of a row is the name, the second a
+    phrase. Several values are a list, parameters a mapping to their defaults; a value that does not apply is
+    None. `in_words` makes texts of all of them.
     """
     listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
-    return listing[what]()
+    return {**listing, "recipes": recipes}[what]()
 
 
 def in_words(row: Mapping[str, Any]) -> dict[str, str]:
@@ -46,10 +52,7 @@ def _in_words(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        return ", ".join(
-            f"{name} {str(one).lower() if isinstance(one, bool) else f'{one:g}'}"
-            for name, one in value.items()
-        )
+        return ", ".join(f"{name} {_number(one)}" for name, one in value.items())
     if isinstance(value, list):
         empty = "any: the tensors' names decide" if key == "model_types" else ""
         return (" and " if key == "merges" else ", ").join(value) or empty
@@ -190,13 +193,12 @@ def _task_row(name: str) -> dict[str, Any]:
     try:
         task = TASKS.get(name)
     except PluginError as error:
-        unknown = dict.fromkeys(("groups", "data", "protocols", "paper"))
-        return {"task": name, "asks": str(error), **unknown}
+        return {"task": name, "asks": str(error), **dict.fromkeys(("groups", "data", "graded", "paper"))}
     return {
         "task": name,
         "asks": task.summary,
         "groups": list(task.groups),
         "data": task.data.name,
-        "protocols": list(task.protocols),
+        "graded": list(task.protocols),
         "paper": task.paper,
     }

@@ -162,6 +162,8 @@ class LoraOptions:
     """How factors of experts are stored: fused for PEFT, or each expert's by itself for inference engines."""
     alpha: AboveZero | None = None
     """The lora_alpha of an adapter file that does not state it, such as RWKV-PEFT's."""
+    base_name: Annotated[str, Field(min_length=1)] | None = None
+    """What the LoRA calls its base, such as org/name; by default its name on the Hub, if it has one."""
 
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:

@@ -11,6 +11,7 @@ import xxhash
 from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.errors import ArtifactError, brief
+from svdconvert.hub.reference import is_repository
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
@@ -186,8 +187,9 @@ def _without_path(value: Any) -> Any:
 
 
 def _with_base(config: Mapping[str, Any], named: str | None) -> bytes:
-    """An adapter's configuration that names the weights it belongs to."""
-    base = config.get("base_model_name_or_path") or named
+    """An adapter's configuration that names the weights it belongs to, and no directory of this machine."""
+    own = config.get("base_model_name_or_path")
+    base = own if is_repository(own) and not Path(str(own)).exists() else named
     return _as_bytes({**config, "base_model_name_or_path": base}, indent=2)
 
 

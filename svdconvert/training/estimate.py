@@ -36,6 +36,8 @@ class TrainEstimate:
     epochs: float
     tokens: int
     """Of all training steps together, without padding."""
+    loss_tokens: int
+    """Those of them that are in the loss."""
     longest_row: int
     """Tokens, before it is cut."""
     cut: float
@@ -97,6 +99,7 @@ def estimate_training(
         steps=steps,
         epochs=epochs,
         tokens=tokens,
+        loss_tokens=round(epochs * sum(example.loss_tokens for example in splits.train)),
         longest_row=splits.counts.longest,
         cut=splits.counts.cut / max(splits.counts.read, 1),
         left_out=splits.counts.left_out / max(splits.counts.read, 1),

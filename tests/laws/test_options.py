@@ -58,7 +58,6 @@ VALUES: dict[str, Words] = {
     "--state": [Path("plain")],
     "--stream": [],
     "--method": ["milora"],
-    "--json": [],
     "--data-weights": ["1,2"],
     "--eval-data": [Path("more.jsonl")],
     "--eval-rows": [3],
@@ -101,6 +100,7 @@ VALUES: dict[str, Words] = {
     "--pull-request": [],
     "--seed": [3],
     "--weights": ["0.5"],
+    "--base-name": ["org/base"],
     "--density": [0.5],
     "--set": ["lambda=0.5"],
 }
@@ -127,6 +127,7 @@ ELSEWHERE = {
     "--trust-remote-code": "tests/publish/test_card.py",
     "--push": "tests/publish/test_upload.py",
     "--debug": "tests/cli/test_errors.py",
+    "--json": "tests/laws/test_json.py",
     "--nuclear-ratio": "tests/commands/test_quantised_residual.py",
     "--attention": "tests/training/model/test_attention.py",
     "--gradient-checkpointing": "tests/training/model/test_modes.py",
@@ -137,13 +138,18 @@ ELSEWHERE = {
     "--data": "tests/training/data/test_mixing.py",
     "--image-dir": "tests/commands/test_train_images.py",
     "--config": "tests/pipeline/test_combine_checkpoints.py",
-    "--tasks": "tests/evaluation/test_command.py",
-    "--compare": "tests/evaluation/test_command.py",
-    "--limit": "tests/evaluation/test_command.py",
-    "--max-new-tokens": "tests/evaluation/test_command.py",
-    "--regrade": "tests/evaluation/test_command.py",
-    "--run-code": "tests/evaluation/test_command.py",
-    "--sandbox": "tests/evaluation/test_command.py",
+    "--compare": "tests/evaluation/test_kinds.py",
+    "--limit": "tests/evaluation/test_resuming.py",
+    "--log-every": "tests/cli/test_display.py",
+    "--max-new-tokens": "tests/evaluation/test_answering.py",
+    "--model": "tests/workflow/test_run.py",
+    "--prompt": "tests/conversation/test_chat_command.py",
+    "--regrade": "tests/evaluation/test_resuming.py",
+    "--run-code": "tests/workflow/test_run.py",
+    "--sandbox": "tests/evaluation/test_options.py",
+    "--tasks": "tests/evaluation/test_kinds.py",
+    "--temperature": "tests/conversation/test_chat_command.py",
+    "--top-p": "tests/conversation/test_chat_command.py",
 }
 
 # Other options without which an option may have no effect, because of the values that are compared.
@@ -189,12 +195,14 @@ def options_of(command: str) -> list[str]:
     ]
 
 
+NO_LAW = ("push", "list", "eval", "chat", "run", "report", "doctor")
+"""Commands that write no directory of weights; each has tests of its own options."""
+
 CASES = [
     Case(command, option)
     for command in COMMANDS
     for option in options_of(command)
-    # The results of eval hold the time that it took; tests/evaluation/test_command.py tries its options.
-    if command not in ("push", "list", "eval") and option not in ELSEWHERE
+    if command not in NO_LAW and option not in ELSEWHERE
 ]
 
 
