@@ -155,10 +155,10 @@ def test_what_is_not_used_is_refused(home: Path, tmp_path: Path) -> None:
     decompose(home / "base", tmp_path / "start", SplitOptions(rank=4), CPU)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"sentence1": "1", "sentence2": "2", "label": 0}\n')
-    for given, words in (({"base": str(home / "base")}, "--base"), ({"residual": "x"}, "--residual")):
+    for given, words in (({"base": str(home / "base")}, "`base`"), ({"residual": "x"}, "`residual`")):
         with pytest.raises(SvdConvertError, match=f"{words}.* changes nothing"):
             asked(home / "base", home / "data.jsonl", tmp_path / "out", **given)
-    with pytest.raises(SvdConvertError, match="--base .* changes nothing"):
+    with pytest.raises(SvdConvertError, match="`base` .* changes nothing"):
         asked(tmp_path / "start", home / "data.jsonl", tmp_path / "out", base=str(home / "base"))
     with pytest.raises(SvdConvertError, match="needs a classifier"):
         asked(home / "base", pairs, tmp_path / "out", tasks=("mrpc",))

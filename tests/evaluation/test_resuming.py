@@ -172,7 +172,7 @@ def test_a_result_that_is_there_is_returned_without_asking(home: Path, counted: 
     result = asked(home / "base", home / "data.jsonl", home / "whole", run=run)
     assert (counted, files(home / "whole")) == ([], before)
     assert [result] == read_evaluations(home / "whole")
-    assert "--overwrite" in said[0]
+    assert "`overwrite`" in said[0]
 
 
 def test_files_of_the_user_are_never_replaced(home: Path, tmp_path: Path) -> None:
