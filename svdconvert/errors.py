@@ -5,12 +5,14 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 │   └── ModelNotFoundError there is no such path, repository, revision or file
 ├── TargetError            a target matches nothing, or a matrix cannot be decomposed
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
+│   └── MissingOptionError an option without a default is not given
 ├── UnknownNameError       no method or layout of that name
 ├── PluginError            a method or layout of another package cannot be loaded
 ├── OutputError            the output directory exists already, or cannot be written
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
 ├── HubError               the Hub refuses an upload, or is out of reach during one
 ├── DataError              training data that cannot be used
+├── SandboxError           generated code cannot be confined, or must not be run
 └── MissingPackageError    an optional package is not installed
 
 Faults of the program itself are assertions, which are never caught.
@@ -50,6 +52,10 @@ class RecipeError(SvdConvertError):
     """An option or recipe key is unknown, missing or ill-typed."""
 
 
+class MissingOptionError(RecipeError):
+    """An option that has no default is given neither directly nor by a recipe."""
+
+
 class UnknownNameError(SvdConvertError):
     """No method or layout has that name."""
 
@@ -72,6 +78,10 @@ class HubError(SvdConvertError):
 
 class DataError(SvdConvertError):
     """Training data that cannot be used."""
+
+
+class SandboxError(SvdConvertError):
+    """Generated code cannot be confined on this system, or must not be run without consent."""
 
 
 class MissingPackageError(SvdConvertError):

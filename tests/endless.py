@@ -80,15 +80,16 @@ def _train(source: Path, out: Path, run: Run) -> None:
         save_every=1,
     )
 
-    def watch(log: object, steps: int) -> None:
-        step = getattr(log, "step", 0)
-        run.track(Progress(f"step {step}", "metrics.jsonl", step, steps))
+    train(source / "start", out, options, run)
 
-    train(source / "start", out, options, run, watch=watch)
+
+WRITING = ("combine", "convert", "decompose", "extract", "merge", "to-lora", "train")
+"""The phases that write the output."""
 
 
 def _pause(progress: Progress) -> None:
-    time.sleep(3600 if progress.done == progress.total else _PAUSE)
+    if progress.phase in WRITING:
+        time.sleep(3600 if progress.done == progress.total else _PAUSE)
 
 
 if __name__ == "__main__":

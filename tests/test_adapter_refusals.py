@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdconvert.config.progress import Progress
 from svdconvert.errors import SvdConvertError
 from svdconvert.output.uncached import UncachedWriter
 from tests.conftest import Build
@@ -250,7 +251,17 @@ def test_train_says_what_is_missing_or_wrong(
         "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
     )
     refused(
-        "train", pissa, "-o", out, "--data", rows, "--steps", 1, "--epochs", 1, words=["exclude each other"]
+        "train",
+        pissa,
+        "-o",
+        out,
+        "--data",
+        rows,
+        "--steps",
+        1,
+        "--epochs",
+        1,
+        words=["--steps and --epochs"],
     )
     refused(
         "train",
@@ -325,8 +336,9 @@ def test_a_full_disk_is_reported_in_one_sentence(
 def test_another_command_does_not_continue_an_unfinished_output(base: Path, tmp_path: Path) -> None:
     from svdconvert import Run, SplitOptions, decompose
 
-    def stop(progress: object) -> None:
-        raise SvdConvertError("enough")
+    def stop(progress: Progress) -> None:
+        if progress.done:
+            raise SvdConvertError("enough")
 
     with pytest.raises(SvdConvertError, match="enough"):
         decompose(base, tmp_path / "out", SplitOptions(rank=4), Run(track=stop))

@@ -32,8 +32,12 @@ LEVELS = (
     "publish",
     "pipeline",
     "training",
+    "evaluation",
+    "conversation",
+    "diagnosis",
     "reports",
     "commands",
+    "workflow",
     "cli",
     "__main__",
     "__init__",
@@ -53,9 +57,10 @@ NO_PLUG_INS = {"automatic", "automatic_cache", "base", "by_names", "detect", "ex
 ONLY_IN = {
     "accelerate": {"training", "models", "config"},
     "huggingface_hub": {"hub", "publish"},
+    "lm_eval": {"evaluation"},
     "peft": set(),
     "rich": {"cli"},
-    "transformers": {"training", "models"},
+    "transformers": {"training", "models", "evaluation"},
     "typer": {"cli"},
 }
 

@@ -219,7 +219,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(stacked: bool, model: Bu
     items: list[str] = []
 
     def stop(progress: Progress) -> None:
-        items.append(progress.name)
+        items.append(progress.phase)
         if len(items) % 7 == 0:
             raise KeyboardInterrupt
 

@@ -1,33 +1,97 @@
-"""Every recipe is read, and runs for two steps on a tiny model."""
+"""Every recipe is read, can be planned, and runs for two steps on a tiny model."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.recipe import options, read_recipe
+from svdconvert.config.recipe import options, read_recipe, variants_of
+from svdconvert.config.recipe_files import PACKAGED, recipe_names
 from svdconvert.config.train import TrainOptions
+from svdconvert.evaluation.base import tasks_named
 from svdconvert.manifest.schema import read_manifest
+from svdconvert.workflow.plan import plan_experiment
+from svdconvert.workflow.run import run
 from tests.conftest import Build
 from tests.program import refused, succeeded
 from tests.reading import readable, write_sums
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
-RECIPES = sorted(ROOT.glob("*.yaml"))
+RECIPES = sorted(PACKAGED.glob("*.yaml"))
+SINGLE = [path for path in RECIPES if not read_recipe(path).variants]
+EXPERIMENTS = [path for path in RECIPES if path not in SINGLE]
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+every_single_recipe = pytest.mark.parametrize("recipe", SINGLE, ids=lambda path: path.stem)
+every_experiment = pytest.mark.parametrize("recipe", EXPERIMENTS, ids=lambda path: path.stem)
 
 
 @every_recipe
 def test_a_recipe_is_listed_and_says_what_it_is(recipe: Path) -> None:
-    assert f"({recipe.name})" in (ROOT / "README.md").read_text()
+    assert f"/{recipe.name})" in (ROOT / "README.md").read_text()
     assert recipe.read_text().startswith("# ")
+
+
+@every_single_recipe
+def test_the_name_of_a_recipe_begins_with_its_method(recipe: Path) -> None:
     assert recipe.name.startswith(options(SplitOptions, read_recipe(recipe), {}).method)
 
 
-FAMILIES = {"roberta": "roberta", "minilm": "bert", "gemma": "gemma", "mistral": "mistral"}
+@every_recipe
+def test_a_recipe_can_be_planned_and_names_known_tasks(recipe: Path) -> None:
+    experiment = plan_experiment(read_recipe(recipe), {}, Path("out"))
+    for plan in experiment.plans:
+        assert plan.options["train"].data
+        if recipe.stem != "pissa-rwkv6-world":  # World models have no published task
+            assert plan.evaluation is not None
+            kinds = {task.kind for task in tasks_named(plan.evaluation.tasks)}
+            assert kinds == {"generate" if plan.options["train"].task == "text" else "classify"}
+
+
+def test_every_recipe_of_the_package_is_listed() -> None:
+    rows = {row["recipe"]: row for row in json.loads(succeeded("list", "recipes", "--json").out)}
+    assert [*rows] == recipe_names() == sorted(path.stem for path in RECIPES)
+    assert rows["arithmetic-smollm2"]["method"] == "pissa, lora, full"
+    assert all(row["model"] and row["about"] for row in rows.values())
+
+
+def test_a_recipe_of_the_package_is_found_by_its_name() -> None:
+    assert read_recipe(Path("pissa-smollm2-gsm8k")) == read_recipe(PACKAGED / "pissa-smollm2-gsm8k.yaml")
+    words = ["pissa-smolm2-gsm8k", "did you mean pissa-smollm2-gsm8k?"]
+    refused("decompose", "model", "-o", "out", "--recipe", "pissa-smolm2-gsm8k", words=words)
+
+
+def test_a_file_comes_before_a_recipe_of_the_package_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pissa-smollm2-gsm8k").write_text("model: mine\n")
+    assert read_recipe(Path("pissa-smollm2-gsm8k")).get("model") == "mine"
+
+
+def test_a_data_file_next_to_the_recipe_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "train: {data: [rows.jsonl, other.jsonl, org/name], eval_data: rows.jsonl}\n"
+        "eval: {data: rows.jsonl}\n"
+    )
+    sections = read_recipe(tmp_path / "recipe.yaml").sections
+    rows = str(tmp_path / "rows.jsonl")
+    assert sections["train"] == {"data": [rows, "other.jsonl", "org/name"], "eval_data": rows}
+    assert sections["eval"] == {"data": rows}
+
+
+FAMILIES = {
+    "roberta": "roberta",
+    "lora-fa-glue": "roberta",
+    "minilm": "bert",
+    "gemma": "gemma",
+    "mistral": "mistral",
+}
 
 
 def _model(recipe: Path, checkpoint: Build, directory: Path) -> Path:
@@ -49,7 +113,7 @@ def _rows(plan: TrainOptions, path: Path) -> Path:
 
 
 @pytest.mark.slow
-@every_recipe
+@every_single_recipe
 def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path: Path) -> None:
     wanted = options(TrainOptions, read_recipe(recipe), {})
     model = _model(recipe, checkpoint, tmp_path / "model")
@@ -68,9 +132,31 @@ def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path
 
 
 @pytest.mark.slow
+@every_experiment
+def test_every_variant_of_an_experiment_runs_on_a_tiny_model(
+    recipe: Path, checkpoint: Build, tmp_path: Path
+) -> None:
+    content = {**yaml.safe_load(recipe.read_text()), "steps": ["train"], "seeds": [1]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    single = variants_of(read_recipe(recipe), {})[0][1]
+    rows = str(_rows(options(TrainOptions, single, {}), tmp_path / "rows.jsonl"))
+    changes = {
+        "model": str(_model(recipe, checkpoint, tmp_path / "model")),
+        "decompose": {"rank": 2},
+        "train": {"data": rows, "eval_data": rows, "eval_split": "train", "max_length": 56, "steps": 2},
+    }
+    found = run(tmp_path / "recipe.yaml", tmp_path / "out", Run(device="cpu", threads=1), changes=changes)
+    assert len(found) == len(content["variants"])
+    for one in found:
+        assert one.lr == content["variants"][one.variant]["train"]["lr"]
+        assert one.steps == 2 and one.held_out is not None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa-smollm2-gsm8k", "lora-smollm2-gsm8k"])
 def test_a_recipe_serves_every_command(name: str, checkpoint: Build, tmp_path: Path) -> None:
-    recipe, start, trained = ROOT / f"{name}.yaml", tmp_path / "start", tmp_path / "trained"
+    recipe = PACKAGED / f"{name}.yaml"
+    start, trained = tmp_path / "start", tmp_path / "trained"
     model = _model(recipe, checkpoint, tmp_path / "model")
     rows = write_sums(tmp_path / "sums.jsonl", rows=80)
     succeeded("decompose", model, "-o", start, "--recipe", recipe, "--rank", 4, "--alpha", 4)
@@ -90,7 +176,7 @@ def test_accelerate_reads_its_configurations_and_they_say_what_was_tried(path: P
 
 
 def test_pissas_published_setting_is_as_published() -> None:
-    recipe = read_recipe(ROOT / "pissa-llama-2-7b-metamath.yaml")
+    recipe = read_recipe(PACKAGED / "pissa-llama-2-7b-metamath.yaml")
     split, plan = options(SplitOptions, recipe, {}), options(TrainOptions, recipe, {})
     assert (split.rank, split.alpha, split.targets) == (128, None, ("all-linear",))
     assert (plan.lr, plan.batch_size * plan.accumulate, plan.max_length) == (2e-5, 128, 512)

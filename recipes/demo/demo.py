@@ -1,9 +1,9 @@
-"""The whole chain on a real model: decompose, train, merge, convert to a LoRA, and look at what happened.
+"""The whole chain on a real model, by one command, and a look at what happened.
 
     python recipes/demo/demo.py
 
 Everything is written into demo-output/ at the root of the repository, which is wiped first. The model is made
-once (smollm2.py) and kept in .cache.
+once (smollm2.py) and kept in .cache. SmolLM2-135M learns sums of three or four numbers by PiSSA.
 """
 
 import json
@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,31 +25,17 @@ from smollm2 import REPOSITORY, cache_dir, ensure_smollm2
 
 # Relative, because the commands run at the root of the repository and are meant to be typed there again.
 OUT = Path("demo-output")
-RECIPES = Path("recipes/demo")
-HELDOUT = RECIPES / "gsm8k-heldout.jsonl"
+RESULTS = OUT / "sums"
 COMMANDS = [
-    f"decompose {OUT}/smollm2 -o {OUT}/pissa --method pissa --rank 16",
-    f"inspect {OUT}/pissa",
-    f"verify {OUT}/pissa",
-    f"train {OUT}/pissa -o {OUT}/trained --data {RECIPES}/gsm8k-train.jsonl --eval-data {HELDOUT}"
-    " --steps 24 --batch-size 4 --max-length 192 --lr 2e-4",
-    f"merge {OUT}/trained -o {OUT}/merged",
-    f"to-lora {OUT}/trained -o {OUT}/lora",
+    f"run recipes/demo/demo.yaml -o {RESULTS}",
+    f"verify {RESULTS}/decomposed",
+    f"inspect {RESULTS}/trained",
 ]
-# The template that `svdconvert train` puts around a question.
-PROMPT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{question}\n\n### Response:"
-)
+SHOWN = 5  # answers
 NEXT = (
-    "What to do next: run the same commands on a model and data of your own, for example "
-    "`svdconvert decompose ORG/NAME -o DIR --plan` to see what it would take, "
-    "or load demo-output/lora with PEFT on top of demo-output/smollm2."
-)
-RATE = (
-    "24 steps are few, so the rate is ten times the paper's; with a run of your own leave --lr out, "
-    "and the program takes the method's rate."
+    f"Open {RESULTS}/report.html in a browser to see energies, spectra, curves and scores. "
+    "To go on, run the same on a model and data of your own: `svdconvert decompose ORG/NAME -o DIR --plan` "
+    "says what it would take, and `svdconvert list recipes` shows complete recipes."
 )
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -61,14 +48,13 @@ def main() -> None:
     prepare()
     for command in COMMANDS:
         run(command)
-        if command.startswith("train"):
-            console.print(RATE)
-    heading("How the loss fell")
-    show_losses(read_metrics(REPOSITORY / OUT / "trained" / "metrics.jsonl"))
-    heading("One held-out question, before and after")
-    show_answers()
     heading("What was written")
     console.print(tree(REPOSITORY / OUT))
+    heading("How the loss fell")
+    show_losses(REPOSITORY / RESULTS / "trained" / "metrics.jsonl")
+    heading("Held-out sums, before and after")
+    show_answers()
+    show_scores()
     console.print(f"\nThe demo took {time.monotonic() - started:.0f} s. {NEXT}")
 
 
@@ -98,21 +84,18 @@ def heading(text: str) -> None:
     console.print(f"\n[bold]{escape(text)}[/bold]", soft_wrap=True)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the lines that training wrote: some have `loss`, some `eval_loss`."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def show_losses(metrics: list[dict[str, float]]) -> None:
-    """Print the training losses as a line of bars, and the first and last few beside the held-out ones."""
-    training = {int(row["step"]): row["loss"] for row in metrics if "loss" in row}
-    heldout = {int(row["step"]): row["eval_loss"] for row in metrics if "eval_loss" in row}
-    console.print(f"training loss  {sparkline(list(training.values()))}\n")
-    steps = sorted(training)
-    table = Table("step", "training loss", "held-out loss")
-    for step in sorted({*steps[:3], *steps[-3:], *heldout}):
-        table.add_row(str(step), *(f"{of[step]:.3f}" if step in of else "" for of in (training, heldout)))
-    console.print(table)
+def show_losses(metrics: Path) -> None:
+    """Print the training losses as a line of bars, and the held-out loss before and after."""
+    rows = read_lines(metrics)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    console.print(f"training loss  {sparkline(losses)}  {losses[0]:.3f} to {losses[-1]:.3f}")
+    console.print(f"held-out loss  {held_out[0]:.3f} before, {held_out[-1]:.3f} after")
 
 
 def sparkline(values: list[float]) -> str:
@@ -122,28 +105,32 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in values)
 
 
+def evaluated(name: str) -> Path:
+    """The directory with the results of the untouched or the trained model."""
+    return REPOSITORY / RESULTS / name / "evaluations"
+
+
 def show_answers() -> None:
-    """Ask the untouched model and the merged one the same held-out question."""
-    with (REPOSITORY / HELDOUT).open(encoding="utf-8") as rows:
-        row = json.loads(next(rows))
-    console.print(f"[bold]question[/bold]  {escape(row['question'])}")
-    console.print(f"[bold]expected[/bold]  {escape(row['answer'])}")
-    for label, name in (("before", "smollm2"), ("after ", "merged")):
-        console.print(f"[bold]{label}[/bold]    {escape(answer(REPOSITORY / OUT / name, row['question']))}")
+    """Print the first held-out sums with the answers of the untouched and of the trained model."""
+    before, after = (read_lines(evaluated(name) / "arithmetic.jsonl") for name in ("base", "trained"))
+    table = Table("sum", "right", "before", "after")
+    for old, new in list(zip(before, after, strict=True))[:SHOWN]:
+        question = old["prompt"].partition(": ")[2].strip(" =\n")
+        table.add_row(question, str(old["gold"]), *(escape(one["answer"].strip()) for one in (old, new)))
+    console.print(table)
 
 
-def answer(model_dir: Path, question: str) -> str:
-    """Generate a greedy answer with stock transformers: what svdconvert wrote needs no svdconvert to run."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    prompt = tokenizer(PROMPT.format(question=question), return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0]
-    return str(tokenizer.decode(tokens[prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+def show_scores() -> None:
+    """Print and draw how many of the held-out sums each model got right."""
+    table = Table("", "right", "share", "95 % interval", "")
+    for label, name in (("before", "base"), ("after", "trained")):
+        result: Mapping[str, Any] = json.loads((evaluated(name) / "arithmetic.json").read_text())
+        grade = result["grades"]["strict"]
+        low, high = grade["interval"]
+        bar = "█" * round(30 * grade["score"])
+        counted = f"{grade['correct']} of {grade['n']}"
+        table.add_row(label, counted, f"{grade['score']:.0%}", f"{low:.0%} to {high:.0%}", f"{bar:30}")
+    console.print(table)
 
 
 def tree(directory: Path) -> Tree:

@@ -13,18 +13,21 @@ _ARENA_MAX = -8
 _LARGE = 8 << 20
 _KEPT = 64 << 20
 _LARGEST_INT = 2**31 - 1
+_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+"""Turn off the bars of huggingface_hub and transformers, of datasets, and of all that uses tqdm."""
 
 
 def configure_libraries() -> None:
     """Set the environment variables that torch and huggingface_hub read when they are imported.
 
-    Variables that the user has set are left alone. THP_MEM_ALLOC_ENABLE lets torch ask for huge pages, which
-    reduces TLB misses in products of large matrices.
+    Variables that the user has set are left alone, except those of progress bars: there is one display, see
+    `progress`. THP_MEM_ALLOC_ENABLE lets torch ask for huge pages, which reduces TLB misses in products of
+    large matrices.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if sys.stderr is None or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in _BARS:
+        os.environ[name] = "1"
 
 
 def configure_streams() -> None:

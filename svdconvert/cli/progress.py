@@ -1,79 +1,98 @@
-"""Progress bars, which are shown only if standard error is a terminal."""
+"""The only display of progress: one line on a terminal, else a line a minute in the log.
 
-from collections.abc import Callable, Iterator
+Both are on standard error; the libraries' own bars are off in the program, see `configure_libraries`.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Lock, Thread
 from time import monotonic
-from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bar
-from rich.table import Column
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
-from svdconvert.cli.terminal import leads, plain, stderr
-from svdconvert.config.progress import Progress, Track, ignore_progress
+from svdconvert.cli.progress_line import Meter, progress_text
+from svdconvert.cli.terminal import leads, say, stderr
+from svdconvert.config.progress import Progress, Track, ignore_progress, tracking
 
-if TYPE_CHECKING:
-    from svdconvert.training.logs.metrics import Log
+_PER_SECOND = 8  # times that a terminal's line is drawn
+EVERY = 60.0
+"""Seconds between two lines of a log."""
 
 
 @contextmanager
-def tensors(what: str, *, of_bytes: bool = True) -> Iterator[Track]:
-    """A bar with tensor, shard, amount and remaining time; nothing if standard error is not a terminal."""
-    if not leads() or not stderr.is_terminal:
+def shown(command: str, log_every: int | None = None) -> Iterator[Track]:
+    """Show the progress of everything until the context ends; yields the callback for `Run.track`.
+
+    With `log_every` every so many steps of a training run leave a line, on a terminal too.
+    """
+    if not leads():
         yield ignore_progress
         return
-    amount: ProgressColumn = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    with _bar(amount) as bar:
-        task = bar.add_task(what, total=None, at="")
-
-        def track(step: Progress) -> None:
-            bar.update(task, completed=step.done, total=step.total, at=plain(f"{step.name} {step.file}"))
-
-        yield track
-
-
-def _bar(amount: ProgressColumn) -> Bar:
-    """A bar with amount, remaining time and position; a narrow terminal shortens the position."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        amount,
-        TimeRemainingColumn(),
-        TextColumn(
-            "{task.fields[at]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        ),
-    ]
-    return Bar(*columns, console=stderr, transient=True, expand=True)
+    display = _Display(log_every)
+    following = _on_terminal(display) if stderr.is_terminal else _in_log(display)
+    with following, tracking(display.track, command):
+        yield display.track
 
 
 @contextmanager
-def steps() -> Iterator[Callable[["Log", int], None]]:
-    """A bar with loss, tokens per second and remaining time; nothing if standard error is not a terminal."""
-    if not leads() or not stderr.is_terminal:
-        yield lambda log, steps: None
-        return
-    from svdconvert.training.optim.loop import EvalLog, StepLog
+def _on_terminal(display: "_Display") -> Iterator[None]:
+    # What results are printed on standard output is not redirected; warnings of libraries go above the line.
+    with Live(display, console=stderr, transient=True, refresh_per_second=_PER_SECOND, redirect_stdout=False):
+        yield
 
-    with _bar(MofNCompleteColumn()) as bar:
-        task = bar.add_task("train", total=None, at="")
-        started = monotonic()
-        held_out = ""
 
-        def watch(log: "Log", steps: int) -> None:
-            nonlocal held_out
-            if isinstance(log, EvalLog):
-                held_out = f"held-out {log.eval_loss:.4f}"
-                bar.update(task, completed=log.step, total=steps, at=held_out)
-            elif isinstance(log, StepLog):
-                speed = log.tokens / max(monotonic() - started, 1e-9)
-                at = f"loss {log.loss:.4f}  lr {log.lr:.2e}  {speed:.0f} tokens/s  {held_out}"
-                bar.update(task, completed=log.step, total=steps, at=at)
+@contextmanager
+def _in_log(display: "_Display") -> Iterator[None]:
+    """Write a line a minute from another thread, so that a phase that reports nothing is in the log too."""
+    ended = Event()
 
-        yield watch
+    def write_lines() -> None:
+        while not ended.wait(EVERY):
+            say(display.text())
+
+    writer = Thread(target=write_lines, daemon=True, name="log")
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+
+
+class _Display:
+    """The newest report and the meters of all phases; several threads may report."""
+
+    def __init__(self, log_every: int | None) -> None:
+        self._log_every = log_every
+        self._logged = 0
+        self._latest = Progress("start", 0)
+        self._meters = {"start": Meter(since=monotonic())}
+        self._lock = Lock()
+
+    def track(self, progress: Progress) -> None:
+        """Show a report."""
+        now = monotonic()
+        with self._lock:
+            if progress.phase != self._latest.phase:
+                self._meters[self._latest.phase].pause(now)
+            self._meters.setdefault(progress.phase, Meter()).advance(now, progress.done)
+            self._latest = progress
+        if self._is_logged(progress):
+            self._logged = progress.done
+            say(self.text())
+
+    def _is_logged(self, progress: Progress) -> bool:
+        if not self._log_every or "loss" not in progress.facts or progress.done <= self._logged:
+            return False
+        return progress.done % self._log_every == 0 or progress.done == progress.total
+
+    def text(self, width: int | None = None) -> str:
+        """The line as it is now."""
+        with self._lock:
+            meter = self._meters[self._latest.phase]
+            return progress_text(self._latest, meter, monotonic(), width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.text(options.max_width), no_wrap=True, overflow="crop")

@@ -7,37 +7,45 @@ characters visible; rich markup is only interpreted in svdconvert's own text.
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from svdconvert.cli.wording import as_typed
+from svdconvert.config.display import visible
 from svdconvert.errors import OutputError
 from svdconvert.hub.auth import scrub
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(highlight=False, soft_wrap=True, stderr=True)
 
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format, surrogate, private use, separators
+_NARROWEST = 20  # characters that a line has even on a narrower terminal
 
 
 def plain(value: object) -> str:
     """`value` as one line of text: control and format characters as escapes, such as \\x1b and \\n."""
-    return "".join(_visible(character) for character in str(value))
-
-
-def _visible(character: str) -> str:
-    if unicodedata.category(character) not in _INVISIBLE:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    return visible(str(value))
 
 
 def say(sentence: str) -> None:
-    """Print one line on standard error, without Hub tokens that the message may contain."""
-    stderr.print(Text(f"svdconvert: {plain(scrub(sentence))}"))
+    """Print one line on standard error, with options as they are typed and without any Hub token."""
+    stderr.print(Text(wrapped(f"svdconvert: {plain(scrub(as_typed(sentence)))}", stderr)))
+
+
+def wrapped(sentence: str, console: Console, indent: int = 0) -> str:
+    """The sentence with line breaks at spaces if `console` is a terminal; later lines have `indent` spaces.
+
+    A word that is longer than a line, such as an address, stays whole.
+    """
+    if not console.is_terminal:
+        return sentence
+    width = max(console.width - indent, _NARROWEST)
+    lines = wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
 
 
 def notify(sentence: str) -> None:

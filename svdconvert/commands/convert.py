@@ -4,6 +4,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ConvertOptions
+from svdconvert.config.progress import tracked
 from svdconvert.inputs.model import open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
@@ -12,6 +13,7 @@ from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.job import run_job
 
 
+@tracked
 def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Run | None = None) -> Manifest:
     """Write the tensors of `model` in another layout of its family, one tensor at a time, in `out`.
 

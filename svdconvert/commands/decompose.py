@@ -5,6 +5,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
+from svdconvert.config.progress import tracked
 from svdconvert.inputs.model import open_headers, open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
@@ -15,6 +16,7 @@ from svdconvert.pipeline.estimate import Estimate, estimate_decompose
 from svdconvert.pipeline.job import run_job
 
 
+@tracked
 def decompose(
     model: str | Path, out: str | Path, options: SplitOptions | None = None, run: Run | None = None
 ) -> Manifest:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from svdconvert.config.execution import Run
+from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.model_pair import open_pair
 from svdconvert.inputs.open_adapter import is_any_adapter, open_adapter_delta
@@ -11,6 +12,7 @@ from svdconvert.pipeline.diff_adapters import AdapterDiff, compare_adapters
 from svdconvert.pipeline.effects import refuse_idle_stream_of_pair, refuse_stream_of_adapters
 
 
+@tracked
 def diff(first: str | Path, second: str | Path, run: Run | None = None) -> ModelDiff | AdapterDiff:
     """Compare two plain checkpoints tensor by tensor, or two adapters from their factors alone.
 

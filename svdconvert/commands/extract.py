@@ -4,6 +4,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ExtractOptions
+from svdconvert.config.progress import tracked
 from svdconvert.inputs.model_pair import Difference, open_pair
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
@@ -14,6 +15,7 @@ from svdconvert.pipeline.extract_plan import plan_extraction
 from svdconvert.pipeline.job import run_job
 
 
+@tracked
 def extract(
     base: str | Path,
     tuned: str | Path,
@@ -36,6 +38,7 @@ def extract(
     return run_job(ExtractJob(plan, Difference(plan.pair)), Path(out), run)
 
 
+@tracked
 def plan_extract(
     base: str | Path,
     tuned: str | Path,

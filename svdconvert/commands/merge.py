@@ -6,6 +6,7 @@ from pathlib import Path
 
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
+from svdconvert.config.progress import tracked
 from svdconvert.inputs.merge_weights import choose_weights
 from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.sources import Sources
@@ -18,6 +19,7 @@ from svdconvert.pipeline.merge_group import GroupMergeJob, open_group_merge
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
 
 
+@tracked
 def merge(  # noqa: PLR0913 (three locations that override the manifest's)
     adapter: str | Path | Sequence[str | Path],
     out: str | Path,

@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
+from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
+from svdconvert.evaluation.claims import evaluation_faults
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.merge_weights import choose_weights
 from svdconvert.inputs.model import find_model, open_plain_model
 from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.sources import Sources
+from svdconvert.manifest.evaluations import result_paths
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.merge_audit import BaseAudit, MergeAudit, audit_merge
 from svdconvert.pipeline.verify import Report, check_directory
 
 
+@tracked
 def verify(
     directory: str | Path,
     run: Run | None = None,
@@ -27,7 +31,8 @@ def verify(
 
     `base` overrides the base's location in the manifest. `nuclear_ratio` measures the nuclear norms of a
     4-bit residual's errors too: "all", or a number of matrices per role, as text. Differences are in the
-    report. Raises SvdConvertError with one sentence if the directory cannot be read at all.
+    report, and so are results of `eval` that belong to other weights or do not follow from their answers.
+    Raises SvdConvertError with one sentence if the directory cannot be read at all.
     """
     path = fetch(str(directory)).path
     manifest = read_manifest(path)
@@ -35,9 +40,11 @@ def verify(
     if manifest.kind != "decomposed":
         model = None  # only its identity is checked: other directories have nothing to recompute from it
     report = check_directory(path, manifest, model, run or Run(), nuclear_ratio)
-    return replace(report, directory=Path(directory))
+    faults = [*report.faults, *evaluation_faults(path, manifest)]
+    return replace(report, directory=Path(directory), evaluations=len(result_paths(path)), faults=faults)
 
 
+@tracked
 def verify_merge(
     merged: str | Path, bases: Sequence[str | Path], adapter: str | Path, run: Run | None = None
 ) -> MergeAudit:

@@ -31,6 +31,8 @@ class Run:
     ranks: Ranks = Ranks()
     """The processes that share the work; see `find_ranks`."""
     track: Track = ignore_progress
-    """Called for every finished tensor."""
+    """Called with the progress of every phase, sometimes from another thread; see `Progress`. An exception
+    that it raises stops the command like any failure: what is finished stays in the unfinished output, from
+    which the same call continues."""
     notify: Callable[[str], None] = ignore_message
     """Called with a sentence that the user should read at once."""

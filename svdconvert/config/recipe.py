@@ -5,17 +5,27 @@
     decompose: {method: pissa, rank: 16}
     train: {data: train.jsonl, steps: 100}
 
-The command line wins over the recipe. An unknown key is an error that lists the known ones.
+The command line wins over the recipe. An unknown key is an error that lists the known ones. A data file is
+looked for next to the recipe first. `run` performs all steps, and all variants; see `config/experiment.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.config.combine import CombineOptions
+from svdconvert.config.experiment import (
+    OWN_KEYS,
+    EvalSection,
+    ReportSection,
+    Variant,
+    changed,
+    check_experiment,
+    with_seeds,
+)
 from svdconvert.config.options import (
     RANK_RULES,
     ConvertOptions,
@@ -24,8 +34,9 @@ from svdconvert.config.options import (
     MergeOptions,
     SplitOptions,
 )
+from svdconvert.config.recipe_files import find_recipe, with_neighbours
 from svdconvert.config.train import REPEATED, TrainOptions
-from svdconvert.errors import RecipeError, brief, did_you_mean
+from svdconvert.errors import MissingOptionError, RecipeError, brief, did_you_mean
 
 T = TypeVar("T")
 
@@ -37,6 +48,8 @@ SECTIONS: Mapping[str, type] = {
     "convert": ConvertOptions,
     "combine": CombineOptions,
     "extract": ExtractOptions,
+    "eval": EvalSection,
+    "report": ReportSection,
 }
 COMMAND_OF_KIND: Mapping[str, str] = {
     "decomposed": "decompose",
@@ -73,6 +86,13 @@ class Recipe:
     shared: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
+    present: frozenset[str] = frozenset()
+    """The sections that the file has, empty ones too: the steps of `run`."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> what differs in this variant, as `changes` of `variants_of`."""
+    seeds: Sequence[int] = ()
+    steps: Sequence[str] | None = None
+    """The steps of `run`, if they are not those of the sections."""
 
     def get(self, key: str) -> Any:
         """The value of a shared key; None if the recipe does not have it."""
@@ -80,50 +100,120 @@ class Recipe:
 
 
 def read_recipe(path: Path | None) -> Recipe:
-    """Read a recipe and check its keys. Raises RecipeError for an unknown key or a file that is not YAML."""
+    """Read a recipe, a file or one of the package by its name, and check its keys.
+
+    Raises RecipeError for an unknown key or a file that is not YAML.
+    """
     if path is None:
         return Recipe()
+    path = find_recipe(path)
+    content = _plain(_read_mapping(path))
+    _refuse_unknown(content, [*SHARED, *OWN_KEYS, *SECTIONS], str(path))
+    check_experiment(content, str(path))
+    own = {key: content.pop(key, None) for key in OWN_KEYS}
+    present = frozenset(content.keys() & SECTIONS.keys())
+    shared, sections = _parse(content, str(path), path.parent)
+    variants: dict[str, Mapping[str, Any]] = {}
+    for name, changes in (own["variants"] or {}).items():
+        variants[name] = _changes(changes or {}, f"{path}: variants: {name}", path.parent)
+    _refuse_consent([sections, *variants.values()], path)
+    steps = own["steps"] and [step.replace("-", "_") for step in own["steps"]]
+    return Recipe(shared, sections, path, present, variants, own["seeds"] or (), steps)
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file. Raises RecipeError if there is none."""
     import yaml  # only if there is a recipe: the import takes time
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path} does not exist; give --recipe a YAML file") from error
     except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
         reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
         raise RecipeError(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a mapping of keys; write some of {', '.join([*SHARED, *SECTIONS])}")
-    content = _plain(content)
-    _refuse_unknown(content, [*SHARED, *SECTIONS], str(path))
-    _check_shared(content, path)
-    sections = {}
+    return content
+
+
+def _parse(
+    content: Mapping[str, Any], source: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """(shared keys, options by section) of a mapping with known keys. Raises RecipeError."""
+    shared = {key: value for key, value in content.items() if key in SHARED}
+    _check_shared(shared, source)
+    sections: dict[str, Mapping[str, Any]] = {}
     for name, kind in SECTIONS.items():
-        section = content.pop(name, None) or {}
+        section = content.get(name) or {}
         if not isinstance(section, dict):
             raise RecipeError(
-                f"{path}: {name} is not a mapping of options; write OPTION: VALUE lines below it"
+                f"{source}: {name} is not a mapping of options; write OPTION: VALUE lines below it"
             )
-        sections[name] = _plain(section)
-        _refuse_unknown(sections[name], [entry.name for entry in fields(kind)], f"{path}: {name}")
-    return Recipe(content, sections, path)
+        options = _plain(section)
+        _refuse_unknown(options, [entry.name for entry in fields(kind)], f"{source}: {name}")
+        sections[name] = with_neighbours(name, options, folder)
+    return shared, sections
 
 
-def _check_shared(content: Mapping[str, Any], path: Path) -> None:
+def _refuse_consent(parts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raise RecipeError if a recipe, which may come from anybody, allows to run what a model wrote."""
+    if any("run_code" in (part.get("eval") or {}) for part in parts):
+        raise RecipeError(
+            f"{path}: eval: run_code is not read from a recipe, because it runs what a model wrote; type "
+            "svdconvert run with --run-code"
+        )
+
+
+def _changes(content: Any, source: str, folder: Path) -> dict[str, Any]:
+    """What a variant changes: shared keys, and options by section. Raises RecipeError."""
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source} is not a mapping of options; write SECTION: {{OPTION: VALUE}} lines")
+    plain = _plain(content)
+    _refuse_unknown(plain, [*SHARED, *SECTIONS], source)
+    shared, sections = _parse(plain, source, folder)
+    return {**shared, **{name: options for name, options in sections.items() if options}}
+
+
+def variants_of(recipe: Recipe, changes: Mapping[str, Any]) -> list[tuple[Variant, Recipe]]:
+    """Every run of a recipe with its own recipe, after `changes`: {"model": .., "train": {"steps": 2}}.
+
+    Raises RecipeError for an unknown key in `changes`, or for two runs with the same name.
+    """
+    source = f"{recipe.path}, as changed"
+    typed = _changes(changes, source, Path())
+    found: list[tuple[Variant, Recipe]] = []
+    for name, own in (recipe.variants or {"": {}}).items():
+        shared, sections = changed(recipe.shared, recipe.sections, own, _EXCLUSIVE)
+        shared, sections = changed(shared, sections, typed, _EXCLUSIVE)
+        plain = Variant(name, name, None, shared, sections)
+        for variant in with_seeds(plain, recipe.seeds):
+            single = replace(recipe, shared=variant.shared, sections=variant.sections, variants={}, seeds=())
+            found.append((variant, single))
+    names = [variant.name for variant, _ in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"{recipe.path} has two runs that are called {twice}; rename a variant")
+    return found
+
+
+def _check_shared(content: Mapping[str, Any], source: str) -> None:
     """Raise RecipeError for a key of all commands with a value of the wrong type."""
     for key, kind in SHARED.items():
         value = content.get(key)
         is_right = isinstance(value, kind) and not isinstance(value, bool)
         if value is not None and not (is_right and (key != "threads" or value > 0)):
             expected = "a text" if kind is str else "an integer" if key == "seed" else "an integer above zero"
-            raise RecipeError(f"{path}: {key} is {brief(value)}: it should be {expected}")
+            raise RecipeError(f"{source}: {key} is {brief(value)}: it should be {expected}")
 
 
 def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
     """The options of one command: what was typed, else the recipe's, else the defaults.
 
-    Raises RecipeError for a value that is out of range or of the wrong type.
+    Raises RecipeError for a value that is out of range or of the wrong type, and for a recipe with variants.
     """
+    if recipe.variants or recipe.seeds:
+        raise RecipeError(
+            f"{recipe.path} has several variants or seeds, which only run performs; type svdconvert run "
+            f"{recipe.path} -o DIR, or write a recipe of one of them"
+        )
     section = next(name for name, known in SECTIONS.items() if known is kind)
     known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
     shared = {key: value for key, value in recipe.shared.items() if key in known}
@@ -141,9 +231,12 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         command = section.replace("_", "-")
+        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            raise MissingOptionError(f"{command}: `{key}` is missing") from None
         source = command if recipe.path is None or key in given else f"{recipe.path}: {section}"
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-        wrong = f"{key} is {brief(first['input'])}: {message}" if key else message
+        named = f"`{key}`" if source == command else key
+        wrong = f"{named} is {brief(first['input'])}: {message}" if key else message
         # Not `from error`: its text repeats the value, and with YAML's aliases a short file holds a huge one.
         raise RecipeError(f"{source}: {wrong}") from None
 

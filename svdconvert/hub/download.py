@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from svdconvert.checkpoint.file_names import is_weights
 from svdconvert.checkpoint.safetensors_files import (
@@ -19,25 +19,38 @@ from svdconvert.checkpoint.safetensors_files import (
     read_index,
     shard_names,
 )
+from svdconvert.config.progress import report
 from svdconvert.errors import CheckpointError, ModelNotFoundError
 from svdconvert.hub.auth import endpoint, hub_api
 from svdconvert.hub.errors import hub_errors_as, is_unanswered, with_retries
 from svdconvert.hub.reference import ModelRef, is_repository
-from svdconvert.hub.replies import is_commit, listed_files
+from svdconvert.hub.replies import is_commit, listed_files, listed_sizes
+from svdconvert.hub.transfers import download_followed
 
 Part = Literal["all", "adapter", "sidecars"]
 """What is downloaded: everything a loader needs, the same without the model's own weights, or no weights."""
 
-# What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders.
+# What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders; and
+# the results of evaluations.
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED_ADAPTER = "adapter_model.bin"
 _OTHER_ADAPTERS = ("adapters.safetensors", "adapter.gguf")  # mlx-lm's and llama.cpp's
-_FOLDERS = ("*_init", "additional_chat_templates")
+_FOLDERS = ("*_init", "additional_chat_templates", "evaluations")
 _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20
 _ATTEMPTS = 2  # downloads of a revision that moves to another commit meanwhile
+
+
+class Listing(NamedTuple):
+    """The files of a repository at one commit."""
+
+    commit: str
+    files: Mapping[str, str | None]
+    """File -> SHA-256 if it is stored in LFS, else None."""
+    sizes: Mapping[str, int]
+    """File -> bytes, as far as the Hub says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ def _download(reference: ModelRef, part: Part, without: Collection[str] = ()) ->
             return Path(
                 api.snapshot_download(repository, revision=reference.revision, allow_patterns=patterns)
             )
-        path = _download_files(reference, *known, part, without)
+        path = _download_files(reference, known, part, without)
         if path is not None:
             return path
     raise CheckpointError(
@@ -121,13 +134,11 @@ def _download(reference: ModelRef, part: Part, without: Collection[str] = ()) ->
 
 
 def _download_files(
-    reference: ModelRef,
-    commit: str,
-    files: Mapping[str, str | None],
-    part: Part,
-    without: Collection[str],
+    reference: ModelRef, listing: Listing, part: Part, without: Collection[str]
 ) -> Path | None:
-    """The directory of the snapshot `commit`; None if the revision is another commit by now."""
+    """The directory of the snapshot of a commit; None if the revision is another commit by now."""
+    commit = listing.commit
+    files = listing.files
     repository = str(reference.repository)
     wanted = [name for name in files if _is_sidecar(name)]
     wanted += [reference.file] if reference.file else _weights(repository, commit, files, part)
@@ -139,18 +150,23 @@ def _download_files(
     before = {name for name in wanted if files[name] and _cached(repository, commit, name)}
     # Not by the commit: the cache stores which commit a named revision is, for later use without the Hub.
     patterns = [escape(name) for name in wanted]
-    path = Path(
-        with_retries(
-            lambda: hub_api().snapshot_download(
-                repository, revision=reference.revision, allow_patterns=patterns
+    missing = {name for name in wanted if not _cached(repository, commit, name)}
+    total = sum(listing.sizes[name] for name in missing) if listing.sizes.keys() >= missing else None
+    with download_followed(repository, total) as following:
+        path = Path(
+            with_retries(
+                lambda: hub_api().snapshot_download(
+                    repository, revision=reference.revision, allow_patterns=patterns, **following
+                )
             )
         )
-    )
     if path.name != commit:
         return None
-    for name in wanted:
-        if (sha256 := files[name]) and name not in before and _sha256(path / name) != sha256:
-            _fetch_again(repository, commit, path / name, name, sha256)
+    for number, name in enumerate(wanted):
+        if (sha256 := files[name]) and name not in before:
+            report("check", number, len(wanted), "files", name=name)
+            if _sha256(path / name) != sha256:
+                _fetch_again(repository, commit, path / name, name, sha256)
     return path
 
 
@@ -161,7 +177,7 @@ def hashes_of_files(snapshot: Snapshot) -> dict[str, str]:
     """
     with hub_errors_as(CheckpointError, snapshot.location, snapshot.revision):
         known = _known_files(snapshot.location, snapshot.revision)
-    return {name: sha256 for name, sha256 in known[1].items() if sha256} if known else {}
+    return {name: sha256 for name, sha256 in known.files.items() if sha256} if known else {}
 
 
 def _refuse_only_folders(repository: str, files: Collection[str]) -> None:
@@ -186,8 +202,8 @@ def _in_root(name: str) -> bool:
     return "/" not in name and is_weights(name)
 
 
-def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, str | None]] | None:
-    """(commit, file -> SHA-256 if it is stored in LFS, else None); None if the Hub does not answer.
+def _known_files(repository: str, revision: str | None) -> Listing | None:
+    """The commit of a revision and its files; None if the Hub does not answer.
 
     Raises CheckpointError if the answer names no commit, or a file outside the repository.
     """
@@ -202,7 +218,7 @@ def _known_files(repository: str, revision: str | None) -> tuple[str, dict[str, 
             f"{endpoint()} names no commit of {repository}; check HF_ENDPOINT, which may be a mirror without "
             "that feature"
         )
-    return str(info.sha), listed_files(info, repository)
+    return Listing(str(info.sha), listed_files(info, repository), listed_sizes(info))
 
 
 def _is_sidecar(name: str) -> bool:

@@ -97,6 +97,12 @@ def listed_files(info: Any, repository: str) -> dict[str, str | None]:
     return files
 
 
+def listed_sizes(info: Any) -> dict[str, int]:
+    """The sizes in bytes of the files of a repository, as far as ModelInfo has them: for display only."""
+    sizes = {file.rfilename: getattr(file, "size", None) for file in info.siblings or []}
+    return {name: size for name, size in sizes.items() if type(size) is int and 0 <= size < 1 << 60}
+
+
 def check_range(response: Any, name: str, begin: int, end: int, size: int | None) -> int:
     """The size of the file, from an answer to a request for its bytes from `begin` to `end`.
 

@@ -13,7 +13,8 @@ from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import Snapshot
 from svdconvert.inputs.recovered_init import RecoveredInit
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.schema import Manifest, training_of
+from svdconvert.manifest.training import Training
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class AdapterDelta:
     def layout_name(self) -> str | None:
         """The layout of its base, if the manifest names it."""
         return self.manifest.layout or None if self.manifest else None
+
+    @property
+    def training(self) -> Training | None:
+        """The training that the adapter comes from; None if nothing is known of it."""
+        return training_of(self.directory, self.manifest)
 
     @property
     def has_residual(self) -> bool:

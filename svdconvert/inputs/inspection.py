@@ -1,6 +1,7 @@
 """What a directory, file or model is, and which commands can follow."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,26 @@ from svdconvert.adapters.equivalents import TYPES
 from svdconvert.adapters.peft_files import is_adapter, open_adapter
 from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
+from svdconvert.config.display import Shown
 from svdconvert.config.recipe import non_default_options, section_of
-from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
+from svdconvert.inputs.grids import by_role_and_layer, grids_of
 from svdconvert.inputs.model import OpenModel, open_headers
 from svdconvert.inputs.storage_format import bits_per_weight, formats
+from svdconvert.inputs.unfinished import read_unfinished
 from svdconvert.layouts.loading import loading, loading_in_peft
-from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest
+from svdconvert.manifest.evaluations import manifest_fingerprint, read_evaluations
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest, training_of
+from svdconvert.manifest.training import Training
 from svdconvert.methods.base import METHODS
 from svdconvert.output.sidecars import read_json_object
 from svdconvert.quantization.view import DecodedSource
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """Description of a directory or model."""
 
     directory: str
@@ -36,6 +41,19 @@ class Inspection:
     next: list[str]
     """Commands that can follow."""
     details: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    """Losses of a training in the order of its steps, by name; empty if nothing is recorded of one."""
+    grids: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """What was measured of every matrix: title -> role -> layer -> value."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """What it is and the first command that can follow."""
+        return {
+            "directory": self.directory,
+            "kind": self.kind,
+            "summary": self.summary,
+            "next": self.next[0] if self.next else None,
+        }
 
 
 def describe(model: str | Path) -> Inspection:
@@ -45,7 +63,7 @@ def describe(model: str | Path) -> Inspection:
         return _inspect_unfinished(path)
     path = path if path.exists() else fetch(str(model), "adapter").path
     if has_manifest(path):
-        return _inspect_manifest(str(model), read_manifest(path))
+        return _inspect_manifest(str(model), path, read_manifest(path))
     if is_adapter(path):
         return _inspect_adapter(path)
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
@@ -70,15 +88,18 @@ def describe_for(model: str | Path, engine: Engine) -> Inspection:
 
 def _inspect_unfinished(path: Path) -> Inspection:
     out = str(path).removesuffix(".partial")
-    return Inspection(
-        str(path),
-        "unfinished",
-        f"the unfinished output of a run that writes {out}",
-        [f"the same command again, which continues and writes {out}"],
-    )
+    summary = f"the unfinished output of a run that writes {out}"
+    again = f"the same command again, which continues and writes {out}"
+    found = read_unfinished(path)
+    if found is None:
+        return Inspection(str(path), "unfinished", summary, [again])
+    details = {"begun_by": f"svdconvert {found.version} {found.verb}", "so_far": found.finished}
+    return Inspection(str(path), "unfinished", summary, [found.command or again], details)
 
 
-def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
+def _inspect_manifest(name: str, path: Path, manifest: Manifest) -> Inspection:
+    training = training_of(path, manifest)
+    curves = {"loss": training.losses, "held-out loss": training.held_out} if training else {}
     details = {
         "written_by": f"svdconvert {manifest.svdconvert}",
         "method": manifest.method,
@@ -88,8 +109,45 @@ def _inspect_manifest(path: str, manifest: Manifest) -> Inspection:
         "options": non_default_options(section_of(manifest.kind, manifest.command), manifest.options),
         **({} if manifest.result is None else asdict(manifest.result)),
         **_matrix_details(manifest),
+        **_training_details(training),
+        "evaluations": _evaluation_details(path, manifest),
     }
-    return Inspection(path, manifest.kind, _summary(manifest), _next_commands(path, manifest), details)
+    return Inspection(
+        name,
+        manifest.kind,
+        _summary(manifest),
+        _next_commands(name, manifest),
+        details,
+        curves={name: [value for _, value in points] for name, points in curves.items() if points},
+        grids=by_role_and_layer(grids_of(manifest)),
+    )
+
+
+def _training_details(training: Training | None) -> dict[str, Any]:
+    if training is None:
+        return {}
+    return {
+        "trained_on": training.data,
+        "steps": training.steps,
+        "final_loss": training.losses[-1][1] if training.losses else None,
+        "held_out_loss": training.held_out[-1][1] if training.held_out else None,
+    }
+
+
+def _evaluation_details(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The results of `eval`, those of other weights marked as such."""
+    fingerprint = manifest_fingerprint(manifest)
+    return [
+        {
+            "task": result.task,
+            result.headline: result.score,
+            "interval": list(result.grades["strict"].interval) if "strict" in result.grades else None,
+            "rows": result.data.rows,
+            "limit": result.data.limit,
+            "of_these_weights": result.model.fingerprint == fingerprint,
+        }
+        for result in read_evaluations(path)
+    ]
 
 
 def _summary(manifest: Manifest) -> str:
@@ -212,7 +270,7 @@ def _storage(opened: OpenModel) -> dict[str, Any]:
     return {
         "quantised": formats(opened.source),
         "bits_per_quantised_weight": round(bits_per_weight(opened.source), 3),
-        "stored_size": size_text(sum(info.nbytes for info in stored)),
+        "stored_size_bytes": sum(info.nbytes for info in stored),
     }
 
 
@@ -222,7 +280,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
     details: dict[str, Any] = {
         "model_type": opened.config.get("model_type"),
         "tensors": len(infos),
-        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "size_bytes": sum(info.nbytes for info in infos.values()),
         "element_types": dict(Counter(info.dtype for info in infos.values())),
         **_storage(opened),
     }

@@ -14,11 +14,13 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from svdconvert.checkpoint.file_names import is_known_kind, leads_outside, name_fault
+from svdconvert.config.display import Shown
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest import format1
 from svdconvert.manifest.fingerprint import Fingerprint, file_checksum
 from svdconvert.manifest.place import Place
 from svdconvert.manifest.results import RESULT_OF_KIND, Result
+from svdconvert.manifest.training import Training, recorded_training
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.plan import FileRole, PlannedFile
@@ -100,8 +102,8 @@ class Matrix:
         return Matrix(**{**note, "quantised": QuantisedMatrix(**found) if found else None})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class Manifest(Shown):
     """The content of svdconvert.json."""
 
     kind: Kind
@@ -116,6 +118,8 @@ class Manifest:
     """Every option that affects the result, as requested, defaults included."""
     result: Result | None = None
     """What resulted from the options; None for kinds without such a result."""
+    training: Training | None = None
+    """The training that the weights come from; None if there was none, or if nothing is known of it."""
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     """By the tensor's name in the base."""
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -129,6 +133,23 @@ class Manifest:
     """The command that wrote the directory, if that is not the usual one of its kind: extract."""
     svdconvert: str = __version__
     format: int = FORMAT
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Kind, method, ranks, base, and the measurements of all matrices together."""
+        ranks = sorted({matrix.rank for matrix in self.matrices.values()})
+        energies = [matrix.energy for matrix in self.matrices.values() if matrix.energy is not None]
+        held_out = self.training.held_out if self.training else ()
+        return {
+            "kind": self.kind,
+            "method": self.method or None,
+            "layout": self.layout or None,
+            "rank": ranks[0] if len(ranks) == 1 else ranks or getattr(self.result, "rank", None),
+            "matrices": len(self.matrices) or None,
+            "base": self.base.location if self.base else None,
+            "mean energy": round(sum(energies) / len(energies), 4) if energies else None,
+            "held-out loss": held_out[-1][1] if held_out else None,
+            "files": len(self.files),
+        }
 
     def write(self, directory: Path) -> "Manifest":
         """Write svdconvert.json into `directory`. Raises ArtifactError if a value is NaN or infinite."""
@@ -248,6 +269,19 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"{path} is damaged at {location}: {first['msg']}; restore the file") from error
     _refuse_names(path, manifest)
     return manifest
+
+
+def training_of(directory: Path, manifest: Manifest | None) -> Training | None:
+    """The training that a directory comes from, as its manifest or, from before 0.2, its measurements say.
+
+    None if there was none. Raises ArtifactError if the measurements are damaged.
+    """
+    if manifest is None or manifest.training is not None:
+        return manifest.training if manifest else None
+    if manifest.kind not in ("trained", "finetuned"):
+        return None
+    ranks = [matrix.rank for matrix in manifest.matrices.values()]
+    return recorded_training(directory, manifest.options, max(ranks, default=None))
 
 
 def _refuse_names(path: Path, manifest: Manifest) -> None:

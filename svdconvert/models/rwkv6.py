@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from svdconvert.checkpoint.tensors import TensorSource
+from svdconvert.config.progress import report
 from svdconvert.models import world_tokenizer
 from svdconvert.models.rwkv6_tensors import MIX_ORDER, Sizes
 from svdconvert.models.wkv6 import Form, wkv6
@@ -200,9 +201,11 @@ class Rwkv6(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         state: list[Memory] | None = None,
+        logits_to_keep: int = 0,
     ) -> Output:
         """Logits of `input_ids` (B, T), continuing from `state`.
 
+        Only those of the last `logits_to_keep` tokens are computed, unless that is 0.
         Padding must be on the right; no other token depends on it there, so the mask is ignored. The state
         is reset at every token of a row whose position id is 0.
         """
@@ -212,7 +215,7 @@ class Rwkv6(nn.Module):
             hidden = self._hidden_of_packed(input_ids, starts)
         else:
             hidden, after = self._hidden(input_ids, state or self.first_state(len(input_ids)))
-        return Output(self.head(self.ln_out(hidden)), after)
+        return Output(self.head(self.ln_out(hidden[:, -logits_to_keep:])), after)
 
     def _hidden(self, ids_BT: Tensor, state: list[Memory]) -> tuple[Tensor, list[Memory]]:
         h_BTC: Tensor = self.emb(ids_BT)
@@ -302,7 +305,10 @@ def load(family: TensorSource, dtype: torch.dtype | None = None) -> Rwkv6:
     """
     with torch.device("meta"):
         model = Rwkv6(Sizes.of(family.infos))
-    tensors = {name: family.read(name) for name in family.infos}
+    tensors = {}
+    for done, name in enumerate(family.infos):
+        report("load weights", done, len(family.infos), "tensors", name=name)
+        tensors[name] = family.read(name)
     for name in [name for name in tensors if name.endswith(".time_state")]:
         model.get_submodule(name.rsplit(".", 1)[0]).time_state = nn.Parameter(tensors[name].float())
     cast = {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()}

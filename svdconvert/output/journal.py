@@ -44,7 +44,7 @@ class Journal:
             _lock(self._stream, path.parent)
             lines, end = ([], 0) if discard else _complete_lines(self._stream)
             if lines:
-                _require_same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
+                require_same_run(lines[0], json.loads(json.dumps(identity)), path.parent)
             self.finished, self.unsynced = _items(lines)
             self._count = len(lines)
             self._stream.truncate(end)
@@ -191,7 +191,7 @@ def _checksum(line: Mapping[str, Any]) -> str:
     return str(xxhash.xxh3_64_hexdigest(json.dumps(line).encode()))
 
 
-def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
+def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     """Raise OutputError if the identity in the journal is not the present run's."""
     was = _flat(before)
     is_ = _flat(now)

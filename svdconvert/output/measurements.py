@@ -27,6 +27,12 @@ def read_measurements(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return found
 
 
+def last_held_out(path: Path) -> float | None:
+    """The newest held-out loss of a file of measurements; None without one. Raises ArtifactError as above."""
+    found = losses(path)[1]
+    return found[-1] if found else None
+
+
 def losses(path: Path) -> tuple[list[float], list[float]]:
     """(losses, held-out losses) of a run in the order of its steps. Raises ArtifactError as above."""
     logs = [values for _, values in read_measurements(path)]

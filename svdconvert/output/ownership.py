@@ -2,6 +2,9 @@
 
 An output directory is ours if its manifest can be read, and a file in it if the manifest lists it. A staging
 directory is ours if its journal begins with a line of ours, or if its manifest lists all its files.
+
+The results of evaluations, in the subdirectory of that name, are kept when a directory is replaced: they say
+which model they belong to.
 """
 
 import os
@@ -17,6 +20,7 @@ from svdconvert.output.journal import is_own_journal
 from svdconvert.output.rename import rename_to_free_name
 
 MANIFEST_NAME = "svdconvert.json"
+EVALUATIONS = "evaluations"
 JOURNAL = "journal.jsonl"
 # What directories of manifest format 1 hold in addition to their tensors; later formats list it.
 _FORMAT1_ENDINGS = (".json", ".jsonl", ".jinja", ".model", ".txt", ".py", ".pt")
@@ -66,6 +70,8 @@ def foreign_files(directory: Path) -> Iterator[Path]:
     own = _own_files(directory)
     for path in sorted(directory.rglob("*")):
         place = path.relative_to(directory)
+        if _is_kept(place, directory):
+            continue
         if path.is_symlink() or not path.is_dir():
             if place.as_posix() not in own:
                 yield place
@@ -73,12 +79,17 @@ def foreign_files(directory: Path) -> Iterator[Path]:
             yield place
 
 
+def _is_kept(place: Path, directory: Path) -> bool:
+    """True for the directory of evaluations, and for what is in it."""
+    return place.parts[0] == EVALUATIONS and not (directory / EVALUATIONS).is_symlink()
+
+
 def install(staged: Path, out: Path) -> None:
     """Give the complete directory `staged` the name `out`, which `check_free` has allowed.
 
     An existing `out` is moved aside first and removed afterwards, its own files only, together with what
-    killed runs left aside. Raises OutputError if something appeared at `out` in the meantime; `staged` then
-    stays as it is.
+    killed runs left aside; its evaluations are moved to the new one. Raises OutputError if something
+    appeared at `out` in the meantime; `staged` then stays as it is.
     """
     aside = None
     if out.is_dir() and not out.is_symlink():
@@ -99,7 +110,8 @@ def install(staged: Path, out: Path) -> None:
             "command, which only has to finish"
         ) from error
     with suppress(OSError):  # `out` is complete; what stays is removed by the next run that replaces it
-        for path in _moved_aside(out):
+        for path in sorted(_moved_aside(out), key=lambda path: path.name != (aside and aside.name)):
+            _keep_evaluations(path, out)
             _remove_own_files(path)
 
 
@@ -181,20 +193,30 @@ def _free_name(out: Path) -> Path:
     raise OutputError(f"there is no free name next to {out}; clean up {out.parent}")
 
 
+def _keep_evaluations(aside: Path, out: Path) -> None:
+    """Move the evaluations of a directory that was replaced to the new one, unless that has some."""
+    kept = aside / EVALUATIONS
+    if kept.is_dir() and not kept.is_symlink() and not os.path.lexists(out / EVALUATIONS):
+        rename_to_free_name(kept, out / EVALUATIONS)
+
+
 def _remove_own_files(directory: Path) -> None:
-    """Remove a directory that was replaced; what appeared in it in the meantime stays.
+    """Remove a directory that was replaced; what appeared in it in the meantime stays, and so do evaluations.
 
     The manifest, by which the files are known as ours, is removed last. Raises OSError.
     """
     if next(foreign_files(directory), None) is not None:
         return
     for path in sorted(directory.rglob("*"), reverse=True):
+        if _is_kept(path.relative_to(directory), directory):
+            continue
         if path.is_dir():
             path.rmdir()
         elif path != directory / MANIFEST_NAME:
             path.unlink()
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    directory.rmdir()
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def clear(directory: Path, *, except_for: str) -> None:

@@ -18,7 +18,7 @@ from svdconvert.checkpoint.tensors import TensorInfo, dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.inputs.adapter_group import AdapterGroup
 from svdconvert.linalg.low_rank import product_distance, product_norm, truncated
@@ -174,15 +174,12 @@ class CombineJob:
         for done, module in enumerate(self.plan.single, 1):
             if module not in staged.finished:
                 staged.finish(module, _write_module(self.plan, module, staged))
-            run.track(Progress(module, self.plan.file.path, done, len(modules)))
+            report(None, done, len(modules), "modules", name=module)
         done = len(self.plan.single)
         for stack in self.plan.stacks:
             _write_experts(self.plan, stack, staged)
-            run.track(
-                Progress(
-                    stack.parameter, self.plan.file.path, done := done + len(stack.members), len(modules)
-                )
-            )
+            done += len(stack.members)
+            report(None, done, len(modules), "modules", name=stack.parameter)
         for name in self.plan.group.parameters:
             if name not in staged.finished:
                 tensor = cast_finite(name, _combined_parameter(self.plan, name), self.plan.dtype)

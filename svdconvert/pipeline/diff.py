@@ -1,7 +1,7 @@
 """diff: where and how much two checkpoints differ, one tensor at a time."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import REAL
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, TargetError, UnknownNameError
 from svdconvert.inputs.model_pair import Difference, ModelPair
 from svdconvert.layouts.base import Slot
@@ -78,8 +79,8 @@ class GroupDiff:
     rank_99: float | None
 
 
-@dataclass(frozen=True)
-class ModelDiff:
+@dataclass(frozen=True, repr=False)
+class ModelDiff(Shown):
     """The comparison of two checkpoints."""
 
     first: str
@@ -90,6 +91,18 @@ class ModelDiff:
     """Tensors without a counterpart of the same shape, one sentence each."""
     equal_files: int
     """Tensors that are known to be equal by the checksums of their files, and were not read."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """How many tensors changed, and by how much all together."""
+        everything = self.groups()[-1]
+        return {
+            "first": self.first,
+            "second": self.second,
+            "tensors": len(self.tensors),
+            "changed": everything.changed,
+            "relative": everything.relative,
+            "mismatches": len(self.mismatches) or None,
+        }
 
     def cells(self) -> dict[tuple[int, str], float]:
         """(layer, role) -> ||second - first|| / ||first||, over the matrices of the repeated blocks."""
@@ -130,7 +143,7 @@ def compare_models(pair: ModelPair, run: Run) -> ModelDiff:
                 found.append(_equal(name, slot, common[name].shape))
             else:
                 found.append(_compare(difference, name, slot, run))
-            run.track(Progress(name, "", done, len(common)))
+            report(None, done, len(common), "tensors", name=name)
     first, second = (model.snapshot.name for model in pair.models)
     mismatches = [*pair.mismatches().values()]
     return ModelDiff(first, second, found, mismatches, len(pair.equal & common.keys()))

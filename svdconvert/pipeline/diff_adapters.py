@@ -1,11 +1,13 @@
 """diff of two adapters: norms, cosines and principal angles of their changes, from the factors alone."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import hypot
 
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.recover_init import lost_init
@@ -23,8 +25,8 @@ class ModuleDiff:
     relation: Relation
 
 
-@dataclass(frozen=True)
-class AdapterDiff:
+@dataclass(frozen=True, repr=False)
+class AdapterDiff(Shown):
     """The comparison of two adapters."""
 
     first: str
@@ -39,6 +41,18 @@ class AdapterDiff:
     """Between the two changes, over the common modules."""
     parameters: list[str]
     """Parameters trained in full by either, which are not compared."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """How many modules both adapt, and how alike the changes are."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "modules": len(self.modules),
+            "only first": len(self.only_first) or None,
+            "only second": len(self.only_second) or None,
+            "cosine": self.cosine,
+            "norms": self.norms,
+        }
 
     def cells(self) -> dict[tuple[int, str], float]:
         """(layer, role) -> ||second - first|| / ||first||; a role is a path after the layer's number."""
@@ -69,7 +83,7 @@ def compare_adapters(first: AdapterDelta, second: AdapterDelta, run: Run) -> Ada
     for done, module in enumerate(common, 1):
         _refuse_shapes(first, second, module)
         found.append(ModuleDiff(module, relate(exact_factors(first, module), exact_factors(second, module))))
-        run.track(Progress(module, "", done, len(common)))
+        report(None, done, len(common), "modules", name=module)
     norms = hypot(*(one.relation.norms[0] for one in found)), hypot(*(one.relation.norms[1] for one in found))
     along = sum((one.relation.cosine or 0.0) * one.relation.norms[0] * one.relation.norms[1] for one in found)
     return AdapterDiff(

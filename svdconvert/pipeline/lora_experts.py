@@ -32,6 +32,8 @@ class LoraForm:
     targets: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     peft_type: str = "LORA"
+    base_name: str | None = None
+    """What the configuration calls the base; None for its name on the Hub, if it has one."""
 
     def rank_pattern(self, rank: int) -> dict[str, int]:
         """PEFT's rank_pattern if `rank` is the rank of all modules that are in no stack."""

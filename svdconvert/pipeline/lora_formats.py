@@ -226,7 +226,7 @@ def _factor_keys(delta: AdapterDelta, form: LoraForm) -> Keys:
 def _peft_config(delta: AdapterDelta, form: LoraForm, rank: int) -> AdapterConfig:
     """Scale 1 (alpha is the rank), no rslora, no patterns but for fused experts of another rank.
 
-    The base is named if it is on the Hub.
+    The base has the name that was asked for, or else its name on the Hub.
     """
     own = delta.adapter.config
     mixed = contains_adapters(delta.adapter.extras, delta.modules)
@@ -239,7 +239,7 @@ def _peft_config(delta: AdapterDelta, form: LoraForm, rank: int) -> AdapterConfi
         peft_type=WITH_PARAMETERS if mixed else form.peft_type,
         rank_pattern=patterns,
         alpha_pattern={name: float(rank) for name, rank in patterns.items()},
-        base=base_repository(delta),
+        base=form.base_name or base_repository(delta),
         task=own.task,
         modules_to_save=own.modules_to_save,
         bias=own.bias,

@@ -1,7 +1,7 @@
 """to-lora: which factors will be written, with which ranks and names."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorInfo, dtype_code
 from svdconvert.config.options import LoraOptions
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
 from svdconvert.linalg.delta import as_lora
@@ -86,13 +86,17 @@ def plan_lora(
     the format gguf needs. Raises ArtifactError if the names of experts are needed and not known, or if the
     format cannot express what the adapter holds.
     """
+    if options.base_name is not None and options.format not in ("peft", "vllm"):
+        raise RecipeError(
+            f"`base_name` changes nothing here: the format {options.format} names no base; leave it out"
+        )
     dtype: torch.dtype = getattr(torch, options.dtype)
     truncation = _truncation(delta, options)
     if truncation is None:
         ranks = {module: exact_factors(delta, module)[0].shape[1] for module in delta.modules}
     else:
         ranks = {module: max(1, rank) for module, rank in truncation.ranks.items()}
-    form = plan_form(delta, options, ranks, base)
+    form = replace(plan_form(delta, options, ranks, base), base_name=options.base_name)
     rank = max(ranks[module] for module in form.pieces or ranks)
     format_ = lora_format(options.format, delta, model)
     keys = format_.keys(delta, form)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.inputs.merge_weights import MergeWeights
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.tensor_names import joined_product
@@ -82,13 +83,24 @@ class BaseAudit:
         return Counter(matrix.rule for matrix in self.matrices)
 
 
-@dataclass(frozen=True)
-class MergeAudit:
+@dataclass(frozen=True, repr=False)
+class MergeAudit(Shown):
     """A merged checkpoint against each base that was given."""
 
     merged: str
     adapter: str
     bases: list[BaseAudit]
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Whether a base fits, and which."""
+        return {
+            "merged": self.merged,
+            "adapter": self.adapter,
+            "passed": self.passed,
+            "bases": len(self.bases),
+            "best": self.best.base,
+            "faults": len(self.best.faults) or None,
+        }
 
     @property
     def best(self) -> BaseAudit:
@@ -119,7 +131,7 @@ def audit_merge(merged: OpenModel, weights: MergeWeights, run: Run) -> BaseAudit
                     faults.append(f"{name} {fault}")
             elif fault := _other_fault(plan, found, name):
                 faults.append(f"{name} {fault}")
-            run.track(Progress(name, "", done, len(names)))
+            report(None, done, len(names), "tensors", name=name)
     faults += _unexpected(plan, found)
     return BaseAudit(weights.model.snapshot.name, matrices, faults)
 

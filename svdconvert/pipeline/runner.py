@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, CheckpointError
 from svdconvert.linalg.threads import CPU, float32_products, worker_pool
 from svdconvert.manifest.fingerprint import CHUNK, Checksum
@@ -88,6 +88,7 @@ def stream(job: TensorJob, source: TensorSource, staged: StagedOutput, run: Run)
     sizes = {name: source.infos[name].nbytes for name in own_names}
     total = sum(sizes.values())
     done = total - sum(sizes[name] for name in remaining)
+    report(None, done, total, "bytes")
     buffers = BufferPool(job, source, remaining)
     with (
         _writing(job, source, staged, remaining, buffers) as writer,
@@ -97,7 +98,7 @@ def stream(job: TensorJob, source: TensorSource, staged: StagedOutput, run: Run)
     ):
         for name in _process(job, remaining, read_next, compute, writer):
             done += sizes[name]
-            run.track(Progress(name, job.copies.get(name, ""), done, total))
+            report(None, done, total, "bytes", name=name, file=job.copies.get(name, ""))
     if source.file_versions() != file_versions:
         raise CheckpointError(f"{job.origin} was changed while it was read; restore it and use --overwrite")
     staged.gather()

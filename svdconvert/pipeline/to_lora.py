@@ -19,7 +19,7 @@ from svdconvert.checkpoint.tensors import dtype_code, tensor_bytes
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.execution import Run
 from svdconvert.config.options import LoraOptions
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.linalg.delta import Product
 from svdconvert.linalg.low_rank import product_distance, product_norm, truncate
 from svdconvert.manifest.fingerprint import checksum
@@ -65,11 +65,12 @@ class LoraJob:
         for module in self.plan.form.pieces:
             if module not in staged.finished:
                 staged.finish(module, _write_module(self.plan, module, staged))
-            run.track(Progress(module, self.plan.file.path, done := done + 1, len(modules)))
+            done += 1
+            report(None, done, len(modules), "modules", name=module)
         for stack in self.plan.form.stacks:
             _write_experts(self.plan, stack, staged)
             done += len(stack.members)
-            run.track(Progress(stack.parameter, self.plan.file.path, done, len(modules)))
+            report(None, done, len(modules), "modules", name=stack.parameter)
         for parameter, name in self.plan.keys.extras.items():
             if name not in staged.finished:
                 tensor = cast_finite(parameter, self.plan.delta.parameter(parameter), self.plan.dtype)
@@ -104,6 +105,7 @@ class LoraJob:
                 recovered=delta.recovered.result() if delta.recovered else None,
                 head=known.head if known else None,
             ),
+            training=delta.training,
             files=file_checksums(staged),
             roles=roles_of(self.files),
         )

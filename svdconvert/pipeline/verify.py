@@ -13,8 +13,9 @@ from svdconvert.adapters.peft_files import Adapter
 from svdconvert.checkpoint.parts import with_known_parts
 from svdconvert.checkpoint.safetensors_files import open_checkpoint, open_file
 from svdconvert.checkpoint.tensors import TensorSource, torch_dtype
+from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
-from svdconvert.config.progress import Progress
+from svdconvert.config.progress import report
 from svdconvert.inputs.model import OpenModel
 from svdconvert.inputs.open_adapter import open_initial_adapter
 from svdconvert.inputs.storage_format import decoded
@@ -42,8 +43,8 @@ _ROUNDING = 2e-6
 """Difference that float32 may cause between two computations of the same error."""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What `verify` found."""
 
     directory: Path
@@ -60,8 +61,23 @@ class Report:
     """Share of the entries of adapted matrices that are reconstructed bit for bit from the stored files."""
     reductions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of a 4-bit residual: norm -> role -> the mean share by which its errors are below those of NF4."""
+    evaluations: int = 0
+    """Results of `eval` that were compared with their answers."""
     faults: list[str] = field(default_factory=list)
     """Differences from the manifest, one sentence each."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """Whether it passed, and what was compared."""
+        return {
+            "directory": str(self.directory),
+            "passed": self.passed,
+            "kind": self.kind,
+            "tensors": self.tensors,
+            "matrices": self.matrices or None,
+            "worst": self.worst if self.matrices else None,
+            "faults": len(self.faults) or None,
+            "first fault": self.faults[0] if self.faults else None,
+        }
 
     @property
     def passed(self) -> bool:
@@ -98,7 +114,7 @@ def check_directory(
     total = sum(len(checksums) for checksums in manifest.files.values())
     for file, name, fault in check_files(directory, manifest):
         tensors += 1
-        run.track(Progress(name, file, tensors, total))
+        report("verify", tensors, total, "tensors", name=name, file=file)
         if fault:
             faults.append(f"{directory / file}: {name} {fault}")
     faults += [f"{directory / name} {fault}" for name, fault in check_sidecars(directory, manifest)]
@@ -181,7 +197,7 @@ def check_matrices(
         for check in pool.map(check_one, names):
             yield check
             done += base.infos[check.name].nbytes
-            run.track(Progress(check.name, "base", done, total))
+            report("recompute", done, total, "bytes", name=check.name)
 
 
 def _open_residual(directory: Path, manifest: Manifest) -> TensorSource:

@@ -11,14 +11,14 @@ import xxhash
 from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.errors import ArtifactError, brief
-from svdconvert.manifest.schema import Manifest, Origin
+from svdconvert.hub.reference import is_repository
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.shard_uploads import UPLOADS
 from svdconvert.output.sidecars import is_sidecar, read_json_object
 
 CARD = "README.md"
-METRICS = "metrics.jsonl"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -72,6 +72,27 @@ def resolve_source_repos(manifest: Manifest, base: str | None, residual: str | N
         _confirmed("base", manifest, manifest.base, base),
         _confirmed("residual", manifest, manifest.residual, residual),
     )
+
+
+def unnamed_models(manifest: Manifest, repos: SourceRepos) -> list[str]:
+    """A sentence for each model that the card cannot name, because it was read from a local directory."""
+    needed = {"base": repos.base}
+    if manifest.kind == "trained" and manifest.base_is_residual:
+        needed["residual"] = repos.residual
+    return [
+        f"the {role} {Path(origin.location).name} is a local directory, so the card cannot name it: visitors "
+        f"do not learn what {_use_of(role, manifest)}; give --{role} ORG/NAME"
+        for role, origin in needed.items()
+        if origin is not None and not origin.revision
+    ]
+
+
+def _use_of(role: str, manifest: Manifest) -> str:
+    """What a visitor needs to know of a model that the card does not name."""
+    is_adapter = manifest.kind in ("trained", "lora") or not (manifest.kind in PLAIN or manifest.checksums)
+    on_residual = manifest.kind == "trained" and manifest.base_is_residual
+    loads = is_adapter and (role == "residual") == on_residual
+    return "to load the adapter on" if loads else "it was made from"
 
 
 def _confirmed(role: str, manifest: Manifest, origin: Origin | None, given: str | None) -> Origin | None:
@@ -139,12 +160,18 @@ def _sent_sidecars(manifest: Manifest, files: Mapping[str, Path | bytes]) -> dic
 
 def without_local_paths(manifest: Manifest, repos: SourceRepos) -> Manifest:
     """The manifest without the paths of this machine."""
+    training = manifest.training
     return replace(
         manifest,
         base=_elsewhere(repos.base),
         residual=_elsewhere(repos.residual),
-        options={key: _without_path(value) for key, value in manifest.options.items()},
+        options=_without_paths(manifest.options),
+        training=training and replace(training, options=_without_paths(training.options)),
     )
+
+
+def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _without_path(value) for key, value in options.items()}
 
 
 def _elsewhere(origin: Origin | None) -> Origin | None:
@@ -160,8 +187,9 @@ def _without_path(value: Any) -> Any:
 
 
 def _with_base(config: Mapping[str, Any], named: str | None) -> bytes:
-    """An adapter's configuration that names the weights it belongs to."""
-    base = config.get("base_model_name_or_path") or named
+    """An adapter's configuration that names the weights it belongs to, and no directory of this machine."""
+    own = config.get("base_model_name_or_path")
+    base = own if is_repository(own) and not Path(str(own)).exists() else named
     return _as_bytes({**config, "base_model_name_or_path": base}, indent=2)
 
 

@@ -7,6 +7,7 @@ branch goes. Until then nobody sees a change, and an interrupted run finds its s
 
 import json
 from collections.abc import Callable, Mapping
+from contextvars import Context, copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from svdconvert.config.execution import ignore_message
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import hub_errors_as, with_retries
+from svdconvert.hub.transfers import upload_followed
 from svdconvert.manifest.schema import read_manifest
-from svdconvert.publish.files import resolve_source_repos
+from svdconvert.publish.files import resolve_source_repos, unnamed_models
 from svdconvert.publish.upload import Destination, Published, commit_directory, open_repository
 
 
@@ -29,6 +31,7 @@ class StreamingUpload:
         self._destination = destination
         self._say = notify
         self._branch = ""
+        self._context = Context()
         self._sent: dict[str, int] = {}
         self.published: Published | None = None
         """The result, once `finish` has run."""
@@ -38,6 +41,7 @@ class StreamingUpload:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Create the repository and the work branch. Raises HubError if that is not allowed."""
+        self._context = copy_context()
         name = self._destination.repository
         text = json.dumps(identity, sort_keys=True)
         self._branch = f"svdconvert-{xxhash.xxh3_64_hexdigest(text.encode())}"
@@ -46,16 +50,22 @@ class StreamingUpload:
             with_retries(lambda: hub_api().create_branch(name, branch=self._branch, exist_ok=True))
 
     def send(self, path: Path, file: str) -> Mapping[str, Any]:
-        """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them."""
+        """Commit a finished shard to the work branch; its size and SHA-256 as the Hub states them.
+
+        Called from the thread that writes, which has no context of its own to report progress in.
+        """
+        return self._context.run(self._send, path, file)
+
+    def _send(self, path: Path, file: str) -> Mapping[str, Any]:
         from huggingface_hub import CommitOperationAdd
 
         name = self._destination.repository
         nbytes = path.stat().st_size
-        with hub_errors_as(HubError, name, self._branch):
+        with hub_errors_as(HubError, name, self._branch), upload_followed(file, nbytes) as count:
             with_retries(
                 lambda: hub_api().create_commit(
                     name,
-                    operations=[CommitOperationAdd(file, path)],
+                    operations=[count(CommitOperationAdd(file, path))],
                     commit_message=f"Keep {file} until all is finished",
                     revision=self._branch,
                 )
@@ -80,6 +90,8 @@ class StreamingUpload:
             copies = dict.fromkeys(self._sent, self._branch)
             manifest = read_manifest(directory)
             repos = resolve_source_repos(manifest, destination.base, destination.residual)
+            for sentence in unnamed_models(manifest, repos):
+                self._say(sentence)
             done = commit_directory(directory, manifest, destination, repos, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
             try:

@@ -1,28 +1,32 @@
 """Upload a finished directory as one commit of a repository."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.config.display import Shown
+from svdconvert.config.execution import ignore_message
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.hub.replies import listed_files
-from svdconvert.manifest.schema import PLAIN, Manifest, read_manifest
+from svdconvert.hub.transfers import Count, upload_followed
+from svdconvert.manifest.schema import PLAIN, Manifest, read_manifest, training_of
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
-from svdconvert.publish.card import CardContext, is_untouched, licence_of, write_card
+from svdconvert.publish.card import CardContext, inherited_entries, is_untouched, write_card
+from svdconvert.publish.card_results import own_results, result_files
 from svdconvert.publish.files import (
     ADAPTER_CONFIG,
     CARD,
-    METRICS,
     SourceRepos,
     UploadFiles,
     collect_files,
     resolve_source_repos,
+    unnamed_models,
     without_local_paths,
 )
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 _MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 _SETTINGS = ".gitattributes"
+_TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +58,8 @@ class Destination:
         return self.options.revision or _MAIN
 
 
-@dataclass(frozen=True)
-class Published:
+@dataclass(frozen=True, repr=False)
+class Published(Shown):
     """The result of a push."""
 
     url: str
@@ -68,6 +73,17 @@ class Published:
     """False if the repository held all of it already."""
     lacks_base: bool = False
     """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
+
+    def shown_as(self) -> Mapping[str, object]:
+        """The address, and what was sent."""
+        return {
+            "url": self.url,
+            "commit": self.commit,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "changed": self.changed,
+            "not sent": len(self.unsent) or None,
+        }
 
 
 @dataclass(frozen=True)
@@ -100,16 +116,71 @@ def check_destination(destination: Destination) -> None:
             return  # they are created when the work is done
 
 
-def upload(directory: Path, destination: Destination) -> Published:
+def upload(
+    directory: Path, destination: Destination, notify: Callable[[str], None] = ignore_message
+) -> Published:
     """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
-    Raises HubError with one sentence; the same push can be repeated.
+    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one
+    sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         repos = resolve_source_repos(manifest, destination.base, destination.residual)
+        for sentence in unnamed_models(manifest, repos):
+            notify(sentence)
         open_repository(destination)
         return commit_directory(directory, manifest, destination, repos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushEstimate:
+    """What a push would send. Sizes in bytes."""
+
+    repository: str
+    branch: str
+    files: Mapping[str, int]
+    """Path in the repository -> size. The Hub may have some of them already."""
+    nbytes: int
+    unsent: tuple[str, ...]
+    """Files of the directory that are not sent."""
+    base: str | None
+    """org/name of the base that the card names."""
+    residual: str | None
+    lacks_base: bool
+    """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
+    private: bool
+    pull_request: bool
+    message: str | None
+
+
+def estimate_push(directory: Path, destination: Destination) -> PushEstimate:
+    """What `upload` would send, in addition to a card. Asks the Hub for `base` and `residual` only.
+
+    Raises SvdConvertError as `upload` does, except for what the Hub refuses.
+    """
+    manifest = read_manifest(directory)
+    repos = resolve_source_repos(manifest, destination.base, destination.residual)
+    manifest = without_local_paths(manifest, repos)
+    collected = collect_files(directory, manifest, destination.repository, repos)
+    files = {**collected.files, **result_files(own_results(directory, manifest))}
+    sizes = {
+        name: content.stat().st_size if isinstance(content, Path) else len(content)
+        for name, content in sorted(files.items())
+    }
+    return PushEstimate(
+        repository=destination.repository,
+        branch=destination.branch,
+        files=sizes,
+        nbytes=sum(sizes.values()),
+        unsent=tuple(name for name in collected.unsent if name not in files),
+        base=repos.base_id,
+        residual=repos.residual_id,
+        lacks_base=_lacks_base(manifest, repos),
+        private=destination.options.private,
+        pull_request=destination.options.pull_request,
+        message=destination.options.message,
+    )
 
 
 def open_repository(destination: Destination) -> None:
@@ -133,10 +204,10 @@ def commit_directory(
     manifest = without_local_paths(manifest, repos)
     upload_files = collect_files(directory, manifest, destination.repository, repos)
     state = inspect_branch(destination)
-    files = dict(upload_files.files)
+    files = {**upload_files.files, **result_files(own_results(directory, manifest))}
     if state.card is None:
         files.setdefault(CARD, _card(directory, manifest, destination, repos).encode())
-    upload_files = UploadFiles(files, upload_files.unsent)
+    upload_files = UploadFiles(files, [name for name in upload_files.unsent if name not in files])
     made = _commit(upload_files, copies, state, destination)
     return Published(
         url=scrub(made.pr_url or made.commit_url),
@@ -164,18 +235,22 @@ def _commit(
     name = destination.repository
     wanted = {*upload_files.files, *copies}
 
-    def attempt() -> "CommitInfo":
+    def attempt(count: Count) -> "CommitInfo":
         # Anew each time: an attempt whose answer was lost may have been carried out.
         return hub_api().create_commit(
             name,
-            operations=_operations(upload_files, copies, inspect_branch(destination).own - wanted),
+            operations=[
+                count(operation)
+                for operation in _operations(upload_files, copies, inspect_branch(destination).own - wanted)
+            ],
             commit_message=options.message or f"Upload {name.split('/')[-1]} with svdconvert",
             revision=destination.branch,
             parent_commit=state.commit,
             create_pr=options.pull_request,
         )
 
-    return attempt() if options.pull_request else with_retries(attempt)
+    with upload_followed(name, upload_files.nbytes) as count:
+        return attempt(count) if options.pull_request else with_retries(lambda: attempt(count))
 
 
 def _operations(
@@ -211,7 +286,6 @@ def inspect_branch(destination: Destination) -> BranchState:
 
 
 def _card(directory: Path, manifest: Manifest, destination: Destination, repos: SourceRepos) -> str:
-    metrics = directory / METRICS
     homes = sorted({Path(name).parent for name in manifest.files})
     config = _json_of(directory / CONFIG)
     context = CardContext(
@@ -220,8 +294,10 @@ def _card(directory: Path, manifest: Manifest, destination: Destination, repos: 
         repos=repos,
         config=config,
         adapter=next(filter(None, (_json_of(directory / home / ADAPTER_CONFIG) for home in homes)), {}),
-        licence=_licence(repos),
-        metrics=metrics if metrics.exists() else None,
+        inherited=_inherited(repos),
+        training=training_of(directory, manifest),
+        results=list(own_results(directory, manifest).values()),
+        has_tokenizer=(directory / _TOKENIZER).exists(),
         absent=tuple(file for file in _code_files(config) if not (directory / file).exists()),
     )
     return write_card(manifest, context)
@@ -239,8 +315,8 @@ def _json_of(path: Path) -> Mapping[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
-def _licence(repos: SourceRepos) -> Mapping[str, Any]:
-    """The base's licence, from its card if there is one."""
+def _inherited(repos: SourceRepos) -> Mapping[str, Any]:
+    """The base's licence and language, from its card if there is one."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     if repos.base is None:
@@ -248,7 +324,7 @@ def _licence(repos: SourceRepos) -> Mapping[str, Any]:
     try:
         local = Path(repos.base.location) / CARD
         card = _download(repos.base_id, CARD, repos.base.revision) if repos.base_id else local
-        return licence_of(_text(card))
+        return inherited_entries(_text(card))
     except (EntryNotFoundError, HfHubHTTPError, OSError):
         return {}  # a base without a card, or one that cannot be read now
 

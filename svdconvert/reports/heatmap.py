@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import log10
 
+from svdconvert.config.display import visible
+
 _CELL = 30  # pixels
+_SMALL = 18  # pixels of a cell in a page
+_LONGEST = 24  # characters of a role in a page
+_FAR_APART = 100
 _LEFT = 130
 _TOP = 76
 _STOPS = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
@@ -45,9 +50,53 @@ def heatmap(
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _every(count: int) -> int:
+def inline_heatmap(title: str, values: Mapping[tuple[int, str], float]) -> str:
+    """The same as an element of a page whose colours it takes: the larger a value, the more opaque its cell.
+
+    From the least to the largest value on a linear scale, on a logarithmic one if they are far apart.
+    """
+    roles = sorted({role for _, role in values})
+    layers = sorted({layer for layer, _ in values})
+    low = min(values.values())
+    high = max(values.values())
+    roles = [visible(role) for role in roles]
+    values = {(layer, visible(role)): value for (layer, role), value in values.items()}
+    shown = {role: role if len(role) <= _LONGEST else f"{role[: _LONGEST - 3]}..." for role in roles}
+    left = 14 + 7 * max(map(len, shown.values()))
+    width = left + _SMALL * len(layers) + 8
+    height = 24 + _SMALL * len(roles) + 26
+    parts = [
+        f'<svg viewBox="0 0 {max(width, 300)} {height}" width="{max(width, 300)}" role="img" '
+        f'aria-label="{escape(title)}" class="heatmap">'
+    ]
+    for column, layer in enumerate(layers):
+        if column % _every(len(layers), 12) == 0:
+            parts.append(f'<text x="{left + _SMALL * column + 3}" y="16">{layer}</text>')
+    for row, role in enumerate(roles):
+        y = 24 + _SMALL * row
+        parts.append(f'<text x="0" y="{y + 13}">{escape(shown[role])}</text>')
+        for column, layer in enumerate(layers):
+            if (value := values.get((layer, role))) is not None:
+                parts.append(
+                    f'<rect x="{left + _SMALL * column}" y="{y}" width="{_SMALL - 2}" height="{_SMALL - 2}" '
+                    f'rx="2" fill-opacity="{_opacity(value, low, high):.2f}"><title>{escape(role)}, layer '
+                    f"{layer}: {value:.4g}</title></rect>"
+                )
+    parts.append(f'<text x="0" y="{height - 6}">from {low:.3g} (faint) to {high:.3g} (strong)</text></svg>')
+    return "".join(parts)
+
+
+def _opacity(value: float, low: float, high: float) -> float:
+    if high <= low:
+        return 0.8
+    if low > 0 and high > _FAR_APART * low:
+        return 0.1 + 0.9 * log10(value / low) / log10(high / low)
+    return 0.1 + 0.9 * (value - low) / (high - low)
+
+
+def _every(count: int, most: int = 40) -> int:
     """Every how many columns a layer's number is written, so that numbers do not overlap."""
-    return 1 if count <= 40 else 5
+    return 1 if count <= most else 5
 
 
 def _cell(x: int, y: int, label: str, value: float, span: tuple[float, float]) -> str:

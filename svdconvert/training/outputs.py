@@ -26,6 +26,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import TrainResult
 from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.manifest.training import recorded_training
 from svdconvert.methods.base import METHODS, init_folder
 from svdconvert.output.plan import FileRole, PlannedFile, plan_file, plan_model
 from svdconvert.output.sidecars import complete_checkpoint
@@ -78,7 +79,7 @@ def load_output(
     Raises CheckpointError or ArtifactError if it cannot be loaded, or cannot be written back after training.
     """
     if isinstance(start, FullStart):
-        return FineTunedModel.load(start, run)
+        return FineTunedModel.load(start, data.prompt_format, run)
     # Under autocast the frozen weights keep their stored dtype; without it everything is float32.
     dtype = torch.float32 if mixed_precision == "no" else None
     return TrainedAdapter.load(start, options, data, dtype, run)
@@ -92,6 +93,7 @@ class TrainedAdapter:
     network: nn.Module
     head: Mapping[str, Any]
     """The entries of config.json that describe a new head; empty if there is none."""
+    prompt_format: str | None = None
 
     @staticmethod
     def load(
@@ -126,7 +128,7 @@ class TrainedAdapter:
             projections=start.projections(),
         )
         unfreeze(network, start.fully_trained, layout)
-        return TrainedAdapter(start, network, head)
+        return TrainedAdapter(start, network, head, data.prompt_format)
 
     @property
     def files(self) -> list[PlannedFile]:
@@ -176,6 +178,7 @@ class TrainedAdapter:
 
     def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of a trained adapter."""
+        rank = max(matrix.rank for matrix in self.start.matrices.values())
         return Manifest(
             kind="trained",
             layout=self.start.layout,
@@ -185,6 +188,7 @@ class TrainedAdapter:
             base_is_residual=self.start.base_is_residual,
             options=options.shaping(),
             result=TrainResult(head=self.head or None),
+            training=recorded_training(staged.path, options.shaping(), rank, self.prompt_format),
             matrices=self.start.matrices,
             files=file_checksums(staged),
             roles=roles_of(self.files),
@@ -270,9 +274,10 @@ class FineTunedModel:
     network: nn.Module
     source: TensorSource
     """The checkpoint that training starts from."""
+    prompt_format: str | None = None
 
     @staticmethod
-    def load(start: FullStart, run: Run) -> "FineTunedModel":
+    def load(start: FullStart, prompt_format: str | None, run: Run) -> "FineTunedModel":
         """Load the checkpoint in float32, whatever its stored dtype: bfloat16 would round small updates away.
 
         Raises ArtifactError if a trained parameter could not be written back under the checkpoint's names.
@@ -282,7 +287,7 @@ class FineTunedModel:
         densify(network)
         network.requires_grad_(True)
         source = open_quantised(start.weights) or open_checkpoint(start.weights)
-        model = FineTunedModel(start, network, source)
+        model = FineTunedModel(start, network, source, prompt_format)
         stored = {id(parameter) for parameter in model._parameters_by_tensor().values()}
         for name, parameter in network.named_parameters():
             if id(parameter) not in stored:
@@ -328,6 +333,7 @@ class FineTunedModel:
             method=self.start.method,
             base=self.start.base,
             options=options.shaping(),
+            training=recorded_training(staged.path, options.shaping(), None, self.prompt_format),
             files=file_checksums(staged),
             roles=roles_of(self.files),
             threads=threads,

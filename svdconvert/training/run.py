@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.checkpoint.tensors import tensor_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
+from svdconvert.config.progress import report
 from svdconvert.config.train import TrainOptions
 from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, digest
 from svdconvert.manifest.schema import Manifest
 from svdconvert.methods.base import METHODS
+from svdconvert.output.measurements import last_held_out
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.adapter_targets import refuse_dropout
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.logs.drift import measure_drift
-from svdconvert.training.logs.metrics import Log, MetricsLog
+from svdconvert.training.logs.metrics import METRICS, Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
 from svdconvert.training.model.compare import embedding_rows, require_embedded, require_image_tokens
 from svdconvert.training.model.towers import adapts_tower, untrained_towers
 from svdconvert.training.optim.accelerator import make_accelerator
 from svdconvert.training.optim.checkpoints import FOLDER, Checkpoints
-from svdconvert.training.optim.loop import StepLog, fit
+from svdconvert.training.optim.loop import EvalLog, StepLog, fit
 from svdconvert.training.outputs import TrainedOutput, load_output
 from svdconvert.training.resolve_defaults import (
     check_options_beyond_the_run,
@@ -190,8 +192,14 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
         metrics.sync()
         staged.keep()
 
+    before = last_held_out(staged.path / METRICS) if checkpoints.step else None
+    follower = _Follower(job.steps, checkpoints.step, {} if before is None else {"held_out": before})
+    follower.report()
+
     def record(log: Log) -> None:
+        follower.note(log)
         metrics.write(log)
+        follower.report()
         job.watch(log, job.steps)
 
     checkpoints = replace(checkpoints, before_save=before_save)
@@ -202,6 +210,27 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
             if initial and isinstance(log, StepLog) and _drift_is_due(job, log.step):
                 record(measure_drift(network, initial, log.step))
     return checkpoints
+
+
+@dataclass
+class _Follower:
+    """Reports the newest measurements as the progress of the phase "train"."""
+
+    steps: int
+    step: int
+    facts: dict[str, float]
+
+    def note(self, log: Log) -> None:
+        """Remember a measurement."""
+        self.step = log.step
+        if isinstance(log, EvalLog):
+            self.facts["held_out"] = log.eval_loss
+        elif isinstance(log, StepLog):
+            self.facts |= {"loss": log.loss, "lr": log.lr, "tokens_per_second": log.speed}
+
+    def report(self) -> None:
+        """Say how far the training is, also after something else was done."""
+        report("train", self.step, self.steps, "steps", **self.facts)
 
 
 def _drift_is_due(job: TrainingJob, step: int) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
-from svdconvert.config.progress import Progress, Track
+from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.model import OpenModel, find_model, layout_of_weights, open_model, require_model
@@ -113,15 +114,16 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
-        _refuse_gguf(opened)
+        refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
+            refuse_adapter_options(split)
             return FullStart(
                 weights=opened.path,
                 method=split.method,
                 layout=opened.layout(split.layout)[0],
                 base=opened.origin(),
             )
-        start = start_from_plain(plan_decomposition(opened, split), opened, run.track)
+        start = start_from_plain(plan_decomposition(opened, split), opened)
     if not train_also:
         return start
     layout = layout_of_weights(start.layout, start.weights)
@@ -130,7 +132,16 @@ def open_training_start(
     )
 
 
-def _refuse_gguf(model: OpenModel) -> None:
+def refuse_adapter_options(split: SplitOptions) -> None:
+    """Raise RecipeError for options of an adapter if the method trains without one."""
+    if others := _differing(split, asdict(SplitOptions(method=split.method, layout=split.layout))):
+        raise RecipeError(
+            f"`{others[0]}` changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
+
+
+def refuse_gguf(model: OpenModel) -> None:
     """Raise ArtifactError for a GGUF file, from which no network is loaded."""
     if model.sidecars != model.path:
         raise ArtifactError(
@@ -146,14 +157,8 @@ def _open_decomposed(
 
     Raises ArtifactError if a stored tensor has changed since.
     """
-    manifest = read_manifest(snapshot.path)
-    if manifest.kind != "decomposed":
-        raise ArtifactError(
-            f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
-        )
-    if others := _other_options(manifest, split):
-        raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
-    _require_unchanged_files(snapshot.path, manifest)
+    manifest = decomposed_manifest(snapshot.path, split)
+    require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
             find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
@@ -161,11 +166,26 @@ def _open_decomposed(
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
-    _refuse_gguf(opened)
+    refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
-        _require_unchanged(opened.path, opened.source, known, "the adapter was made")
+        require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
+
+
+def decomposed_manifest(directory: Path, split: SplitOptions) -> Manifest:
+    """The manifest of what `decompose` wrote.
+
+    Raises ArtifactError for a directory of another kind, RecipeError if `split` asks for another split.
+    """
+    manifest = read_manifest(directory)
+    if manifest.kind != "decomposed":
+        raise ArtifactError(
+            f"{directory} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
+        )
+    if others := _other_options(manifest, split):
+        raise RecipeError(_other_split(directory, manifest, ", ".join(others)))
+    return manifest
 
 
 def split_for(
@@ -177,6 +197,8 @@ def split_for(
     If only a recipe, which may hold the options of all commands, differs from the directory, `notify` is
     called with a sentence.
     """
+    if METHODS.get(split.method).split is None:
+        split = _without_adapter(split, typed)
     if not typed and replace(split, seed=SplitOptions().seed) == SplitOptions():
         return split
     path = fetch(model, "sidecars").path
@@ -187,6 +209,21 @@ def split_for(
     if others := _other_options(manifest, split):
         notify(f"{path} keeps its own split: {', '.join(others)} of the recipe would need another decompose")
     return None
+
+
+def _without_adapter(split: SplitOptions, typed: Collection[str]) -> SplitOptions:
+    """The options without those of an adapter that only a recipe has. Raises RecipeError if one was typed."""
+    if others := [name for name in typed if name != "--method"]:
+        raise RecipeError(
+            f"{others[0]} changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
+    return SplitOptions(method=split.method, layout=split.layout)
+
+
+def _differing(split: SplitOptions, others: Mapping[str, Any]) -> list[str]:
+    """The options whose values differ from `others`; the seed may, as it belongs to the training too."""
+    return [name for name, value in asdict(split).items() if name != "seed" and value != others[name]]
 
 
 def _other_options(manifest: Manifest, split: SplitOptions) -> list[str]:
@@ -212,19 +249,24 @@ def _other_split(directory: Path, manifest: Manifest, names: str) -> str:
     )
 
 
-def _require_unchanged_files(directory: Path, manifest: Manifest) -> None:
+def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
     """Raise ArtifactError if a tensor of the directory is not the one that the manifest describes."""
     for file, known in manifest.files.items():
-        _require_unchanged(directory / file, open_file(directory / file), known, "it was written")
+        require_unchanged(directory / file, open_file(directory / file), known, "it was written")
 
 
-def _require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:
+    """Raise ArtifactError if a tensor has not its known checksum any more."""
     source = with_known_parts(source, known)
+    total = sum(source.infos[name].nbytes for name in known if name in source.infos)
+    done = 0
     for name, mark in known.items():
+        report("check", done, total, "bytes", name=name)
         if name not in source.infos:
             raise ArtifactError(f"{path} does not have {name} any more; restore the file")
         if tensor_checksum(source, name) != mark:
             raise ArtifactError(f"{path}: {name} has changed since {when}; restore the file")
+        done += source.infos[name].nbytes
 
 
 def start_from_decomposed(
@@ -246,7 +288,7 @@ def start_from_decomposed(
     )
 
 
-def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> AdapterStart:
+def start_from_plain(plan: DecomposePlan, model: OpenModel) -> AdapterStart:
     """Decompose the target matrices of a plain checkpoint in memory, as `decompose` does on disk."""
     source = plan.layout_in_use.divided(model.source)
     matrices: dict[str, Matrix] = {}
@@ -266,7 +308,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel, track: Track) -> Ada
         elif plan.method.residual:
             residuals[name] = base
         done_bytes += source.infos[name].nbytes
-        track(Progress(name, "", done_bytes, total_bytes))
+        report("decompose", done_bytes, total_bytes, "bytes", name=name)
     for stack in plan.adapter.stacks:
         own = {member.module: factors.pop(member.module) for member in stack.members}
         factors |= stack_factors(stack, own)

@@ -260,7 +260,7 @@ def test_stream_without_the_hub_is_refused(models: tuple[Path, Path], tmp_path: 
 
 
 def test_two_rules_for_the_rank_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="tol and energy exclude each other"):
+    with pytest.raises(ValueError, match="`tol` and `energy` exclude each other"):
         ExtractOptions(tol=0.1, energy=0.9)
 
 
@@ -302,7 +302,7 @@ def test_a_damaged_factor_file_is_computed_again(models: tuple[Path, Path], tmp_
     def stop(progress: Progress) -> None:
         if progress.done > progress.total // 2:
             file = tmp_path / "out.partial" / "factors" / "1.f32"
-            broken.append(progress.name)
+            broken.append(progress.phase)
             file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
             raise KeyboardInterrupt
 

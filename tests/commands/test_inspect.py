@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from svdconvert import Run, SplitOptions, decompose, inspect
+from svdconvert.config.progress import Progress
 from tests.conftest import Build
 from tests.program import refused, succeeded
 from tests.stock import start_of, trained_from
@@ -99,8 +100,9 @@ def test_the_start_of_a_decomposed_directory_is_an_adapter(checkpoint: Build, de
 
 
 def test_what_an_unfinished_run_left(checkpoint: Build, tmp_path: Path) -> None:
-    def stop(progress: object) -> None:
-        raise KeyboardInterrupt
+    def stop(progress: Progress) -> None:
+        if progress.done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         decompose(checkpoint("llama"), tmp_path / "out", SplitOptions(rank=4), Run(track=stop))

@@ -19,7 +19,7 @@ from svdconvert.output.ownership import staging_directory
 from svdconvert.pipeline.decompose import SplitOptions
 from tests import medium, rwkv6
 from tests.conftest import Build
-from tests.endless import COMMANDS, ENDLESS, write
+from tests.endless import COMMANDS, ENDLESS, WRITING, write
 from tests.process import KILLS, finish, finished_items, start, sums, wait_until_finished
 from tests.reading import readable, write_sums
 
@@ -71,8 +71,14 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     undisturbed = tmp_path / "undisturbed"
     out = tmp_path / "out"
-    tensors: list[str] = []
-    write(command, sources[command], undisturbed, _run(lambda progress: tensors.append(progress.name)))
+    steps: set[int] = set()
+
+    def count(progress: Progress) -> None:
+        if progress.phase in WRITING:
+            steps.add(progress.done)
+
+    write(command, sources[command], undisturbed, _run(count))
+    tensors = sorted(steps - {0})
     assert len(tensors) > KILLS
     # Each kill waits until at least one tensor more is finished than when the last one came.
     for moment in sorted(random.Random(command).sample(range(1, len(tensors)), KILLS)):

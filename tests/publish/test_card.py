@@ -1,7 +1,10 @@
 """The card of every kind: its front matter, its warnings, and its code, which is executed."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +21,24 @@ from svdconvert import (
     convert,
     decompose,
     merge,
+    read_manifest,
     to_lora,
     train,
 )
-from svdconvert.publish.card import is_untouched, licence_of
+from svdconvert.manifest.schema import training_of
+from svdconvert.publish.card import inherited_entries, is_untouched
+from svdconvert.training.data.prompts import ALPACA
 from tests.conftest import Build
 from tests.loopback_hub.server import Hub
 from tests.publish.test_upload import PUSH
 from tests.reading import readable, write_sums
 from tests.rwkv6 import random_model, save
 from tests.stock import TOKENS, adapted, logits, plain
+from tests.training.small_runs import json_lines
 from tests.visitor import Visitor
 
 RUN = Run(device="cpu")
+EVALUATED = {"eval_rows": 2, "eval_every": 1, "samples": 1, "sample_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,9 @@ def made(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     decompose(base, directory / "pissa", SplitOptions(rank=4), RUN)
     decompose(base, directory / "start", SplitOptions(rank=4, method="lora"), RUN)
     decompose(base, directory / "sorsa", SplitOptions(rank=4, method="sorsa"), RUN)
-    plan = TrainOptions(data=str(write_sums(directory / "sums.jsonl")), steps=2, max_length=48, lr=0.01)
+    plan = TrainOptions(
+        data=str(write_sums(directory / "sums.jsonl")), steps=4, max_length=48, lr=0.01, **EVALUATED
+    )
     train(directory / "pissa", directory / "trained", plan, RUN)
     to_lora(directory / "trained", directory / "lora", LoraOptions(rank=3))
     merge(directory / "trained", directory / "merged", run=RUN)
@@ -116,6 +126,8 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
     adapter = {"base_model_relation": "adapter", "library_name": "peft", **licence}
     weights = {"base_model_relation": "finetune", "library_name": "transformers", **licence}
     generates = {"pipeline_tag": "text-generation"}
+    # No relation to the base is right for weights that do not work by themselves.
+    residual = {"library_name": "transformers", **licence}
     tags = {
         "pissa": ["pissa", "residual-base", "svdconvert"],
         "start": ["decomposed-adapter", "lora", "svdconvert"],
@@ -126,9 +138,9 @@ def test_the_front_matter_is_right_for_each_kind(published: dict[str, str]) -> N
         "full": ["finetuned", "full", "svdconvert"],
     }
     kinds = {
-        "pissa": {"base_model": "org/base", **weights},
+        "pissa": residual,
         "start": {"base_model": "org/base", **adapter},
-        "sorsa": {"base_model": "org/base", **weights},
+        "sorsa": residual,
         "trained": {"base_model": "alice/pissa", **adapter, **generates},
         "lora": {"base_model": "org/base", **adapter, **generates},
         "merged": {"base_model": "org/base", **weights, **generates},
@@ -174,6 +186,47 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], made: Pat
     assert str(made) not in "".join(published.values())
 
 
+TRAINED = ("trained", "lora", "merged", "full")
+
+
+def test_the_card_of_what_was_trained_tells_how_and_on_which_prompt(published: dict[str, str]) -> None:
+    for name in TRAINED:
+        card = published[name]
+        assert "| data | sums.jsonl |" in card and "| steps | 4 |" in card
+        assert "| learning rate | 0.01 |" in card
+        assert re.search(r"^loss +[▁▂▃▄▅▆▇█]{4}  \d\.\d{4} to \d\.\d{4}$", card, re.MULTILINE)
+        assert re.search(r"^held-out +[▁▂▃▄▅▆▇█]{5}  ", card, re.MULTILINE)
+        assert "### Instruction:\n{prompt}\n\n### Response:\n```" in card
+        assert "the answer before training and the answer after it" in card
+        assert "max_new_tokens" in code(card)
+        assert ("all weights" if name == "full" else "pissa, rank 4") in card
+    for name in published.keys() - {*TRAINED}:
+        assert "## Training" not in published[name] and "max_new_tokens" not in code(published[name])
+
+
+def test_the_training_stays_known_in_what_is_made_of_the_adapter(made: Path) -> None:
+    known = read_manifest(made / "trained").training
+    assert known is not None and known.rank == 4 and known.prompt == ALPACA
+    assert [sample.prompt for sample in known.samples] == [
+        line["prompt"] for line in json_lines(made / "trained" / "samples.jsonl")[:1]
+    ]
+    merge(made / "lora", made / "again", run=RUN)
+    for name in ("lora", "merged", "again"):
+        assert read_manifest(made / name).training == known
+
+
+def test_a_directory_from_before_the_training_was_recorded_tells_it_from_its_measurements(
+    made: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(made / "trained", tmp_path / "old")
+    values = json.loads((old / "svdconvert.json").read_text())
+    recorded = values.pop("training")
+    (old / "svdconvert.json").write_text(json.dumps(values))
+    found = training_of(old, read_manifest(old))
+    assert found is not None and found.prompt is None
+    assert json.loads(json.dumps(asdict(found))) == recorded | {"prompt": None}
+
+
 def test_a_card_that_was_edited_is_told_from_one_that_was_not(published: dict[str, str]) -> None:
     for card in published.values():
         assert is_untouched(card)
@@ -201,4 +254,4 @@ def test_the_card_of_an_rwkv_loads_it_with_the_rwkv_package_or_with_remote_code(
 
 @pytest.mark.parametrize("card", ["", "# no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"])
 def test_a_base_without_a_readable_card_has_no_known_licence(card: str) -> None:
-    assert licence_of(card) == {}
+    assert inherited_entries(card) == {}

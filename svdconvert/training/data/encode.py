@@ -18,6 +18,7 @@ from svdconvert.training.data.prompts import (
     TrainingText,
     chat_text,
     choose_fields,
+    prompt_format,
     render_row,
     used_fields,
     with_prompt_loss,
@@ -42,6 +43,8 @@ class TextRowEncoder:
     """The fields of the rows encoded last that influence the result."""
     remarks: list[str] = field(default_factory=list)
     """Sentences about how rows are encoded, each once."""
+    prompt_format: str | None = None
+    """How the model is asked after training on the rows encoded first; None if they have images."""
 
     @cached_property
     def vision(self) -> ImageTextProcessor:
@@ -70,6 +73,8 @@ class TextRowEncoder:
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
         self.used_fields |= used_fields(fields, self.options)
+        if fields and self.load_vision is None and self.prompt_format is None:
+            self.prompt_format = prompt_format(fields, self.options)
         return encoded
 
     def _encode(self, row: Row, fields: FieldSet, folder: Path | None) -> Example | None:

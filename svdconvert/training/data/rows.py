@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from svdconvert.checkpoint.json_text import DEEPEST, depth, parse_json
+from svdconvert.config.progress import report
 from svdconvert.errors import DataError, brief, did_you_mean
 from svdconvert.hub.auth import find_token
 
@@ -22,26 +23,29 @@ FieldSet = tuple[str, ...]
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """File suffix -> the builder of `datasets` that reads it."""
 
+_REPORTED = 64  # rows between two reports of progress
+
 # ORG/NAME or NAME, and optionally a configuration after a colon.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.+-]+)?")
 
 
-def read_rows(data: str, split: str = "train") -> Iterable[Row]:
+def read_rows(data: str, split: str = "train", revision: str | None = None) -> Iterable[Row]:
     """The rows of a .jsonl, .json (a list or lines), .parquet, .csv or .tsv file, or of a Hub data set.
 
-    An existing path takes precedence over a Hub id of the same name. Raises DataError if `data` is neither,
-    or has no rows.
+    An existing path takes precedence over a Hub id of the same name; `revision` is a commit of a data set.
+    Raises DataError if `data` is neither, or has no rows.
     """
     path = Path(data)
+    report("read rows", 0, name=data)
     if is_file(data):
         rows = _read_file(path, split)
     elif HUB_ID.fullmatch(data):
-        rows = _read_hub(data, split)
+        rows = _read_hub(data, split, revision)
     else:
         raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
     if len(rows) == 0:
         raise DataError(f"{data}: it has no rows")
-    return _iterate(data, cast(Iterable[Row], rows))
+    return _iterate(data, cast(Iterable[Row], rows), len(rows))
 
 
 def is_file(data: str) -> bool:
@@ -59,11 +63,13 @@ def refuse_split_of_files(option: str, split: str, data: Sequence[str]) -> None:
         )
 
 
-def _iterate(data: str, rows: Iterable[Row]) -> Iterator[Row]:
+def _iterate(data: str, rows: Iterable[Row], count: int) -> Iterator[Row]:
     """The rows; an error of `datasets`, such as for an image without Pillow, becomes a DataError."""
     iterator = iter(rows)
     number = 0
     while True:
+        if number % _REPORTED == 0:
+            report("read rows", number, count, "rows", name=data)
         number += 1
         try:
             row = next(iterator)
@@ -196,10 +202,12 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
     }
 
 
-def _read_hub(data: str, split: str) -> Any:
+def _read_hub(data: str, split: str, revision: str | None) -> Any:
     name, _, config = data.partition(":")
     description = f"{data}, taken for a Hub data set"
-    return _load_dataset(description, name, name=config or None, split=split, token=find_token())
+    return _load_dataset(
+        description, name, name=config or None, split=split, revision=revision, token=find_token()
+    )
 
 
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:

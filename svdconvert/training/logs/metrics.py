@@ -92,7 +92,11 @@ class MetricsLog:
 
 
 def _values(log: Log) -> dict[str, Any]:
-    """The entries of a line: all fields that are not None, with the scores as separate entries."""
-    values = {name: value for name, value in asdict(log).items() if value is not None}
+    """The entries of a line: all fields that are not None, with the scores as separate entries.
+
+    The speed is left out: a line is the same in every run.
+    """
+    known = asdict(log).items()
+    values = {name: value for name, value in known if value is not None and name != "speed"}
     scores: dict[str, float] = values.pop("scores", {})
     return values | scores

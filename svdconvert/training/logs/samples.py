@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from svdconvert.config.progress import report
 from svdconvert.config.train import TrainOptions
 from svdconvert.training.data.dataset import TrainingData
 from svdconvert.training.data.example import IGNORED, Example
@@ -48,7 +49,8 @@ class Samples:
             use_cache=True,
         )
         model: Any = self.model
-        for prompt in self.prompts:
+        for number, prompt in enumerate(self.prompts):
+            report("sample", number, len(self.prompts), "prompts")
             inputs = {name: tensor.to(model.device) for name, tensor in prompt.items()}
             with evaluation_mode(model):
                 generated = model.generate(**inputs, generation_config=config)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.checkpoint.tensors import TensorInfo
-from svdconvert.errors import RecipeError
+from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.layouts.base import Layout
 from svdconvert.training.model.adapted_experts import AdaptedExperts
 from svdconvert.training.model.adapted_linear import AdaptedLinear
@@ -31,14 +31,16 @@ def choose_parameters(
         names = [name for name in infos if _matches(target, name, layout)]
         if not names:
             raise RecipeError(
-                f"train_also names {target!r}, which matches no tensor; give {_group_names(layout)}, "
+                f"`train_also` names {target!r}, which matches no tensor; give {_group_names(layout)}, "
                 "or a glob on tensor names"
             )
         for name in names:
             if name in adapted:
-                raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
+                raise RecipeError(
+                    f"`train_also` names {name}, which the adapter trains already; leave it out"
+                )
             if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
-                raise RecipeError(f"train_also names {name}, which is also the head's weight; leave it out")
+                raise RecipeError(f"`train_also` names {name}, which is also the head's weight; leave it out")
             chosen[layout.runtime_name(name)] = infos[name].shape
     return chosen
 
@@ -74,6 +76,26 @@ def extract_parameters(model: nn.Module, parameters: ParameterShapes, layout: La
         value = rule.to_layout(live) if rule.to_layout else live[0]
         values[name] = value.to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
     return values
+
+
+def fill_parameters(model: nn.Module, values: Mapping[str, Tensor], layout: Layout) -> None:
+    """Give parameters values as `extract_parameters` returns them; their dtypes and devices stay.
+
+    Raises ArtifactError if the model has no such parameter, or one of another size.
+    """
+    for name, value in values.items():
+        rule = layout.rename_rule(name)
+        parts = rule.to_canonical(value) if rule.to_canonical else [value]
+        for own, part in zip(rule.canonical, parts, strict=True):
+            try:
+                parameter = _parameter_at(model, own).detach()
+                parameter.copy_(part.reshape(parameter.shape))
+            except (AttributeError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise ArtifactError(
+                    f"{name} of the adapter does not fit the model ({reason}); give the base that the "
+                    "adapter was made for"
+                ) from error
 
 
 def _parameter_at(model: nn.Module, name: str) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from svdconvert.output.sidecars import CONFIG, read_config, read_json_object
 from svdconvert.training.data.images import require_pillow
 from svdconvert.training.data.vision import ImageTextProcessor
 from svdconvert.training.model.compare import require_complete, require_complete_body
+from svdconvert.training.model.loading_progress import loading_reported
 from svdconvert.training.model.quantised_loading import load_quantised, open_quantised
 
 if TYPE_CHECKING:
@@ -123,6 +124,30 @@ def load_classifier(  # noqa: PLR0913 (the model, its head, and how it is loaded
     return model, new_parameters
 
 
+def head_shapes(
+    directory: Path, labels: Sequence[str], stored: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that `load_classifier` would add; `stored` are the checkpoint's tensors.
+
+    Builds the network without memory for its weights. Raises CheckpointError if transformers cannot.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(directory, num_labels=len(labels) or 1)
+        with torch.device("meta"):
+            make: Any = AutoModelForSequenceClassification
+            model = make.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} has no classifier in transformers: {error}") from error
+    body = f"{model.base_model_prefix}."
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(body) or not ({name, name.removeprefix(body)} & {*stored})
+    }
+
+
 def head_config(model: nn.Module) -> dict[str, Any]:
     """The entries of config.json that describe the head of a model from `load_classifier`."""
     config: Any = model.config
@@ -209,7 +234,7 @@ def _family_tensors(path: Path, family: LayoutFamily) -> TensorSource:
 
 def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
     try:
-        with _progress_bars_disabled():
+        with loading_reported():
             return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         name = auto_class.__name__
@@ -230,18 +255,3 @@ def _load_report_silenced() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-@contextmanager
-def _progress_bars_disabled() -> Iterator[None]:
-    """Suppress the progress bars of transformers; its warnings stay."""
-    from transformers.utils import logging
-
-    transformers_logging: Any = logging
-    were_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            transformers_logging.enable_progress_bar()

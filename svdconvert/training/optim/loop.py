@@ -1,8 +1,10 @@
 """The training loop, as an iterator of its measurements: the caller logs them and may stop at any time."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ class StepLog:
     """Tokens in the loss so far, over all steps and processes."""
     penalty: float | None = None
     """The penalty before the update, without its weight; None if the options have none."""
+    speed: float = field(default=0.0, compare=False)
+    """Tokens in the loss per second, over the last steps of this process's run alone; it is not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,9 @@ class EvalLog:
     eval_loss: float
     scores: Mapping[str, float] = field(default_factory=dict)
     """Name of a score -> its value on the held-out rows, if they have labels."""
+
+
+_RECENT = 10  # steps over which the speed is a mean
 
 
 @dataclass(slots=True)
@@ -110,11 +117,14 @@ class _TrainingRun:
     splits: DataSplits
     total: int
     progress: TrainState = field(default_factory=TrainState)
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """(tokens, seconds) of the last steps."""
 
     def take_step(self) -> StepLog:
         step = self.progress.step + 1
         options = self.trainer.options
         rate = learning_rate(options, step, self.total)
+        started = perf_counter()
         try:
             result = self.trainer.step(self.trainer.examples_of(step, self.splits.train), rate)
         except NotFiniteError as error:
@@ -122,7 +132,10 @@ class _TrainingRun:
             raise SvdConvertError(f"{error} at step {step} of {self.total}: {advice}") from None
         self.progress.step = step
         self.progress.tokens += result.tokens
-        return StepLog(step, result.loss, rate, self.progress.tokens, result.penalty)
+        self.recent.append((result.tokens, perf_counter() - started))
+        tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
+        speed = tokens / max(seconds, 1e-9)
+        return StepLog(step, result.loss, rate, self.progress.tokens, result.penalty, speed)
 
     def evaluate_if_due(self, step: int) -> Iterator[EvalLog]:
         """The held-out loss, if it is to be measured after `step`."""

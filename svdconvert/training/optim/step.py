@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from svdconvert.config.progress import report
 from svdconvert.config.train import TrainOptions
 from svdconvert.training.data.example import Example
 from svdconvert.training.model.modes import evaluation_mode
@@ -139,10 +140,13 @@ class Trainer:
         from accelerate.utils import gather_object
 
         predictions: Predictions = []
+        rows = self.options.batch_size * self.accelerator.num_processes
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         with evaluation_mode(self.plain):
-            for batch in self.batches(examples):
+            for number, batch in enumerate(self.batches(examples)):
+                report("held-out", min(number * rows, len(examples)), len(examples), "rows")
                 loss += self.objective.loss_sum(self.model, self.plain, batch, predictions)
+        report("held-out", len(examples), len(examples), "rows")
         mean = self.sum_over_processes(loss) / sum(example.loss_tokens for example in examples)
         return mean, self.objective.scores(gather_object(predictions))
 

@@ -1,0 +1,93 @@
+"""Recomputes what a stored evaluation claims: whose it is, and whether its grades follow from its answers."""
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from svdconvert.checkpoint.json_text import parse_json
+from svdconvert.errors import SvdConvertError
+from svdconvert.evaluation.intervals import standard_error, wilson_interval
+from svdconvert.manifest.evaluations import (
+    EvaluationResult,
+    GradeCount,
+    manifest_fingerprint,
+    read_evaluation,
+    result_paths,
+)
+from svdconvert.manifest.schema import Manifest
+
+
+def evaluation_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """One sentence for each stored result, or claim of one, that does not hold for this directory."""
+    fingerprint = manifest_fingerprint(manifest)
+    for path in result_paths(directory):
+        try:
+            result = read_evaluation(path)
+        except SvdConvertError as error:
+            yield str(error)
+            continue
+        yield from (
+            f"{path} {fault}" for fault in result_faults(result, path.with_suffix(".jsonl"), fingerprint)
+        )
+
+
+def result_faults(result: EvaluationResult, answers: Path, fingerprint: str) -> Iterator[str]:
+    """One sentence for each claim of a result that does not hold.
+
+    `answers` is the file of its answers, `fingerprint` that of the directory.
+    """
+    if result.model.fingerprint != fingerprint:
+        yield "belongs to other weights: evaluate again"
+    for protocol, count in result.grades.items():
+        yield from (f"{protocol}: {fault}" for fault in _count_faults(count))
+    if not answers.is_file():
+        yield f"has no answers: {answers.name} is missing"
+        return
+    stored = _read_answers(answers)
+    if stored is None:
+        yield f"{answers.name} is no file of answers"
+        return
+    for protocol, count in result.grades.items():
+        if (found := _counted(stored, protocol)) != (claimed := (count.n, count.correct, count.unanswered)):
+            names = ("answers", "correct", "unanswered")
+            wrong = next(at for at in range(3) if found[at] != claimed[at])
+            yield f"{protocol}: {found[wrong]} {names[wrong]} in {answers.name} instead of {claimed[wrong]}"
+
+
+def _count_faults(count: GradeCount) -> Iterator[str]:
+    if count.correct + count.unanswered > count.n or count.cut > count.n:
+        yield "more answers are counted than there are"
+    elif not _close(count.score, count.correct / count.n if count.n else 0.0):
+        yield f"score {count.score:.4g} instead of {count.correct} / {count.n}"
+    elif not all(map(_close, count.interval, wilson_interval(count.correct, count.n))):
+        yield "its interval is not that of its score"
+    elif not _close(count.standard_error, standard_error(count.correct, count.n)):
+        yield "its standard error is not that of its score"
+
+
+def _close(one: float, other: float) -> bool:
+    return isclose(one, other, abs_tol=5e-4)
+
+
+def _read_answers(path: Path) -> list[Mapping[str, Any]] | None:
+    """The stored answers; None if a line is not one."""
+    found = []
+    for line in BytesIO(path.read_bytes()):
+        try:
+            values = parse_json(line)
+        except ValueError:
+            return None
+        if not isinstance(values, dict):
+            return None
+        if "answer" in values:
+            found.append(values)
+    return found
+
+
+def _counted(answers: list[Mapping[str, Any]], protocol: str) -> tuple[int, int, int]:
+    """(answers with this grade, correct, unanswered)."""
+    grades = [grade for one in answers if isinstance(grade := one.get(protocol), dict)]
+    correct = sum(grade.get("correct") is True for grade in grades)
+    return len(grades), correct, sum(grade.get("answered") is False for grade in grades)

@@ -1,0 +1,1 @@
+"""Runs generated Python programs where they can read the standard library and do nothing else."""
