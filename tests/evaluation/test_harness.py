@@ -17,6 +17,8 @@ from svdconvert.errors import ArtifactError, MissingPackageError, OutputError, R
 from svdconvert.evaluation import harness
 from svdconvert.evaluation.harness import require_harness
 from svdconvert.evaluation.loading import open_answering
+from tests import rwkv6
+from tests.evaluation.directories import lively
 
 CHOICES = """
 task: local_choices
@@ -68,6 +70,18 @@ def tasks(tmp_path: Path) -> Path:
     for name, text in (("choices", CHOICES), ("answers", ANSWERS), ("texts", TEXTS)):
         (tmp_path / f"local_{name}.yaml").write_text(text.format(folder=tmp_path, sample="false"))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def writing_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lively(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def writing_rwkv6(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in its author's format, whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("rwkv6")
+    return rwkv6.save(rwkv6.random_model(vocabulary=256), folder / "model.pth", None)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
