@@ -17,7 +17,6 @@ from svdconvert.evaluation.pairs import mcnemar, paired_interval
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
-    GradeCount,
     PublishedScore,
     read_evaluation,
 )
