@@ -168,6 +168,7 @@ def test_rwkv6_is_asked_too(tasks: Path, writing_rwkv6: Path) -> None:
         assert json.loads(line["answer"])[0] == pytest.approx(float(expected), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_lm_eval_cannot_do_here_is_refused(tasks: Path, writing_llama: Path) -> None:
     out = tasks / "out"
     with pytest.raises(ArtifactError, match="lm_eval"):
