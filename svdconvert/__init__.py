@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from svdconvert.commands.chat import chat
     from svdconvert.commands.combine import combine
     from svdconvert.commands.convert import convert
     from svdconvert.commands.decompose import decompose
     from svdconvert.commands.diff import diff
+    from svdconvert.commands.doctor import doctor
     from svdconvert.commands.evaluate import evaluate
     from svdconvert.commands.extract import extract
     from svdconvert.commands.inspect import inspect
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.to_lora import to_lora
     from svdconvert.commands.train import train
     from svdconvert.commands.verify import verify, verify_merge
+    from svdconvert.config.chat import ChatOptions
     from svdconvert.config.combine import CombineOptions
     from svdconvert.config.evaluation import EvaluationOptions
     from svdconvert.config.execution import Run
@@ -35,12 +38,14 @@ if TYPE_CHECKING:
         PushOptions,
         SplitOptions,
     )
+    from svdconvert.config.progress import Progress
     from svdconvert.config.train import TrainOptions, TrainPlan
     from svdconvert.errors import SvdConvertError
     from svdconvert.manifest.evaluations import EvaluationResult, read_evaluations
     from svdconvert.manifest.schema import Manifest, read_manifest
 
 __all__ = [
+    "ChatOptions",
     "CombineOptions",
     "ConvertOptions",
     "EvaluationOptions",
@@ -49,16 +54,19 @@ __all__ = [
     "LoraOptions",
     "Manifest",
     "MergeOptions",
+    "Progress",
     "PushOptions",
     "Run",
     "SplitOptions",
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "chat",
     "combine",
     "convert",
     "decompose",
     "diff",
+    "doctor",
     "evaluate",
     "extract",
     "inspect",
@@ -75,6 +83,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ChatOptions": "config.chat",
     "CombineOptions": "config.combine",
     "ConvertOptions": "config.options",
     "EvaluationOptions": "config.evaluation",
@@ -83,6 +92,7 @@ _MODULES = {
     "LoraOptions": "config.options",
     "Manifest": "manifest.schema",
     "MergeOptions": "config.options",
+    "Progress": "config.progress",
     "PushOptions": "config.options",
     "Run": "config.execution",
     "SplitOptions": "config.options",

@@ -5,6 +5,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 │   └── ModelNotFoundError there is no such path, repository, revision or file
 ├── TargetError            a target matches nothing, or a matrix cannot be decomposed
 ├── RecipeError            an option or recipe key is unknown, missing or ill-typed
+│   └── MissingOptionError an option without a default is not given
 ├── UnknownNameError       no method or layout of that name
 ├── PluginError            a method or layout of another package cannot be loaded
 ├── OutputError            the output directory exists already, or cannot be written
@@ -49,6 +50,10 @@ class TargetError(SvdConvertError):
 
 class RecipeError(SvdConvertError):
     """An option or recipe key is unknown, missing or ill-typed."""
+
+
+class MissingOptionError(RecipeError):
+    """An option that has no default is given neither directly nor by a recipe."""
 
 
 class UnknownNameError(SvdConvertError):

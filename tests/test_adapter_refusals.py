@@ -251,7 +251,17 @@ def test_train_says_what_is_missing_or_wrong(
         "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
     )
     refused(
-        "train", pissa, "-o", out, "--data", rows, "--steps", 1, "--epochs", 1, words=["exclude each other"]
+        "train",
+        pissa,
+        "-o",
+        out,
+        "--data",
+        rows,
+        "--steps",
+        1,
+        "--epochs",
+        1,
+        words=["--steps and --epochs"],
     )
     refused(
         "train",

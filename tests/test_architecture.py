@@ -33,6 +33,8 @@ LEVELS = (
     "pipeline",
     "training",
     "evaluation",
+    "conversation",
+    "diagnosis",
     "reports",
     "commands",
     "cli",

@@ -15,7 +15,7 @@ import typer
 
 import svdconvert.layouts
 from svdconvert.cli.app import app
-from svdconvert.commands.list_plugins import layouts, methods
+from svdconvert.commands.list_plugins import in_words, layouts, methods
 from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.manifest.results import RESULT_OF_KIND, KeptUpdate, RecoveredFactors, TruncatedLora, Update
 from svdconvert.manifest.schema import Kind, Manifest, Matrix, Origin
@@ -32,7 +32,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-TABLES = {"methods": methods(), "layouts": layouts()}
+TABLES = {"methods": [*map(in_words, methods())], "layouts": [*map(in_words, layouts())]}
 # Words that were once used for the field's terms, each with one of those.
 REPLACED = {
     "house": "program",
@@ -74,10 +74,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 def table(rows: list[dict[str, Any]], heads: list[str]) -> str:
     """A Markdown table of columns that `svdconvert list` shows."""
-    cells = [
-        [f"{row[head]:g}" if isinstance(row[head], float) else str(row[head]) for head in heads]
-        for row in rows
-    ]
+    cells = [[row[head] for head in heads] for row in rows]
     lines = [heads, ["---"] * len(heads), *([f"`{first}`", *rest] for first, *rest in cells)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -101,13 +98,12 @@ def test_every_documented_make_target_exists() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_has_an_example_that_parses(name: str) -> None:
-    shown = COMMANDS[name].epilog
-    assert shown.startswith(f"Example: svdconvert {name} ")
-    COMMANDS[name].make_context(name, shlex.split(shown)[3:])
-    for parameter in COMMANDS[name].params:
-        assert parameter.help, f"{name} {parameter.name}"
-        assert len(parameter.help) < 160
+def test_the_help_has_examples_that_parse(name: str) -> None:
+    shown = COMMANDS[name].epilog.splitlines()
+    assert len(shown) >= (3 if name in ("decompose", "train") else 1)
+    for line in shown:
+        assert line.startswith(f"svdconvert {name} ")
+        COMMANDS[name].make_context(name, shlex.split(line)[2:])
 
 
 def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:

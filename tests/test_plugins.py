@@ -77,9 +77,9 @@ def test_commands_work_next_to_a_broken_plug_in(checkpoint: Build, tmp_path: Pat
     refused("decompose", model, "-o", tmp_path / "no", "--method", "wrong", words=["wrong of gallery"])
     rows = {row["layout"]: row for row in json.loads(succeeded("list", "layouts", "--json").out)}
     assert "no_such_library" in rows["broken"]["models"]
-    assert rows["good"]["model_type"] == "gallery"
+    assert rows["good"]["model_types"] == ["gallery"]
     methods = {row["method"]: row for row in json.loads(succeeded("list", "methods", "--json").out)}
-    assert "no Method" in methods["wrong"]["what it does"]
+    assert "no Method" in methods["wrong"]["does"]
     assert methods["wrong"].keys() == methods["pissa"].keys()
 
 

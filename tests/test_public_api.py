@@ -12,6 +12,7 @@ import svdconvert
 from tests.conftest import Build
 
 NAMES = [
+    "ChatOptions",
     "CombineOptions",
     "ConvertOptions",
     "EvaluationOptions",
@@ -20,16 +21,19 @@ NAMES = [
     "LoraOptions",
     "Manifest",
     "MergeOptions",
+    "Progress",
     "PushOptions",
     "Run",
     "SplitOptions",
     "SvdConvertError",
     "TrainOptions",
     "TrainPlan",
+    "chat",
     "combine",
     "convert",
     "decompose",
     "diff",
+    "doctor",
     "evaluate",
     "extract",
     "inspect",

@@ -24,6 +24,20 @@ class Visitor:
     token: str | None = TOKEN
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables that the user's processes have of their own."""
+        return {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.home / "hf"),
+            # huggingface_hub uploads through Xet if it can, which the loopback Hub does not offer.
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            **({"HF_TOKEN": self.token} if self.token else {}),
+            **self.environment,
+        }
+
     def start(self, *words: object, program: list[str] = PROGRAM) -> "subprocess.Popen[str]":
         """Start `program` with `words`."""
         own = ("HF_", "HUGGING_FACE_")
@@ -32,17 +46,7 @@ class Visitor:
         return subprocess.Popen(
             [*program, *map(str, words)],
             cwd=self.home,
-            env={
-                **inherited,
-                "HF_ENDPOINT": self.hub.url,
-                "HF_HOME": str(self.home / "hf"),
-                # huggingface_hub uploads through Xet if it can, which the loopback Hub does not offer.
-                "HF_HUB_DISABLE_XET": "1",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                **({"HF_TOKEN": self.token} if self.token else {}),
-                **self.environment,
-            },
+            env={**inherited, **self.variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

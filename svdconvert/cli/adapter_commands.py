@@ -1,8 +1,9 @@
 """The commands about adapters: merge, to-lora and combine."""
 
 from dataclasses import replace
+from typing import Any
 
-from svdconvert.cli import combine_summaries, progress, summaries
+from svdconvert.cli import combine_summaries, lora_summaries, plan_summaries, progress, summaries
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     AdapterArg,
@@ -13,6 +14,8 @@ from svdconvert.cli.arguments import (
     DeviceOpt,
     InitOpt,
     InputsArg,
+    JsonOpt,
+    LoraPlanOpt,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -24,6 +27,7 @@ from svdconvert.cli.arguments import (
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.config.combine import CombineOptions
@@ -32,7 +36,12 @@ from svdconvert.config.recipe import options, read_recipe
 
 
 @app.command(
-    cls=SingleOptions, epilog="Example: svdconvert merge trained -o merged --from base --push me/name-tuned"
+    cls=SingleOptions,
+    epilog=examples(
+        "svdconvert merge trained -o merged",
+        "svdconvert merge trained -o merged --from base --push me/name-tuned",
+        "svdconvert merge math code -o both --weights 0.7,0.3 --plan",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(MergeOptions)
@@ -52,10 +61,11 @@ def merge(
     trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Merge an adapter into its base or residual, or several into their base, as a plain checkpoint."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.merge import merge as command
         from svdconvert.commands.merge import open_merge
         from svdconvert.inputs.sources import Sources
@@ -69,9 +79,9 @@ def merge(
                 base=base, residual=residual, init=init, stream=True, trust_remote_code=trust_remote_code
             )
             if len(adapters) > 1 or chosen.weights is not None:
-                combine_summaries.show_group_plan(open_group_merge(adapters, chosen, sources))
+                plan_summaries.show_group_plan(open_group_merge(adapters, chosen, sources))
             else:
-                summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
+                plan_summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.shown("merge") as track:
@@ -87,7 +97,12 @@ def merge(
 @app.command(
     cls=SingleOptions,
     name="to-lora",
-    epilog="Example: svdconvert to-lora peft-output -o lora --residual pissa",
+    epilog=examples(
+        "svdconvert to-lora trained -o lora",
+        "svdconvert to-lora trained -o lora --plan",
+        "svdconvert to-lora trained -o lora --rank 16",
+        "svdconvert to-lora peft-output -o lora --residual pissa",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(LoraOptions)
@@ -100,26 +115,40 @@ def to_lora(
     residual: ResidualOpt = None,
     init: InitOpt = None,
     recipe: RecipeOpt = None,
+    plan: LoraPlanOpt = False,
     overwrite: OverwriteOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write the change made by training as a standard LoRA for the untouched base."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
+        from svdconvert.commands.to_lora import plan_to_lora
         from svdconvert.commands.to_lora import to_lora as command
 
         shared = read_recipe(recipe)
         chosen = options(LoraOptions, shared, typed)
+        places = {"base": base, "residual": residual, "init": init}
+        if plan:
+            refuse_push_options(push, pushing)
+            with progress.shown("to-lora --plan") as track:
+                estimate = plan_to_lora(adapter, chosen, run_settings(shared, track), **places)
+            plan_summaries.show_lora_plan(adapter, estimate)
+            return
         with published(out, push, pushing) as output:
             with progress.shown("to-lora") as track:
                 run = run_settings(shared, track, overwrite=overwrite)
-                manifest = command(
-                    adapter, output.directory, chosen, run, base=base, residual=residual, init=init
-                )
-            summaries.show_lora(output.place, manifest)
+                manifest = command(adapter, output.directory, chosen, run, **places)
+            lora_summaries.show_lora(output.place, manifest)
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert combine math code -o both --weights 0.7,0.3")
+@app.command(
+    cls=SingleOptions,
+    epilog=examples(
+        "svdconvert combine math code -o both --weights 0.7,0.3 --plan",
+        "svdconvert combine math code -o both --method ties --density 0.5",
+    ),
+)
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(CombineOptions)
 def combine(
@@ -131,24 +160,32 @@ def combine(
     base: BaseOpt = None,
     init: InitOpt = None,
     recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     stream: StreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Merge several adapters into one LoRA, or several checkpoints into one checkpoint."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.combine import combine as command
+        from svdconvert.commands.combine import plan_combine
 
         shared = read_recipe(recipe)
         chosen = options(CombineOptions, shared, typed)
+        places: dict[str, Any] = {"base": base, "init": init, "config": config}
+        if plan:
+            refuse_push_options(push, pushing)
+            with progress.shown("combine --plan") as track:
+                run = run_settings(shared, track, stream=stream)
+                plan_summaries.show_combine_plan(plan_combine(inputs or [], chosen, run, **places))
+            return
         with published(out, push, pushing, stream=stream) as output:
             with progress.shown("combine") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = replace(run_settings(shared, track, **settings), shard_sink=output.shard_sink)
-                manifest = command(
-                    inputs or [], output.directory, chosen, run, base=base, init=init, config=config
-                )
+                manifest = command(inputs or [], output.directory, chosen, run, **places)
             combine_summaries.show_combined(output.place, manifest)

@@ -5,7 +5,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from svdconvert.cli.terminal import notify
+from svdconvert.cli.answers import notify
+from svdconvert.cli.option_groups import GENERAL, INPUTS, MEMORY, SAVING
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import Track
 from svdconvert.config.ranks import find_ranks
@@ -40,61 +41,88 @@ AdaptersArg = Annotated[
 DirArg = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory that svdconvert wrote, local or on the Hub.")
 ]
+
+
+def option(spelling: str, metavar: str | None, sentence: str, group: str, **others: Any) -> Any:
+    """An option as `--help` shows it: spelling, name of its value (None for a flag), sentence, heading."""
+    names = spelling.split(", ")
+    return typer.Option(
+        *names, metavar=metavar, help=sentence, rich_help_panel=group, show_default=False, **others
+    )
+
+
 StreamOpt = Annotated[
     bool,
-    typer.Option(
+    option(
         "--stream",
-        help="Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
+        None,
+        "Store no weights on disk: read them from the Hub; with --push, upload every finished shard.",
+        MEMORY,
     ),
 ]
 ReadOnlyStreamOpt = Annotated[
-    bool, typer.Option("--stream", help="Store no weights on disk: read them from the Hub.")
+    bool, option("--stream", None, "Store no weights on disk: read them from the Hub.", MEMORY)
 ]
 OutOpt = Annotated[
     Path | None,
-    typer.Option("-o", "--out", help="The directory to write; it appears complete or not at all."),
-]
-RecipeOpt = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="A YAML file of options; options on the command line override it."),
-]
-PlanOpt = Annotated[
-    bool, typer.Option("--plan", help="Write nothing; print what would be done, by reading headers only.")
+    option("-o, --out", "DIR", "The directory to write; it appears complete or not at all.", SAVING),
 ]
 OverwriteOpt = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output directory that svdconvert wrote.")
+    bool, option("--overwrite", None, "Replace an output directory that svdconvert wrote.", SAVING)
 ]
 ThreadsOpt = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Number of threads; the same number gives the same bytes."),
+    option("--threads", "N", "Number of threads; the same number gives the same bytes.", MEMORY, min=1),
 ]
 DeviceOpt = Annotated[
-    str | None, typer.Option("--device", help="Device that computes: auto, cpu, cuda or cuda:N.")
+    str | None, option("--device", "DEVICE", "Device that computes: auto, cpu, cuda or cuda:N.", MEMORY)
 ]
-TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run the code in the model's repository.")
-]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 BaseOpt = Annotated[
-    str | None, typer.Option("--base", help="The base's location, if it differs from the manifest's.")
+    str | None, option("--base", "MODEL", "The base's location, if it differs from the manifest's.", INPUTS)
 ]
 ResidualOpt = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--residual",
-        help="The decomposed directory, or another residual, of an adapter that was trained elsewhere.",
+        "DIR",
+        "The decomposed directory, or another residual, of an adapter that was trained elsewhere.",
+        INPUTS,
     ),
 ]
 InitOpt = Annotated[
     str | None,
-    typer.Option("--init", help="The adapter before training, or none if it started at zero."),
+    option("--init", "ADAPTER|none", "The adapter before training, or none if it started at zero.", INPUTS),
 ]
-
 ConfigOpt = Annotated[
     Path | None,
-    typer.Option("--config", help="A file in mergekit's YAML that says which checkpoints are merged how."),
+    option(
+        "--config", "FILE", "A file in mergekit's YAML that says which checkpoints are merged how.", INPUTS
+    ),
 ]
+RecipeOpt = Annotated[
+    Path | None,
+    option("--recipe", "FILE", "A YAML file of options; options on the command line override it.", GENERAL),
+]
+PlanOpt = Annotated[
+    bool,
+    option("--plan", None, "Write nothing; print what would be done, by reading headers only.", GENERAL),
+]
+TrainPlanOpt = Annotated[
+    bool,
+    option(
+        "--plan", None, "Write nothing; print what would be done, from headers and the encoded rows.", GENERAL
+    ),
+]
+LoraPlanOpt = Annotated[
+    bool,
+    option("--plan", None, "Write nothing; print what would be done, and the error of each rank.", GENERAL),
+]
+JsonOpt = Annotated[bool, option("--json", None, "Print one JSON document instead of tables.", GENERAL)]
+TrustOpt = Annotated[
+    bool,
+    option("--trust-remote-code", None, "Let transformers run the code in the model's repository.", GENERAL),
+]
+DebugOpt = Annotated[bool, option("--debug", None, "Show the traceback of an error.", GENERAL)]
 
 
 def required(value: T | None, what: str) -> T:

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from svdconvert.cli.summaries import show_lora, summary
-from svdconvert.config.sizes import size_text
+from svdconvert.cli.facts import merged_facts
+from svdconvert.cli.lora_summaries import show_lora
+from svdconvert.cli.summaries import summary
 from svdconvert.layouts.loading import loading
 
 if TYPE_CHECKING:
     from svdconvert.manifest.schema import Manifest
-    from svdconvert.pipeline.merge_group import GroupPlan
 
 
 def show_combined(out_dir: object, manifest: "Manifest") -> None:
@@ -35,19 +35,5 @@ def show_combined(out_dir: object, manifest: "Manifest") -> None:
             for command in (f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir))
             if command
         ],
-    )
-
-
-def show_group_plan(plan: "GroupPlan") -> None:
-    """Print what a merge of several adapters would read and write."""
-    base = plan.group.base
-    assert base is not None
-    summary(
-        f"merge {len(plan.weights)} adapters would",
-        {
-            "weights": f"the base {base.snapshot.location}",
-            "merge": f"{len(plan.modules)} matrices",
-            "read": size_text(sum(info.nbytes for info in base.source.infos.values())),
-            "write": f"{size_text(sum(file.nbytes for file in plan.shards))} in {len(plan.shards)} files",
-        },
+        merged_facts(out_dir, manifest),
     )

@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.cli.answers import tell
+from svdconvert.cli.facts import extracted_facts
+from svdconvert.cli.plan_summaries import rank_facts, show_ranks
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
 from svdconvert.config.sizes import size_text
@@ -24,14 +27,7 @@ def show_extract_plan(base: object, tuned: object, plan: "ExtractEstimate") -> N
         ("role", "shape", "matrices"),
         [(row.role, " x ".join(map(str, row.shape)), row.count) for row in plan.rows],
     )
-    if plan.ranks:
-        listing(
-            ("rank", "error", "with --rank-budget", "size"),
-            [
-                (row.rank, f"{row.error:.4f}", f"{row.budget_error:.4f}", size_text(row.nbytes))
-                for row in plan.ranks
-            ],
-        )
+    show_ranks(plan.ranks)
     energies = {
         f"--energy {share:g}": f"ranks up to {most}, {total} in all" for share, most, total in plan.tolerances
     }
@@ -45,7 +41,26 @@ def show_extract_plan(base: object, tuned: object, plan: "ExtractEstimate") -> N
             "changed": f"{plan.changed} target matrices" if plan.changed is not None else None,
             **energies,
         },
+        facts=_extract_plan_facts(base, tuned, plan),
     )
+
+
+def _extract_plan_facts(base: object, tuned: object, plan: "ExtractEstimate") -> dict[str, Any]:
+    return {
+        "base": str(base),
+        "tuned": str(tuned),
+        "matrices": [asdict(row) for row in plan.rows],
+        "read_bytes": plan.read,
+        "written_bytes": plan.written,
+        "memory_bytes": plan.memory,
+        "equal_tensors": plan.equal,
+        "changed_matrices": plan.changed,
+        "ranks": [rank_facts(row) for row in plan.ranks],
+        "energies": [
+            {"energy": share, "largest_rank": most, "total_rank": total}
+            for share, most, total in plan.tolerances
+        ],
+    }
 
 
 def show_extracted(out_dir: object, manifest: "Manifest") -> None:
@@ -76,6 +91,7 @@ def show_extracted(out_dir: object, manifest: "Manifest") -> None:
             )
             if line
         ],
+        extracted_facts(out_dir, manifest, result),
     )
 
 
@@ -95,6 +111,7 @@ def show_diff(found: "ModelDiff | AdapterDiff") -> None:
     """Print how much two checkpoints or adapters differ."""
     from svdconvert.pipeline.diff import ModelDiff
 
+    tell(diff_json(found))
     if isinstance(found, ModelDiff):
         _show_models(found)
     else:
@@ -206,6 +223,13 @@ def show_audit(audit: "MergeAudit") -> None:
             **{f"matrices: {rule}": count for rule, count in best.rules.items()},
             "equal under one rounding": f"{sum(exact) / len(exact):.4f} of the entries" if exact else None,
             "faults": f"{hidden} more are not shown" if hidden > 0 else None,
+        },
+        facts={
+            "passed": audit.passed,
+            "merged": audit.merged,
+            "adapter": audit.adapter,
+            "base": best.base,
+            "bases": [{**asdict(one), "passed": one.passed, "rules": dict(one.rules)} for one in audit.bases],
         },
     )
 

@@ -8,9 +8,11 @@ from typing import NoReturn
 
 import typer
 
+from svdconvert.cli.answers import Answer, answering, print_failure
 from svdconvert.cli.signals import TerminatedError, raise_on_signals
 from svdconvert.cli.terminal import say
-from svdconvert.errors import SvdConvertError
+from svdconvert.cli.wording import as_typed
+from svdconvert.errors import MissingOptionError, SvdConvertError
 from svdconvert.hub.auth import scrub_exception
 
 # Exceptions by which Typer ends a command, and which it prints itself.
@@ -19,28 +21,45 @@ _LONGEST = 600  # characters that are shown of a library's message
 
 
 @contextmanager
-def report_errors(*, debug: bool, out: object = None) -> Iterator[None]:
+def report_errors(*, debug: bool, out: object = None, json: bool = False) -> Iterator[None]:
     """Turn every exception into one sentence on standard error and an exit status.
 
     `debug` lets exceptions through, with their traceback. `out` is the output directory, whose staging
-    directory is mentioned if an interrupted run left one.
+    directory is mentioned if an interrupted run left one. With `json` one document goes to standard output:
+    what the command's summaries told, or the error.
     """
-    with raise_on_signals():
+    with raise_on_signals(), answering(json=json) as answer:
         try:
-            yield
+            with _answered(answer):
+                yield
+        except MissingOptionError as error:
+            raise typer.BadParameter(as_typed(str(error))) from None
         except _TYPER:
             raise
         except KeyboardInterrupt:
-            _stop(f"interrupted{_how_to_continue(out)}", 130)
+            _stop(f"interrupted{_how_to_continue(out)}", 130, answer)
         except TerminatedError:
-            _stop(f"terminated{_how_to_continue(out)}", 143)
+            _stop(f"terminated{_how_to_continue(out)}", 143, answer)
         except BrokenPipeError:
             raise typer.Exit(0) from None  # the reader closed the pipe, as `| head` does
         except Exception as error:
             if debug:
                 scrub_exception(error)
                 raise
-            _stop(str(error) if isinstance(error, SvdConvertError) else _unexpected(error), 1)
+            _stop(str(error) if isinstance(error, SvdConvertError) else _unexpected(error), 1, answer)
+
+
+@contextmanager
+def _answered(answer: Answer | None) -> Iterator[None]:
+    """Print the document when the command ends, also with an exit status of its own, as verify does."""
+    try:
+        yield
+    except typer.Exit:
+        if answer is not None:
+            answer.print()
+        raise
+    if answer is not None:
+        answer.print()
 
 
 def _unexpected(error: Exception) -> str:
@@ -65,6 +84,8 @@ def _how_to_continue(out: object) -> str:
     return f"; the same command continues from {out}.partial" if exists else ""
 
 
-def _stop(sentence: str, status: int) -> NoReturn:
+def _stop(sentence: str, status: int, answer: Answer | None) -> NoReturn:
     say(sentence)
+    if answer is not None:
+        print_failure(sentence, status, answer)
     raise typer.Exit(status)

@@ -9,6 +9,7 @@ from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     DebugOpt,
     DeviceOpt,
+    JsonOpt,
     OutOpt,
     OverwriteOpt,
     PlanOpt,
@@ -16,9 +17,12 @@ from svdconvert.cli.arguments import (
     RecipeOpt,
     ThreadsOpt,
     TrustOpt,
+    option,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
+from svdconvert.cli.option_groups import GENERAL
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
 from svdconvert.config.options import ExtractOptions, PushOptions
@@ -26,7 +30,11 @@ from svdconvert.config.recipe import options, read_recipe
 
 
 @app.command(
-    cls=SingleOptions, epilog="Example: svdconvert extract org/name org/name-instruct -o lora --energy 0.9"
+    cls=SingleOptions,
+    epilog=examples(
+        "svdconvert extract org/name org/name-instruct -o lora --plan --sketch",
+        "svdconvert extract org/name org/name-instruct -o lora --energy 0.9",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ExtractOptions)
@@ -41,7 +49,8 @@ def extract(
     recipe: RecipeOpt = None,
     plan: PlanOpt = False,
     sketch: Annotated[
-        bool, typer.Option("--sketch", help="With --plan: read the weights, and predict the error by rank.")
+        bool,
+        option("--sketch", None, "With --plan: read the weights, and predict the error by rank.", GENERAL),
     ] = False,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
@@ -49,10 +58,11 @@ def extract(
     trust_remote_code: TrustOpt = False,
     stream: ReadOnlyStreamOpt = False,
     push: PushOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write the change from BASE to TUNED as a standard LoRA for BASE, with its measured error."""
-    with report_errors(debug=debug, out=out):
+    with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.extract import extract as command
         from svdconvert.commands.extract import plan_extract
 

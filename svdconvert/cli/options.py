@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -12,7 +12,11 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
+from svdconvert.cli.answers import print_failure
+from svdconvert.cli.help import format_help
+from svdconvert.cli.option_groups import METAVARS, RESULT, headings
 from svdconvert.cli.terminal import plain
+from svdconvert.cli.wording import as_typed, spelled
 from svdconvert.config.train import REPEATED
 
 # Typer does not export its UsageError, the class above this one.
@@ -22,27 +26,36 @@ Typed = Mapping[str, Any]
 
 
 class Commands(TyperGroup):
-    """The commands, whose usage errors repeat what was typed without its control characters."""
+    """The commands, whose usage errors repeat what was typed without its control characters.
 
-    def make_context(self, *words: Any, **named: Any) -> Any:
+    With --json among the words, a usage error is a document on standard output too.
+    """
+
+    def make_context(self, info_name: Any, args: list[str], *others: Any, **named: Any) -> Any:
         """As usual, with errors that are safe to print."""
-        with _plain_usage_errors():
-            return super().make_context(*words, **named)
+        self._json = "--json" in args
+        with self._plain_usage_errors():
+            return super().make_context(info_name, args, *others, **named)
 
     def invoke(self, ctx: Any) -> Any:
         """As usual, with errors that are safe to print."""
-        with _plain_usage_errors():
+        with self._plain_usage_errors():
             return super().invoke(ctx)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help of the program: its commands."""
+        format_help(self, ctx, formatter)
 
-@contextmanager
-def _plain_usage_errors() -> Iterator[None]:
-    try:
-        yield
-    except _USAGE_ERRORS as error:
-        if isinstance(message := getattr(error, "message", None), str):
-            vars(error)["message"] = plain(message)
-        raise
+    @contextmanager
+    def _plain_usage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _USAGE_ERRORS as error:
+            if isinstance(message := getattr(error, "message", None), str):
+                vars(error)["message"] = plain(as_typed(message))
+            if self._json:
+                print_failure(cast(Any, error).format_message(), 2)
+            raise
 
 
 class SingleOptions(TyperCommand):
@@ -58,19 +71,30 @@ class SingleOptions(TyperCommand):
         parsed: list[str] = super().parse_args(ctx, args)
         return parsed
 
-
-_SPELLINGS = {"side": "--from"}  # options that Python does not allow as names
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help of the command: its options in groups."""
+        format_help(self, ctx, formatter)
 
 
 def with_options(
-    kind: type, into: str = "typed", panel: str = "Result"
+    kind: type, into: str = "typed", panel: str = RESULT, only: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add one option per field of `kind` to a command, which gets the given ones as its argument `into`."""
+    """Add one option per field of `kind` to a command, which gets the given ones as its argument `into`.
+
+    The headings are those of option_groups.py, and `panel` for fields that have none there. With `only`,
+    there are options for these fields alone, and all of them under `panel`.
+    """
     described: Mapping[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
+    known = {} if only else headings(kind)
+    described = {name: described[name] for name in only or described}
+    order = [
+        *(name for name in known if name in described),
+        *(name for name in described if name not in known),
+    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command).parameters.values()
-        added = [_parameter(name, info, panel) for name, info in described.items()]
+        added = [_parameter(name, described[name], known.get(name, panel)) for name in order]
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
@@ -92,23 +116,37 @@ def sign(call: Callable[..., None], parameters: list[inspect.Parameter]) -> None
 
 
 def _parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
-    spelling = _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
+    spelling = spelled(name)
     if info.annotation is bool:
         spelling = f"{spelling}/--no-{spelling[2:]}"
-    default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
-    shown = "" if default is None or default is False else f" Default: {default}."
+    kind = _plain(info.annotation, name)
     option = typer.Option(
         spelling,
-        help=f"{info.description}{shown}",
+        help=as_typed(f"{info.description}{_default(info)}").replace("`", ""),
         show_default=False,
         rich_help_panel=panel,
+        metavar=METAVARS.get(name) or _metavar(kind),
     )
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[_plain(info.annotation, name) | None, option],
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _default(info: FieldInfo) -> str:
+    """The sentence about the default, unless that is nothing or the description's business."""
+    if info.is_required():
+        return " Required."
+    value = ",".join(info.default) if isinstance(info.default, tuple) else info.default
+    if value is None or value is False or value == "":
+        return ""
+    return f" Default: {value:g}." if isinstance(value, float) else f" Default: {value}."
+
+
+def _metavar(kind: Any) -> str:
+    """What a value is called in the help: N and X are numbers."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
 def _plain(annotation: Any, name: str = "") -> Any:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdconvert.cli import progress, summaries
+from svdconvert.cli.answers import notify
+from svdconvert.cli.arguments import option
+from svdconvert.cli.option_groups import PUBLISHING
 from svdconvert.cli.options import Typed
-from svdconvert.cli.terminal import notify
+from svdconvert.cli.wording import spelled
 from svdconvert.config.options import PushOptions
 from svdconvert.config.ranks import find_ranks
 
@@ -20,11 +23,11 @@ if TYPE_CHECKING:
 
 PushOpt = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--push",
-        metavar="ORG/NAME",
-        help="Push the directory to this repository of the Hub when it is finished.",
-        rich_help_panel="Publishing",
+        "ORG/NAME",
+        "Push the directory to this repository of the Hub when it is finished.",
+        PUBLISHING,
     ),
 ]
 
@@ -72,18 +75,18 @@ def published(
     yield output
     if sink is not None:
         assert sink.published is not None, "the upload finishes with the output"
-        summaries.show_published(output.directory, push, sink.published)
+        summaries.show_published(output.directory, push, sink.published, after=True)
     elif ranks.leads:
         with progress.shown("push"):
-            done = upload(output.directory, destination)
-        summaries.show_published(output.directory, push, done)
+            done = upload(output.directory, destination, notify)
+        summaries.show_published(output.directory, push, done, after=True)
 
 
 def refuse_push_options(push: str | None, pushing: Typed) -> None:
     """Raise BadParameter for options of a push without --push."""
     if push is None and pushing:
-        option = f"--{next(iter(pushing)).replace('_', '-')}"
-        raise typer.BadParameter(f"{option} is an option of --push; add --push ORG/NAME, or leave it out")
+        name = spelled(next(iter(pushing)))
+        raise typer.BadParameter(f"{name} is an option of --push; add --push ORG/NAME, or leave it out")
 
 
 def _streaming(destination: "Destination") -> "StreamingUpload":

@@ -1,11 +1,12 @@
 """The commands that describe, check or publish what exists, and write no tensors."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from svdconvert.cli import comparison_summaries, progress, summaries
+from svdconvert.cli import comparison_summaries, plan_summaries, progress, summaries
+from svdconvert.cli.answers import notify
 from svdconvert.cli.application import app
 from svdconvert.cli.arguments import (
     DebugOpt,
@@ -14,19 +15,21 @@ from svdconvert.cli.arguments import (
     ReadOnlyStreamOpt,
     ThreadsOpt,
     TrustOpt,
+    option,
     required,
     run_settings,
 )
 from svdconvert.cli.errors import report_errors
+from svdconvert.cli.help import examples
+from svdconvert.cli.option_groups import GENERAL, INPUTS, RESULT, SAVING
 from svdconvert.cli.options import SingleOptions, Typed, with_options
-from svdconvert.cli.terminal import as_json
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import Recipe
 from svdconvert.config.sizes import size_text
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert push pissa me/name-pissa-r64 --private")
+@app.command(cls=SingleOptions, epilog=examples("svdconvert push pissa me/name-pissa-r64 --private --plan"))
 @with_options(PushOptions, panel="Publishing")
 def push(
     typed: Typed,
@@ -35,24 +38,36 @@ def push(
         str, typer.Argument(metavar="ORG/NAME", help="The repository; it is created if it does not exist.")
     ],
     base: Annotated[
-        str | None, typer.Option("--base", help="The base's org/name, if it was read from a local directory.")
+        str | None,
+        option("--base", "ORG/NAME", "The base's name, if it was read from a local directory.", INPUTS),
     ] = None,
     residual: Annotated[
         str | None,
-        typer.Option("--residual", help="The residual's org/name, if it was read from a local directory."),
+        option("--residual", "ORG/NAME", "The residual's name, if it was read from a local one.", INPUTS),
     ] = None,
+    plan: Annotated[
+        bool, option("--plan", None, "Send nothing; print which files would be sent.", GENERAL)
+    ] = False,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Publish DIR with a card; files that the Hub already has are not sent again."""
-    with report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, json=json):
+        from svdconvert.commands.push import plan_push
         from svdconvert.commands.push import push as command
 
+        asked = PushOptions(**typed)
+        places: dict[str, Any] = {"base": base, "residual": residual}
+        if plan:
+            plan_summaries.show_push_plan(directory, plan_push(directory, repository, asked, **places))
+            return
         with progress.shown("push"):
-            done = command(directory, repository, PushOptions(**typed), base=base, residual=residual)
+            run = Run(notify=notify)
+            done = command(directory, repository, asked, run=run, **places)
         summaries.show_published(directory, repository, done)
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert verify pissa --base org/name")
+@app.command(cls=SingleOptions, epilog=examples("svdconvert verify pissa --base org/name"))
 def verify(
     directory: Annotated[
         str | None,
@@ -60,27 +75,39 @@ def verify(
     ] = None,
     merged: Annotated[
         str | None,
-        typer.Option(
-            "--merged", help="A checkpoint into which any program merged --adapter, instead of DIR."
+        option(
+            "--merged",
+            "MODEL",
+            "A checkpoint into which any program merged --adapter, instead of DIR.",
+            INPUTS,
         ),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="The adapter that was merged into --merged.")
+        str | None, option("--adapter", "ADAPTER", "The adapter that was merged into --merged.", INPUTS)
     ] = None,
     base: Annotated[
         list[str] | None,
-        typer.Option("--base", help="The base's location; with --merged several, to find the one that fits."),
+        option(
+            "--base",
+            "MODEL",
+            "The base's location; with --merged several, to find the one that fits.",
+            INPUTS,
+        ),
     ] = None,
     nuclear_ratio: Annotated[
         str | None,
-        typer.Option(
-            help="Measure nuclear-norm error ratios of a 4-bit residual: all, or a number per role."
+        option(
+            "--nuclear-ratio",
+            "all|N",
+            "Measure nuclear-norm error ratios of a 4-bit residual: all, or a number per role.",
+            RESULT,
         ),
     ] = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
-    with report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, json=json):
         if merged is not None:
             _verify_merge(directory, merged, adapter, base or [])
             return
@@ -118,25 +145,26 @@ def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases
 
 
 @app.command(
-    cls=SingleOptions, epilog="Example: svdconvert diff org/name org/name-instruct --picture diff.svg"
+    cls=SingleOptions, epilog=examples("svdconvert diff org/name org/name-instruct --picture diff.svg")
 )
 def diff(
     first: Annotated[
         str, typer.Argument(metavar="A", help="A checkpoint or an adapter, local or on the Hub.")
     ],
     second: Annotated[str, typer.Argument(metavar="B", help="Another one of the same model.")],
-    json: JsonOpt = False,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Write the changes by layer and role to this .svg file.")
+        Path | None,
+        option("--picture", "FILE", "Write the changes by layer and role to this .svg file.", SAVING),
     ] = None,
     stream: ReadOnlyStreamOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Show where and how much two checkpoints differ, or two adapters."""
-    with report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, json=json):
         from svdconvert.commands.diff import diff as command
         from svdconvert.reports.diff_picture import check_picture, write_picture
 
@@ -148,65 +176,74 @@ def diff(
             found = command(first, second, run)
         if picture is not None:
             write_picture(picture, found)
-        as_json(comparison_summaries.diff_json(found)) if json else comparison_summaries.show_diff(found)
+        comparison_summaries.show_diff(found)
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert inspect trained --json")
+@app.command(cls=SingleOptions, epilog=examples("svdconvert inspect trained --json"))
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="Any directory, or org/name[@revision].")],
     engine: Annotated[
         Literal["peft", "vllm", "sglang", "mlx", "llama.cpp"] | None,
-        typer.Option("--for", help="Say what this engine will refuse or ignore of the adapter."),
+        option(
+            "--for",
+            "peft|vllm|sglang|mlx|llama.cpp",
+            "Say what this engine will refuse or ignore of the adapter.",
+            RESULT,
+        ),
     ] = None,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Describe a directory: what it is, which base it belongs to, and which commands can follow."""
-    with report_errors(debug=debug, out=None):
-        from dataclasses import asdict
-
+    with report_errors(debug=debug, json=json):
         from svdconvert.commands.inspect import inspect as command
 
         with progress.shown("inspect"):
             found = command(model, engine)
-        as_json(asdict(found)) if json else summaries.show_inspection(found)
+        summaries.show_inspection(found)
 
 
-@app.command(cls=SingleOptions, epilog="Example: svdconvert report pissa trained merged -o page.html")
+@app.command(cls=SingleOptions, epilog=examples("svdconvert report pissa trained merged -o page.html"))
 def report(
     directories: Annotated[
         list[str], typer.Argument(metavar="DIR...", help="Directories or adapters, local or on the Hub.")
     ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The page to write; ends in .html.")] = None,
+    out: Annotated[
+        Path | None, option("-o, --out", "FILE", "The page to write; its name ends in .html.", SAVING)
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a report that nobody has edited.")
+        bool, option("--overwrite", None, "Replace a report that nobody has edited.", SAVING)
     ] = False,
     threads: ThreadsOpt = None,
+    json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Write one page about directories: energies, errors, spectra, losses, drift, scores and samples."""
-    with report_errors(debug=debug, out=None):
+    with report_errors(debug=debug, json=json):
         from svdconvert.commands.report import report as command
 
         page = required(out, "-o PAGE.html")
-        with progress.tensors("report", of_bytes=False) as track:
+        with progress.shown("report") as track:
             command(directories, page, Run(overwrite=overwrite, threads=threads, track=track))
+        size = page.stat().st_size
         summaries.summary(
-            f"wrote {page}", {"directories": len(directories), "size": size_text(page.stat().st_size)}
+            f"wrote {page}",
+            {"directories": len(directories), "size": size_text(size)},
+            facts={"page": str(page), "directories": directories, "bytes": size},
         )
 
 
-@app.command(cls=SingleOptions, name="list", epilog="Example: svdconvert list methods")
+@app.command(cls=SingleOptions, name="list", epilog=examples("svdconvert list methods"))
 def list_(
     what: Annotated[
-        Literal["methods", "layouts", "merges", "formats", "tasks"], typer.Argument(help="What to list.")
+        Literal["methods", "layouts", "merges", "formats", "tasks"],
+        typer.Argument(metavar="methods|layouts|merges|formats|tasks", help="What to list."),
     ],
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """List the methods, the layouts, the methods that merge, the formats of weights, or the tasks of eval."""
-    with report_errors(debug=debug):
-        from svdconvert.commands.list_plugins import list_plugins
+    with report_errors(debug=debug, json=json):
+        from svdconvert.commands.list_plugins import in_words, list_plugins
 
-        rows = list_plugins(what)
-        as_json(rows) if json else summaries.catalogue(rows)
+        summaries.catalogue(list_plugins(what), in_words)

@@ -1,6 +1,7 @@
 """What a command prints when it is done: a short table and the commands that can follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -8,32 +9,51 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from svdconvert.cli.answers import tell, tell_rows, wants_json
+from svdconvert.cli.facts import (
+    decomposed_facts,
+    directory_facts,
+    estimate_facts,
+    merged_facts,
+    published_facts,
+    trained_facts,
+)
 from svdconvert.cli.pictures import pictures
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
 from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
 from svdconvert.config.sizes import size_text
-from svdconvert.layouts.loading import loading, loading_in_peft, vllm_advice
-from svdconvert.output.sidecars import read_json_object
+from svdconvert.layouts.loading import loading
 
 if TYPE_CHECKING:
     from svdconvert.inputs.inspection import Inspection
-    from svdconvert.manifest.results import RecoveredFactors, TruncatedLora, Update
+    from svdconvert.manifest.results import Update
     from svdconvert.manifest.schema import Manifest, Matrix
     from svdconvert.pipeline.estimate import Estimate
-    from svdconvert.pipeline.merge_plan import MergePlan
     from svdconvert.pipeline.verify import Report
     from svdconvert.publish.upload import Published
 
 _NO_BASE = (
-    "the card names no model to load it on, because that was a local directory: push that too, write it "
-    "into the card, or delete README.md on the Hub and push again with --base or --residual ORG/NAME"
+    "the card names no model to load it on, because that is a local directory: push that too, and push this "
+    "again with --base or --residual ORG/NAME, which writes a card that nobody has edited anew"
 )
+_BYTES = "_bytes"
+"""How the name of a size ends in an inspection."""
 _MANY = 12  # entries of a mapping that a screen shows
 
 
-def summary(title: str, rows: Mapping[str, object], commands: Sequence[str] = ()) -> None:
-    """Print a short table of what was done, and the commands that can follow."""
-    if not leads():
+def summary(
+    title: str,
+    rows: Mapping[str, object],
+    commands: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Print a short table of what was done, and the commands that can follow.
+
+    With --json, `facts` go into the document instead: numbers as numbers, sizes in bytes, shares as
+    fractions of 1.
+    """
+    tell(facts, summary=title, next=list(commands))
+    if not leads() or wants_json():
         return
     show(Text(wrapped(plain(title), stdout), style="bold"))
     known = {plain(name): plain(value) for name, value in rows.items() if value is not None}
@@ -54,7 +74,9 @@ def show_line(text: str) -> None:
 
 
 def show(content: Table | Text) -> None:
-    """Print on standard output. Raises OutputError if that is closed or full."""
+    """Print on standard output, which --json keeps for its document. Raises OutputError if that fails."""
+    if wants_json():
+        return
     with standard_output():
         stdout.print(content)
 
@@ -71,14 +93,19 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     show(table)
 
 
-def catalogue(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print methods or layouts: name and summary on one line each, the other columns below it."""
+def catalogue(
+    rows: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], Mapping[str, str]]
+) -> None:
+    """Print methods or layouts: name and summary on one line each, the other columns below it.
+
+    `words` makes headings and texts of the values of a row.
+    """
+    tell_rows(list(rows))
     width = max(len(str(next(iter(row.values())))) for row in rows) + 2
-    for row in rows:
+    for row in map(words, rows):
         (_, name), (_, what), *others = row.items()
         show(Text(f"{plain(name):{width}}", style="bold").append(plain(what), style="not bold"))
-        for label, value in others:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
+        for label, shown in others:
             for line in wrap(f"{label}: {shown}", max(20, stdout.width - width), subsequent_indent="  "):
                 show(Text(f"{'':{width}}").append(plain(line), style="dim"))
 
@@ -101,6 +128,7 @@ def show_estimate(source: object, plan: "Estimate") -> None:
             "take": f"about {plan.seconds:.0f} s",
             "note": "; ".join(plan.remarks) or None,
         },
+        facts=estimate_facts(source, plan),
     )
 
 
@@ -121,6 +149,7 @@ def show_decomposed(out_dir: object, manifest: "Manifest") -> None:
             "SVD": f"{len(matrices) - exact} fast, {exact} exact" if energies else None,
         },
         [f"svdconvert train {out_dir} -o TRAINED --data FILE", f"svdconvert verify {out_dir}"],
+        decomposed_facts(out_dir, manifest),
     )
 
 
@@ -157,20 +186,6 @@ def _ranks(matrices: Sequence["Matrix"]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def show_merge_plan(adapter: object, plan: "MergePlan") -> None:
-    """Print what a merge would read and write."""
-    weights = plan.weights
-    summary(
-        f"merge {adapter} would",
-        {
-            "weights": f"the {weights.side} {weights.model.snapshot.location}",
-            "merge": f"{len(plan.modules)} matrices",
-            "read": size_text(sum(info.nbytes for info in weights.model.source.infos.values())),
-            "write": f"{size_text(plan.nbytes)} in {len(plan.shards)} files",
-        },
-    )
-
-
 def show_merged(out_dir: object, manifest: "Manifest") -> None:
     """Print the result of merge."""
     from svdconvert.manifest.results import MergeResult
@@ -187,6 +202,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
             "update as stored": _update(manifest.result.update),
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
+        merged_facts(out_dir, manifest),
     )
 
 
@@ -201,6 +217,7 @@ def show_converted(out_dir: object, manifest: "Manifest") -> None:
             "values": "unchanged" if manifest.options["dtype"] == "auto" else manifest.options["dtype"],
         },
         _then(f"svdconvert inspect {out_dir}", loading(manifest.layout, out_dir)),
+        directory_facts(out_dir, manifest),
     )
 
 
@@ -210,52 +227,16 @@ def _update(update: "Update | None") -> str | None:
     return f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
 
 
-def show_lora(out_dir: object, manifest: "Manifest", done: str = "converted") -> None:
-    """Print the result of to-lora, or of another command that has `done` something to make a LoRA."""
-    from svdconvert.manifest.results import LoraResult
+def show_published(out_dir: object, repository: str, done: "Published", *, after: bool = False) -> None:
+    """Print the address of a published directory, its size and what was not sent.
 
-    result = manifest.result
-    assert isinstance(result, LoraResult)
-    base = manifest.base.location if manifest.base else _named_base(out_dir)
-    cut = result.truncation
-    loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
-    if result.rounding:
-        loss = f"{loss if cut else 'no rank left out'}, rounding error {result.rounding:.2e}"
-    form = manifest.options.get("format", "peft")
-    scale = f"lora_alpha {result.rank}" if form in ("gguf", "rwkv-peft") else "scale 1"
-    summary(
-        f"{done} into {out_dir}",
-        {
-            "LoRA": f"rank {result.rank}{_spread(cut)}, {scale}, {loss}",
-            "initial adapter": _recovery(result.recovered),
-            "for": base or "the base it was made for",
-            "vLLM": vllm_advice(result.rank) if form in ("peft", "vllm") else None,
-        },
-        _uses(out_dir, manifest, base or "BASE"),
-    )
-
-
-def _uses(out_dir: object, manifest: "Manifest", base: str) -> list[str]:
-    """How a LoRA is loaded by the program whose format it has, and merged."""
-    form = manifest.options.get("format", "peft")
-    merge = f"svdconvert merge {out_dir} -o MERGED" + ("" if manifest.base else f" --base {base}")
-    if form == "gguf":
-        return [f"llama-cli -m BASE.gguf --lora {out_dir}/adapter.gguf"]
-    if form == "mlx":
-        return [f"mlx_lm.generate --model {base} --adapter-path {out_dir}", merge]
-    peft = loading_in_peft(manifest.layout, out_dir) if form in ("peft", "vllm") else ""
-    return [*([peft] if peft else []), merge]
-
-
-def _named_base(out_dir: object) -> str | None:
-    """The base that the configuration of a written LoRA names."""
-    path = Path(str(out_dir)) / "adapter_config.json"
-    named = read_json_object(path).get("base_model_name_or_path") if path.is_file() else None
-    return str(named) if named else None
-
-
-def show_published(out_dir: object, repository: str, done: "Published") -> None:
-    """Print the address of a published directory, its size and what was not sent."""
+    `after` another command's summary, the facts are one object in the document of that command.
+    """
+    facts = published_facts(out_dir, repository, done)
+    if after:
+        tell(push=facts)
+        if wants_json():
+            return
     unsent = [*done.unsent[:3], *([f"{len(done.unsent) - 3} more"] if len(done.unsent) > 3 else [])]
     summary(
         f"pushed {out_dir} to {repository}" if done.changed else f"{repository} held all of {out_dir}",
@@ -266,21 +247,8 @@ def show_published(out_dir: object, repository: str, done: "Published") -> None:
             "note": _NO_BASE if done.lacks_base else None,
         },
         [f"svdconvert inspect {repository}"],
+        facts,
     )
-
-
-def _spread(cut: "TruncatedLora | None") -> str:
-    """The range of the ranks if they differ: the file has the largest, and zeros for the others."""
-    ranks = [module.rank for module in cut.modules.values()] if cut else []
-    return f" ({min(ranks)} to {max(ranks)} by matrix)" if len(set(ranks)) > 1 else ""
-
-
-def _recovery(recovered: "RecoveredFactors | None") -> str | None:
-    if recovered is None:
-        return None
-    if recovered.by != "difference":
-        return f"recomputed from the base, as {recovered.by}"
-    return f"recovered, with an error of {recovered.error:.1e} ({recovered.of_base:.1e} of the base's norm)"
 
 
 def show_report(report: "Report") -> None:
@@ -300,14 +268,16 @@ def show_report(report: "Report") -> None:
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
     rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
     state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
-    summary(f"{report.directory} {state}", rows)
+    facts = {**asdict(report), "directory": str(report.directory), "passed": report.passed}
+    summary(f"{report.directory} {state}", rows, facts=facts)
 
 
 def show_inspection(found: "Inspection") -> None:
     """Print the description of a directory."""
     details = {**found.details, "evaluations": [_score(one) for one in found.details.get("evaluations", ())]}
-    rows = {name.replace("_", " "): _readable(value) for name, value in details.items() if value}
+    rows = {_label(name): _readable(value, name) for name, value in details.items() if value}
     summary(f"{found.directory} is {found.summary}", {"kind": found.kind, **rows}, found.next)
+    tell(asdict(found))
     if stdout.is_terminal:
         for line in pictures(found, stdout.width):
             show_line(line)
@@ -323,8 +293,14 @@ def _score(result: Mapping[str, Any]) -> str:
     return f"{result['task']} {name} {score:.1%}{spread}{rows}{whose}"
 
 
-def _readable(value: object) -> str:
+def _label(name: str) -> str:
+    return name.removesuffix(_BYTES).replace("_", " ")
+
+
+def _readable(value: object, name: str = "") -> str:
     """A value of an inspection, formatted for reading."""
+    if isinstance(value, int) and name.endswith(_BYTES):
+        return size_text(value)
     if isinstance(value, Mapping) and len(value) > _MANY:
         return f"{len(value)} values, shown with --json"
     if isinstance(value, Mapping):
@@ -346,4 +322,9 @@ def show_trained(out_dir: object, manifest: "Manifest") -> None:
     rows = training_rows(Path(str(out_dir)), manifest)
     curve = loss_curve(manifest, stdout) if stdout.is_terminal else None
     chat = [f"svdconvert chat {out_dir}"] if is_text_model(manifest) else []
-    summary(f"trained into {out_dir}", {**rows, "loss curve": curve}, [*chat, *commands])
+    summary(
+        f"trained into {out_dir}",
+        {**rows, "loss curve": curve},
+        [*chat, *commands],
+        trained_facts(out_dir, manifest),
+    )

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from svdconvert.cli.wording import as_typed
 from svdconvert.config.display import visible
 from svdconvert.errors import OutputError
 from svdconvert.hub.auth import scrub
@@ -31,8 +32,8 @@ def plain(value: object) -> str:
 
 
 def say(sentence: str) -> None:
-    """Print one line on standard error, without Hub tokens that the message may contain."""
-    stderr.print(Text(wrapped(f"svdconvert: {plain(scrub(sentence))}", stderr)))
+    """Print one line on standard error, with options as they are typed and without any Hub token."""
+    stderr.print(Text(wrapped(f"svdconvert: {plain(scrub(as_typed(sentence)))}", stderr)))
 
 
 def wrapped(sentence: str, console: Console, indent: int = 0) -> str:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _FEWEST = 20  # steps from which on the means of the first and the last fifth are compared
 _CURVE = 40  # characters
 _BLOCKS = "▁█"
+_SCORES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
 
 
 def training_rows(directory: Path, manifest: "Manifest") -> dict[str, object]:
@@ -26,8 +33,8 @@ def training_rows(directory: Path, manifest: "Manifest") -> dict[str, object]:
     if kept is not None:
         before = evaluations[0]
         rows["held-out loss"] = f"{before['eval_loss']:.4f} before, {kept['eval_loss']:.4f} after"
-        for name in kept.keys() - {"step", "eval_loss"} if len(kept) > 2 else ():
-            rows[name] = f"{before.get(name, float('nan')):.4f} before, {kept[name]:.4f} after"
+        for name in [name for name in kept if name in _SCORES and name in before]:
+            rows[_SCORES[name]] = f"{before[name]:.4f} before, {kept[name]:.4f} after"
         if manifest.options.get("keep_best"):
             rows["weights of"] = f"step {kept['step']}, which has the lowest held-out loss"
     rows["training loss"] = _training_loss(losses)
@@ -44,9 +51,8 @@ def kept_evaluation(evaluations: list[dict[str, Any]], options: Any) -> dict[str
 
 def _steps(taken: int, options: Any) -> str:
     if options.get("steps") and taken < options["steps"]:
-        return (
-            f"{taken} of {options['steps']}: {options.get('patience')} evaluations without a new lowest loss"
-        )
+        count = options.get("patience")
+        return f"{taken} of {options['steps']}: {count} evaluations without a new lowest held-out loss"
     return str(taken)
 
 
@@ -57,7 +63,9 @@ def _training_loss(losses: list[float]) -> str | None:
     if len(losses) < _FEWEST:
         return f"{_mean(losses):.4f} (mean of {len(losses)} steps)"
     part = len(losses) // 5
-    return f"{_mean(losses[:part]):.4f} in the first {part} steps, {_mean(losses[-part:]):.4f} in the last {part} (means)"
+    first = _mean(losses[:part])
+    last = _mean(losses[-part:])
+    return f"{first:.4f} in the first {part} steps, {last:.4f} in the last {part} (means)"
 
 
 def _mean(values: list[float]) -> float:
@@ -79,4 +87,4 @@ def loss_curve(manifest: "Manifest", console: "Console") -> str | None:
 
 def is_text_model(manifest: "Manifest") -> bool:
     """True if what was trained writes text, so that one can talk to it."""
-    return manifest.options.get("task", "text") == "text"
+    return bool(manifest.options.get("task", "text") == "text")

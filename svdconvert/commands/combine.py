@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
@@ -9,7 +10,8 @@ from svdconvert.config.progress import tracked
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.combine import open_combination
-from svdconvert.pipeline.job import run_job
+from svdconvert.pipeline.combine_estimate import CombineEstimate, estimate_combination
+from svdconvert.pipeline.job import Job, run_job
 
 
 @tracked
@@ -32,7 +34,26 @@ def combine(  # noqa: PLR0913 (two locations besides the inputs)
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite)
-    job = open_combination(
-        [str(one) for one in inputs], options or CombineOptions(), run, base=base, init=init, config=config
-    )
-    return run_job(job, Path(out), run)
+    return run_job(_open(inputs, options, run, base=base, init=init, config=config), Path(out), run)
+
+
+@tracked
+def plan_combine(  # noqa: PLR0913 (as combine, without an output)
+    inputs: Sequence[str | Path],
+    options: CombineOptions | None = None,
+    run: Run | None = None,
+    *,
+    base: str | None = None,
+    init: str | None = None,
+    config: str | Path | None = None,
+) -> CombineEstimate:
+    """Say what `combine` would read and write. Writes nothing.
+
+    Reads headers; of adapters that are truncated also the factors. Raises SvdConvertError with one sentence.
+    """
+    job = _open(inputs, options, run or Run(), base=base, init=init, config=config)
+    return estimate_combination(job)
+
+
+def _open(inputs: Sequence[str | Path], options: CombineOptions | None, run: Run, **places: Any) -> Job:
+    return open_combination([str(one) for one in inputs], options or CombineOptions(), run, **places)

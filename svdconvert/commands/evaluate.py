@@ -72,14 +72,14 @@ def _harness_tasks(tasks: Sequence[str], options: EvaluationOptions) -> dict[str
     """
     found = {name: require_harness(name) for name in tasks if is_harness(name)}
     idle = {
-        "--data": options.data,
-        "--max-new-tokens": options.max_new_tokens,
-        "--regrade": options.regrade or None,
+        "data": options.data,
+        "max_new_tokens": options.max_new_tokens,
+        "regrade": options.regrade or None,
     }
     for option, value in idle.items():
         if found and value is not None:
             raise RecipeError(
-                f"{option} changes nothing for {next(iter(found))}, which lm-evaluation-harness asks and "
+                f"`{option}` changes nothing for {next(iter(found))}, which lm-evaluation-harness asks and "
                 "grades; leave it out"
             )
     return found
@@ -92,12 +92,12 @@ def _code_runner(tasks: Sequence[Task], options: EvaluationOptions) -> CodeRunne
     """
     running = [task.name for task in tasks if task.runs_code]
     if not running and options.run_code:
-        raise RecipeError("--run-code changes nothing, because none of these tasks runs code; leave it out")
+        raise RecipeError("`run_code` changes nothing, because none of these tasks runs code; leave it out")
     if not running:
         return CodeRunner()
     if not options.run_code:
         raise SandboxError(
-            f"{running[0]} runs what the model wrote, to see whether it works; give --run-code"
+            f"{running[0]} runs what the model wrote, to see whether it works; give `run_code`"
         )
     sandbox = Sandbox.open(options.sandbox)
     return CodeRunner(sandbox.run, sandbox.layers)
@@ -106,6 +106,6 @@ def _code_runner(tasks: Sequence[Task], options: EvaluationOptions) -> CodeRunne
 def _refuse_shared_data(tasks: Sequence[Task], options: EvaluationOptions) -> None:
     if options.data is not None and len(tasks) > 1:
         raise RecipeError(
-            f"--data {options.data} holds the rows of one task, and {', '.join(task.name for task in tasks)} "
+            f"`data` {options.data} holds the rows of one task, and {', '.join(task.name for task in tasks)} "
             "are several; give one task"
         )

@@ -1,6 +1,6 @@
 """svdconvert list: the available methods, layouts, merge methods, formats of weights, and tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from svdconvert.errors import PluginError
@@ -10,11 +10,54 @@ from svdconvert.merging.base import MERGES
 from svdconvert.methods.base import METHODS, Method
 from svdconvert.quantization.base import FORMATS
 
+LABELS: Mapping[str, str] = {
+    "asks": "what it asks",
+    "does": "what it does",
+    "trained_values": "values of an O x I matrix",
+    "loads_in_peft": "stock PEFT loads it",
+    "model_types": "model_type",
+    "quant_methods": "quant_method",
+    "keeps_format": "merge --keep-format",
+}
+"""Key of a row -> its heading in a table for people, if that is not the key itself."""
+
 
 def list_plugins(what: Literal["methods", "layouts", "merges", "formats", "tasks"]) -> list[dict[str, Any]]:
-    """One row for each method, layout, merge method, format or task, with those of installed packages."""
+    """One row for each method, layout, merge method, format or task, with those of installed packages.
+
+    The first value of a row is the name, the second a phrase. Several values are a list, parameters a mapping
+    to their defaults; a value that does not apply is None. `in_words` makes texts of all of them.
+    """
     listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
     return listing[what]()
+
+
+def in_words(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of `list_plugins` with the headings and the texts of a table for people."""
+    special = _FOUND_IN_WORDS.get(row.get("layout", ""), {})
+    return {LABELS.get(key, key): special.get(key) or _in_words(key, value) for key, value in row.items()}
+
+
+def _in_words(key: str, value: Any) -> str:
+    if value is None:
+        return "no adapter" if key == "loads_in_peft" else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{name} {str(one).lower() if isinstance(one, bool) else f'{one:g}'}"
+            for name, one in value.items()
+        )
+    if isinstance(value, list):
+        empty = "any: the tensors' names decide" if key == "model_types" else ""
+        return (" and " if key == "merges" else ", ").join(value) or empty
+    return str(value)
+
+
+def _number(value: float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def methods() -> list[dict[str, Any]]:
@@ -26,18 +69,16 @@ def _method_row(name: str) -> dict[str, Any]:
     try:
         method = METHODS.get(name)
     except PluginError as error:
-        columns = ("slice", "trains", "values of an O x I matrix", "base", "stock PEFT loads it")
-        unknown = dict.fromkeys((*columns, "rate", "paper"), "")
-        return {"method": name, "what it does": str(error), **unknown}
-    loads = "no adapter" if method.split is None else "yes" if method.peft_type == "LORA" else "no"
+        columns = ("slice", "trains", "trained_values", "base", "loads_in_peft", "rate", "paper")
+        return {"method": name, "does": str(error), **dict.fromkeys(columns)}
     return {
         "method": name,
-        "what it does": method.summary,
+        "does": method.summary,
         "slice": _by_variant(method, lambda variant: variant.spectrum_part or "none"),
-        "trains": ", ".join(sorted(method.trains)),
-        "values of an O x I matrix": method.trained_formula,
+        "trains": sorted(method.trains),
+        "trained_values": method.trained_formula,
         "base": _by_variant(method, _base),
-        "stock PEFT loads it": loads,
+        "loads_in_peft": None if method.split is None else method.peft_type == "LORA",
         "rate": method.learning_rate,
         "paper": method.paper,
     }
@@ -68,28 +109,38 @@ _FOUND = (
     {
         "layout": AUTOMATIC,
         "models": "any other model that transformers knows; found from its network",
-        "model_type": "any: config.json decides",
-        "roles": "from the paths of the modules, such as attn.q, mlp.gate, experts.down, vision.attn.q",
+        "model_types": None,
+        "roles": None,
     },
     {
         "layout": BY_NAMES,
         "models": "any model with numbered blocks; only with --layout names",
-        "model_type": "any: the tensors' names decide",
-        "roles": "from the tensors' names, such as attn.q",
+        "model_types": None,
+        "roles": None,
     },
 )
+_FOUND_IN_WORDS = {
+    AUTOMATIC: {
+        "model_types": "any: config.json decides",
+        "roles": "from the paths of the modules, such as attn.q, mlp.gate, experts.down, vision.attn.q",
+    },
+    BY_NAMES: {
+        "model_types": "any: the tensors' names decide",
+        "roles": "from the tensors' names, such as attn.q",
+    },
+}
 
 
 def _layout_row(name: str) -> dict[str, Any]:
     try:
         layout = LAYOUTS.get(name)
     except PluginError as error:
-        return {"layout": name, "models": str(error), "model_type": "", "roles": ""}
+        return {"layout": name, "models": str(error), "model_types": None, "roles": None}
     return {
         "layout": name,
         "models": layout.summary,
-        "model_type": ", ".join(sorted(layout.model_types)) or "any: the tensors' names decide",
-        "roles": ", ".join(layout.roles),
+        "model_types": sorted(layout.model_types),
+        "roles": list(layout.roles),
     }
 
 
@@ -102,18 +153,14 @@ def _merge_row(name: str) -> dict[str, Any]:
     try:
         method = MERGES.get(name)
     except PluginError as error:
-        return {"method": name, "what it does": str(error), "merges": "", "parameters": "", "paper": ""}
+        return {"method": name, "does": str(error), **dict.fromkeys(("merges", "parameters", "paper"))}
     return {
         "method": name,
-        "what it does": method.summary,
-        "merges": " and ".join(sorted(method.takes)),
-        "parameters": ", ".join(f"{one.name} {_plain(one.default)}" for one in method.parameters),
+        "does": method.summary,
+        "merges": sorted(method.takes),
+        "parameters": {one.name: one.default for one in method.parameters},
         "paper": method.paper,
     }
-
-
-def _plain(value: float | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def formats() -> list[dict[str, Any]]:
@@ -125,12 +172,12 @@ def _format_row(name: str) -> dict[str, Any]:
     try:
         plugin = FORMATS.get(name)
     except PluginError as error:
-        return {"format": name, "weights": str(error), "quant_method": "", "merge --keep-format": ""}
+        return {"format": name, "weights": str(error), "quant_methods": None, "keeps_format": None}
     return {
         "format": name,
         "weights": plugin.summary,
-        "quant_method": ", ".join(sorted(plugin.methods)),
-        "merge --keep-format": "yes" if plugin.encodes else "no",
+        "quant_methods": sorted(plugin.methods),
+        "keeps_format": plugin.encodes,
     }
 
 
@@ -143,12 +190,13 @@ def _task_row(name: str) -> dict[str, Any]:
     try:
         task = TASKS.get(name)
     except PluginError as error:
-        return {"task": name, "what it asks": str(error), "group": "", "data": "", "graded": "", "paper": ""}
+        unknown = dict.fromkeys(("groups", "data", "protocols", "paper"))
+        return {"task": name, "asks": str(error), **unknown}
     return {
         "task": name,
-        "what it asks": task.summary,
-        "group": ", ".join(task.groups),
+        "asks": task.summary,
+        "groups": list(task.groups),
         "data": task.data.name,
-        "graded": ", ".join(task.protocols),
+        "protocols": list(task.protocols),
         "paper": task.paper,
     }

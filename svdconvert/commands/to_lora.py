@@ -12,7 +12,8 @@ from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.job import run_job
-from svdconvert.pipeline.lora_plan import plan_lora
+from svdconvert.pipeline.lora_estimate import LoraEstimate, estimate_lora
+from svdconvert.pipeline.lora_plan import LoraPlan, plan_lora
 from svdconvert.pipeline.to_lora import LoraJob
 
 
@@ -35,14 +36,37 @@ def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     Raises SvdConvertError with one sentence.
     """
     run = run or Run()
-    options = options or LoraOptions()
     run.ranks.alone("to-lora")
     check_free(Path(out), overwrite=run.overwrite)
     sources = Sources(base=base, residual=residual, init=init)
+    return run_job(LoraJob(_plan(adapter, options or LoraOptions(), sources)), Path(out), run)
+
+
+@tracked
+def plan_to_lora(
+    adapter: str | Path,
+    options: LoraOptions | None = None,
+    run: Run | None = None,
+    *,
+    base: str | None = None,
+    residual: str | None = None,
+    init: str | None = None,
+) -> LoraEstimate:
+    """Say what `to_lora` would write, and the error that each rank would have. Writes nothing.
+
+    Reads what `to_lora` reads. Raises SvdConvertError with one sentence.
+    """
+    (run or Run()).ranks.alone("to-lora")
+    sources = Sources(base=base, residual=residual, init=init)
+    return estimate_lora(_plan(adapter, options or LoraOptions(), sources))
+
+
+def _plan(adapter: str | Path, options: LoraOptions, sources: Sources) -> LoraPlan:
+    base = sources.base
     delta = open_adapter_delta(adapter, sources, options.alpha)
     if delta.adapter.config.dora:
         delta = approximated_dora(delta, find_base(delta, base), options.rank)
     needs_base = options.format == "gguf"
     delta = settle_init(delta, sources, base_used=needs_base)
     model = find_base_sidecars(delta, base) if needs_base else None
-    return run_job(LoraJob(plan_lora(delta, options, base, model)), Path(out), run)
+    return plan_lora(delta, options, base, model)

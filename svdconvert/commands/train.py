@@ -12,8 +12,11 @@ from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.output.staging import recorded
 from svdconvert.pipeline.job import run_job
+from svdconvert.training.estimate import TrainEstimate
 from svdconvert.training.logs.trackers import require_trackers
 from svdconvert.training.model.load import refuse_encoder_decoder
+from svdconvert.training.outline import outline_run
+from svdconvert.training.plan import plan_run
 from svdconvert.training.run import Watch, ignore_log, load_training_job
 from svdconvert.training.start import open_training_start
 
@@ -46,3 +49,24 @@ def train(  # noqa: PLR0913 (what to start from, how to train, and a callback)
     use_threads(run.threads or recorded(Path(out), "threads"))
     start = open_training_start(str(model), split, base, run, plan.train_also or ())
     return run_job(load_training_job(start, plan, split, run, watch), Path(out), run)
+
+
+@tracked
+def plan_train(
+    model: str | Path,
+    options: TrainOptions,
+    run: Run | None = None,
+    *,
+    split: SplitOptions | None = None,
+    base: str | None = None,
+) -> TrainEstimate:
+    """Estimate steps, tokens, memory and time of `train` from headers and rows. Writes nothing.
+
+    The arguments are those of `train`, and so are the refusals, except for damage that only the weights show.
+    """
+    run = run or Run()
+    if options.task == "text":
+        refuse_encoder_decoder(fetch(str(model), "sidecars").path)
+    use_threads(run.threads)
+    outline = outline_run(str(model), split or SplitOptions(), base, run)
+    return plan_run(outline, options, run)

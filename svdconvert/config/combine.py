@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from svdconvert.config.options import AutoFloat, Weights
+from svdconvert.config.options import AutoFloat, Weights, refuse_rivals
 from svdconvert.config.sizes import SizeText
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -63,7 +63,5 @@ class CombineOptions:
 
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:
-        given = [name for name in ("rank", "tol", "rank_budget") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        refuse_rivals(self, ("rank", "tol", "rank_budget"))
         return self

@@ -53,9 +53,9 @@ class EvaluationOptions:
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.sandbox != "auto" and not self.run_code:
-            raise ValueError("sandbox changes nothing without run_code; leave it out")
+            raise ValueError("`sandbox` changes nothing without `run_code`; leave it out")
         if self.regrade and (idle := next(self._given(), None)):
-            raise ValueError(f"{idle} changes nothing with regrade, which asks no model; leave it out")
+            raise ValueError(f"`{idle}` changes nothing with `regrade`, which asks no model; leave it out")
         return self
 
     def _given(self) -> Iterator[str]:

@@ -71,7 +71,7 @@ class SplitOptions:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input in training, for adapter_config.json."""
     targets: Names = ("all-linear",)
-    """What is decomposed: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    """What is decomposed: all-linear, roles (attn, mlp.up), modules (q_proj) or globs on names, by commas."""
     svd: Literal["fast", "exact", "exact64"] = "fast"
     """fast is randomised with a measured error; exact is LAPACK's full SVD in float32, exact64 in float64."""
     tol: AboveZero = 1e-3
@@ -126,7 +126,7 @@ class MergeOptions:
     @model_validator(mode="after")
     def _refuse_rivals(self) -> Self:
         if self.keep_format and self.dtype != "auto":
-            raise ValueError("keep_format and dtype exclude each other: give one")
+            raise ValueError("`keep_format` and `dtype` exclude each other: give one")
         return self
 
 
@@ -173,7 +173,7 @@ def refuse_rivals(options: object, names: Sequence[str]) -> None:
     """Raise ValueError if more than one of these options is given."""
     given = [name for name in names if getattr(options, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other: give one")
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} exclude each other: give one")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -203,7 +203,7 @@ class ExtractOptions:
     rank_budget: Rank | None = None
     """Ranks whose sum is this, distributed over the matrices so that the total error is smallest."""
     targets: Names = ("all-linear",)
-    """What becomes factors: all-linear, roles (attn, mlp, attn.q) or globs on names, separated by commas."""
+    """What becomes factors: all-linear, roles (attn, mlp.up), modules (q_proj) or globs, by commas."""
     keep: Literal["changed", "none"] = "changed"
     """changed stores norms, biases, embeddings and heads that differ, in full; none leaves them out."""
     dtype: Float = "float32"

@@ -25,7 +25,7 @@ from svdconvert.config.options import (
     SplitOptions,
 )
 from svdconvert.config.train import REPEATED, TrainOptions
-from svdconvert.errors import RecipeError, brief, did_you_mean
+from svdconvert.errors import MissingOptionError, RecipeError, brief, did_you_mean
 
 T = TypeVar("T")
 
@@ -141,9 +141,12 @@ def options(kind: type[T], recipe: Recipe, typed: Mapping[str, Any]) -> T:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         command = section.replace("_", "-")
+        if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            raise MissingOptionError(f"{command}: `{key}` is missing") from None
         source = command if recipe.path is None or key in given else f"{recipe.path}: {section}"
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-        wrong = f"{key} is {brief(first['input'])}: {message}" if key else message
+        named = f"`{key}`" if source == command else key
+        wrong = f"{named} is {brief(first['input'])}: {message}" if key else message
         # Not `from error`: its text repeats the value, and with YAML's aliases a short file holds a huge one.
         raise RecipeError(f"{source}: {wrong}") from None
 

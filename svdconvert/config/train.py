@@ -92,7 +92,7 @@ class TrainOptions:
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What to do with longer rows: cut off the end, drop the row, or refuse the data."""
     packing: bool = False
-    """Pack several rows into sequences of up to max_length tokens; rows do not attend to each other."""
+    """Pack several rows into sequences of up to `max_length` tokens; rows do not attend to each other."""
     prompt_loss: bool = False
     """Include the prompts in the loss, not only the responses."""
     ending: str = ""
@@ -124,7 +124,7 @@ class TrainOptions:
     penalty: Weight | None = None
     """Weight of SORSA's penalty, which keeps U and V orthonormal; by default the method's."""
     penalty_rule: Literal["weight", "reference"] = "weight"
-    """reference: divide penalty (then 4e-4 by default) by lr and accumulate, as SORSA's script does."""
+    """reference: divide `penalty` (then 4e-4 by default) by `lr` and `accumulate`, as SORSA's script does."""
     corrected_gradient: bool = False
     """LoRA-FA's second version: B's gradient is the least-squares fit to that of the full matrix."""
 
@@ -163,38 +163,40 @@ class TrainOptions:
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs exclude each other: give one")
+            raise ValueError("`steps` and `epochs` exclude each other: give one")
         if (self.prompt_field is None) != (self.response_field is None):
-            raise ValueError("prompt_field and response_field belong together: give both")
+            raise ValueError("`prompt_field` and `response_field` belong together: give both")
         if self.template not in (None, "chat", "none") and "{prompt}" not in str(self.template):
-            raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
+            raise ValueError('`template` is a text with {prompt} in it, "chat" or "none"')
         if (self.patience or self.keep_best or self.samples) and not self.holds_out:
             raise ValueError(
-                "patience, keep_best and samples need held-out rows: give eval_rows or eval_data"
+                "`patience`, `keep_best` and `samples` need held-out rows: give `eval_rows` or `eval_data`"
             )
         if idle := next(self._idle_options(), None):
-            raise ValueError("{} changes nothing {}; leave it out".format(*idle))
+            raise ValueError("`{}` changes nothing {}; leave it out".format(*idle))
         if self.task != "text" and (self.packing or self.samples or self.prompt_loss):
-            raise ValueError(f"packing, samples and prompt_loss are for texts, not for task {self.task}")
+            raise ValueError(
+                f"`packing`, `samples` and `prompt_loss` are for texts, not for `task` {self.task}"
+            )
         self._check_mixture()
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
-            raise ValueError(f"track knows {', '.join(TRACKERS)}, not {unknown[0]}")
+            raise ValueError(f"`track` knows {', '.join(TRACKERS)}, not {unknown[0]}")
         return self
 
     def _idle_options(self) -> Iterator[tuple[str, str]]:
         """(option, when it has no effect) for options that others make ineffective."""
         usual = {entry.name: entry.default for entry in fields(self)}
         for condition, needed, names in (
-            ("without eval_data", self.eval_data is not None, ("eval_split",)),
-            ("with eval_data, all of whose rows are held out", self.eval_data is None, ("eval_rows",)),
-            ("without samples", self.samples > 0, ("sample_tokens",)),
+            ("without `eval_data`", self.eval_data is not None, ("eval_split",)),
+            ("with `eval_data`, all of whose rows are held out", self.eval_data is None, ("eval_rows",)),
+            ("without `samples`", self.samples > 0, ("sample_tokens",)),
             (
-                "without tensorboard or wandb in track",
+                "without tensorboard or wandb in `track`",
                 {"tensorboard", "wandb"} & {*self.trackers},
                 ("track_dir",),
             ),
-            ("for task text", self.task != "text", ("text_fields", "label_field")),
-            ("for another task than text", self.task == "text", _OF_TEXTS),
+            ("for `task` text", self.task != "text", ("text_fields", "label_field")),
+            ("for another `task` than text", self.task == "text", _OF_TEXTS),
         ):
             if not needed:
                 yield from ((name, condition) for name in names if getattr(self, name) != usual[name])
@@ -206,14 +208,16 @@ class TrainOptions:
 
     def _check_mixture(self) -> None:
         if len(set(self.data_sets)) < len(self.data_sets):
-            raise ValueError("data has the same data set twice; give it once, and a larger data_weights")
+            raise ValueError(
+                "`data` has the same data set twice; give it once, and a larger share in `data_weights`"
+            )
         if self.data_weights is None:
             return
         if len(self.data_sets) < 2:
-            raise ValueError("data_weights mixes several data sets: give data several times")
+            raise ValueError("`data_weights` mixes several data sets: give `data` several times")
         if len(self.data_weights) != len(self.data_sets):
             raise ValueError(
-                f"data_weights has {len(self.data_weights)} numbers for {len(self.data_sets)} data sets; "
+                f"`data_weights` has {len(self.data_weights)} numbers for {len(self.data_sets)} data sets; "
                 "give one for each"
             )
 

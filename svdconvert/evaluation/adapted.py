@@ -51,7 +51,7 @@ def _own_weights(delta: AdapterDelta, manifest: Manifest, base: str | None) -> O
         return None
     if base is not None:
         raise ArtifactError(
-            f"--base {base} changes nothing: {delta.directory} holds the weights of its adapter; leave it out"
+            f"`base` {base} changes nothing: {delta.directory} holds the weights of its adapter; leave it out"
         )
     require_unchanged_files(delta.directory, manifest)
     return open_model(delta.residual.name)
@@ -76,7 +76,7 @@ def _refuse_lost_codes(delta: AdapterDelta) -> None:
     if any(matrix.quantised for matrix in matrices):
         raise ArtifactError(
             f"{delta.directory} was trained on a 4-bit residual, which is not found; give the decomposed "
-            "directory with --residual"
+            "directory with `residual`"
         )
 
 
@@ -90,7 +90,7 @@ def _find_base(delta: AdapterDelta, given: str | None) -> OpenModel:
         return found
     named = given or delta.adapter.config.base
     if named is None:
-        raise ArtifactError(f"{delta.directory} does not name its base; give its location with --base")
+        raise ArtifactError(f"{delta.directory} does not name its base; give its location with `base`")
     return open_model(named)
 
 
@@ -134,7 +134,7 @@ def _refuse_unusable(delta: AdapterDelta, weights: Weights) -> None:
     if not weights.is_residual and delta.is_lost:
         raise ArtifactError(
             f"{delta.directory} did not start at zero, and its initial adapter is lost; give the residual "
-            "that it was trained on with --residual"
+            "that it was trained on with `residual`"
         )
     extras = delta.adapter.extras
     if ties_embeddings(weights.model.config) and any(is_head(name.rpartition(".")[0]) for name in extras):

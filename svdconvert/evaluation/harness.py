@@ -91,7 +91,7 @@ def _evaluate(model: Answering, given: str, files: TaskFiles) -> EvaluationResul
     identity = _identity(model, files.task, loaded)
     if (found := files.finished(identity)) is not None:
         files.remove_partials()
-        model.run.notify(f"{files.task}: {files.result} is there; --overwrite asks the model again")
+        model.run.notify(f"{files.task}: {files.result} is there; `overwrite` asks the model again")
         return found
     start = monotonic()
     journal = Journal(files.partial(0), identity)

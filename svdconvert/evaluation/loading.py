@@ -104,10 +104,10 @@ def open_answering(
     """
     if is_any_adapter(model):
         return _open_adapted(str(model), run, base, residual)
-    for option, given in (("--base", base), ("--residual", residual)):
+    for option, given in (("base", base), ("residual", residual)):
         if given is not None:
             raise ArtifactError(
-                f"{option} {given} changes nothing: {model} needs no other weights; leave it out"
+                f"`{option}` {given} changes nothing: {model} needs no other weights; leave it out"
             )
     opened = open_model(str(model))
     _refuse_silent(opened)

@@ -66,7 +66,7 @@ def evaluate_task(
     if (found := files.finished(identity)) is not None:
         if run.ranks.leads:
             files.remove_partials()
-        run.notify(f"{questions.task.name}: {files.result} is there; --overwrite asks the model again")
+        run.notify(f"{questions.task.name}: {files.result} is there; `overwrite` asks the model again")
         return found
     ids = [row.id for row in questions.rows]
     plan = plan_batches(asked.lengths, asked.batch_size)
@@ -169,13 +169,13 @@ def regrade_task(task: Task, files: TaskFiles, code: CodeRunner) -> EvaluationRe
     """
     if not files.result.exists():
         raise ArtifactError(
-            f"{files.result} does not exist, so there is nothing to grade; leave --regrade out"
+            f"{files.result} does not exist, so there is nothing to grade; leave `regrade` out"
         )
     before = read_evaluation(files.result)
     if before.version != task.version:
         raise ArtifactError(
             f"{files.answers} holds answers to version {before.version} of {task.name}, whose prompts or "
-            f"limits differ from those of version {task.version}; evaluate again with --overwrite"
+            f"limits differ from those of version {task.version}; evaluate again with `overwrite`"
         )
     graded = grade_all(task, files.read_answers(), code.run)
     after = before.model_copy(

@@ -30,12 +30,13 @@ from svdconvert.hub.transfers import download_followed
 Part = Literal["all", "adapter", "sidecars"]
 """What is downloaded: everything a loader needs, the same without the model's own weights, or no weights."""
 
-# What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders.
+# What loaders read in addition to weights, in the root, in templates' and in initial adapters' folders; and
+# the results of evaluations.
 _SIDECARS = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED_ADAPTER = "adapter_model.bin"
 _OTHER_ADAPTERS = ("adapters.safetensors", "adapter.gguf")  # mlx-lm's and llama.cpp's
-_FOLDERS = ("*_init", "additional_chat_templates")
+_FOLDERS = ("*_init", "additional_chat_templates", "evaluations")
 _MODULES = "[0-9]_*"  # 1_Pooling, 2_Dense: a sentence encoder's own layers, with their weights
 _REQUIRED = ("config.json", "adapter_config.json")  # a cached snapshot has one of them
 _BLOCK = 1 << 20

@@ -13,13 +13,13 @@ from svdconvert.adapters.rwkv_peft import is_adapter_file, open_adapter_file
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.config.display import Shown
 from svdconvert.config.recipe import non_default_options, section_of
-from svdconvert.config.sizes import size_text
 from svdconvert.errors import UnknownNameError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.engines import FORMATS, Engine, report_for
 from svdconvert.inputs.grids import by_role_and_layer, grids_of
 from svdconvert.inputs.model import OpenModel, open_headers
 from svdconvert.inputs.storage_format import bits_per_weight, formats
+from svdconvert.inputs.unfinished import read_unfinished
 from svdconvert.layouts.loading import loading, loading_in_peft
 from svdconvert.manifest.evaluations import manifest_fingerprint, read_evaluations
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin, has_manifest, read_manifest, training_of
@@ -88,12 +88,13 @@ def describe_for(model: str | Path, engine: Engine) -> Inspection:
 
 def _inspect_unfinished(path: Path) -> Inspection:
     out = str(path).removesuffix(".partial")
-    return Inspection(
-        str(path),
-        "unfinished",
-        f"the unfinished output of a run that writes {out}",
-        [f"the same command again, which continues and writes {out}"],
-    )
+    summary = f"the unfinished output of a run that writes {out}"
+    again = f"the same command again, which continues and writes {out}"
+    found = read_unfinished(path)
+    if found is None:
+        return Inspection(str(path), "unfinished", summary, [again])
+    details = {"begun_by": f"svdconvert {found.version} {found.verb}", "so_far": found.finished}
+    return Inspection(str(path), "unfinished", summary, [found.command or again], details)
 
 
 def _inspect_manifest(name: str, path: Path, manifest: Manifest) -> Inspection:
@@ -269,7 +270,7 @@ def _storage(opened: OpenModel) -> dict[str, Any]:
     return {
         "quantised": formats(opened.source),
         "bits_per_quantised_weight": round(bits_per_weight(opened.source), 3),
-        "stored_size": size_text(sum(info.nbytes for info in stored)),
+        "stored_size_bytes": sum(info.nbytes for info in stored),
     }
 
 
@@ -279,7 +280,7 @@ def _inspect_checkpoint(model: str) -> Inspection:
     details: dict[str, Any] = {
         "model_type": opened.config.get("model_type"),
         "tensors": len(infos),
-        "size": size_text(sum(info.nbytes for info in infos.values())),
+        "size_bytes": sum(info.nbytes for info in infos.values()),
         "element_types": dict(Counter(info.dtype for info in infos.values())),
         **_storage(opened),
     }

@@ -172,7 +172,8 @@ class Layout:
         """The slots that at least one of `targets` matches, in the checkpoint's order.
 
         A target is "all-linear" (without the towers of models that see or hear), a role or its first part
-        ("attn.q", "mlp", "vision"), or a glob on tensor names.
+        ("attn.q", "mlp", "vision"), a glob on tensor names or, as in PEFT, the end of a module's path
+        ("q_proj"). A name that is both is a role.
         Raises TargetError if one of them matches nothing.
         """
         slots = self.slots(infos)
@@ -181,6 +182,7 @@ class Layout:
         selected: set[str] = set()
         for target in targets:
             names = {name for name, slot in slots.items() if _matches(target, slot)}
+            names = names or {name for name, slot in slots.items() if _ends_with(target, slot)}
             if not names:
                 raise TargetError(self._no_match(target, infos))
             selected |= names
@@ -207,10 +209,17 @@ class Layout:
             reasons = "".join(f"; {remark}" for remark in self.remarks())
             return f"no matrix of the language model can be adapted; give --targets vision or audio{reasons}"
         groups = {role.split(".")[0] for role in self.roles}
+        modules = {slot.module.rpartition(".")[2] for name in infos if (slot := self.slot(name)) is not None}
         return (
-            f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role "
-            f"({did_you_mean(target, {*self.roles, *groups})})"
+            f"target {target!r} matches no matrix; give {ALL_LINEAR}, a glob on tensor names, or a role or a "
+            f"module's name ({did_you_mean(target, {*self.roles, *groups, *modules})})"
         )
+
+
+def _ends_with(target: str, slot: Slot) -> bool:
+    """True if the module's path, at run time or in the files, ends in `target`: PEFT's rule."""
+    paths = (slot.module, slot.name.removesuffix(".weight"))
+    return any(path == target or path.endswith(f".{target}") for path in paths)
 
 
 def _with_rows(slot: Slot, info: TensorInfo) -> Place | None:

@@ -86,6 +86,8 @@ class Method:
     """PEFT's name of the method; one that PEFT does not know if stock PEFT cannot express the method."""
     learning_rate: float = 2e-4
     """The rate that the paper recommends, and the default of `train`."""
+    other_rates: tuple[float, ...] = ()
+    """Further rates with known results, of published comparisons or of our recipes: `train` warns of none."""
     penalty: float = 0.0
     """Weight of the penalty that keeps A and B orthonormal, the default of `train`; 0 is none."""
     init: str | None = None

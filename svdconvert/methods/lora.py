@@ -21,4 +21,5 @@ METHOD = Method(
     work="thin",
     draws=True,
     learning_rate=2e-4,
+    other_rates=(2e-5,),  # that of PiSSA's comparison
 )

@@ -33,5 +33,6 @@ METHOD = Method(
     dropout_harms=True,
     peft_type="SORSA",
     learning_rate=3e-5,
+    other_rates=(1e-4,),  # for runs of a few hundred steps
     penalty=0.2,
 )

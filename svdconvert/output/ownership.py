@@ -88,8 +88,8 @@ def install(staged: Path, out: Path) -> None:
     """Give the complete directory `staged` the name `out`, which `check_free` has allowed.
 
     An existing `out` is moved aside first and removed afterwards, its own files only, together with what
-    killed runs left aside; its evaluations are moved to the new one. Raises OutputError if something appeared at `out` in the meantime; `staged` then
-    stays as it is.
+    killed runs left aside; its evaluations are moved to the new one. Raises OutputError if something
+    appeared at `out` in the meantime; `staged` then stays as it is.
     """
     aside = None
     if out.is_dir() and not out.is_symlink():

@@ -1,11 +1,14 @@
 """Size, memory and time of a decomposition, estimated from headers and a short speed measurement."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 
 import torch
 
+from svdconvert.checkpoint.tensors import TensorInfo
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.krylov import block_width, first_width
 from svdconvert.linalg.operators import POWERS
@@ -70,6 +73,17 @@ def estimate_decompose(plan: DecomposePlan) -> Estimate:
         seconds=_IMPORT_SECONDS + flops / _speed(plan) + (read + written) / _DISK_SPEED,
         remarks=plan.remarks,
     )
+
+
+def memory_of_tensors(infos: Iterable[TensorInfo], count: int) -> int:
+    """Bytes of a process that holds `count` of the largest tensors as stored and as many in float32."""
+    largest = max((info.nbytes + 4 * prod(info.shape) for info in infos), default=0)
+    return _BASE_MEMORY + count * largest
+
+
+def copy_seconds(nbytes: int) -> float:
+    """To read and write so many bytes, with little arithmetic."""
+    return _IMPORT_SECONDS + nbytes / _DISK_SPEED
 
 
 def _flops_of_start(plan: DecomposePlan, row: Row, work: Work) -> float:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import hypot, sqrt
 
 import torch
 from torch import Tensor
@@ -12,12 +11,11 @@ from svdconvert.config.execution import Run
 from svdconvert.config.progress import report
 from svdconvert.inputs.model_pair import Difference
 from svdconvert.linalg.blocks import total_energy
-from svdconvert.linalg.low_rank import allocate_ranks
-from svdconvert.linalg.spectrum import error_of_rank, rank_for_energy, squares_of
+from svdconvert.linalg.spectrum import rank_for_energy, squares_of
 from svdconvert.linalg.threads import float32_products, use_threads
 from svdconvert.pipeline.extract_plan import ExtractPlan
+from svdconvert.pipeline.rank_table import RankRow, rank_rows
 
-_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _WORKING = 4  # float32 copies of the largest matrix that the search needs
 _PROCESS = 200_000_000  # bytes of the process with torch imported
 
@@ -29,18 +27,6 @@ class RoleRow:
     role: str
     shape: tuple[int, int]
     count: int
-
-
-@dataclass(frozen=True)
-class RankRow:
-    """What a LoRA with one rank for all matrices would hold."""
-
-    rank: int
-    error: float
-    """||change - BA||_F / ||change||_F over all target matrices."""
-    nbytes: int
-    budget_error: float
-    """The same if the ranks were distributed over the matrices (--rank-budget), with the same sum."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ def estimate_extraction(plan: ExtractPlan, run: Run, *, sketch: bool) -> Extract
     return replace(
         found,
         changed=len(spectra),
-        ranks=tuple(_rank_rows(plan, spectra)),
+        ranks=tuple(rank_rows(spectra, lambda rank: _size(plan, [*spectra], rank))),
         tolerances=tuple((share, max(ranks), sum(ranks)) for share, ranks in sums.items() if ranks),
     )
 
@@ -104,16 +90,3 @@ def _spectra(plan: ExtractPlan, run: Run) -> dict[str, Tensor]:
                 spectra[name] = squares_of(change, energy)
             report("spectra", done, len(plan.slots), "matrices", name=name)
     return spectra
-
-
-def _rank_rows(plan: ExtractPlan, spectra: dict[str, Tensor]) -> list[RankRow]:
-    total = sqrt(sum(float(one.sum()) for one in spectra.values()))
-    most = max((len(one) for one in spectra.values()), default=0)
-    rows = []
-    for rank in (rank for rank in _RANKS if rank < most):
-        error = hypot(*(error_of_rank(one, rank) for one in spectra.values())) / total
-        given = sum(min(rank, len(one)) for one in spectra.values())
-        budget = allocate_ranks({name: one.sqrt() for name, one in spectra.items()}, given)
-        best = hypot(*(error_of_rank(one, budget[name]) for name, one in spectra.items())) / total
-        rows.append(RankRow(rank, error, _size(plan, [*spectra], rank), best))
-    return rows

@@ -139,14 +139,17 @@ class MergeJob:
                 "differ from the model's"
             )
         if self.options.rounding == "nearest":
-            advice = "--dtype float32 keeps it, --rounding stochastic does on average"
+            advice = (
+                "to-lora keeps all of it, in a LoRA for the untouched base; so does --dtype float32, and "
+                "--rounding stochastic on average"
+            )
             if self.plan.kept is not None:
                 advice = "keep it with --dtype bfloat16 instead of --keep-format, or as a LoRA with to-lora"
             yield from remark_on_rounding(manifest, advice)
 
 
 def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
-    """A warning if rounding lost too much of some updates."""
+    """A warning if rounding lost too much of some updates, with the share that is left."""
     assert isinstance(manifest.result, MergeResult)
     update = manifest.result.update
     if update is None:
@@ -155,9 +158,10 @@ def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
     if low:
         worst = min(low, key=low.__getitem__)
         yield (
-            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: the cosine "
-            f"between realised and intended change is below {FAITHFUL} ({low[worst]:.2f} in {worst}); "
-            f"{advice}"
+            f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: {update.kept:.1%} "
+            f"of the training's change is in the merged weights, cosine {update.cosine:.2f} with all of it "
+            f"(lowest: {low[worst]:.2f} in {worst}), and as far as it is missing they answer like the "
+            f"untrained base; what that costs in loss only an evaluation shows; {advice}"
         )
 
 

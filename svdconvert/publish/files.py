@@ -11,7 +11,7 @@ import xxhash
 from svdconvert.checkpoint.file_names import is_known_kind, name_fault, refuse_links_outside
 from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.errors import ArtifactError, brief
-from svdconvert.manifest.schema import Manifest, Origin
+from svdconvert.manifest.schema import PLAIN, Manifest, Origin
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.shard_uploads import UPLOADS
@@ -71,6 +71,27 @@ def resolve_source_repos(manifest: Manifest, base: str | None, residual: str | N
         _confirmed("base", manifest, manifest.base, base),
         _confirmed("residual", manifest, manifest.residual, residual),
     )
+
+
+def unnamed_models(manifest: Manifest, repos: SourceRepos) -> list[str]:
+    """A sentence for each model that the card cannot name, because it was read from a local directory."""
+    needed = {"base": repos.base}
+    if manifest.kind == "trained" and manifest.base_is_residual:
+        needed["residual"] = repos.residual
+    return [
+        f"the {role} {Path(origin.location).name} is a local directory, so the card cannot name it: visitors "
+        f"do not learn what {_use_of(role, manifest)}; give --{role} ORG/NAME"
+        for role, origin in needed.items()
+        if origin is not None and not origin.revision
+    ]
+
+
+def _use_of(role: str, manifest: Manifest) -> str:
+    """What a visitor needs to know of a model that the card does not name."""
+    is_adapter = manifest.kind in ("trained", "lora") or not (manifest.kind in PLAIN or manifest.checksums)
+    on_residual = manifest.kind == "trained" and manifest.base_is_residual
+    loads = is_adapter and (role == "residual") == on_residual
+    return "to load the adapter on" if loads else "it was made from"
 
 
 def _confirmed(role: str, manifest: Manifest, origin: Origin | None, given: str | None) -> Origin | None:

@@ -20,7 +20,7 @@ from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.hub.transfers import upload_followed
 from svdconvert.manifest.schema import read_manifest
-from svdconvert.publish.files import resolve_source_repos
+from svdconvert.publish.files import resolve_source_repos, unnamed_models
 from svdconvert.publish.upload import Destination, Published, commit_directory, open_repository
 
 
@@ -90,6 +90,8 @@ class StreamingUpload:
             copies = dict.fromkeys(self._sent, self._branch)
             manifest = read_manifest(directory)
             repos = resolve_source_repos(manifest, destination.base, destination.residual)
+            for sentence in unnamed_models(manifest, repos):
+                self._say(sentence)
             done = commit_directory(directory, manifest, destination, repos, copies)
             self.published = replace(done, nbytes=done.nbytes + sum(self._sent.values()))
             try:

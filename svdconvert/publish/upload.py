@@ -1,12 +1,13 @@
 """Upload a finished directory as one commit of a repository."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.config.display import Shown
+from svdconvert.config.execution import ignore_message
 from svdconvert.config.options import PushOptions
 from svdconvert.errors import HubError
 from svdconvert.hub.auth import hub_api, scrub
@@ -25,6 +26,7 @@ from svdconvert.publish.files import (
     UploadFiles,
     collect_files,
     resolve_source_repos,
+    unnamed_models,
     without_local_paths,
 )
 
@@ -114,16 +116,71 @@ def check_destination(destination: Destination) -> None:
             return  # they are created when the work is done
 
 
-def upload(directory: Path, destination: Destination) -> Published:
+def upload(
+    directory: Path, destination: Destination, notify: Callable[[str], None] = ignore_message
+) -> Published:
     """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
-    Raises HubError with one sentence; the same push can be repeated.
+    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one
+    sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         repos = resolve_source_repos(manifest, destination.base, destination.residual)
+        for sentence in unnamed_models(manifest, repos):
+            notify(sentence)
         open_repository(destination)
         return commit_directory(directory, manifest, destination, repos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushEstimate:
+    """What a push would send. Sizes in bytes."""
+
+    repository: str
+    branch: str
+    files: Mapping[str, int]
+    """Path in the repository -> size. The Hub may have some of them already."""
+    nbytes: int
+    unsent: tuple[str, ...]
+    """Files of the directory that are not sent."""
+    base: str | None
+    """org/name of the base that the card names."""
+    residual: str | None
+    lacks_base: bool
+    """True for an adapter whose card cannot name the model that it is loaded on, because that is local."""
+    private: bool
+    pull_request: bool
+    message: str | None
+
+
+def estimate_push(directory: Path, destination: Destination) -> PushEstimate:
+    """What `upload` would send, in addition to a card. Asks the Hub for `base` and `residual` only.
+
+    Raises SvdConvertError as `upload` does, except for what the Hub refuses.
+    """
+    manifest = read_manifest(directory)
+    repos = resolve_source_repos(manifest, destination.base, destination.residual)
+    manifest = without_local_paths(manifest, repos)
+    collected = collect_files(directory, manifest, destination.repository, repos)
+    files = {**collected.files, **result_files(own_results(directory, manifest))}
+    sizes = {
+        name: content.stat().st_size if isinstance(content, Path) else len(content)
+        for name, content in sorted(files.items())
+    }
+    return PushEstimate(
+        repository=destination.repository,
+        branch=destination.branch,
+        files=sizes,
+        nbytes=sum(sizes.values()),
+        unsent=tuple(name for name in collected.unsent if name not in files),
+        base=repos.base_id,
+        residual=repos.residual_id,
+        lacks_base=_lacks_base(manifest, repos),
+        private=destination.options.private,
+        pull_request=destination.options.pull_request,
+        message=destination.options.message,
+    )
 
 
 def open_repository(destination: Destination) -> None:

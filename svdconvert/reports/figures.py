@@ -4,12 +4,10 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any
-
-from xxhash import xxh3_64_hexdigest
 
 from svdconvert.config.display import visible
 from svdconvert.errors import MissingPackageError
@@ -85,15 +83,12 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def curves(title: str, x: str, lines: Sequence[Curve], *, log: bool = False) -> str:
-    """A figure with one or more lines over `x`; with `log`, on a logarithmic scale."""
+def curves(title: str, x: str, lines: Sequence[Curve]) -> str:
+    """A figure with one or more lines over `x`."""
     with _axes(title) as (axes, svg):
-        for line in lines:
+        for line in _without_repetitions(lines):
             _draw(axes, line)
-        axes.set_xlabel(x)
-        if log:
-            _logarithmic(axes)
-        axes.margins(x=0.02)
+        _whole_numbers(axes, x)
         _legend(axes)
     return svg.text
 
@@ -114,9 +109,8 @@ def bands(title: str, x: str, groups: Mapping[str, Sequence[Sequence[float]]]) -
                 places, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.07, lw=0
             )
             _draw(axes, Curve(points=list(zip(places, means, strict=True)), label=name, colour=number))
-        axes.set_xlabel(x)
+        _whole_numbers(axes, x)
         _logarithmic(axes)
-        axes.margins(x=0.02)
         _legend(axes)
     return svg.text
 
@@ -144,6 +138,19 @@ def reduced(points: Sequence[Point], *, mean: bool) -> Sequence[Point]:
     return averaged(points, _POINTS) if mean else thinned(points, _POINTS)
 
 
+def _without_repetitions(lines: Sequence[Curve]) -> list[Curve]:
+    """The lines, equal ones once with all their labels: a LoRA has the losses of the run it comes from."""
+    found: dict[tuple[Any, bool], Curve] = {}
+    for line in lines:
+        key = (tuple(line.points), line.faint)
+        known = found.get(key)
+        if known is None:
+            found[key] = line
+        elif line.label and line.label not in (known.label or "").split(", "):
+            found[key] = replace(known, label=f"{known.label}, {line.label}" if known.label else line.label)
+    return list(found.values())
+
+
 def _draw(axes: "Axes", line: Curve) -> None:
     number = line.colour
     axes.plot(
@@ -157,6 +164,15 @@ def _draw(axes: "Axes", line: Curve) -> None:
         markersize=3.2,
         label=_short(line.label) if line.label else None,
     )
+
+
+def _whole_numbers(axes: "Axes", label: str) -> None:
+    """A horizontal axis of steps, ranks or indices."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(label)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def _logarithmic(axes: "Axes") -> None:
@@ -216,16 +232,15 @@ def _save(figure: Any, title: str) -> str:
 
 
 def inlined(svg: str, title: str) -> str:
-    """A file of matplotlib as an element of HTML: it scales, and its ids are unique to the title.
-
-    A page may hold several figures, and an id must be unique in a page.
-    """
+    """A file of matplotlib as an element of HTML that scales."""
     body = svg[svg.index("<svg") :]
     box = re.search(r'viewBox="([^"]*)"', body)
     name = escape(visible(title))
     start = f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{name}" class="figure">'
     body = re.sub(r"<(metadata|style).*?</\1>", "", body[body.index(">") + 1 :], flags=re.DOTALL)
-    prefix = f"f{xxh3_64_hexdigest(svg.encode() + title.encode())[:8]}-"
-    body = re.sub(r'(\sid=")', rf"\g<1>{prefix}", body)
-    body = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{prefix}", body).replace("xlink:href", "href")
-    return (start + body.replace(_INK, "currentColor")).strip()
+    return (start + body.replace("xlink:href", "href").replace(_INK, "currentColor")).strip()
+
+
+def numbered(svg: str, number: int) -> str:
+    """The figure with ids that begin with its number: an id must be unique in a page."""
+    return re.sub(r'(\sid="|\shref="#|url\(#)', rf"\g<1>f{number}-", svg)

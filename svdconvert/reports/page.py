@@ -1,6 +1,7 @@
 """One self-contained HTML page about directories: tables, curves, heat maps and samples."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from svdconvert.config.display import visible
 from svdconvert.manifest.training import Point
 from svdconvert.reports.collect import Subject
 from svdconvert.reports.facts import by_role, described, overview, score_rows
-from svdconvert.reports.figures import Curve, Interval, bands, curves, intervals, reduced
+from svdconvert.reports.figures import Curve, Interval, bands, curves, intervals, numbered, reduced
 from svdconvert.reports.heatmap import inline_heatmap
 from svdconvert.version import __version__
 
@@ -25,6 +26,7 @@ _MOST_SAMPLES = 3
 
 def render(subjects: Sequence[Subject]) -> str:
     """The page. The same directories give the same bytes."""
+    numbers = count(1)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -34,14 +36,21 @@ def render(subjects: Sequence[Subject]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=" and ".join(subject.name for subject in subjects[:3]) + (" ..." if len(subjects) > 3 else ""),
+        title=_title([subject.name for subject in subjects]),
         overview=_table([overview(subject) for subject in subjects]),
-        subjects=[_section(subject) for subject in subjects],
+        subjects=[_section(subject, numbers) for subject in subjects],
         names=[subject.name for subject in subjects],
         scores=score_rows(subjects),
-        shared=[Markup(figure) for figure in _shared_figures(subjects)],
+        shared=[_embedded(figure, numbers) for figure in _shared_figures(subjects)],
         version=__version__,
     )
+
+
+def _title(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if len(names) > 3:
+        return f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _finalize(value: Any) -> Any:
@@ -55,15 +64,16 @@ def _table(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     return {"columns": names, "rows": [[row.get(name, "") for name in names] for row in rows]}
 
 
-def _section(subject: Subject) -> dict[str, Any]:
-    spectra = subject.spectra
-    figures = []
-    if any(any(members) for members in spectra.adapter.values()):
-        figures.append(
-            bands("Singular values of the adapter at its start", "index", _sorted(spectra.adapter))
-        )
-    if spectra.change:
-        figures.append(bands("Singular values of the change by training", "index", _sorted(spectra.change)))
+def _embedded(figure: str, numbers: Iterator[int]) -> Markup:
+    """A figure of ours, whose text is escaped, with the next number."""
+    return Markup(numbered(figure, next(numbers)))
+
+
+def _section(subject: Subject, numbers: Iterator[int]) -> dict[str, Any]:
+    spectra = {
+        "Singular values of the adapter at its start": subject.spectra.adapter,
+        "Singular values of the change by training": subject.spectra.change,
+    }
     return {
         "name": subject.name,
         "summary": subject.inspection.summary[:1].upper() + subject.inspection.summary[1:],
@@ -73,7 +83,7 @@ def _section(subject: Subject) -> dict[str, Any]:
             for title, grid in subject.grids.items()
         ],
         "figures": [
-            Markup(bands(title, "index", {role: roles[role] for role in sorted(roles)}))
+            _embedded(bands(title, "index", {role: roles[role] for role in sorted(roles)}), numbers)
             for title, roles in spectra.items()
             if any(any(members) for members in roles.values())
         ],
@@ -136,11 +146,11 @@ def _score_rows(subjects: Sequence[Subject]) -> Iterator[Interval]:
         published: dict[str, Interval] = {}
         for number, subject in enumerate(subjects):
             for result in (one for one in subject.results if one.task == task):
-                count = result.grades.get("strict")
-                if count is not None:
-                    low, high = count.interval
+                strict = result.grades.get("strict")
+                if strict is not None:
+                    low, high = strict.interval
                     yield Interval(
-                        label=f"{task}: {subject.name}", value=count.score, low=low, high=high, colour=number
+                        label=f"{task}: {subject.name}", value=strict.score, low=low, high=high, colour=number
                     )
                 for one in result.published:
                     label = f"{task}: {one.model} {one.method}"

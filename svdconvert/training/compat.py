@@ -41,3 +41,8 @@ def attention_implementation(model: nn.Module) -> str | None:
 def cpu_multiplies_bfloat16() -> bool:
     """True if the CPU has instructions for products of bfloat16 matrices (AVX512-BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cpu_has_amx() -> bool:
+    """True if the CPU has the matrix units of AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())

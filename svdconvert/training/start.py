@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,8 +114,9 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
-        _refuse_gguf(opened)
+        refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
+            refuse_adapter_options(split)
             return FullStart(
                 weights=opened.path,
                 method=split.method,
@@ -130,7 +132,16 @@ def open_training_start(
     )
 
 
-def _refuse_gguf(model: OpenModel) -> None:
+def refuse_adapter_options(split: SplitOptions) -> None:
+    """Raise RecipeError for options of an adapter if the method trains without one."""
+    if others := _differing(split, asdict(SplitOptions(method=split.method, layout=split.layout))):
+        raise RecipeError(
+            f"`{others[0]}` changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
+
+
+def refuse_gguf(model: OpenModel) -> None:
     """Raise ArtifactError for a GGUF file, from which no network is loaded."""
     if model.sidecars != model.path:
         raise ArtifactError(
@@ -146,13 +157,7 @@ def _open_decomposed(
 
     Raises ArtifactError if a stored tensor has changed since.
     """
-    manifest = read_manifest(snapshot.path)
-    if manifest.kind != "decomposed":
-        raise ArtifactError(
-            f"{snapshot.path} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
-        )
-    if others := _other_options(manifest, split):
-        raise RecipeError(_other_split(snapshot.path, manifest, ", ".join(others)))
+    manifest = decomposed_manifest(snapshot.path, split)
     require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
@@ -161,11 +166,26 @@ def _open_decomposed(
         residual = opened.origin(manifest.checksums)
         return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
-    _refuse_gguf(opened)
+    refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
         require_unchanged(opened.path, opened.source, known, "the adapter was made")
     return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
+
+
+def decomposed_manifest(directory: Path, split: SplitOptions) -> Manifest:
+    """The manifest of what `decompose` wrote.
+
+    Raises ArtifactError for a directory of another kind, RecipeError if `split` asks for another split.
+    """
+    manifest = read_manifest(directory)
+    if manifest.kind != "decomposed":
+        raise ArtifactError(
+            f"{directory} is a {manifest.kind} directory; train needs what decompose wrote, or a model"
+        )
+    if others := _other_options(manifest, split):
+        raise RecipeError(_other_split(directory, manifest, ", ".join(others)))
+    return manifest
 
 
 def split_for(
@@ -177,6 +197,8 @@ def split_for(
     If only a recipe, which may hold the options of all commands, differs from the directory, `notify` is
     called with a sentence.
     """
+    if METHODS.get(split.method).split is None:
+        split = _without_adapter(split, typed)
     if not typed and replace(split, seed=SplitOptions().seed) == SplitOptions():
         return split
     path = fetch(model, "sidecars").path
@@ -187,6 +209,21 @@ def split_for(
     if others := _other_options(manifest, split):
         notify(f"{path} keeps its own split: {', '.join(others)} of the recipe would need another decompose")
     return None
+
+
+def _without_adapter(split: SplitOptions, typed: Collection[str]) -> SplitOptions:
+    """The options without those of an adapter that only a recipe has. Raises RecipeError if one was typed."""
+    if others := [name for name in typed if name != "--method"]:
+        raise RecipeError(
+            f"{others[0]} changes nothing here: {split.method} trains every weight, without an adapter; "
+            "leave it out"
+        )
+    return SplitOptions(method=split.method, layout=split.layout)
+
+
+def _differing(split: SplitOptions, others: Mapping[str, Any]) -> list[str]:
+    """The options whose values differ from `others`; the seed may, as it belongs to the training too."""
+    return [name for name, value in asdict(split).items() if name != "seed" and value != others[name]]
 
 
 def _other_options(manifest: Manifest, split: SplitOptions) -> list[str]:

@@ -34,7 +34,7 @@ def test_help_loads_no_torch_and_every_command_has_an_example() -> None:
         "for command in sys.argv[1:]:\n"
         "    shown = CliRunner().invoke(app, [command, '--help']).output\n"
         "    heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & {*sys.modules}\n"
-        "    print(json.dumps([command, 'Example:' in shown, sorted(heavy)]))\n"
+        "    print(json.dumps([command, '\\nExample' in shown, sorted(heavy)]))\n"
     )
     words = [sys.executable, "-c", program, *COMMANDS]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -53,7 +53,7 @@ def test_the_module_is_the_program() -> None:
 
 def test_without_a_command_it_shows_all_of_them() -> None:
     ended = svdconvert()
-    assert ended.status == 2
+    assert ended.status == 0
     assert all(command in ended.out + ended.err for command in COMMANDS)
 
 

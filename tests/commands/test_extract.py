@@ -260,7 +260,7 @@ def test_stream_without_the_hub_is_refused(models: tuple[Path, Path], tmp_path: 
 
 
 def test_two_rules_for_the_rank_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="tol and energy exclude each other"):
+    with pytest.raises(ValueError, match="`tol` and `energy` exclude each other"):
         ExtractOptions(tol=0.1, energy=0.9)
 
 

@@ -33,7 +33,9 @@ def test_a_small_update_is_warned_about_and_written_down(
     assert ended.status == 0
     assert "rounding swallows updates in 14 of 14 matrices" in ended.err
     assert "--dtype float32" in ended.err and "--rounding stochastic" in ended.err
+    assert ended.err.index("to-lora") < ended.err.index("--dtype float32")
     note = read_manifest(tmp_path / "out").result.update
+    assert f"{note.kept:.1%} of the training's change is in the merged weights" in ended.err
     assert len(note.matrices) == 14
     assert all(0 <= row.cosine < 0.95 for row in note.matrices.values())
     assert 0 <= note.cosine < 0.95

@@ -99,11 +99,13 @@ def test_a_change_of_nothing_has_a_lora_of_zeros(
 
 
 def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="rank and tol exclude each other: give one"):
+    with pytest.raises(RecipeError, match="`rank` and `tol` exclude each other: give one"):
         options(LoraOptions, Recipe(), {"rank": 2, "tol": 0.1})
     adapter, residual = trained
     command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
-    refused(*command, "--tol", "0.1", "--rank-budget", "5", words=["tol and rank_budget exclude each other"])
+    refused(
+        *command, "--tol", "0.1", "--rank-budget", "5", words=["--tol and --rank-budget exclude each other"]
+    )
     said = succeeded(*command, "--rank-budget", "30")
     ranks = json.loads((tmp_path / "lora" / "svdconvert.json").read_text())["result"]["truncation"]["modules"]
     least, most = (pick(module["rank"] for module in ranks.values()) for pick in (min, max))

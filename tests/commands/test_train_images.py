@@ -211,7 +211,7 @@ def test_a_folder_that_no_row_uses_is_refused(rows: str, chain: Chain, tmp_path:
     row = {"question": "what is ?", "answer": "1", **image}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
     options = TrainOptions(data=str(tmp_path / "rows.jsonl"), image_dir=str(home))
-    with pytest.raises(DataError, match="image_dir changes nothing: no row names an image"):
+    with pytest.raises(DataError, match="`image_dir` changes nothing: no row names an image"):
         train(home / "start", tmp_path / "out", options, RUN)
 
 

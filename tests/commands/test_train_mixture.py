@@ -56,4 +56,4 @@ def test_an_interrupted_run_continues_with_the_same_rows(start: Path, tmp_path: 
 
 def test_shares_of_one_data_set_are_refused(start: Path, tmp_path: Path) -> None:
     words = ["--data", tmp_path / "a.jsonl", "--data-weights", "1"]
-    refused("train", start, "-o", tmp_path / "out", *words, words=["data_weights", "give data several times"])
+    refused("train", start, "-o", tmp_path / "out", *words, words=["--data-weights", "give --data several"])

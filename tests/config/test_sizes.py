@@ -34,7 +34,7 @@ NO_SIZES = ["", "GB", "-5GB", "0", "0GB", "0.5B", "5 G B", "5XB", "1e9", "5,5GB"
 @pytest.mark.parametrize("text", NO_SIZES)
 def test_anything_else_is_refused_when_the_options_are_parsed(text: str, tmp_path: Path) -> None:
     for kind, other in ((SplitOptions, {}), (MergeOptions, {}), (ConvertOptions, {"layout": "hf"})):
-        with pytest.raises(RecipeError, match="max_shard_size is .*: it should be a size"):
+        with pytest.raises(RecipeError, match="`max_shard_size` is .*: it should be a size"):
             options(kind, read_recipe(None), {"max_shard_size": text, **other})
     path = tmp_path / "recipe.yaml"
     path.write_text(f"decompose: {{max_shard_size: {json.dumps(text)}}}")

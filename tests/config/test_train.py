@@ -31,12 +31,12 @@ def test_an_invalid_or_unknown_option_is_named(options: dict[str, object], field
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:
-    with pytest.raises(ValidationError, match="steps and epochs exclude each other"):
+    with pytest.raises(ValidationError, match="`steps` and `epochs` exclude each other"):
         TrainOptions(steps=1, epochs=1.0)
 
 
 def test_one_field_without_the_other_is_refused() -> None:
-    with pytest.raises(ValidationError, match="prompt_field and response_field belong together"):
+    with pytest.raises(ValidationError, match="`prompt_field` and `response_field` belong together"):
         TrainOptions(prompt_field="a")
 
 
@@ -69,6 +69,6 @@ def test_the_default_learning_rate_does_not_replace_a_given_one() -> None:
 
 @pytest.mark.parametrize("options", [{"patience": 2}, {"keep_best": True}, {"samples": 1}], ids=str)
 def test_options_about_held_out_rows_need_such_rows(options: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match="need held-out rows: give eval_rows or eval_data"):
+    with pytest.raises(ValidationError, match="need held-out rows: give `eval_rows` or `eval_data`"):
         TrainOptions(**options)  # type: ignore[arg-type]
     assert TrainOptions(**options, eval_rows=1).eval_rows == 1  # type: ignore[arg-type]

@@ -88,6 +88,9 @@ def test_embeddings_heads_norms_and_biases_are_never_targets(model_type: str, ch
         (["model.layers.1.*"], 7, "layers.1."),
         (["*.[qk]_proj.weight"], 4, "_proj"),
         (["model.layers.0.mlp.up_proj.weight"], 1, "layers.0.mlp.up_proj"),
+        (["q_proj"], 2, "q_proj"),
+        (["q_proj", "self_attn.v_proj"], 4, "_proj"),
+        (["model.layers.1.mlp.up_proj"], 1, "layers.1.mlp.up_proj"),
     ],
 )
 def test_targets_are_all_linear_roles_or_globs(

@@ -19,6 +19,8 @@ from tests.loopback_hub.connection import Connection, Fault, Refused, Seen, rout
 from tests.loopback_hub.repository import LARGE, MAIN, Absent, File, Repository, StaleParent, Store
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
+ANY = r"(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)"
+"""A model or, with its prefix as its name here, a data set."""
 
 
 class Hub:
@@ -264,7 +266,7 @@ class Handler(Connection):
 
     # ----- downloads
 
-    @route("GET", rf"/{NAME}/resolve/(?P<revision>[^/]+|refs/pr/\d+)/(?P<path>.+)")
+    @route("GET", rf"/{ANY}/resolve/(?P<revision>[^/]+|refs/pr/\d+)/(?P<path>.+)")
     def resolve(self, name: str, revision: str, path: str) -> None:
         found = self._repository(name)
         if found.gated and self._user() != name.split("/")[0]:

@@ -306,4 +306,10 @@ def test_a_push_says_that_the_card_names_no_base(
     assert "the card names no model" in alice.succeeds("push", start, "alice/x").out
     assert "the card names no model" not in alice.succeeds("push", start, "alice/y", "--base", "org/tiny").out
     whole = decomposed(base)  # its own weights are the residual that the adapter is loaded on
-    assert "the card names no model" not in alice.succeeds("push", whole, "alice/z").out
+    said = alice.succeeds("push", whole, "alice/z")
+    assert "the card names no model" not in said.out
+    sentence = said.err.replace("\n", " ")
+    assert "is a local directory, so the card cannot name it" in sentence and "--base ORG/NAME" in sentence
+    assert "local directory" not in alice.succeeds("push", whole, "alice/z", "--base", "org/tiny").err
+    card = hub.repositories["alice/z"].read("README.md").decode()
+    assert "The residual base of [org/tiny]" in card

@@ -34,5 +34,5 @@ def test_warnings_appear_on_the_command_line(base: Path, tmp_path: Path) -> None
     assert "is the rate of lora" in said
     short = ("--template", "none", "--max-length", 10)
     said = succeeded("train", base, "-o", tmp_path / "other", *arguments, *short).err
-    assert "rows are longer than max_length 10 and are cut" in said
+    assert "rows are longer than `max_length` 10 and are cut" in said
     assert "is the rate of" not in said

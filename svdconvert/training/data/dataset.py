@@ -46,6 +46,29 @@ class Encoder(Protocol):
         """
 
 
+@dataclass(slots=True)
+class RowCounts:
+    """The rows of all data sets together, training and held-out ones, before packing."""
+
+    read: int = 0
+    cut: int = 0
+    """Rows that are longer than `max_length` and are cut."""
+    left_out: int = 0
+    """Rows that are too long, or without a token in the loss."""
+    longest: int = 0
+    """Tokens of the longest row before it is cut."""
+
+    def add(self, rows: EncodedRows, options: TrainOptions) -> None:
+        """Count the rows of a data set."""
+        known = [row for row in rows if row is not None]
+        long = sum(map(_is_truncated, known))
+        drops_long = options.too_long == "drop"
+        self.read += len(rows)
+        self.cut += 0 if drops_long else long
+        self.left_out += len(rows) - len(known) + (long if drops_long else 0)
+        self.longest = max(self.longest, *(row.length for row in known), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class DataSplits:
     """The examples of a run."""
@@ -56,6 +79,7 @@ class DataSplits:
     """One sentence for each kind of row that is truncated or left out."""
     checksums: Mapping[str, str] = field(default_factory=dict)
     """Name of the data -> checksum of all its rows as read."""
+    counts: RowCounts = field(default_factory=RowCounts)
 
     @property
     def all(self) -> Sequence[Example]:
@@ -132,13 +156,13 @@ def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:
         return
     named = (image for row in splits.all for image in (row.images.images if row.images else ()))
     if all(image.path is None for image in named):
-        raise DataError("image_dir changes nothing: no row names an image by its path; leave it out")
+        raise DataError("`image_dir` changes nothing: no row names an image by its path; leave it out")
 
 
 def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
     """Read and encode all data that the options name. Raises DataError if something cannot be used."""
     if not options.data_sets:
-        raise DataError("there is nothing to train on: give data a file or a Hub data set")
+        raise DataError("there is nothing to train on: give `data` a file or a Hub data set")
     _refuse_splits_of_files(options)
     reader = _Reader(options, encoder)
     sets: list[list[Example]] = []
@@ -158,9 +182,10 @@ def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
         reader.warnings.append(_mixture_text(sets, options))
     if options.packing:
         if any(example.images is not None for example in train):
-            raise DataError("packing is for rows without images; leave packing out")
+            raise DataError("`packing` is for rows without images; leave it out")
         train = pack_examples(train, options.max_length)
-    return DataSplits(train, held_out, [*encoder.remarks, *reader.warnings], reader.checksums)
+    warnings = [*encoder.remarks, *reader.warnings]
+    return DataSplits(train, held_out, warnings, reader.checksums, reader.counts)
 
 
 def _refuse_splits_of_files(options: TrainOptions) -> None:
@@ -176,8 +201,8 @@ def _rows_to_train_on(rows: EncodedRows, data: str, options: TrainOptions) -> in
     count = len(rows) - options.eval_rows
     if count <= 0:
         raise DataError(
-            f"{data}: eval_rows holds out {options.eval_rows} of its {len(rows)} rows, which leaves none to "
-            "train on; give fewer"
+            f"{data}: `eval_rows` holds out {options.eval_rows} of its {len(rows)} rows, which leaves none "
+            "to train on; give fewer"
         )
     return count
 
@@ -200,6 +225,7 @@ class _Reader:
     encoder: Encoder
     warnings: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def read(self, data: str, split: str) -> EncodedRows:
         """Read and encode one data set."""
@@ -220,6 +246,7 @@ class _Reader:
         except DataError as error:
             raise DataError(f"{data}: {error}") from error
         self.checksums[f"{data} ({split})" if data in self.checksums else data] = checksum.hexdigest()
+        self.counts.add(encoded, self.options)
         self.warnings.extend(_row_warnings(data, encoded, self.options))
         if unused := [name for name in fields if name not in self.encoder.used_fields]:
             used = ", ".join(name for name in fields if name in self.encoder.used_fields)
@@ -247,8 +274,8 @@ def _refuse_long_rows(rows: EncodedRows, max_length: int) -> None:
         else:
             continue
         raise DataError(
-            f"row {number} {reason} max_length {max_length}: "
-            "give a larger max_length, or set too_long to cut or drop"
+            f"row {number} {reason} `max_length` {max_length}: "
+            "give a larger `max_length`, or set `too_long` to cut or drop"
         )
 
 
@@ -260,14 +287,14 @@ def _row_warnings(data: str, rows: EncodedRows, options: TrainOptions) -> Iterat
         number, row = truncated[0]
         what = "left out" if options.too_long == "drop" else "cut"
         yield (
-            f"{data}: {len(truncated)} of {len(rows)} rows are longer than max_length {options.max_length} "
+            f"{data}: {len(truncated)} of {len(rows)} rows are longer than `max_length` {options.max_length} "
             f"and are {what}; the first is row {number} with {row.length} tokens"
         )
     empty = [number for number, row in enumerate(rows, start=1) if row is None]
     if empty:
         yield (
             f"{data}: {len(empty)} of {len(rows)} rows are left out, because they have no token in the loss "
-            f"within max_length {options.max_length}; the first is row {empty[0]}"
+            f"within `max_length` {options.max_length}; the first is row {empty[0]}"
         )
 
 
@@ -276,7 +303,7 @@ def _usable_examples(rows: EncodedRows, data: str, part: str, options: TrainOpti
     usable = [row for row in rows if row is not None and not (drops_long and _is_truncated(row))]
     if not usable:
         raise DataError(
-            f"{data}: none of the {len(rows)} {part} rows has a response within max_length "
-            f"{options.max_length}: give a larger max_length"
+            f"{data}: none of the {len(rows)} {part} rows has a response within `max_length` "
+            f"{options.max_length}: give a larger `max_length`"
         )
     return usable

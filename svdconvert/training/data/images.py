@@ -142,13 +142,13 @@ def _image_at(name: str, folder: Path | None) -> RowImage:
     if folder is None:
         raise DataError(
             f"its image {brief(name)} is a path, and the rows are from the Hub; give the folder of the "
-            "images with image_dir"
+            "images with `image_dir`"
         )
     path = folder / name
     if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(
             f"its image {brief(name)} is outside {folder}; move it there, or give the folder of the images "
-            "with image_dir"
+            "with `image_dir`"
         )
     content = _read_file(path, name)
     _decode_size(content, name)

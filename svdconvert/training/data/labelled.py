@@ -98,7 +98,7 @@ def _text_fields(row: Row, options: TrainOptions) -> FieldSet:
     named = None
     if options.text_fields is not None:
         named = tuple(name.strip() for name in options.text_fields.split(","))
-    return find_fields(row, named, FIELD_SETS, "text_fields")
+    return find_fields(row, named, FIELD_SETS, "`text_fields`")
 
 
 def _text(row: Row, name: str) -> str:

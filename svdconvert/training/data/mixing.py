@@ -22,7 +22,7 @@ def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     for number, (count, size) in enumerate(zip(counts, sizes, strict=True), start=1):
         if count > _MOST_PASSES * size:
             raise DataError(
-                f"data_weights would repeat the {size} rows of data set {number} {count // size} times in "
+                f"`data_weights` would repeat the {size} rows of data set {number} {count // size} times in "
                 "one pass over the others; give it more rows or a smaller weight"
             )
     return counts

@@ -99,7 +99,7 @@ def choose_fields(row: Row, options: TrainOptions) -> FieldSet:
         named = (options.prompt_field, options.response_field)
     else:
         _refuse_preferences(row)
-    fields = find_fields(row, named, FIELD_SETS, "prompt_field and response_field")
+    fields = find_fields(row, named, FIELD_SETS, "`prompt_field` and `response_field`")
     if fields == ("prompt", "completion") and isinstance(row.get("label"), bool):
         raise DataError(_PREFERENCES.format("label (good or bad)"))
     if len(fields) == 1:
@@ -124,10 +124,10 @@ def _refuse_options_of_prompts(field: str, options: TrainOptions) -> None:
     own = (None, "none", "chat") if field in CHAT_FIELDS else (None, "none")
     if options.template not in own:
         raise DataError(
-            f"its {field} need no prompt template, so template would change nothing; leave template out"
+            f"its {field} need no prompt template, so `template` would change nothing; leave it out"
         )
     if options.ending:
-        raise DataError(f"its {field} have no response that ending could be appended to; leave ending out")
+        raise DataError(f"its {field} have no response that `ending` could be appended to; leave it out")
 
 
 def used_fields(fields: FieldSet, options: TrainOptions) -> set[str]:

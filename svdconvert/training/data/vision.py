@@ -85,7 +85,7 @@ class ImageTextProcessor:
             if not torch.equal(ids_T[:count].int(), example.input_ids[:count]):
                 raise DataError(
                     f"{type(self.processor).__name__} makes other tokens of a row alone than of rows in a "
-                    "batch; train with a batch_size of 1"
+                    "batch; train with a `batch_size` of 1"
                 )
         batch = {name: _fitted(tensor, ids_BT, length) for name, tensor in output.items()}
         lengths = torch.tensor([len(example.input_ids) for example in examples])

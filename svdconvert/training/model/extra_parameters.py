@@ -31,14 +31,16 @@ def choose_parameters(
         names = [name for name in infos if _matches(target, name, layout)]
         if not names:
             raise RecipeError(
-                f"train_also names {target!r}, which matches no tensor; give {_group_names(layout)}, "
+                f"`train_also` names {target!r}, which matches no tensor; give {_group_names(layout)}, "
                 "or a glob on tensor names"
             )
         for name in names:
             if name in adapted:
-                raise RecipeError(f"train_also names {name}, which the adapter trains already; leave it out")
+                raise RecipeError(
+                    f"`train_also` names {name}, which the adapter trains already; leave it out"
+                )
             if name.endswith("embed_tokens.weight") and not any("head" in other for other in infos):
-                raise RecipeError(f"train_also names {name}, which is also the head's weight; leave it out")
+                raise RecipeError(f"`train_also` names {name}, which is also the head's weight; leave it out")
             chosen[layout.runtime_name(name)] = infos[name].shape
     return chosen
 

@@ -1,6 +1,6 @@
 """Load the model to train and its tokenizer, with transformers or `svdconvert.models`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -122,6 +122,30 @@ def load_classifier(  # noqa: PLR0913 (the model, its head, and how it is loaded
         if not name.startswith(body) or name in loaded["missing_keys"]
     }
     return model, new_parameters
+
+
+def head_shapes(
+    directory: Path, labels: Sequence[str], stored: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that `load_classifier` would add; `stored` are the checkpoint's tensors.
+
+    Builds the network without memory for its weights. Raises CheckpointError if transformers cannot.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(directory, num_labels=len(labels) or 1)
+        with torch.device("meta"):
+            make: Any = AutoModelForSequenceClassification
+            model = make.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} has no classifier in transformers: {error}") from error
+    body = f"{model.base_model_prefix}."
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(body) or not ({name, name.removeprefix(body)} & {*stored})
+    }
 
 
 def head_config(model: nn.Module) -> dict[str, Any]:

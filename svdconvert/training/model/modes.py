@@ -67,7 +67,7 @@ def _enable_checkpointing(model: nn.Module) -> None:
     except (ValueError, AttributeError) as error:
         raise RecipeError(
             f"{type(model).__name__} does not support gradient checkpointing: "
-            "train without gradient_checkpointing"
+            "train without `gradient_checkpointing`"
         ) from error
 
 

@@ -41,7 +41,7 @@ def test_rows_without_a_token_in_the_loss_are_left_out_with_a_warning(tmp_path: 
     loaded = read_dataset(TrainOptions(data=data, template="none", max_length=8), tokenizer)
     assert len(loaded.train) == 5
     (warning,) = loaded.warnings
-    reason = "because they have no token in the loss within max_length 8; the first is row 6"
+    reason = "because they have no token in the loss within `max_length` 8; the first is row 6"
     assert warning == f"{data}: 1 of 6 rows are left out, {reason}"
 
 
@@ -54,28 +54,28 @@ def test_rows_that_are_too_long_are_cut_or_left_out_with_a_warning(
     loaded = read_dataset(options, tokenizer)
     assert len(loaded.train) == left
     (warning,) = loaded.warnings
-    said = f"1 of 6 rows are longer than max_length 8 and are {word}; the first is row 3 with 13 tokens"
+    said = f"1 of 6 rows are longer than `max_length` 8 and are {word}; the first is row 3 with 13 tokens"
     assert warning == f"{data}: {said}"
 
 
 def test_rows_that_are_too_long_can_be_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "q", "answer": "0123456789"}])
     options = TrainOptions(data=data, template="none", max_length=8, too_long="refuse")
-    with pytest.raises(DataError, match=r"rows.jsonl: row 6 has 13 tokens, more than max_length 8: give"):
+    with pytest.raises(DataError, match=r"rows.jsonl: row 6 has 13 tokens, more than `max_length` 8: give"):
         read_dataset(options, tokenizer)
 
 
 def test_data_without_a_usable_row_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(
-        DataError, match="rows.jsonl: none of the 5 training rows has a response within max_length 8"
+        DataError, match="rows.jsonl: none of the 5 training rows has a response within `max_length` 8"
     ):
         read_dataset(TrainOptions(data=data, max_length=8), tokenizer)
 
 
 def test_holding_out_everything_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError, match="eval_rows holds out 5 of its 5 rows"):
+    with pytest.raises(DataError, match="`eval_rows` holds out 5 of its 5 rows"):
         read_dataset(TrainOptions(data=data, eval_rows=5), tokenizer)
 
 

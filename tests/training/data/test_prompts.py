@@ -55,7 +55,7 @@ def test_a_missing_field_is_named_with_the_most_similar_one(tokenizer: Any) -> N
 
 
 def test_a_row_with_unknown_fields_only_is_refused_with_the_known_ones(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="question/answer.* fields foo, bar: name yours with prompt_field"):
+    with pytest.raises(DataError, match="question/answer.* fields foo, bar: name yours with `prompt_field`"):
         TextRowEncoder(tokenizer, PLAIN)([{"foo": "a", "bar": "b"}])
 
 
@@ -86,7 +86,7 @@ def test_format_prompt_without_a_chat_template_says_so(tokenizer: Any) -> None:
 
 
 def test_a_template_without_the_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"template is a text with \{prompt\}"):
+    with pytest.raises(ValueError, match=r"`template` is a text with \{prompt\}"):
         TrainOptions(template="Question: {question}")
 
 
