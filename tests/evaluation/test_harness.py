@@ -179,7 +179,7 @@ def test_what_lm_eval_cannot_do_here_is_refused(tasks: Path, writing_llama: Path
     with pytest.raises(ArtifactError, match="sandbox"):
         (tasks / "unsafe.yaml").write_text((tasks / "local_texts.yaml").read_text() + "unsafe_code: true\n")
         evaluate(writing_llama, [f"harness:{tasks / 'unsafe.yaml'}"], output=out)
-    with pytest.raises(RecipeError, match="data changes nothing"):
+    with pytest.raises(RecipeError, match="data. changes nothing"):
         evaluate(writing_llama, [f"harness:{tasks / 'local_texts.yaml'}"], data="x.jsonl", output=out)
 
 

@@ -173,7 +173,7 @@ FORMULAS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(FORMULAS, FORMULAS)
 def test_formulas_are_equal_if_sympy_proves_it(one: str, other: str) -> None:
     """sympy is an independent oracle; its parser, which runs Python, is safe for these texts."""
