@@ -1,6 +1,7 @@
 """What `eval --compare` prints: a table for each task, and how sure a difference is."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdconvert.cli.summaries import listing, show_line
@@ -9,40 +10,44 @@ from svdconvert.cli.terminal import leads
 if TYPE_CHECKING:
     from svdconvert.evaluation.comparison import ComparedResult, ComparedTask, Comparison, PairedTest
 
-_COLUMNS = ("directory", "method", "rank", "n", "right", "95 % interval")
-_PAIRED = ("rows in both", "only first", "only this", "difference", "95 % interval", "p")
+_SCORES = ("directory", "method", "rank", "n", "right", "95 % interval")
+_PAIRED = ("directory", "rows", "only first", "only this", "difference", "95 % interval", "p")
 
 
 def show_comparison(comparison: "Comparison") -> None:
-    """Print every task's table. Scores are in percent."""
+    """Print every task's tables. Scores and differences are in percent."""
     if not leads():
         return
     for task in comparison.tasks:
-        first = task.results[0]
-        show_line(
-            f"{task.task}, graded {task.protocol}; paired with {first.directory} by McNemar's exact test"
-        )
-        listing((*_COLUMNS, *_PAIRED), [_row(result) for result in task.results])
+        names = _names(task.results)
+        show_line(f"{task.task}, graded {task.protocol}")
+        listing(_SCORES, [(name, *_score(one)) for name, one in zip(names, task.results, strict=True)])
+        show_line(f"paired with {names[0]}, the first, by McNemar's exact test")
+        tests = [(name, one.against_first) for name, one in zip(names, task.results, strict=True)]
+        listing(_PAIRED, [(name, *_paired(test)) for name, test in tests if test is not None])
         _show_left_out(task)
         for line in dict.fromkeys(_published_lines(task.results)):
             show_line(line)
 
 
-def _row(result: "ComparedResult") -> tuple[object, ...]:
-    own = (
-        result.directory,
+def _names(results: "Sequence[ComparedResult]") -> list[str]:
+    """The names of the directories, or their paths if two have one name."""
+    paths = [result.directory for result in results]
+    short = [Path(path).name for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
+def _score(result: "ComparedResult") -> tuple[object, ...]:
+    return (
         result.method or "-",
         result.rank or "-",
         result.n,
         _percent(result.score),
         _interval(result.interval),
     )
-    return (*own, *_paired(result.against_first))
 
 
-def _paired(test: "PairedTest | None") -> tuple[object, ...]:
-    if test is None:
-        return ("-",) * len(_PAIRED)
+def _paired(test: "PairedTest") -> tuple[object, ...]:
     return (
         test.rows,
         test.only_first,

@@ -17,7 +17,6 @@ from svdconvert.evaluation.pairs import mcnemar, paired_interval
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
-    GradeCount,
     PublishedScore,
     read_evaluation,
 )
@@ -152,7 +151,7 @@ def _compare_task(folders: Sequence[Path], task: str, protocol: str) -> Compared
 
 def _compared(graded: _Graded, protocol: str, test: PairedTest | None) -> ComparedResult:
     result = graded.result
-    grades: Mapping[str, GradeCount] = {**result.grades}
+    grades = {str(name): count for name, count in result.grades.items()}
     count = grades[protocol]
     folder = graded.path.parent
     return ComparedResult(

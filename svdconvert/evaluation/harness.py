@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import isfinite
@@ -120,14 +121,20 @@ def _evaluate(model: Answering, given: str, files: TaskFiles) -> EvaluationResul
 
 def _load(given: str) -> Mapping[str, Any]:
     """The tasks of a name or file, with the settings that lm_eval's own command gives them."""
-    from lm_eval.tasks import TaskManager
-
-    found: Mapping[str, Any] = TaskManager().load([given])
+    found: Mapping[str, Any] = _manager(with_stock=not given.endswith(_YAML)).load([given])
     for task in found["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SHOTS_SEED)
     return found
+
+
+@cache
+def _manager(*, with_stock: bool) -> Any:
+    """lm_eval's list of tasks. Its own are thousands of files, which a task in a file can do without."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_stock)
 
 
 def _refuse_code(task: str, loaded: Mapping[str, Any]) -> None:

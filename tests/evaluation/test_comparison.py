@@ -152,3 +152,14 @@ def test_every_published_row_has_a_score_for_every_task() -> None:
         for row in table.rows:
             assert len(row.scores) == len(table.tasks) and row.method in METHODS.names()
             assert row.model in file.models and all(0 < score < 100 for score in row.scores)
+
+
+def test_a_comparison_is_printed_with_short_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from svdconvert.cli.evaluation_comparison import show_comparison
+
+    first = write(tmp_path / "a", outcomes("1110"))
+    second = write(tmp_path / "b", outcomes("10", first=1), data__sha256="b")
+    show_comparison(compare_evaluations([first, second]))
+    text = capsys.readouterr().out
+    assert "gsm8k, graded strict" in text and "2 rows that" in text
+    assert any(line.split()[:4] == ["b", "2", "1", "0"] for line in text.splitlines())

@@ -173,7 +173,7 @@ FORMULAS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(FORMULAS, FORMULAS)
 def test_formulas_are_equal_if_sympy_proves_it(one: str, other: str) -> None:
     """sympy is an independent oracle; its parser, which runs Python, is safe for these texts."""
@@ -239,3 +239,28 @@ def test_hostile_answers_are_wrong_and_their_grading_ends(text: str) -> None:
         strict_math(answer, gold)
         paper_math(answer, gold)
         paper_math_pissa(answer, gold)
+
+
+TOKENS = st.sampled_from(
+    ["\\frac", "\\sqrt", "\\sin", "\\pm", "\\cup", "\\text{a}", "\\{", "\\}", "\\\\", "&", "$", "%", "_"]
+    + [*"{}()[]^!|+-*/=,. \n1x"]
+    + [
+        "0.5",
+        "\\pi",
+        "\\begin{pmatrix}",
+        "\\end{pmatrix}",
+        "\\boxed{",
+        "####",
+        "The answer is: ",
+        "\ud800",
+        "\u00b2",
+    ]
+)
+TEXTS = st.lists(TOKENS, max_size=30).map("".join)
+
+
+@given(TEXTS, TEXTS)
+def test_no_answer_is_too_odd_to_be_graded(text: str, gold: str) -> None:
+    for answer in (text, f"The answer is: {text}"):
+        for grade in (strict_math, paper_math, paper_math_pissa):
+            grade(answer, gold)

@@ -182,7 +182,7 @@ class _Parser:
     """Recursive descent: a sum of products of powers."""
 
     def __init__(self, tokens: Sequence[str], mixed_numbers: bool) -> None:
-        self._tokens = [*tokens, ""]
+        self._tokens = list(tokens)
         self._next = 0
         self._depth = 0
         self._mixed = mixed_numbers
@@ -190,11 +190,13 @@ class _Parser:
 
     @property
     def _token(self) -> str:
-        return self._tokens[self._next]
+        """The next token; empty at the end."""
+        return self._tokens[self._next] if self._next < len(self._tokens) else ""
 
     def _take(self) -> str:
+        token = self._token
         self._next += 1
-        return self._tokens[self._next - 1]
+        return token
 
     def _expect(self, token: str) -> None:
         if self._take() != token:
