@@ -4,8 +4,8 @@
     python recipes/arithmetic/make_rows.py svdconvert/recipes/arithmetic
 
 Writes OUT/train.jsonl and OUT/heldout.jsonl. The questions and answers are those of reasoning-gym's chain_sum
-(Apache-2.0), with fixed seeds, as far as they only add; the solution, one addition per line, is worked out here.
-No held-out question is among the training rows.
+(Apache-2.0), with fixed seeds, as far as they only add; the solution, one addition per line, is worked out
+here. No held-out question is among the training rows.
 """
 
 import json
