@@ -136,20 +136,29 @@ def test_a_recipe_runs_on_a_tiny_model(recipe: Path, checkpoint: Build, tmp_path
 def test_every_variant_of_an_experiment_runs_on_a_tiny_model(
     recipe: Path, checkpoint: Build, tmp_path: Path
 ) -> None:
-    content = {**yaml.safe_load(recipe.read_text()), "steps": ["train"], "seeds": [1]}
+    content = {**yaml.safe_load(recipe.read_text()), "seeds": [1]}
+    asks = content["eval"]["tasks"] != "arithmetic"
+    content["steps"] = ["train", "eval"] if asks else ["train"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     single = variants_of(read_recipe(recipe), {})[0][1]
     rows = str(_rows(options(TrainOptions, single, {}), tmp_path / "rows.jsonl"))
+    if content["eval"]["tasks"] == "sst2":
+        sentences = [{"sentence": f"{n} + 1", "label": n % 2} for n in range(80)]
+        Path(rows).write_text("".join(json.dumps(row) + "\n" for row in sentences))
     changes = {
         "model": str(_model(recipe, checkpoint, tmp_path / "model")),
         "decompose": {"rank": 2},
         "train": {"data": rows, "eval_data": rows, "eval_split": "train", "max_length": 56, "steps": 2},
+        "eval": {"data": rows, "limit": 10},
     }
     found = run(tmp_path / "recipe.yaml", tmp_path / "out", Run(device="cpu", threads=1), changes=changes)
     assert len(found) == len(content["variants"])
     for one in found:
         assert one.lr == content["variants"][one.variant]["train"]["lr"]
         assert one.steps == 2 and one.held_out is not None
+        for score in one.scores:
+            assert (score.n, {*score.metrics}) == (10, {"accuracy", "f1", "matthews"})
+        assert len(one.scores) == asks
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@
     python recipes/arithmetic/make_rows.py svdconvert/recipes/arithmetic
 
 Writes OUT/train.jsonl and OUT/heldout.jsonl. The questions and answers are those of reasoning-gym's chain_sum
-(Apache-2.0), with fixed seeds; the solution, one addition or subtraction per line, is worked out here. No
-held-out question is among the training rows.
+(Apache-2.0), with fixed seeds, as far as they only add; the solution, one addition per line, is worked out
+here. No held-out question is among the training rows.
 """
 
 import json
@@ -15,15 +15,16 @@ from pathlib import Path
 
 TRAIN = 1024
 HELD_OUT = 200
+DRAWN = 10  # problems per row: most of them subtract too
 Row = dict[str, str]
 
 
 def main(out: Path) -> None:
     """Write both files."""
-    held_out = list(first(HELD_OUT, rows(seed=2, size=2 * HELD_OUT), without=set()))
+    held_out = list(first(HELD_OUT, rows(seed=2, size=DRAWN * HELD_OUT), without=set()))
     asked = {row["question"] for row in held_out}
     write(out / "heldout.jsonl", held_out)
-    write(out / "train.jsonl", list(first(TRAIN, rows(seed=1, size=2 * TRAIN), without=asked)))
+    write(out / "train.jsonl", list(first(TRAIN, rows(seed=1, size=DRAWN * TRAIN), without=asked)))
 
 
 def rows(seed: int, size: int) -> Iterator[Row]:
@@ -34,20 +35,21 @@ def rows(seed: int, size: int) -> Iterator[Row]:
         "chain_sum", min_terms=3, max_terms=4, min_digits=2, max_digits=2, seed=seed, size=size
     )
     for problem in problems:
-        answer = worked(problem["metadata"]["expression"])
+        expression = problem["metadata"]["expression"]
+        if "-" in expression:
+            continue
+        answer = worked(expression)
         assert answer.endswith(f"#### {problem['answer']}"), problem
         yield {"question": problem["question"], "answer": answer}
 
 
 def worked(expression: str) -> str:
-    """ "4 - 7 + 2" as "4 - 7 = -3", "-3 + 2 = -1" and "#### -1" on three lines."""
-    first_term, *rest = expression.split()
-    total = int(first_term)
+    """ "4 + 7 + 2" as "4 + 7 = 11", "11 + 2 = 13" and "#### 13" on three lines."""
+    total, *terms = map(int, expression.split(" + "))
     lines = []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        after = total + int(term) * {"+": 1, "-": -1}[sign]
-        lines.append(f"{total} {sign} {term} = {after}")
-        total = after
+    for term in terms:
+        lines.append(f"{total} + {term} = {total + term}")
+        total += term
     return "\n".join([*lines, f"#### {total}"])
 
 

@@ -39,7 +39,7 @@ def _row(one: "Outcome", tasks: Sequence[tuple[str, str]]) -> list[str]:
         _pair(one.loss),
         _pair(one.held_out),
         *(_score(score) if score else "" for score in found),
-        ", ".join(f"{folder} {size_text(size)}" for folder, size in one.sizes.items()),
+        ", ".join(f"{folder} {size_text(size)}" for folder, size in one.sizes.items() if size),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,6 @@ def _neighbour(data: str, folder: Path) -> str:
     """The path of a data file in the recipe's folder, if `data` names one; else `data`."""
     path = folder / data
     try:
-        return str(path) if path.is_file() and not Path(data).is_absolute() else data
+        return normpath(path) if path.is_file() and not Path(data).is_absolute() else data
     except (OSError, ValueError):  # too long, or with a null character
         return data

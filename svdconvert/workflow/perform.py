@@ -12,7 +12,7 @@ from svdconvert.commands.merge import merge
 from svdconvert.commands.to_lora import to_lora
 from svdconvert.commands.train import train
 from svdconvert.config.evaluation import EvaluationOptions
-from svdconvert.config.execution import Run
+from svdconvert.config.execution import Run, ignore_message
 from svdconvert.config.experiment import FOLDERS, EvalSection, Step
 from svdconvert.errors import OutputError
 from svdconvert.evaluation.base import Task, tasks_named
@@ -93,10 +93,12 @@ def _evaluate(plan: Plan, run: Run) -> None:
 
 
 def evaluate_base(plan: Plan, out: Path, run: Run) -> None:
-    """Ask the untouched model, with the results in `out`."""
+    """Ask the untouched model, with the results in `out`, unless they are there and are this model's."""
     assert plan.evaluation is not None
     for task in tasks_named(plan.evaluation.tasks):
-        evaluate(plan.model, [task.name], _options_of(plan.evaluation, task), run, output=out)
+        is_there = (out / FOLDER / f"{result_name(task.name)}.json").is_file()
+        quiet = replace(run, notify=ignore_message) if is_there and not run.overwrite else run
+        evaluate(plan.model, [task.name], _options_of(plan.evaluation, task), quiet, output=out)
     gc.collect()
 
 
