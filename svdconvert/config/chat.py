@@ -42,10 +42,10 @@ class ChatOptions:
             for name, value, usual in (("top_p", self.top_p, 1.0), ("seed", self.seed, 0)):
                 if value != usual:
                     raise ValueError(
-                        f"{name} changes nothing at temperature 0; give a temperature, or leave it out"
+                        f"`{name}` changes nothing at `temperature` 0; give one above 0, or leave it out"
                     )
         if self.template not in (None, CHAT, NO_TEMPLATE) and "{prompt}" not in str(self.template):
-            raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
+            raise ValueError('`template` is a text with {prompt} in it, "chat" or "none"')
         return self
 
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_refused(here: Path) -> None:
     refused(
         "chat", here / "base", "--prompt", "x", "--base", here / "merged", words=["--base", "leave it out"]
     )
-    refused("chat", here / "base", "--prompt", "x", "--top-p", 0.5, words=["top_p", "temperature"])
+    refused("chat", here / "base", "--prompt", "x", "--top-p", 0.5, words=["--top-p", "--temperature"])
     refused("chat", here / "base", words=["no prompt"])
 
 
