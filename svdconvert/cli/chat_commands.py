@@ -32,7 +32,7 @@ from svdconvert.config.recipe import Recipe
     epilog=examples(
         "svdconvert chat trained",
         'svdconvert chat trained --prompt "What is 7 * 8?" --max-new-tokens 64',
-        "svdconvert chat org/name --temperature 0.7 --top-p 0.9 < question.txt",
+        "svdconvert chat org/name --temperature 0.7 --top-p 0.9 --seed 1",
     ),
 )
 @with_options(ChatOptions)

@@ -18,7 +18,7 @@ from svdconvert.hub.auth import scrub
 _MARKS = {"ok": "", "note": "note: ", "missing": "MISSING: "}
 
 
-@app.command(cls=SingleOptions, epilog=examples("svdconvert doctor", "svdconvert doctor --json"))
+@app.command(cls=SingleOptions, epilog=examples("svdconvert doctor --json"))
 def doctor(json: JsonOpt = False, debug: DebugOpt = False) -> None:
     """Describe the installation and this machine for a bug report; status 1 if something is missing."""
     with report_errors(debug=debug, json=json):

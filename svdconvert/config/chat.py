@@ -31,8 +31,8 @@ class ChatOptions:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of what is drawn."""
     template: str | None = None
-    """How the model is asked: a text with {prompt} in it, "chat" (the tokenizer's template) or "none"; by
-    default as it was trained, else by the tokenizer's template if it has one."""
+    """How the model is asked: text with {prompt} in it, "chat" or "none"; by default as it was trained, else
+    by the tokenizer's chat template."""
     dtype: AutoFloat = "auto"
     """Element type in which the model computes; auto is that of its files."""
 

@@ -44,7 +44,7 @@ def read_unfinished(path: Path) -> Unfinished | None:
         if words is not None and section in SECTIONS:
             words += to_cli_args(section, _chosen(verb, identity))
         version = str(identity["svdconvert"])
-        finished = _steps(path, identity) if verb == "train" else f"{count:,} tensors are finished"
+        finished = _steps(path, identity) if verb == "train" else f"{count:,} finished tensor{'' if count == 1 else 's'}"
     except (OSError, SvdConvertError, KeyError, TypeError, ValueError, AttributeError):
         return None
     command = None if words is None else shlex.join(["svdconvert", verb, *words, "-o", out])
