@@ -215,7 +215,8 @@ def show_audit(audit: "MergeAudit") -> None:
     hidden = len(best.faults) - 20
     exact = [matrix.exact for matrix in best.matrices]
     fits = f"{audit.merged} is {best.base} with {audit.adapter} merged into it"
-    wrong = f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {counted(len(best.faults), 'fault')}"
+    faults = counted(len(best.faults), "fault")
+    wrong = f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {faults}"
     summary(
         fits if audit.passed else wrong,
         {
