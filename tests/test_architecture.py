@@ -60,7 +60,7 @@ ONLY_IN = {
     "lm_eval": {"evaluation"},
     "peft": set(),
     "rich": {"cli"},
-    "transformers": {"training", "models", "evaluation"},
+    "transformers": {"training", "models", "evaluation", "conversation"},
     "typer": {"cli"},
 }
 

@@ -64,7 +64,7 @@ PARAMETERS = {
     "inspect": ["model", "engine"],
     "list_plugins": ["what"],
     "run": ["recipe", "out", "settings", "*changes", "*watch"],
-    "push": ["directory", "repository", "options", "*base", "*residual"],
+    "push": ["directory", "repository", "options", "*base", "*residual", "*run"],
     "evaluate": [
         "directory",
         "tasks",

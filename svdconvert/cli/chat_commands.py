@@ -20,7 +20,7 @@ from svdconvert.cli.arguments import (
 )
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
-from svdconvert.cli.option_groups import RESULT
+from svdconvert.cli.option_groups import ANSWERS
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.talking import answer_once, talk
 from svdconvert.config.chat import ChatOptions, chat_options
@@ -29,7 +29,11 @@ from svdconvert.config.recipe import Recipe
 
 @app.command(
     cls=SingleOptions,
-    epilog=examples("svdconvert chat trained", 'svdconvert chat trained --prompt "What is 7 * 8?"'),
+    epilog=examples(
+        "svdconvert chat trained",
+        'svdconvert chat trained --prompt "What is 7 * 8?" --max-new-tokens 64',
+        "svdconvert chat org/name --temperature 0.7 --top-p 0.9 --seed 1",
+    ),
 )
 @with_options(ChatOptions)
 def chat(
@@ -40,7 +44,10 @@ def chat(
     prompt: Annotated[
         str | None,
         option(
-            "--prompt", "TEXT", "Print the answer to this and end; without a terminal it is read.", RESULT
+            "--prompt",
+            "TEXT",
+            "Print the answer to this and end; without it and a terminal, standard input is the prompt.",
+            ANSWERS,
         ),
     ] = None,
     base: BaseOpt = None,
@@ -55,16 +62,13 @@ def chat(
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.chat import start_chat as command
 
-        on_terminal = sys.stdin is not None and sys.stdin.isatty()
-        if json and prompt is None and on_terminal:
-            raise typer.BadParameter("--json is for one answer; add --prompt TEXT, or leave it out")
         chosen = chat_options(typed)
+        typing = prompt is None and sys.stdin is not None and sys.stdin.isatty()
+        if typing and json:
+            raise typer.BadParameter("--json is for one answer; add --prompt TEXT, or leave it out")
         with progress.shown("chat") as track:
             run = run_settings(
                 Recipe(), track, threads=threads, device=device, trust_remote_code=trust_remote_code
             )
             conversation = command(model, chosen, run, base=base, residual=residual)
-        if prompt is None and on_terminal:
-            talk(conversation, model)
-        else:
-            answer_once(conversation, prompt)
+        talk(conversation, model) if typing else answer_once(conversation, prompt)

@@ -18,7 +18,7 @@ from svdconvert.hub.auth import scrub
 _MARKS = {"ok": "", "note": "note: ", "missing": "MISSING: "}
 
 
-@app.command(cls=SingleOptions, epilog=examples("svdconvert doctor", "svdconvert doctor --json"))
+@app.command(cls=SingleOptions, epilog=examples("svdconvert doctor --json"))
 def doctor(json: JsonOpt = False, debug: DebugOpt = False) -> None:
     """Describe the installation and this machine for a bug report; status 1 if something is missing."""
     with report_errors(debug=debug, json=json):
@@ -28,7 +28,7 @@ def doctor(json: JsonOpt = False, debug: DebugOpt = False) -> None:
 
         facts = [replace(fact, value=scrub(fact.value)) for fact in command()]
         passed = all(fact.state != "missing" for fact in facts)
-        tell(passed=passed, facts=[*map(asdict, facts)])
+        tell({"passed": passed, "facts": [asdict(fact) for fact in facts]})
         width = max(len(fact.name) for fact in facts) + 2
         for section, members in groupby(facts, lambda fact: fact.section):
             summaries.show(Text(section, style="bold"))
