@@ -58,7 +58,7 @@ ONLY_IN = {
     "huggingface_hub": {"hub", "publish"},
     "peft": set(),
     "rich": {"cli"},
-    "transformers": {"training", "models"},
+    "transformers": {"training", "models", "evaluation", "conversation"},
     "typer": {"cli"},
 }
 

@@ -62,7 +62,7 @@ PARAMETERS = {
     "diff": ["first", "second", "run"],
     "inspect": ["model", "engine"],
     "list_plugins": ["what"],
-    "push": ["directory", "repository", "options", "*base", "*residual"],
+    "push": ["directory", "repository", "options", "*base", "*residual", "*run"],
     "evaluate": [
         "directory",
         "tasks",

@@ -8,6 +8,7 @@ from svdconvert.cli.facts import extracted_facts
 from svdconvert.cli.plan_summaries import rank_facts, show_ranks
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
+from svdconvert.config.counts import counted
 from svdconvert.config.sizes import size_text
 from svdconvert.layouts.loading import loading_in_peft, vllm_advice
 
@@ -214,9 +215,8 @@ def show_audit(audit: "MergeAudit") -> None:
     hidden = len(best.faults) - 20
     exact = [matrix.exact for matrix in best.matrices]
     fits = f"{audit.merged} is {best.base} with {audit.adapter} merged into it"
-    wrong = (
-        f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {len(best.faults)} faults"
-    )
+    faults = counted(len(best.faults), "fault")
+    wrong = f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {faults}"
     summary(
         fits if audit.passed else wrong,
         {

@@ -13,6 +13,7 @@ ADAPTER = "Adapter"
 NEW_ADAPTER = "New adapter, of a plain MODEL"
 OPTIMIZER = "Optimizer"
 EVALUATION = "Evaluation"
+ANSWERS = "Answers"
 PRECISION = "Precision"
 INPUTS = "Inputs"
 SAVING = "Saving"
@@ -23,8 +24,8 @@ OTHERS = "Options"
 GENERAL = "General"
 
 ORDER = (
-    NEW_ADAPTER, ADAPTER, RESULT, DATA, OPTIMIZER, EVALUATION, PRECISION, INPUTS, SAVING, MEMORY, TRACKING,
-    OTHERS, PUBLISHING, GENERAL,
+    NEW_ADAPTER, ADAPTER, RESULT, DATA, OPTIMIZER, EVALUATION, ANSWERS, PRECISION, INPUTS, SAVING, MEMORY,
+    TRACKING, OTHERS, PUBLISHING, GENERAL,
 )  # fmt: skip
 """The headings from top to bottom."""
 
@@ -61,6 +62,10 @@ _SPLIT = {
 _GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "TrainOptions": _TRAIN,
     "SplitOptions": _SPLIT,
+    "ChatOptions": {
+        ANSWERS: ("max_new_tokens", "temperature", "top_p", "seed", "template"),
+        PRECISION: ("dtype",),
+    },
     "PushOptions": {PUBLISHING: ("private", "revision", "message", "pull_request")},
     "MergeOptions": {SAVING: ("max_shard_size",)},
     "CombineOptions": {SAVING: ("max_shard_size",)},

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from svdconvert.cli.answers import tell, wants_json
 from svdconvert.cli.terminal import say, standard_output
 from svdconvert.config.chat import CHAT, NO_TEMPLATE
 from svdconvert.config.display import visible
@@ -20,7 +21,11 @@ _KNOWN = "/reset begins anew, /exit leaves, Ctrl-C stops an answer"
 
 def answer_once(conversation: "Conversation", prompt: str | None) -> None:
     """Print the answer to `prompt`, or to all of standard input."""
-    _print_answer(conversation, _read_prompt() if prompt is None else prompt)
+    asked = _read_prompt() if prompt is None else prompt
+    if wants_json():
+        tell(prompt=asked, template=conversation.template, answer="".join(conversation.ask(asked)))
+    else:
+        _print_answer(conversation, asked)
 
 
 def _read_prompt() -> str:
@@ -28,9 +33,9 @@ def _read_prompt() -> str:
     try:
         text = sys.stdin.read(_LONGEST + 1) if sys.stdin is not None else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"standard input cannot be read as text ({error}); give --prompt") from error
+        raise DataError(f"standard input cannot be read as text ({error}); give `prompt`") from error
     if len(text) > _LONGEST:
-        raise DataError(f"standard input has more than {_LONGEST:,} characters; give a shorter prompt")
+        raise DataError(f"standard input has more than {_LONGEST:,} characters; give a shorter one")
     if not text.strip():
         raise DataError("there is no prompt: give --prompt, or write it to standard input")
     return text.removesuffix("\n")

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from functools import cache
 
+from svdconvert.config.chat import ChatOptions
 from svdconvert.config.execution import Run
 from svdconvert.config.options import PushOptions
 from svdconvert.config.recipe import SECTIONS
@@ -33,5 +34,5 @@ def _typed(name: str, otherwise: str) -> str:
 
 @cache
 def _options() -> frozenset[str]:
-    classes = (*SECTIONS.values(), PushOptions, Run)
+    classes = (*SECTIONS.values(), ChatOptions, PushOptions, Run)
     return frozenset(field.name for kind in classes for field in fields(kind)) | frozenset(_OTHERS)

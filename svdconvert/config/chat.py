@@ -31,8 +31,8 @@ class ChatOptions:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of what is drawn."""
     template: str | None = None
-    """How the model is asked: a text with {prompt} in it, "chat" (the tokenizer's template) or "none"; by
-    default as it was trained, else by the tokenizer's template if it has one."""
+    """How the model is asked: text with {prompt} in it, "chat" or "none"; by default as it was trained, else
+    by the tokenizer's chat template."""
     dtype: AutoFloat = "auto"
     """Element type in which the model computes; auto is that of its files."""
 
@@ -42,10 +42,10 @@ class ChatOptions:
             for name, value, usual in (("top_p", self.top_p, 1.0), ("seed", self.seed, 0)):
                 if value != usual:
                     raise ValueError(
-                        f"{name} changes nothing at temperature 0; give a temperature, or leave it out"
+                        f"`{name}` changes nothing at `temperature` 0; give one above 0, or leave it out"
                     )
         if self.template not in (None, CHAT, NO_TEMPLATE) and "{prompt}" not in str(self.template):
-            raise ValueError('template is a text with {prompt} in it, "chat" or "none"')
+            raise ValueError('`template` is a text with {prompt} in it, "chat" or "none"')
         return self
 
 

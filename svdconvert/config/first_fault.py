@@ -13,4 +13,4 @@ def first_fault(error: ValidationError) -> str:
     first = error.errors()[0]
     key = str(first["loc"][0]) if first["loc"] else ""
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-    return f"{key} is {brief(first['input'])}: {message}" if key else message
+    return f"`{key}` is {brief(first['input'])}: {message}" if key else message

@@ -127,7 +127,7 @@ def open_conversation(
     template = options.template or _trained_template(model) or _own_template(tokenizer)
     if template == CHAT and _own_template(tokenizer) != CHAT:
         raise ArtifactError(
-            f"the tokenizer of {opened.weights.path} has no chat template; give --template with a text that "
+            f"the tokenizer of {opened.weights.path} has no chat template; give as `template` a text that "
             'has {prompt} in it, or "none"'
         )
     return Conversation(opened.load(options.dtype, run), tokenizer, template, options)

@@ -21,7 +21,7 @@ class Sampler:
         if logits_V.isnan().any():
             raise ArtifactError(
                 "the model gives NaN instead of scores for the next token; check its files with verify, or "
-                "give --dtype float32"
+                "give `dtype` float32"
             )
         if self._temperature == 0:
             return int(logits_V.argmax())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svdconvert.config.counts import counted
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.recipe import SECTIONS, to_cli_args
 from svdconvert.errors import SvdConvertError
@@ -44,7 +45,7 @@ def read_unfinished(path: Path) -> Unfinished | None:
         if words is not None and section in SECTIONS:
             words += to_cli_args(section, _chosen(verb, identity))
         version = str(identity["svdconvert"])
-        finished = _steps(path, identity) if verb == "train" else f"{count:,} tensors are finished"
+        finished = _steps(path, identity) if verb == "train" else counted(count, "finished tensor")
     except (OSError, SvdConvertError, KeyError, TypeError, ValueError, AttributeError):
         return None
     command = None if words is None else shlex.join(["svdconvert", verb, *words, "-o", out])

@@ -20,6 +20,6 @@ METHOD = Method(
     spectrum_part="top",
     dropout_harms=True,
     learning_rate=2e-5,
-    # MiLoRA's comparison trains PiSSA at 3e-4; runs of a few hundred steps need as much, see docs/methods.md.
+    # MiLoRA's comparison trains PiSSA at 3e-4; runs of a few hundred steps need as much, see docs/methods.
     other_rates=(2e-4, 5e-4),
 )

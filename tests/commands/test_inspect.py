@@ -108,7 +108,10 @@ def test_what_an_unfinished_run_left(checkpoint: Build, tmp_path: Path) -> None:
         decompose(checkpoint("llama"), tmp_path / "out", SplitOptions(rank=4), Run(track=stop))
     found = inspect(tmp_path / "out.partial")
     assert found.kind == "unfinished"
-    assert found.next == [f"the same command again, which continues and writes {tmp_path / 'out'}"]
+    assert found.next == [f"svdconvert decompose {checkpoint('llama')} --rank 4 -o {tmp_path / 'out'}"]
+    assert found.details["so_far"] == "1 finished tensor"
+    ended = succeeded(*shlex.split(found.next[0])[1:])
+    assert "going on from" in ended.err
 
 
 def test_as_json_and_as_text_it_says_the_same(checkpoint: Build, decomposed: Build) -> None:

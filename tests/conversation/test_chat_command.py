@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_refused(here: Path) -> None:
     refused(
         "chat", here / "base", "--prompt", "x", "--base", here / "merged", words=["--base", "leave it out"]
     )
-    refused("chat", here / "base", "--prompt", "x", "--top-p", 0.5, words=["top_p", "temperature"])
+    refused("chat", here / "base", "--prompt", "x", "--top-p", 0.5, words=["--top-p", "--temperature"])
     refused("chat", here / "base", words=["no prompt"])
 
 
@@ -137,5 +137,5 @@ def test_a_conversation_on_a_terminal(here: Path, tmp_path: Path) -> None:
         session.send("/exit\n")
         assert session.ended() == 0
     answer = session.all.partition("hello\n")[2].partition("^C")[0]
-    assert len(answer) > 20
+    assert len(answer) > 5
     assert [mark for mark in answer if not mark.isprintable() and mark not in "\n\t"] == []

@@ -53,11 +53,11 @@ def test_a_model_that_computes_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"top_p": 0.5}, "top_p changes nothing at temperature 0"),
-        ({"seed": 1}, "seed changes nothing at temperature 0"),
-        ({"top_p": 0.0, "temperature": 1.0}, "top_p is 0.0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"top_p": 0.5}, "`top_p` changes nothing at `temperature` 0"),
+        ({"seed": 1}, "`seed` changes nothing at `temperature` 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "`top_p` is 0.0"),
+        ({"temperature": -1.0}, "`temperature` is -1.0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ({"template": "no place"}, "prompt"),
     ],
 )
