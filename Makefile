@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs families install quick test test-processors gpu soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo docs families install quick test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -46,6 +46,10 @@ test: install
 # test-processors: run the tests of the linear algebra with other processors' instructions
 test-processors: install
 	PYTHON=$(BIN)/python .ci/test-processors
+
+# test-oldest: run the sample of model families with the lowest version of transformers that is allowed
+test-oldest: install
+	PYTHON=$(BIN)/python .ci/test-oldest
 
 # gpu: test and measure on a CUDA GPU, with the Python of PYTHON=...; installs and downloads nothing
 gpu:

@@ -66,9 +66,9 @@ def find_matrices(network: Any, heads: set[int]) -> NetworkMatrices:
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
             shape = tuple(parameter.shape)
-            if not _is_matrix(module, name, shape):
-                if len(shape) == 2 and not isinstance(module, nn.Embedding):  # noqa: PLR2004 (a matrix)
-                    left_out[full] = "a router" if _is_router(path, module) else "no linear layer"
+            if not _is_matrix(path, module, name, shape):
+                if reason := _why_no_matrix(path, module, shape):
+                    left_out[full] = reason
                 continue
             if reason := _unsuitable(network, path, module, shape):
                 left_out[full] = reason
@@ -97,12 +97,22 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _is_matrix(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+def _is_matrix(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return name == "weight"
     if len(shape) == _STACKED and not isinstance(module, _CONVOLUTIONS):
-        return bool(_EXPERTS.search(type(module).__name__))
+        # Before 5.14, transformers gave some classes of experts names such as DeepseekV3NaiveMoe.
+        return bool(_EXPERTS.search(type(module).__name__) or _EXPERTS.search(path.rpartition(".")[2]))
     return False
+
+
+def _why_no_matrix(path: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """Why a parameter is no matrix that can be adapted; None if nobody expects it to be one."""
+    if len(shape) not in (2, _STACKED) or isinstance(module, (nn.Embedding, *_CONVOLUTIONS)):
+        return None
+    if len(shape) == _STACKED:
+        return None if 1 in shape else "no linear layer and no experts"
+    return "a router" if _is_router(path, module) else "no linear layer"
 
 
 def _unsuitable(network: Any, path: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:

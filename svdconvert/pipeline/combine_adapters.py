@@ -325,7 +325,8 @@ def _config(plan: CombinePlan) -> AdapterConfig:
     mixed = contains_adapters(group.parameters, modules)
     bases = {base_repository(delta) for delta in group.deltas}
     targets, parameters = _targets(plan, configs)
-    patterns = as_pattern({stack.parameter: stack.rank for stack in plan.stacks}, plan.rank)
+    stacked = {stack.parameter: stack.rank for stack in plan.stacks}
+    patterns = as_pattern(dict.fromkeys(plan.single, plan.rank) | stacked, plan.rank)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,

@@ -35,7 +35,8 @@ class LoraForm:
 
     def rank_pattern(self, rank: int) -> dict[str, int]:
         """PEFT's rank_pattern if `rank` is the rank of all modules that are in no stack."""
-        return as_pattern({stack.parameter: stack.rank for stack in self.stacks}, rank)
+        alone = {name: rank for parts in self.pieces.values() for name, _ in parts}
+        return as_pattern(alone | {stack.parameter: stack.rank for stack in self.stacks}, rank)
 
 
 def plan_form(
