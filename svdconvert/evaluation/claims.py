@@ -73,7 +73,7 @@ def _close(one: float, other: float) -> bool:
 
 def _read_answers(path: Path) -> list[Mapping[str, Any]] | None:
     """The stored answers; None if a line is not one."""
-    found = []
+    found: list[Mapping[str, Any]] = []
     for line in BytesIO(path.read_bytes()):
         try:
             values = parse_json(line)

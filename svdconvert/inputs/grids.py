@@ -15,6 +15,8 @@ ENERGY = "share of the base in the adapter"
 ERROR = "relative error as stored"
 KEPT = "share of the update kept by rounding"
 CUT = "relative error of the truncation"
+REDUCED = "share by which the error in 4 bits is below that of plain NF4"
+EXTRACTED = "share of the change that the LoRA leaves out"
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,6})\.")
 _SUFFIXES = (".weight", ".bias")
 
@@ -26,13 +28,19 @@ def grids_of(manifest: Manifest) -> dict[str, Grid]:
     found = {
         ENERGY: _grid((name, matrix.role, matrix.energy) for name, matrix in matrices),
         ERROR: _grid((name, matrix.role, matrix.error) for name, matrix in matrices),
+        REDUCED: _grid(
+            (name, matrix.role, matrix.quantised.reduction) for name, matrix in matrices if matrix.quantised
+        ),
     }
     if isinstance(result, MergeResult) and result.update is not None:
         update = result.update.matrices.items()
         found[KEPT] = _grid((name, None, kept.kept) for name, kept in update)
     if isinstance(result, LoraResult) and result.truncation is not None:
-        modules = result.truncation.modules.items()
-        found[CUT] = _grid((name, None, module.error) for name, module in modules)
+        cut = result.truncation.modules.items()
+        found[CUT] = _grid((name, None, module.error) for name, module in cut)
+    if isinstance(result, LoraResult) and result.extracted is not None:
+        extracted = result.extracted.modules.items()
+        found[EXTRACTED] = _grid((name, None, module.error) for name, module in extracted)
     return {title: grid for title, grid in found.items() if grid and any(grid.values())}
 
 

@@ -108,7 +108,8 @@ def sample_blocks(training: Training | None) -> Iterator[dict[str, str]]:
     """{"prompt": .., "before": .., "after": ..} of every sample, as blocks of code."""
     for sample in training.samples if training else ():
         texts = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
-        yield {
-            name: block(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
-            for name, text in texts.items()
-        }
+        yield {name: block(_shortened(text) or "(no text)") for name, text in texts.items()}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -68,7 +68,7 @@ def _collect(given: str, name: str) -> Subject:
             return otherwise
 
     is_adapter = inspection.kind in ("decomposed", "trained", "lora", "adapter")
-    results = read(lambda: read_evaluations(path), [])
+    results: list[EvaluationResult] = read(lambda: read_evaluations(path), [])
     own = [one for one in results if _belongs(one, manifest)]
     subject = Subject(
         name=name,

@@ -25,7 +25,7 @@ _SIZE = (5.4, 3.1)  # inches
 _POINTS = 400
 _LONGEST = 32  # characters of a name in a legend
 _MOST_NAMES = 8  # names in a legend
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.hashsalt": "svdconvert",
     "svg.fonttype": "none",
     "text.parse_math": False,

@@ -147,8 +147,8 @@ def open_training_data(
     splits = read_dataset(options, encoder)
     _refuse_idle_image_dir(splits, options)
     vision = encoder.vision if splits.has_images else None
-    objective = NextToken(padding_id(tokenizer), vision)
-    return TrainingData(tokenizer, splits, objective, prompt_format=encoder.prompt_format)
+    next_token = NextToken(padding_id(tokenizer), vision)
+    return TrainingData(tokenizer, splits, next_token, prompt_format=encoder.prompt_format)
 
 
 def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:
