@@ -160,6 +160,17 @@ class TestRelease:
         subprocess.run([hadolint, ROOT / "Dockerfile"], check=True)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_package_uses_nothing_that_its_oldest_python_lacks() -> None:
+    """The tests themselves run on one Python only."""
+    wanted = re.search(r'requires-python = ">=(\S+)"', (ROOT / "pyproject.toml").read_text())
+    assert wanted
+    options = ("--violations", "--no-tips", "--backport", "typing_extensions", "--exclude", "long")
+    said = python("-c", "from vermin import main; main()", f"--target={wanted[1]}-", *options, PACKAGE)
+    assert "incompatible versions" not in said
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == __version__
