@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs families install quick test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo dist docs families install outputs quick test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -34,6 +34,17 @@ docs: $(DOCS_STAMP)
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[docs]"
 	touch $@
+
+# dist: build what PyPI gets into dist/, and check it
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+# outputs: run the chain of the README and the notebook on SmolLM2, and put their outputs into them
+outputs: install
+	OMP_NUM_THREADS=1 $(BIN)/python examples/record.py readme
+	OMP_NUM_THREADS=1 $(BIN)/python examples/record.py notebook
 
 # quick: the tests that take less than two seconds, start no other process and download nothing
 quick: install

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny checkpoints, made once per session, and one thread for repeatable bytes."""
 
 import os
+import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.loopback_hub.server import Hub
 from tests.visitor import Visitor
 
 Build = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = os.environ.get("SVDCONVERT_CACHE") or str(ROOT / ".cache")
+"""Where downloaded models are kept, which outlives the tests and is shared by their workers."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,6 +28,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SVDCONVERT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(own_cache: None) -> Path:
+    """SmolLM2-135M-Instruct in bfloat16, downloaded once into the project's cache."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "demo" / "smollm2.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SVDCONVERT_CACHE", MODELS)
+        try:
+            return Path(recipe["ensure_smollm2"](recipe["cache_dir"]() / "smollm2-135m"))
+        except (SystemExit, OSError) as error:
+            pytest.skip(f"SmolLM2 is not available here: {error}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,13 +84,13 @@ def counts_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def is_in_the_sample(parameters: Mapping[str, Any]) -> bool:
     """True for what `make quick` runs of the tests over methods, families and dtypes.
 
-    That is every method on llama and pissa on every family but mixtures, in bfloat16. `make test` runs all of
-    them.
+    That is every method on llama, pissa on every family but mixtures, in bfloat16, and what does not depend
+    on a method on llama. `make test` runs all of them.
     """
     family, dtype = parameters.get("family", "llama"), parameters.get("dtype", torch.bfloat16)
     if family in tiny.MIXTURES:
         return False
-    if parameters.get("way", "pissa") != "pissa" and family != "llama":
+    if family != "llama" and parameters.get("way") != "pissa":
         return False
     return dtype == torch.bfloat16 or "way" not in parameters
 

@@ -1,6 +1,5 @@
 """A real pretrained model: SmolLM2-135M-Instruct in bfloat16, five shards."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,14 @@ from svdconvert.pipeline.merge import MergeOptions
 from tests.stock import same_bits
 
 RANK = 16
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "smollm2.py"
 Decomposed = tuple[Path, Manifest]
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    """The model, downloaded once into the project's cache."""
-    recipe = runpy.run_path(str(RECIPE))
-    try:
-        return recipe["ensure_smollm2"](recipe["cache_dir"]() / "smollm2-135m")
-    except (SystemExit, OSError) as error:
-        pytest.skip(f"SmolLM2 is not available here: {error}")
+def model(smollm2: Path) -> Path:
+    return smollm2
 
 
 @pytest.fixture(scope="module")

@@ -107,8 +107,8 @@ class Stack:
             block = torch.zeros(self.rank, *width, dtype=dtype)
             for member in by_expert.get(expert, ()):
                 place = slice(member.offset, member.offset + member.rank)
-                columns = (place,) if factor == "lora_R" else ()
-                block[(place, *columns)] = read(member.module, factor, slice(None))
+                index = (place, place) if factor == "lora_R" else (place,)
+                block[index] = read(member.module, factor, slice(None))
             yield block
 
     def _blocks_of_left(self, read: Read, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Self
 
 from svdconvert.errors import MissingPackageError
 from svdconvert.training.data.example import IGNORED, Example

@@ -5,10 +5,11 @@ B: rows, T: tokens, V: entries of the vocabulary, N: tokens in the loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from svdconvert.errors import DataError
 from svdconvert.training.data.example import IGNORED, Example, collate
