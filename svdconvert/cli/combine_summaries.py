@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from svdconvert.cli.facts import merged_facts
 from svdconvert.cli.lora_summaries import show_lora
 from svdconvert.cli.summaries import summary
+from svdconvert.config.sizes import count_text
 from svdconvert.layouts.loading import loading
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def show_combined(out_dir: object, manifest: "Manifest") -> None:
         f"combined into {out_dir}",
         {
             "method": manifest.method,
-            "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "tensors": f"{len(manifest.checksums)} in {count_text(len(manifest.files_of('model')), 'file')}",
             "update as stored": (
                 f"cosine {update.cosine:.4f} with the intended one, {update.kept:.1%} of it kept"
                 if update

@@ -8,7 +8,7 @@ from svdconvert.cli.facts import extracted_facts
 from svdconvert.cli.plan_summaries import rank_facts, show_ranks
 from svdconvert.cli.summaries import listing, summary
 from svdconvert.cli.terminal import say
-from svdconvert.config.sizes import size_text
+from svdconvert.config.sizes import count_text, size_text
 from svdconvert.layouts.loading import loading_in_peft, vllm_advice
 
 _MANY = 40  # rows of a table that a screen shows
@@ -215,7 +215,8 @@ def show_audit(audit: "MergeAudit") -> None:
     exact = [matrix.exact for matrix in best.matrices]
     fits = f"{audit.merged} is {best.base} with {audit.adapter} merged into it"
     wrong = (
-        f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: {len(best.faults)} faults"
+        f"{audit.merged} is not {best.base} with {audit.adapter} merged into it: "
+        f"{count_text(len(best.faults), 'fault')}"
     )
     summary(
         fits if audit.passed else wrong,

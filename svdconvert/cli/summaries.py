@@ -21,7 +21,7 @@ from svdconvert.cli.facts import (
 from svdconvert.cli.pictures import pictures
 from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
 from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
-from svdconvert.config.sizes import size_text
+from svdconvert.config.sizes import count_text, size_text
 from svdconvert.layouts.loading import loading
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def show_estimate(source: object, plan: "Estimate") -> None:
         f"decompose {source} would",
         {
             "read": size_text(plan.read),
-            "write": f"{size_text(plan.written)} in {len(plan.files)} files",
+            "write": f"{size_text(plan.written)} in {count_text(len(plan.files), 'file')}",
             "peak memory": f"about {size_text(plan.memory)}",
             "take": f"about {plan.seconds:.0f} s",
             "note": "; ".join(plan.remarks) or None,
@@ -197,7 +197,7 @@ def show_merged(out_dir: object, manifest: "Manifest") -> None:
         f"merged into {out_dir}",
         {
             "from": f"the {side} {origin.location if origin else ''}",
-            "tensors": f"{len(manifest.checksums)} in {len(manifest.files_of('model'))} files",
+            "tensors": f"{len(manifest.checksums)} in {count_text(len(manifest.files_of('model')), 'file')}",
             "format": "quantised, as the source" if manifest.options.get("keep_format") else None,
             "update as stored": _update(manifest.result.update),
         },
@@ -267,7 +267,7 @@ def show_report(report: "Report") -> None:
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
     rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
-    state = "agrees with its manifest" if report.passed else f"has {len(report.faults)} faults"
+    state = "agrees with its manifest" if report.passed else f"has {count_text(len(report.faults), 'fault')}"
     facts = {**asdict(report), "directory": str(report.directory), "passed": report.passed}
     summary(f"{report.directory} {state}", rows, facts=facts)
 

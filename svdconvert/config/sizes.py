@@ -34,3 +34,8 @@ SizeText = Annotated[str, AfterValidator(_checked)]
 def size_text(count: int) -> str:
     """1234567 -> "1.2 MB"."""
     return ByteSize(count).human_readable(decimal=True, separator=" ")
+
+
+def count_text(count: int, what: str) -> str:
+    """Such as "1 file" and "2 files"."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
