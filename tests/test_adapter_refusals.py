@@ -248,7 +248,7 @@ def test_train_says_what_is_missing_or_wrong(
     out = tmp_path / "out"
     refused("train", pissa, "-o", out, words=["nothing to train on", "data"])
     refused(
-        "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
+        "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: --lr is -1.0", "greater than 0"]
     )
     refused(
         "train",
