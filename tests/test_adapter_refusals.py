@@ -219,7 +219,7 @@ DATA: dict[str, tuple[str, list[str]]] = {
     "empty": ("\n", []),
     "without a known field": (
         '{"a": "b", "c": "d"}\n',
-        ["row 1", "none of the known field sets", "prompt_field"],
+        ["row 1", "none of the known field sets", "--prompt-field"],
     ),
     "with a field missing later": (
         '{"question": "1", "answer": "1"}\n{"question": "1"}\n',
@@ -248,7 +248,7 @@ def test_train_says_what_is_missing_or_wrong(
     out = tmp_path / "out"
     refused("train", pissa, "-o", out, words=["nothing to train on", "data"])
     refused(
-        "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: lr is -1.0", "greater than 0"]
+        "train", pissa, "-o", out, "--data", rows, "--lr", -1, words=["train: --lr is -1.0", "greater than 0"]
     )
     refused(
         "train",
@@ -274,7 +274,17 @@ def test_train_says_what_is_missing_or_wrong(
         "abacus",
         words=["device abacus", "cpu or auto"],
     )
-    refused("train", pissa, "-o", out, "--data", rows, "--prompt-field", "q", words=["response_field"])
+    refused(
+        "train",
+        pissa,
+        "-o",
+        out,
+        "--data",
+        rows,
+        "--prompt-field",
+        "q",
+        words=["--prompt-field and --response-field"],
+    )
     refused(
         "train", checkpoint("llama"), "-o", out, "--data", rows, "--rank", 4, words=["holds no tokenizer"]
     )

@@ -203,5 +203,5 @@ def test_typed_steps_take_the_place_of_a_recipes_epochs(tmp_path: Path) -> None:
 
 def test_a_recipe_with_both_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: m\ntrain: {data: d, epochs: 3, steps: 2}\n")
-    words = [tmp_path / "recipe.yaml", "train", "steps and epochs exclude each other"]
+    words = [tmp_path / "recipe.yaml", "train", "--steps and --epochs exclude each other"]
     refused("train", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out", words=words)

@@ -151,7 +151,7 @@ OPTIONS: dict[str, tuple[list[object], list[str]]] = {
         ["--rank", 33],
         ["rank 33", "self_attn.k_proj.weight (16, 32)", "--rank 16 or less"],
     ),
-    "rank of zero": (["--rank", 0], ["decompose: rank is 0", "greater than or equal to 1"]),
+    "rank of zero": (["--rank", 0], ["decompose: --rank is 0", "greater than or equal to 1"]),
     "target that matches nothing": (
         ["--targets", "attn.w"],
         ["'attn.w' matches no matrix", "did you mean attn"],
@@ -164,12 +164,12 @@ OPTIONS: dict[str, tuple[list[object], list[str]]] = {
         ["--targets", "*embed*"],
         ["model.embed_tokens.weight", "never decomposed"],
     ),
-    "size that is none": (["--max-shard-size", "5 bananas"], ["max_shard_size is '5 bananas'", "5GB"]),
+    "size that is none": (["--max-shard-size", "5 bananas"], ["--max-shard-size is '5 bananas'", "5GB"]),
     "device that is not there": (["--device", "cuda:9"], ["cuda:9"]),
     "device that is unknown": (["--device", "abacus"], ["abacus"]),
-    "tolerance of zero": (["--tol", 0], ["decompose: tol", "greater than 0"]),
-    "tolerance that JSON cannot say": (["--tol", "inf"], ["decompose: tol is inf", "finite number"]),
-    "alpha that is no number": (["--alpha", "nan"], ["decompose: alpha is nan", "finite number"]),
+    "tolerance of zero": (["--tol", 0], ["decompose: --tol", "greater than 0"]),
+    "tolerance that JSON cannot say": (["--tol", "inf"], ["decompose: --tol is inf", "finite number"]),
+    "alpha that is no number": (["--alpha", "nan"], ["decompose: --alpha is nan", "finite number"]),
 }
 
 

@@ -51,7 +51,7 @@ def wants_json() -> bool:
     return _answer.get() is not None
 
 
-def tell(facts: Mapping[str, Any] | None = None, **more: Any) -> None:
+def tell(facts: Mapping[str, Any] | None = None, /, **more: Any) -> None:
     """Add facts to the document: numbers as numbers, sizes in bytes, shares as fractions, lists as lists."""
     if (answer := _answer.get()) is not None:
         answer.facts |= {**(facts or {}), **more}

@@ -21,7 +21,7 @@ def show_lora(out_dir: object, manifest: "Manifest", done: str = "converted") ->
     assert isinstance(result, LoraResult)
     base = manifest.base.location if manifest.base else _named_base(out_dir)
     cut = result.truncation
-    loss = f"relative truncation error {cut.error:.2e}" if cut else "exact"
+    loss = f"{cut.error:.2%} of the change's norm left out" if cut else "exact"
     if result.rounding:
         loss = f"{loss if cut else 'no rank left out'}, rounding error {result.rounding:.2e}"
     form = manifest.options.get("format", "peft")

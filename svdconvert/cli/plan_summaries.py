@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.cli.summaries import listing, summary
+from svdconvert.config.counts import counted
 from svdconvert.config.sizes import size_text
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def show_train_plan(source: object, plan: "TrainEstimate") -> None:
             "longest row": f"{plan.longest_row:,} tokens",
             "steps": f"{plan.steps:,}, {plan.epochs:.2f} epochs, {plan.tokens:,} tokens, at rate {plan.lr:g}",
             "train": f"{plan.trained_parameters:,} parameters, {share:.2%} of the model's",
-            "write": f"{size_text(plan.written)} in {files_text(plan.files)}"
+            "write": f"{size_text(plan.written)} in {counted(plan.files, 'file')}"
             + (f", and up to {size_text(plan.checkpoints)} of checkpoints" if plan.checkpoints else ""),
             "peak memory": f"about {size_text(plan.memory)} on {plan.device}, in {plan.precision}",
             "take": f"about {time_text(plan.seconds)}: {plan.basis}",
@@ -96,7 +97,7 @@ def show_combine_plan(plan: "CombineEstimate") -> None:
             "method": plan.method,
             "merge": f"{plan.matrices} {what}" + (f", into rank {plan.rank}" if plan.rank else ""),
             "read": size_text(plan.read),
-            "write": f"{size_text(plan.written)} in {files_text(len(plan.files))}",
+            "write": f"{size_text(plan.written)} in {counted(len(plan.files), 'file')}",
             "peak memory": f"about {size_text(plan.memory)}",
             "take": f"about {time_text(plan.seconds)}",
         },
@@ -110,7 +111,7 @@ def show_push_plan(directory: object, plan: "PushEstimate") -> None:
     summary(
         f"push {directory} to {plan.repository} would",
         {
-            "send": f"{size_text(plan.nbytes)} in {files_text(len(plan.files))}, and a card",
+            "send": f"{size_text(plan.nbytes)} in {counted(len(plan.files), 'file')}, and a card",
             "branch": f"{plan.branch}, by a pull request" if plan.pull_request else plan.branch,
             "visible": "to you alone, if the repository is new" if plan.private else None,
             "message": plan.message,
@@ -167,7 +168,7 @@ def _show_merge(title: str, facts: dict[str, Any]) -> None:
             "weights": f"the {facts['side']} {facts['weights']}",
             "merge": f"{facts['matrices']} matrices",
             "read": size_text(facts["read_bytes"]),
-            "write": f"{size_text(facts['written_bytes'])} in {files_text(len(facts['files']))}",
+            "write": f"{size_text(facts['written_bytes'])} in {counted(len(facts['files']), 'file')}",
             "peak memory": f"about {size_text(facts['memory_bytes'])}",
             "take": f"about {time_text(facts['seconds'])}",
         },
@@ -193,8 +194,3 @@ def _with_bytes(facts: dict[str, Any]) -> dict[str, Any]:
     sizes = {"read": "read_bytes", "written": "written_bytes", "memory": "memory_bytes", "nbytes": "bytes"}
     sizes |= {"checkpoints": "checkpoint_bytes"}
     return {sizes.get(name, name): value for name, value in facts.items()}
-
-
-def files_text(count: int) -> str:
-    """Such as "1 file" and "2 files"."""
-    return f"{count} file" if count == 1 else f"{count} files"

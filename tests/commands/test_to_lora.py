@@ -116,7 +116,7 @@ def test_the_limits_exclude_each_other(trained: tuple[Path, Path], tmp_path: Pat
 def test_a_wrong_option_is_named_as_it_is_typed(trained: tuple[Path, Path], tmp_path: Path) -> None:
     adapter, residual = trained
     command = ("to-lora", adapter, "-o", tmp_path / "lora", "--residual", residual)
-    refused(*command, "--rank-budget", "0", words=["to-lora: rank_budget is 0: it should be greater"])
+    refused(*command, "--rank-budget", "0", words=["to-lora: --rank-budget is 0: it should be greater"])
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 1e-4), ("float16", 1e-5)])

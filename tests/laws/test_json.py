@@ -123,6 +123,7 @@ def check_document(command: str, words: list[Any], ended: Ended) -> None:
         return
     if "error" in document:
         assert document["error"]["status"] == ended.status != 0
+        assert not document["error"]["message"].startswith("unexpected ")
         assert document["error"]["message"] in ended.err.replace("\n", " ") or "\n" in ended.err.strip()
         return
     known = dict(SECTIONS["Every object"])
