@@ -29,7 +29,7 @@ def combine(  # noqa: PLR0913 (two locations besides the inputs)
     with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[*inputs, base, init, config])
     job = open_combination(
         [str(one) for one in inputs], options or CombineOptions(), run, base=base, init=init, config=config
     )

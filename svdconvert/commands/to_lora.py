@@ -35,7 +35,7 @@ def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     run = run or Run()
     options = options or LoraOptions()
     run.ranks.alone("to-lora")
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[adapter, base, residual, init])
     sources = Sources(base=base, residual=residual, init=init)
     delta = open_adapter_delta(adapter, sources, options.alpha)
     if delta.adapter.config.dora:
