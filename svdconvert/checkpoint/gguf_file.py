@@ -127,7 +127,7 @@ def _type_names() -> dict[int, str]:
 
 
 class _Header:
-    """Reads the numbers and texts of a header, each of which must lie in the file, and in its first 64 MiB."""
+    """Reads the numbers and texts of a header, each of which must lie in the first 64 MiB."""
 
     def __init__(self, stream: BufferedReader, file: Path, size: int) -> None:
         self._stream = stream

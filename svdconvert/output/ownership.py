@@ -40,15 +40,11 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
 def check_free(out: Path, *, overwrite: bool, given: Iterable[str | Path | None] = ()) -> None:
     """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
 
-    With `overwrite`, a directory all of whose files svdconvert wrote may be replaced, and no other, and not if
-    one of the locations that the user has `given` is in it, read or not. The staging directory must be
+    With `overwrite`, a directory all of whose files svdconvert wrote may be replaced, and no other, and not
+    if one of the locations that the user has `given` is in it, read or not. The staging directory must be
     absent, empty, or left by svdconvert.
     """
-    target = out.resolve()
-    for place in given:
-        known = place is not None and _local(place)
-        if known and (target == known or target in known.parents):
-            raise OutputError(f"{out} holds {place}, which is an input; choose another -o")
+    _refuse_inputs(out, given)
     _check_staging(staging_directory(out))
     if not os.path.lexists(out):
         return
@@ -65,6 +61,14 @@ def check_free(out: Path, *, overwrite: bool, given: Iterable[str | Path | None]
             f"{out} holds {foreign}, which svdconvert did not write and does not overwrite; move it away, or "
             "choose another -o"
         )
+
+
+def _refuse_inputs(out: Path, given: Iterable[str | Path | None]) -> None:
+    target = out.resolve()
+    for place in given:
+        known = place is not None and _local(place)
+        if known and (target == known or target in known.parents):
+            raise OutputError(f"{out} holds {place}, which is an input; choose another -o")
 
 
 def _local(place: str | Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""For every command that writes: what is under the names that it needs, and is not its own, stays as it is."""
+"""For every command that writes: what others have under the names that it needs stays as it is."""
 
 import json
 import shutil
