@@ -181,7 +181,7 @@ class _Header:
                 self.bytes(count * calcsize(scalar))
             else:
                 for _ in range(count):
-                    self.value(inner, depth + 1)
+                    self.bytes(self.number("<Q")) if inner == _TEXT else self.value(inner, depth + 1)
             return [count]
         if kind >= len(_SCALARS) or not _SCALARS[kind]:
             raise self.damaged()
