@@ -209,6 +209,8 @@ def _read_header(file: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
                 name = header.text()
                 metadata[name] = header.value_of(name, metadata)
             found = [_read_tensor(header) for _ in range(tensors)]
+            if len({name for name, *_ in found}) < len(found):
+                raise header.refused("has two tensors of one name")
             alignment = metadata.get("general.alignment", 32)
             if type(alignment) is not int or not 1 <= alignment <= 1 << 16:
                 raise header.damaged()

@@ -64,7 +64,8 @@ class CheckpointJob:
 
     def write_sidecars(self, directory: Path) -> None:
         """The sidecars of the base, or of the first model, with the new number of layers."""
-        complete_checkpoint(self.plan.models[self.plan.first].path, directory, self.plan.shards)
+        kept = self.plan.models[self.plan.first]
+        complete_checkpoint(kept.sidecars, directory, self.plan.shards, was_decoded=kept.is_decoded)
         if self.plan.layers is not None:
             write_config(directory, with_layers(read_config(directory), self.plan.layers))
 
