@@ -25,9 +25,9 @@ def heatmap(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(width, 420)}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{_text(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="10" y="22" font-size="14">{escape(title)}</text>',
+        f'<text x="10" y="22" font-size="14">{_text(title)}</text>',
         f'<text x="{_LEFT}" y="46">layer</text>',
     ]
     for column, layer in enumerate(layers):
@@ -35,7 +35,7 @@ def heatmap(
             parts.append(f'<text x="{_LEFT + _CELL * column + 6}" y="{_TOP - 8}">{layer}</text>')
     for row, role in enumerate(roles):
         y = _TOP + _CELL * row
-        parts.append(f'<text x="10" y="{y + 20}">{escape(role)}</text>')
+        parts.append(f'<text x="10" y="{y + 20}">{_text(role)}</text>')
         parts += [
             _cell(_LEFT + _CELL * column, y, f"{role}, layer {layer}", values[layer, role], (low, high))
             for column, layer in enumerate(layers)
@@ -43,6 +43,12 @@ def heatmap(
         ]
     parts.append(f'<text x="10" y="{height - 16}">from {low:.2e} (light) to {high:.2e} (dark)</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _text(value: str) -> str:
+    """Text for SVG, with control and format characters as escapes: XML allows only some of them."""
+    visible = (one if one.isprintable() else one.encode("unicode_escape").decode() for one in value)
+    return escape("".join(visible))
 
 
 def _every(count: int) -> int:
@@ -54,7 +60,7 @@ def _cell(x: int, y: int, label: str, value: float, span: tuple[float, float]) -
     size = _CELL - 2
     return (
         f'<rect x="{x}" y="{y}" width="{size}" height="{size}" fill="{_colour(value, span)}" stroke="#ccc">'
-        f"<title>{escape(label)}: {value:.3e}</title></rect>"
+        f"<title>{_text(label)}: {value:.3e}</title></rect>"
     )
 
 
