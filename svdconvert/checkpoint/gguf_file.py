@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.regular_file import OpenFiles, open_regular
 from svdconvert.checkpoint.tensors import TensorInfo, read_whole, versions_of_files
-from svdconvert.errors import CheckpointError, MissingPackageError
+from svdconvert.errors import CheckpointError, MissingPackageError, brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,8 @@ _ARRAY = 9
 _DEEPEST = 4  # arrays in arrays
 _DIMENSIONS = 4
 _LONGEST_NAME = 1 << 16
+_LONGEST_HEADER = 1 << 26  # bytes; the largest vocabularies take some 10 MB
+_MOST_EXPERTS = 1 << 14
 _CODE_OF_TYPE = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 
 
@@ -60,6 +62,8 @@ class GgufFile:
         self.metadata, found = _read_header(file)
         self.tensors: Mapping[str, GgufTensor] = {_stored_name(tensor): tensor for tensor in found}
         """By the names of `infos`; see `_stored_name`."""
+        if len(self.tensors) < len(found):
+            raise CheckpointError(f"{file} has two tensors of one name; fetch it again")
         self.infos: Mapping[str, TensorInfo] = {
             name: _info(name, tensor) for name, tensor in self.tensors.items()
         }
@@ -123,12 +127,12 @@ def _type_names() -> dict[int, str]:
 
 
 class _Header:
-    """Reads the numbers and texts of a header, each of which must lie in the file."""
+    """Reads the numbers and texts of a header, each of which must lie in the first 64 MiB."""
 
     def __init__(self, stream: BufferedReader, file: Path, size: int) -> None:
         self._stream = stream
         self._file = file
-        self._left = size
+        self._left = min(size, _LONGEST_HEADER)
 
     @property
     def position(self) -> int:
@@ -147,7 +151,16 @@ class _Header:
         return unpack(code, self.bytes(calcsize(code)))[0]
 
     def text(self) -> str:
-        return self.bytes(self.number("<Q")).decode("utf-8", "replace")
+        try:
+            return self.bytes(self.number("<Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.damaged() from error
+
+    def value_of(self, name: str, known: Mapping[str, Any]) -> Any:
+        """The value of the entry `name`, which must not be among the `known` ones."""
+        if name in known:
+            raise self.refused(f"has two values of {brief(name)}")
+        return self.value(self.number("<I"))
 
     def count(self, least: int) -> int:
         """A number of things of at least `least` bytes each."""
@@ -168,14 +181,17 @@ class _Header:
                 self.bytes(count * calcsize(scalar))
             else:
                 for _ in range(count):
-                    self.value(inner, depth + 1)
+                    self.bytes(self.number("<Q")) if inner == _TEXT else self.value(inner, depth + 1)
             return [count]
         if kind >= len(_SCALARS) or not _SCALARS[kind]:
             raise self.damaged()
         return self.number(_SCALARS[kind])
 
     def damaged(self) -> CheckpointError:
-        return CheckpointError(f"{self._file} is damaged, or no GGUF file of version 2 or 3; fetch it again")
+        return self.refused("is damaged, or no GGUF file of version 2 or 3")
+
+    def refused(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self._file} {reason}; fetch it again")
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
@@ -191,8 +207,10 @@ def _read_header(file: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
             metadata: dict[str, Any] = {}
             for _ in range(entries):
                 name = header.text()
-                metadata[name] = header.value(header.number("<I"))
+                metadata[name] = header.value_of(name, metadata)
             found = [_read_tensor(header) for _ in range(tensors)]
+            if len({name for name, *_ in found}) < len(found):
+                raise header.refused("has two tensors of one name")
             alignment = metadata.get("general.alignment", 32)
             if type(alignment) is not int or not 1 <= alignment <= 1 << 16:
                 raise header.damaged()
@@ -224,6 +242,8 @@ def _placed(  # noqa: PLR0913 (an entry of the header, and where the data is)
     nbytes = prod(shape[:-1]) * per_row
     if begin + offset + nbytes > size:
         raise header.damaged()
+    if len(shape) == 3 and shape[0] > _MOST_EXPERTS:
+        raise header.refused(f"has {brief(name)} for {shape[0]} experts, more than {_MOST_EXPERTS}")
     if len(shape) != 3:
         return [GgufTensor(name, shape, kind, None, begin + offset)]
     step = nbytes // shape[0] if shape[0] else 0

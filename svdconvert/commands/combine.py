@@ -33,7 +33,7 @@ def combine(  # noqa: PLR0913 (two locations besides the inputs)
     with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[*inputs, base, init, config])
     return run_job(_open(inputs, options, run, base=base, init=init, config=config), Path(out), run)
 
 

@@ -21,7 +21,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     back gives the same bytes. Raises SvdConvertError with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[model])
     opened = open_plain_model(str(model), "convert", stream=run.stream)
     refuse_idle_stream(opened, run)
     return run_job(ConvertJob(opened, plan_conversion(opened, options), options), Path(out), run)

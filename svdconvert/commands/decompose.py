@@ -25,7 +25,7 @@ def decompose(
     `model` is a directory, a single file or org/name[@revision]. Raises SvdConvertError with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[model])
     opened = open_plain_model(str(model), "decompose", stream=run.stream)
     opened = replace(opened, trust_remote_code=run.trust_remote_code)
     refuse_idle_stream(opened, run)

@@ -29,7 +29,7 @@ def extract(
     float32, and the error of every matrix is measured. Raises SvdConvertError with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[base, tuned])
     pair = open_pair(
         str(base), str(tuned), "extract", stream=run.stream, trust_remote_code=run.trust_remote_code
     )

@@ -37,12 +37,12 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
     override the locations in the manifest. Raises SvdConvertError with one sentence.
     """
     run = run or Run()
-    check_free(Path(out), overwrite=run.overwrite)
+    adapters = [str(adapter)] if isinstance(adapter, str | Path) else [str(one) for one in adapter]
+    check_free(Path(out), overwrite=run.overwrite, given=[*adapters, base, residual, init])
     sources = Sources(
         base=base, residual=residual, init=init, stream=run.stream, trust_remote_code=run.trust_remote_code
     )
     options = options or MergeOptions()
-    adapters = [str(adapter)] if isinstance(adapter, str | Path) else [str(one) for one in adapter]
     if len(adapters) > 1 or options.weights is not None:
         job = GroupMergeJob(open_group_merge(adapters, options, sources))
         refuse_idle_stream(job.base, run)

@@ -37,7 +37,7 @@ def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     """
     run = run or Run()
     run.ranks.alone("to-lora")
-    check_free(Path(out), overwrite=run.overwrite)
+    check_free(Path(out), overwrite=run.overwrite, given=[adapter, base, residual, init])
     sources = Sources(base=base, residual=residual, init=init)
     return run_job(LoraJob(_plan(adapter, options or LoraOptions(), sources)), Path(out), run)
 

@@ -41,7 +41,9 @@ def train(  # noqa: PLR0913 (what to start from, how to train, and a callback)
     """
     run = run or Run()
     split = split or SplitOptions()
-    check_free(Path(out), overwrite=run.overwrite)
+    data = [plan.data] if isinstance(plan.data, str) else plan.data or ()
+    given = [model, base, *data, plan.eval_data, plan.image_dir]
+    check_free(Path(out), overwrite=run.overwrite, given=given)
     require_trackers(plan)
     if plan.task == "text":
         refuse_encoder_decoder(fetch(str(model), "sidecars").path)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svdconvert.config.yaml_file import read_yaml
 from svdconvert.errors import RecipeError, brief, did_you_mean
 
 Scalar = bool | int | float | str
-_LARGEST_FILE = 1 << 20
 _MOST_ENTRIES = 10_000  # of a list of models, slices or values
 _MOST_IN_ALL = 200_000
 _MOST_LAYERS = 100_000
@@ -73,20 +73,7 @@ class MergeFile:
 
 def read_merge_file(path: Path) -> MergeFile:
     """Read and check a file. Raises RecipeError for a key or value that is unknown or not supported."""
-    import yaml
-
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise RecipeError(f"{path} has more than 1 MiB; give a file in mergekit's format")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except RecipeError:
-        raise
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}; give --config a YAML file") from error
-    except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RecipeError(f"{path} cannot be read as YAML: {reason}") from error
-    return _Reader(str(path)).file(content)
+    return _Reader(str(path)).file(read_yaml(path, "--config"))
 
 
 class _Reader:

@@ -36,6 +36,7 @@ from svdconvert.config.options import (
 )
 from svdconvert.config.recipe_files import find_recipe, with_neighbours
 from svdconvert.config.train import REPEATED, TrainOptions
+from svdconvert.config.yaml_file import read_yaml
 from svdconvert.errors import MissingOptionError, RecipeError, brief, did_you_mean
 
 T = TypeVar("T")
@@ -68,7 +69,6 @@ def section_of(kind: str, command: str | None) -> str:
 
 
 SHARED: Mapping[str, type] = {"model": str, "seed": int, "threads": int, "device": str}
-_LONGEST = 300  # characters that are shown of a message of the YAML reader
 _SPELLINGS = {"from": "side"}  # a reserved word in Python
 # Options of which only one can be given: if one is typed, those of the recipe are ignored.
 _EXCLUSIVE = {
@@ -123,13 +123,7 @@ def read_recipe(path: Path | None) -> Recipe:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises RecipeError if there is none."""
-    import yaml  # only if there is a recipe: the import takes time
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except Exception as error:  # a tag such as !!timestamp raises whatever its text leads to
-        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
-        raise RecipeError(f"{path} cannot be read as YAML: {reason}") from error
+    content = read_yaml(path, "--recipe") or {}
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a mapping of keys; write some of {', '.join([*SHARED, *SECTIONS])}")
     return content

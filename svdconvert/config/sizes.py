@@ -34,4 +34,3 @@ SizeText = Annotated[str, AfterValidator(_checked)]
 def size_text(count: int) -> str:
     """1234567 -> "1.2 MB"."""
     return ByteSize(count).human_readable(decimal=True, separator=" ")
-

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class AdapterGroup:
                 name = spellings.setdefault(without_containers(parameter), parameter)
                 found.setdefault(name, {})[index] = parameter
         return found
+
+    @property
+    def directories(self) -> list[Path]:
+        """Those of the adapters, in their order."""
+        return [delta.directory for delta in self.deltas]
 
     @property
     def has_one_spelling(self) -> bool:

@@ -1,6 +1,7 @@
 """Several checkpoints of one architecture, and the layers of a new one that are taken from them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,15 @@ from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapted_tensors import is_head, ties_embeddings
 from svdconvert.inputs.model import OpenModel
+from svdconvert.manifest.fingerprint import tensor_checksum
+from svdconvert.models.architecture import LEFT_OVER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LONGEST_NUMBER = 6  # digits of a layer's number
+_IGNORED = "|".join((*LEFT_OVER, r"^(transformer\.)?h\.[0-9]+\.attn\.(masked_)?bias$"))
+"""Patterns of tensors that networks ignore, such as the masks that older versions stored of GPT-2."""
 _FIRST = ("embed", "wte", "wpe")  # parts of the names of what comes before the first layer
 
 
@@ -71,6 +76,32 @@ def tensor_in(model: OpenModel, name: str) -> str:
         f"{model.path} has no {name}, which the model that it is merged with has; merge models of one "
         "architecture"
     )
+
+
+def refuse_left_out(
+    models: Sequence[OpenModel], first: int, used: Iterable[Sequence[tuple[int, str]]]
+) -> None:
+    """Raise ArtifactError if a model has a tensor that would be lost, as the `first` one does not have it.
+
+    `used` are the (position of a model, name) that each tensor of the result is made of. A head that equals
+    the embeddings to which the first model ties its own is not lost.
+    """
+    known = {part for parts in used for part in parts}
+    for index, model in enumerate(models):
+        for name in model.source.infos:
+            if (index, name) in known or re.search(_IGNORED, name):
+                continue
+            if not (is_head(name.removesuffix(".weight")) and _is_embeddings(model, name)):
+                raise ArtifactError(
+                    f"{model.path} has {name}, which {models[first].path} does not have and which would be "
+                    "lost; merge models of one architecture, or give this one first if it has them all"
+                )
+
+
+def _is_embeddings(model: OpenModel, head: str) -> bool:
+    """True if a model's head is stored as well, with the values of its embeddings."""
+    found = [name for name in model.source.infos if name.endswith("embed_tokens.weight")]
+    return [tensor_checksum(model.source, head)] == [tensor_checksum(model.source, name) for name in found]
 
 
 def refuse_misfit(first: OpenModel, other: OpenModel) -> None:

@@ -21,7 +21,7 @@ from svdconvert.errors import CheckpointError, SvdConvertError, UnknownNameError
 _LAYER_COUNT = re.compile(r"(?:num_.*|n_|.*_)?(?:layers?|blocks|depth)(?:_per_stack)?")
 _SMALLEST_COUNT = 512
 """Up to this many layers are built whatever the checkpoint holds."""
-_LEFT_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+LEFT_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Patterns of tensors that older versions of transformers stored, and that every network ignores."""
 _MAPPED_LIKE = ("mixtral", "qwen2_moe")
 """Types whose experts, if stored one by one, PEFT fuses when it loads an adapter."""
@@ -65,7 +65,7 @@ class Architecture:
         self._state = dict.fromkeys(network.state_dict(), True)
         self._buffers = {name for name, _ in network.named_buffers()}
         ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
-        self._ignored = [re.compile(pattern) for pattern in sorted({*ignored, *_LEFT_OVER})]
+        self._ignored = [re.compile(pattern) for pattern in sorted({*ignored, *LEFT_OVER})]
         tables = list(get_model_conversion_mapping(self.network))
         self._renamings = [table for table in tables if isinstance(table, WeightRenaming)]
         self._converters = [table for table in tables if isinstance(table, WeightConverter)]

@@ -9,7 +9,7 @@ which model they belong to.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
             raise OutputError(f"{out} overlaps {source}, which is an input; choose another -o")
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
+def check_free(out: Path, *, overwrite: bool, given: Iterable[str | Path | None] = ()) -> None:
     """Raise OutputError unless `out` does not exist, is an empty directory, or may be overwritten.
 
-    With `overwrite`, a directory all of whose files svdconvert wrote may be replaced, and no other. The
-    staging directory must be absent, empty, or left by svdconvert.
+    With `overwrite`, a directory all of whose files svdconvert wrote may be replaced, and no other, and not
+    if one of the locations that the user has `given` is in it, read or not. The staging directory must be
+    absent, empty, or left by svdconvert.
     """
+    _refuse_inputs(out, given)
     _check_staging(staging_directory(out))
     if not os.path.lexists(out):
         return
@@ -63,6 +65,21 @@ def check_free(out: Path, *, overwrite: bool) -> None:
             f"{out} holds {foreign}, which svdconvert did not write and does not overwrite; move it away, or "
             "choose another -o"
         )
+
+
+def _refuse_inputs(out: Path, given: Iterable[str | Path | None]) -> None:
+    target = out.resolve()
+    for place in given:
+        known = place is not None and _local(place)
+        if known and (target == known or target in known.parents):
+            raise OutputError(f"{out} holds {place}, which is an input; choose another -o")
+
+
+def _local(place: str | Path) -> Path | None:
+    """The path of an input, without links; None for what is not on this disk, such as a model of the Hub."""
+    with suppress(OSError, ValueError):  # too long for a name, or with a zero byte
+        return Path(place).resolve() if os.path.lexists(place) else None
+    return None
 
 
 def foreign_files(directory: Path) -> Iterator[Path]:

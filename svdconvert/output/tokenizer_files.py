@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,25 @@ def copy_tokenizer(adapter: Path, target: Path) -> None:
     if template is not None and not brings_template and "chat_template" not in settings:
         text = json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False) + "\n"
         (target / _SETTINGS).write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def copy_one_tokenizer(adapters: Sequence[Path], target: Path) -> None:
+    """Put the tokenizer of the first of several adapters that brings one into `target`."""
+    owners = [adapter for adapter in adapters if tokenizer_changes(adapter, target)]
+    if owners:
+        copy_tokenizer(owners[0], target)
+
+
+def other_tokenizers(adapters: Sequence[Path]) -> Iterator[str]:
+    """A sentence if several adapters bring different tokenizers or chat templates, of which one is kept."""
+    owners = [adapter for adapter in adapters if _own_files(adapter)]
+    for other in owners[1:]:
+        if names := tokenizer_changes(other, owners[0]):
+            yield (
+                f"the tokenizer of {owners[0]} is kept, and that of {other} is another ({', '.join(names)}): "
+                "text that is written for the second may be read otherwise"
+            )
+            return
 
 
 def _own_files(directory: Path) -> dict[str, Path]:

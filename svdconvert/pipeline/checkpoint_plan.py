@@ -17,6 +17,7 @@ from svdconvert.inputs.checkpoint_group import (
     Place,
     layer_counts,
     place_of,
+    refuse_left_out,
     refuse_misfit,
     tensor_in,
 )
@@ -26,6 +27,8 @@ from svdconvert.merging.base import MergeMethod, Settings
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.pipeline.combine_settings import check_count, find_method
 from svdconvert.pipeline.merge_parameters import refuse_unknown, resolve
+
+_MATRIX = 2
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def plan_checkpoint(
         tensors[name] = merged
         index, own = merged.parts[merged.settings.base or 0]
         picked[name] = (models[names[index]].source, own)
+    if _layers(opened, names[first]) is None:
+        refuse_left_out(list(models.values()), first, [merged.parts for merged in tensors.values()])
     source = PickedSource(picked)
     chosen = file.dtype if options.dtype == "auto" else options.dtype
     code = None if chosen is None else dtype_code(getattr(torch, chosen))
@@ -227,17 +232,22 @@ def _merged(opened: _Opened, part: Slice, own: Mapping[str, str], output: _Outpu
     names = list(opened.models)
     parts = []
     shapes: dict[tuple[int, ...], str] = {}
+    kinds: dict[bool, str] = {}
     for source in sources:
         model = opened.models[source.model]
         tensor = tensor_in(model, own[source.model])
         parts.append((names.index(source.model), tensor))
         shapes.setdefault(model.source.infos[tensor].shape, source.model)
+        kinds.setdefault(model.source.infos[tensor].dtype in REAL, source.model)
     if len(shapes) > 1:
         (one, first), (other, second), *_ = shapes.items()
         raise ArtifactError(
             f"{output.name} has the shape {one} in {opened.models[first].path} and {other} in "
             f"{opened.models[second].path}; merge models of one shape and one vocabulary"
         )
+    if False in kinds and (len(kinds) > 1 or len(next(iter(shapes))) == _MATRIX):
+        model = opened.models[kinds[False]]
+        model.refuse_codes(model.source.infos, [own[kinds[False]]])
     is_needed = opened.method.base == "needed"
     inputs = [source for source in sources if source.model != base or not is_needed]
     each = {

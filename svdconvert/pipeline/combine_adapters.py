@@ -28,7 +28,7 @@ from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.merging.rank_space import combine_products
 from svdconvert.output.plan import PlannedFile, plan_file
 from svdconvert.output.staging import StagedOutput
-from svdconvert.output.tokenizer_files import copy_tokenizer
+from svdconvert.output.tokenizer_files import copy_one_tokenizer, other_tokenizers
 from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.combine_settings import Chosen
 from svdconvert.pipeline.lora_formats import base_repository
@@ -189,9 +189,9 @@ class CombineJob:
                 staged.finish(name, {"files": {self.plan.file.path: checksums}})
 
     def write_sidecars(self, directory: Path) -> None:
-        """The configuration, and the tokenizer of the first adapter."""
+        """The configuration, and the tokenizer of the first adapter that brings one."""
         (directory / CONFIG).write_text(_config(self.plan).text())
-        copy_tokenizer(self.plan.group.deltas[0].directory, directory)
+        copy_one_tokenizer(self.plan.group.directories, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the combined LoRA."""
@@ -220,10 +220,11 @@ class CombineJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if the LoRA changes nothing."""
+        """A warning if the LoRA changes nothing, and if one of several tokenizers was chosen."""
         assert isinstance(manifest.result, LoraResult)
         if not manifest.result.norm:
             yield "the combined LoRA changes nothing: the weighted changes cancel, or there were none"
+        yield from other_tokenizers(self.plan.group.directories)
 
 
 def _write_module(plan: CombinePlan, module: str, staged: StagedOutput) -> dict[str, Any]:

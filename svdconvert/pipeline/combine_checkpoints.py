@@ -12,6 +12,7 @@ from svdconvert.checkpoint.tensors import torch_dtype
 from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
+from svdconvert.errors import TargetError
 from svdconvert.linalg.delta import Realised, realised_change
 from svdconvert.linalg.threads import pick_device
 from svdconvert.manifest.results import MergeResult
@@ -63,7 +64,8 @@ class CheckpointJob:
 
     def write_sidecars(self, directory: Path) -> None:
         """The sidecars of the base, or of the first model, with the new number of layers."""
-        complete_checkpoint(self.plan.models[self.plan.first].path, directory, self.plan.shards)
+        kept = self.plan.models[self.plan.first]
+        complete_checkpoint(kept.sidecars, directory, self.plan.shards, was_decoded=kept.is_decoded)
         if self.plan.layers is not None:
             write_config(directory, with_layers(read_config(directory), self.plan.layers))
 
@@ -111,6 +113,8 @@ def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) ->
     merged = plan.tensors[name]
     start = stored.float()
     exact = _exact(plan, merged, start)
+    if not exact.isfinite().all():
+        raise _not_finite(plan, name)
     dtype = torch_dtype(plan.dtypes[name])
     rounded = cast_finite(name, exact, dtype)
     return TensorResult({(file, name): rounded}, _note(realised_change(start, exact, rounded)))
@@ -130,6 +134,14 @@ def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
     assert plan.method.changes is not None
     changes = [tensor.sub_(start) for position, tensor in enumerate(tensors) if position != where]
     return plan.method.changes(changes, merged.settings).add_(start)
+
+
+def _not_finite(plan: CheckpointPlan, name: str) -> TargetError:
+    """The error for a tensor that is NaN or infinite, with the model that makes it so."""
+    for index, own in plan.tensors[name].parts:
+        if not plan.models[index].source.read(own).isfinite().all():
+            return TargetError(f"{own} of {plan.models[index].path} holds NaN or Inf; repair the checkpoint")
+    return TargetError(f"the values of {name} overflow when they are merged; give smaller --weights")
 
 
 def _note(realised: Realised | None) -> dict[str, Any]:

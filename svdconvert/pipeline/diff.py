@@ -226,8 +226,10 @@ class _Sums:
 
     def count(self, before: Tensor, after: Tensor) -> None:
         """Count the entries whose values differ."""
-        common = torch.promote_types(before.dtype, after.dtype)
-        self._moved += int((before.to(common) != after.to(common)).sum())
+        if before.dtype != after.dtype:  # element types of 8 bits have no common type
+            before = before.double()
+            after = after.double()
+        self._moved += int((before != after).sum())
         self._entries += before.numel()
 
     @property

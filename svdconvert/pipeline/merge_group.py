@@ -29,6 +29,7 @@ from svdconvert.manifest.schema import Manifest, roles_of
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint
 from svdconvert.output.staging import StagedOutput
+from svdconvert.output.tokenizer_files import copy_one_tokenizer, other_tokenizers
 from svdconvert.pipeline.effects import refuse_idle_merge_options
 from svdconvert.pipeline.lora_plan import exact_factors
 from svdconvert.pipeline.merge import measured_update, remark_on_rounding
@@ -73,6 +74,8 @@ def open_group_merge(adapters: Sequence[str], options: MergeOptions, sources: So
             "several adapters, or one with a weight, are merged into their base; leave out --from residual "
             "and --residual"
         )
+    if options.keep_format:
+        raise RecipeError("--keep-format is for a single adapter; combine the adapters into one first")
     if options.alpha is not None:
         raise RecipeError("--alpha is for a single adapter file; convert it with to-lora first")
     if sources.init not in (None, NO_INIT):
@@ -200,8 +203,10 @@ class GroupMergeJob:
         stream(group_work(self.plan, device), self.plan.source, staged, run)
 
     def write_sidecars(self, directory: Path) -> None:
-        """The base's sidecars."""
-        complete_checkpoint(self.base.path, directory, self.plan.shards)
+        """The base's sidecars, and the tokenizer of the first adapter that brings one."""
+        base = self.base
+        complete_checkpoint(base.sidecars, directory, self.plan.shards, was_decoded=base.is_decoded)
+        copy_one_tokenizer(self.plan.group.directories, directory)
 
     def manifest(self, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of the merged checkpoint."""
@@ -219,11 +224,12 @@ class GroupMergeJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if rounding to nearest lost too much of some updates."""
+        """A warning if rounding to nearest lost too much, and if one of several tokenizers was chosen."""
         if self.options.rounding == "nearest":
             yield from remark_on_rounding(
                 manifest, "--dtype float32 keeps it, --rounding stochastic does on average"
             )
+        yield from other_tokenizers(self.plan.group.directories)
 
 
 def group_work(plan: GroupPlan, device: torch.device) -> TensorJob:

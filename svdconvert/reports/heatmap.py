@@ -30,9 +30,9 @@ def heatmap(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(width, 420)}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{escape(visible(title))}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="10" y="22" font-size="14">{escape(title)}</text>',
+        f'<text x="10" y="22" font-size="14">{escape(visible(title))}</text>',
         f'<text x="{_LEFT}" y="46">layer</text>',
     ]
     for column, layer in enumerate(layers):
@@ -40,7 +40,7 @@ def heatmap(
             parts.append(f'<text x="{_LEFT + _CELL * column + 6}" y="{_TOP - 8}">{layer}</text>')
     for row, role in enumerate(roles):
         y = _TOP + _CELL * row
-        parts.append(f'<text x="10" y="{y + 20}">{escape(role)}</text>')
+        parts.append(f'<text x="10" y="{y + 20}">{escape(visible(role))}</text>')
         parts += [
             _cell(_LEFT + _CELL * column, y, f"{role}, layer {layer}", values[layer, role], (low, high))
             for column, layer in enumerate(layers)
@@ -103,7 +103,7 @@ def _cell(x: int, y: int, label: str, value: float, span: tuple[float, float]) -
     size = _CELL - 2
     return (
         f'<rect x="{x}" y="{y}" width="{size}" height="{size}" fill="{_colour(value, span)}" stroke="#ccc">'
-        f"<title>{escape(label)}: {value:.3e}</title></rect>"
+        f"<title>{escape(visible(label))}: {value:.3e}</title></rect>"
     )
 
 

@@ -2,10 +2,21 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
-from svdconvert import LoraOptions, MergeOptions, Run, SplitOptions, decompose, inspect, merge, to_lora
+from svdconvert import (
+    LoraOptions,
+    MergeOptions,
+    Run,
+    SplitOptions,
+    combine,
+    decompose,
+    inspect,
+    merge,
+    to_lora,
+)
 from tests.conftest import Build
 from tests.reading import readable, write_tokenizer
 from tests.stock import plain, start_of, trained_from
@@ -67,3 +78,31 @@ def test_a_stray_adapter_config_does_not_travel_and_makes_no_adapter(
     for directory in (tmp_path / "out", tmp_path / "merged"):
         assert not (directory / stray.name).exists()
         plain(directory)
+
+
+@pytest.mark.parametrize("command", ["merge", "combine"])
+def test_of_several_adapters_the_first_tokenizer_is_kept_and_another_one_is_named(
+    command: str, checkpoint: Build, tmp_path: Path
+) -> None:
+    base = readable(checkpoint("llama", dtype=torch.float32), tmp_path / "base")
+    adapters = [tmp_path / name for name in "abc"]
+    for seed, adapter in enumerate(adapters):
+        decompose(base, adapter, SplitOptions(rank=2, method="lora", seed=seed), Run())
+    wanted = grown_tokenizer(adapters[1])
+    write_tokenizer(adapters[2])
+    said: list[str] = []
+
+    def made(*given: Path) -> Path:
+        out = tmp_path / f"out-{len([*tmp_path.iterdir()])}"
+        if command == "merge":
+            merge(given, out, MergeOptions(), Run(notify=said.append), base=str(base))
+        else:
+            combine(given, out, run=Run(notify=said.append))
+        return out
+
+    assert encoded(made(adapters[0], adapters[1])) == wanted
+    assert not any("tokenizer of" in line for line in said)
+    assert encoded(made(adapters[1], adapters[2])) == wanted
+    assert [
+        line for line in said if f"the tokenizer of {adapters[1]} is kept, and that of {adapters[2]}" in line
+    ]

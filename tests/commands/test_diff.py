@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors.torch import save_file
 
 from svdconvert import Run, SplitOptions, TrainOptions, decompose, diff, train
 from svdconvert.errors import ArtifactError, RecipeError
@@ -185,3 +186,18 @@ def test_names_of_layers_and_files_are_escaped_in_the_picture(
     shutil.copytree(models[1], odd)
     assert svdconvert("diff", models[0], odd, "--picture", tmp_path / "odd.svg").status == 0
     assert "<script>" not in (tmp_path / "odd.svg").read_text()
+
+
+def test_weights_of_8_bits_without_a_format_are_counted(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """They have no type in common with others."""
+    other = tmp_path / "other"
+    shutil.copytree(models[0], other)
+    stored = stock.tensors(other)
+    norm = stored["model.norm.weight"]
+    stored["model.norm.weight"] = norm.to(torch.float8_e4m3fn)
+    save_file(stored, other / "model.safetensors", metadata={"format": "pt"})
+    found = diff(models[0], other, RUN)
+    assert isinstance(found, ModelDiff)
+    moved = {one.name: one.moved for one in found.tensors}
+    wanted = (stored["model.norm.weight"].double() != norm.double()).double().mean()
+    assert moved["model.norm.weight"] == pytest.approx(float(wanted))

@@ -144,16 +144,12 @@ ELSEWHERE = {
     "--config": "tests/pipeline/test_combine_checkpoints.py",
     "--compare": "tests/evaluation/test_kinds.py",
     "--limit": "tests/evaluation/test_resuming.py",
-    "--log-every": "tests/cli/test_display.py",
     "--max-new-tokens": "tests/evaluation/test_answering.py",
     "--model": "tests/workflow/test_run.py",
-    "--prompt": "tests/conversation/test_chat_command.py",
     "--regrade": "tests/evaluation/test_resuming.py",
     "--run-code": "tests/workflow/test_run.py",
     "--sandbox": "tests/evaluation/test_options.py",
     "--tasks": "tests/evaluation/test_kinds.py",
-    "--temperature": "tests/conversation/test_chat_command.py",
-    "--top-p": "tests/conversation/test_chat_command.py",
 }
 
 # Other options without which an option may have no effect, because of the values that are compared.

@@ -237,3 +237,56 @@ def test_an_array_of_an_impossible_length_takes_no_time(tmp_path: Path) -> None:
         (tmp_path / "long.gguf").write_bytes(text + bytes(100))
         with pytest.raises(CheckpointError, match="is damaged"):
             GgufFile(tmp_path / "long.gguf")
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def _entry(name: bytes, shape: tuple[int, ...], kind: int, offset: int = 0) -> bytes:
+    return _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def _file(tensors: list[bytes], entries: list[bytes], data: int) -> bytes:
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join([*entries, *tensors])
+    return header + bytes(-len(header) % 32) + bytes(data)
+
+
+_LLAMA = _text(b"general.architecture") + struct.pack("<I", 8) + _text(b"llama")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "entries", "reason"),
+    [
+        ([_entry(b"a", (4,), 0), _entry(b"a", (4,), 0, 32)], [_LLAMA], "two tensors of one name"),
+        ([_entry(b"a", (4,), 0)], [_LLAMA, _LLAMA], "two values of 'general.architecture'"),
+        ([_entry(b"a", (1, 1, 3_000_000), 24)], [_LLAMA], "for 3000000 experts"),
+        ([_entry(b"\xff", (4,), 0)], [_LLAMA], "is damaged"),
+    ],
+)
+def test_what_the_library_refuses_and_what_is_no_model_is_refused(
+    tensors: list[bytes], entries: list[bytes], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.gguf").write_bytes(_file(tensors, entries, 3_000_000))
+    with pytest.raises(CheckpointError, match=reason):
+        GgufFile(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(
+    ("counts", "more"),
+    [
+        ((0, 1), _text(b"x") + struct.pack("<IIQ", 9, 0, 30_000_000_000)),
+        ((0, 1), _text(b"x") + struct.pack("<IIQ", 9, 8, 3_000_000_000)),
+        ((0, 1), struct.pack("<Q", 30_000_000_000)),
+        ((1_000_000_000, 0), b""),
+        ((0, 1_000_000_000), b""),
+    ],
+)
+def test_a_header_without_end_in_a_huge_sparse_file_is_refused(
+    counts: tuple[int, int], more: bytes, tmp_path: Path
+) -> None:
+    with (tmp_path / "long.gguf").open("wb") as stream:
+        stream.write(b"GGUF" + struct.pack("<IQQ", 3, *counts) + more)
+        stream.truncate(40_000_000_000)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        GgufFile(tmp_path / "long.gguf")

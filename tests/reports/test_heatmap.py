@@ -36,3 +36,10 @@ def test_nothing_is_loaded_and_names_are_escaped() -> None:
     assert "<script>" not in picture and "<b>" not in picture
     assert re.findall(r"https?://[^\"]+", picture) == ["http://www.w3.org/2000/svg"]
     ElementTree.fromstring(picture)
+
+
+def test_control_characters_of_a_name_are_escapes_in_well_formed_xml() -> None:
+    picture = heatmap("a\x1b[31m\x00\u202e<b>", ["q\x07&"], [0], {(0, "q\x07&"): 1.0})
+    title = ElementTree.fromstring(picture).find(f"{SVG}title")
+    assert title is not None and title.text == "a\\x1b[31m\\x00\\u202e<b>"
+    assert "q\\x07&amp;" in picture
