@@ -58,7 +58,7 @@ def summary(
         return
     show(Text(wrapped(plain(title), stdout), style="bold"))
     known = {plain(name): plain(value) for name, value in rows.items() if value is not None}
-    width = max(map(len, known), default=0) + 1
+    width = max(map(len, known), default=0) + 2
     for name, value in known.items():
         show(Text(f"{name:{width}}", style="dim").append(wrapped(value, stdout, width), style="not dim"))
     for number, command in enumerate(commands):
