@@ -24,6 +24,9 @@ NOTEBOOK = REPOSITORY / "examples" / "quickstart.ipynb"
 DEMO = REPOSITORY / "recipes" / "demo"
 ROWS = DEMO / "gsm8k-train.jsonl"
 CHAIN = re.compile(r"(<!-- chain -->\n```\n)(.*?)(```\n<!-- /chain -->)", re.DOTALL)
+PROGRESS = re.compile(
+    r"svdconvert: (?:fetch|check|read rows|load weights|held-out|sample|decompose|train|to-lora|merge) [0-9]"
+)
 
 
 def main(what: str) -> None:
@@ -52,7 +55,10 @@ def commands_of(text: str) -> list[str]:
 
 
 def run_chain(commands: list[str], home: Path) -> Iterator[str]:
-    """Yield every command, followed by what it prints into 88 columns. In that `home` is called /home/me."""
+    """Yield every command, followed by what it prints into 88 columns. In that `home` is called /home/me.
+
+    The lines that say every minute how far a command is are left out.
+    """
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "COLUMNS": "88", "PYTHONPATH": path}
     for command in commands:
@@ -67,7 +73,7 @@ def run_chain(commands: list[str], home: Path) -> Iterator[str]:
             check=True,
         )
         lines = done.stdout.replace(str(home.resolve()), "/home/me").splitlines()
-        yield "".join(f"{line.rstrip()}\n" for line in lines)
+        yield "".join(f"{line.rstrip()}\n" for line in lines if not PROGRESS.match(line))
 
 
 def record_notebook(model: Path) -> None:

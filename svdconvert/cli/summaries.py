@@ -326,6 +326,6 @@ def show_trained(out_dir: object, manifest: "Manifest") -> None:
     summary(
         f"trained into {out_dir}",
         {**rows, "loss curve": curve},
-        [*chat, *commands],
+        [*commands, *chat],
         trained_facts(out_dir, manifest),
     )
