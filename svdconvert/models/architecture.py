@@ -2,7 +2,7 @@
 
 transformers renames, merges and cuts tensors when it loads a checkpoint. Its tables for that
 (`transformers.conversion_mapping`, `transformers.core_model_loading`) are not documented, so everything that
-svdconvert knows of them is in this file. It needs transformers 5.6 or newer (`make test-oldest`).
+svdconvert knows of them is in this file. It needs transformers 5.17 or newer (`make test-oldest`).
 """
 
 import re

@@ -101,7 +101,7 @@ def _is_matrix(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) 
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return name == "weight"
     if len(shape) == _STACKED and not isinstance(module, _CONVOLUTIONS):
-        # Before 5.14, transformers gave some classes of experts names such as DeepseekV3NaiveMoe.
+        # Older versions of transformers give some classes of experts names such as DeepseekV3NaiveMoe.
         return bool(_EXPERTS.search(type(module).__name__) or _EXPERTS.search(path.rpartition(".")[2]))
     return False
 
