@@ -183,7 +183,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         initialised=read.initialised(),
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
-        bias=read.text("bias") or "none",
+        bias=read.bias(),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
         ties_saved_modules=values.get("ensure_weight_tying") is True,
         dora=bool(values.get("use_dora")),
@@ -212,7 +212,7 @@ def read_other_config(directory: Path, rank_key: str, alpha_key: str | None) -> 
         alpha_pattern=read.pattern("alpha_pattern", read.number) if has_patterns else None,
         task=read.text("task_type"),
         modules_to_save=read.names("modules_to_save"),
-        bias=read.text("bias") or "none",
+        bias=read.bias(),
         initialised=str(values.get("init_weights", True)),
     )
 
@@ -269,6 +269,13 @@ class _Reader:
             raise self._wrong(name, value, "a string")
         if value is not None and len(value) > _LONGEST_NAME:
             raise self._wrong(name, value, f"a string of at most {_LONGEST_NAME} characters")
+        return value
+
+    def bias(self) -> str:
+        """Which biases are trained; PEFT knows none, all, and names such as lora_only."""
+        value = self.text("bias") or "none"
+        if value not in ("none", "all") and not value.endswith("_only"):
+            raise self._wrong("bias", value, "none, all or lora_only")
         return value
 
     def names(self, name: str) -> tuple[str, ...]:

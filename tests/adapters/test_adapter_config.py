@@ -58,6 +58,7 @@ def test_an_ordinary_adapter_is_read(saved: Callable[..., Path]) -> None:
         {"r": float("inf")},
         {"r": 10**400},
         {"lora_alpha": float("nan")},
+        {"bias": "weird"},
         {"lora_alpha": 10**400},
         {"lora_alpha": 1e308},
         {"rank_pattern": {"(": 4}},

@@ -15,7 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from svdconvert import MergeOptions, Run, SplitOptions, TrainOptions, decompose, merge, to_lora, train
+from svdconvert import (
+    CombineOptions,
+    ExtractOptions,
+    MergeOptions,
+    Run,
+    SplitOptions,
+    TrainOptions,
+    combine,
+    decompose,
+    extract,
+    merge,
+    to_lora,
+    train,
+)
 from tests.conftest import Build
 from tests.reading import readable, write_sums
 from tests.stock import adapted, start_of, tensors, trained_from
@@ -149,6 +162,41 @@ def test_what_a_copied_base_and_a_merged_lora_are(
     assert_loads_what_it_holds(tmp_path / "merged", tmp_path / "second")
     decompose(tmp_path / "merged", tmp_path / "again", SplitOptions(rank=4), Run())
     assert_loads_what_it_holds(tmp_path / "again", tmp_path / "third")
+
+
+@every_source
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("linear", "auto"), ("linear", "float32"), ("slerp", "bfloat16")], ids=str
+)
+def test_what_a_combination_of_checkpoints_writes(
+    source: str, method: str, dtype: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With another checkpoint of the same tensors, all of whose values are twice as large."""
+    base = made(source)
+    shutil.copytree(base, tmp_path / "other")
+    for shard in (tmp_path / "other").glob("*.safetensors"):
+        doubled = {name: tensor * 2 for name, tensor in load_file(shard).items()}
+        save_file(doubled, shard, metadata={"format": "pt"})
+    options = CombineOptions(method=method, dtype=dtype, set={"t": 0.25} if method == "slerp" else None)
+    named = str(base) if method == "slerp" else None
+    combine([base, tmp_path / "other"], tmp_path / "out", options, Run(), base=named)
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+
+
+@every_source
+def test_what_a_merge_of_several_adapters_and_of_an_extracted_one_writes(
+    source: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = made(source)
+    decompose(base, tmp_path / "split", SplitOptions(rank=4), Run())
+    trained = trained_from(tmp_path / "split", tmp_path / "trained")
+    to_lora(trained, tmp_path / "lora", residual=str(tmp_path / "split"))
+    options = MergeOptions(weights=(0.5, 0.25))
+    merge([tmp_path / "lora", tmp_path / "lora"], tmp_path / "merged", options, Run(), base=str(base))
+    assert_loads_what_it_holds(tmp_path / "merged", tmp_path / "first")
+    extract(base, tmp_path / "merged", tmp_path / "extracted", ExtractOptions(rank=4), Run())
+    merge(tmp_path / "extracted", tmp_path / "again", MergeOptions(), Run(), base=str(base))
+    assert_loads_what_it_holds(tmp_path / "again", tmp_path / "second")
 
 
 @pytest.mark.parametrize("source", ["tied", "a wrong flag", "one matrix twice", "wide norms", "float16"])
