@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from pathlib import Path
+
 import pytest
 
 from svdconvert.errors import DataError
@@ -55,8 +57,10 @@ def test_every_task_says_what_it_is_and_its_data_is_pinned() -> None:
     loaded, failed = TASKS.load_all()
     assert failed == []
     for name, one in loaded.items():
-        assert one.name == name and one.summary and one.paper and one.data.revision, name
-        assert len(str(one.data.revision)) == 40
+        assert one.name == name and one.summary, name
+        if Path(one.data.name).is_file():  # rows of the package
+            continue
+        assert one.paper and len(str(one.data.revision)) == 40, name
         assert (one.kind == "classify") == (not one.limits)
 
 
