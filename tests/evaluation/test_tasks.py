@@ -1,9 +1,8 @@
 """The tasks: rows from the published formats, prompts, and grades of texts; no model and no network."""
 
 import json
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 import pytest
 
