@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dist docs families install outputs quick test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo dist docs families install outputs quick sweep test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -50,9 +50,13 @@ outputs: install
 quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not processes and not network"
 
-# test: run all tests, two at a time; each worker gets one thread of torch's
+# test: run the tests, two at a time; each worker gets one thread of torch's
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not sweep"
+
+# sweep: run the long tests of which `test` runs only one of a kind
+sweep: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m sweep
 
 # test-processors: run the tests of the linear algebra with other processors' instructions
 test-processors: install

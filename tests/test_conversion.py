@@ -129,8 +129,8 @@ def test_if_a_is_frozen_or_the_initial_adapter_is_zero_the_lora_keeps_the_rank(
 ODD: dict[str, tuple[list[str], list[str]]] = {
     "an unknown init": (["--method", "lora-fa", "--init", "svdd"], ["no init 'svdd'", "did you mean svd?"]),
     "an init of a method that has only one": (["--init", "svd"], ["no init 'svd'", "has one only"]),
-    "a pattern without a number": (["--rank-pattern", "attn"], ["rank_pattern", "TARGET=NUMBER"]),
-    "a pattern with a word": (["--rank-pattern", "attn=x"], ["rank_pattern", "'x'", "valid integer"]),
+    "a pattern without a number": (["--rank-pattern", "attn"], ["--rank-pattern", "TARGET=NUMBER"]),
+    "a pattern with a word": (["--rank-pattern", "attn=x"], ["--rank-pattern", "'x'", "valid integer"]),
     "a pattern for nothing": (
         ["--targets", "attn", "--alpha-pattern", "mlp=2"],
         ["'mlp'", "none of the decomposed matrices", "targets"],

@@ -54,10 +54,10 @@ def run(site: Path, *arguments: object) -> str:
 
 def test_the_lists_show_the_plug_ins(site: Path) -> None:
     methods = {row["method"]: row for row in json.loads(run(site, "list", "methods", "--json"))}
-    assert methods["columns"]["trains"] == "lora_B"
+    assert methods["columns"]["trains"] == ["lora_B"]
     assert methods["columns"]["slice"] == "largest columns"
     layouts = {row["layout"]: row for row in json.loads(run(site, "list", "layouts", "--json"))}
-    assert layouts["phi3"]["model_type"] == "phi3"
+    assert layouts["phi3"]["model_types"] == ["phi3"]
 
 
 def test_a_model_is_decomposed_verified_and_merged_with_both(site: Path, phi: Path, tmp_path: Path) -> None:

@@ -139,6 +139,9 @@ def test_every_variant_of_an_experiment_runs_on_a_tiny_model(
     content = {**yaml.safe_load(recipe.read_text()), "seeds": [1]}
     asks = content["eval"]["tasks"] != "arithmetic"
     content["steps"] = ["train", "eval"] if asks else ["train"]
+    for part in (content, *content["variants"].values()):
+        if "rank" in part.get("decompose", {}):
+            part["decompose"]["rank"] = 2
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     single = variants_of(read_recipe(recipe), {})[0][1]
     rows = str(_rows(options(TrainOptions, single, {}), tmp_path / "rows.jsonl"))
@@ -147,7 +150,6 @@ def test_every_variant_of_an_experiment_runs_on_a_tiny_model(
         Path(rows).write_text("".join(json.dumps(row) + "\n" for row in sentences))
     changes = {
         "model": str(_model(recipe, checkpoint, tmp_path / "model")),
-        "decompose": {"rank": 2},
         "train": {"data": rows, "eval_data": rows, "eval_split": "train", "max_length": 56, "steps": 2},
         "eval": {"data": rows, "limit": 10},
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from os.path import normpath
+from os.path import exists, normpath
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def find_recipe(path: Path) -> Path:
 
     Raises RecipeError, which suggests the nearest name.
     """
-    if path.exists():
+    if exists(path):
         return path
     names = recipe_names()
     name = path.name.removesuffix(ENDING)

@@ -127,9 +127,9 @@ def upload(
     manifest = read_manifest(directory)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         repos = resolve_source_repos(manifest, destination.base, destination.residual)
+        open_repository(destination)
         for sentence in unnamed_models(manifest, repos):
             notify(sentence)
-        open_repository(destination)
         return commit_directory(directory, manifest, destination, repos)
 
 

@@ -9,7 +9,7 @@ from svdconvert.config.experiment import FOLDERS, STEPS, EvalSection, ReportSect
 from svdconvert.config.options import LoraOptions, MergeOptions, SplitOptions
 from svdconvert.config.recipe import Recipe, is_shared, options, variants_of
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import RecipeError, brief, did_you_mean
+from svdconvert.errors import MissingOptionError, RecipeError, brief, did_you_mean
 from svdconvert.evaluation.base import tasks_named
 from svdconvert.methods.base import METHODS
 from svdconvert.pipeline.effects import without_idle_seed
@@ -95,6 +95,13 @@ def _wanted(recipe: Recipe, variant: Variant) -> list[Step]:
     return [step for step in STEPS if step in recipe.present or variant.sections.get(step)]
 
 
+def _evaluation(recipe: Recipe) -> EvalSection:
+    try:
+        return options(EvalSection, recipe, {})
+    except MissingOptionError as error:
+        raise RecipeError(f"{recipe.path}: {error}; add it") from error
+
+
 def _plan(variant: Variant, recipe: Recipe, out: Path) -> Plan:
     model = recipe.get("model")
     if not model:
@@ -111,7 +118,7 @@ def _plan(variant: Variant, recipe: Recipe, out: Path) -> Plan:
         step: options(kind, recipe, {}) for step, kind in _OPTIONS.items() if step in steps
     }
     if "eval" in steps:
-        chosen["eval"] = options(EvalSection, recipe, {})
+        chosen["eval"] = _evaluation(recipe)
         tasks_named(chosen["eval"].tasks)
     report = options(ReportSection, recipe, {})
     asked = _directories(chosen["eval"].of, "eval", steps, recipe) if "eval" in steps else []

@@ -17,7 +17,9 @@ OPTIONS = ("--rank", 4, "--max-shard-size", "24KB")
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["apart", "stacked"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.sweep), True], ids=["apart", "stacked"]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mixture("qwen3_moe", tmp_path_factory.mktemp("mixture") / "base", stacked=request.param)
 

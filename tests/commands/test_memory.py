@@ -23,6 +23,7 @@ IMPORT = [
     "import svdconvert.cli.app; from svdconvert.commands import decompose, merge, verify",
 ]
 COMMANDS = ("decompose", "exact", "merge", "verify", "to-lora")
+LONG = ("exact", "verify", "to-lora")
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -38,7 +39,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return small, large
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.sweep) if name in LONG else name for name in COMMANDS],
+)
 def test_memory_depends_on_the_largest_matrix_and_not_on_the_model(
     command: str, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -73,7 +77,10 @@ def _stacked(directory: Path, experts: int) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("command", ["decompose", "merge", "verify", "to-lora"])
+@pytest.mark.parametrize(
+    "command",
+    ["decompose", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("merge", "verify", "to-lora"))],
+)
 def test_memory_does_not_depend_on_the_number_of_stacked_experts(command: str, tmp_path: Path) -> None:
     few, many = (_stacked(tmp_path / f"{experts}", experts) for experts in (6, 40))
     peaks = [_peak([*_command(command, model, tmp_path / f"out-{model.name}")]) for model in (few, many)]

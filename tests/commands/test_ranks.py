@@ -17,7 +17,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "svdconvert"]
 
 NF4 = ("--residual-format", "nf4", "--double-quant", "--quant-iterations", 2)
-formats = pytest.mark.parametrize("residual", [(), NF4], ids=["plain", "nf4"])
+formats = pytest.mark.parametrize(
+    "residual", [(), pytest.param(NF4, marks=pytest.mark.sweep)], ids=["plain", "nf4"]
+)
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

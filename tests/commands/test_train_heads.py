@@ -228,7 +228,7 @@ def test_the_class_that_loads_a_classifier_is_named(
             repos=SourceRepos(None, None),
             config=config,
             adapter=adapter,
-            licence={},
+            inherited={},
         )
         card = write_card(read_manifest(home / kind), facts)
         assert "pipeline_tag: text-classification" in card

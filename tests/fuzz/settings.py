@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.utils import httpx
 from pydantic import TypeAdapter
 
+from svdconvert.config.experiment import OWN_KEYS
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.recipe import SECTIONS, Recipe, options, read_recipe
 from svdconvert.config.sizes import parse_size
@@ -29,7 +30,7 @@ from svdconvert.training.logs.metrics import JsonLinesFile
 from tests.fuzz.mutate import change_json, change_lines, change_text
 from tests.fuzz.target import Target
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "svdconvert" / "recipes").glob("*.yaml"))
 
 
 def _read_recipe(raw: bytes, directory: Path) -> None:
@@ -38,9 +39,8 @@ def _read_recipe(raw: bytes, directory: Path) -> None:
     path.write_bytes(raw)
     recipe = read_recipe(path)
     known = yaml.safe_load(raw.decode()) or {}
-    assert {str(key).replace("-", "_") for key in known} == {*recipe.shared} | {*recipe.sections} & {
-        str(key).replace("-", "_") for key in known
-    }
+    keys = {str(key).replace("-", "_") for key in known}
+    assert keys - {*OWN_KEYS} == {*recipe.shared} | {*recipe.sections} & keys
     refusals = [error for kind in SECTIONS.values() if (error := _refusal_of(kind, recipe))]
     if refusals:
         raise refusals[0]

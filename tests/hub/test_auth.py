@@ -142,7 +142,9 @@ for words in {commands!r}:
 """
 
 
-@pytest.mark.parametrize("place", ["message", "range", "commit", "body"])
+@pytest.mark.parametrize(
+    "place", ["message", "range", pytest.param("commit", marks=pytest.mark.sweep), "body"]
+)
 def test_no_command_prints_or_writes_a_token_that_the_hub_repeats_anywhere(
     hub: Hub, alice: Visitor, checkpoint: Build, decomposed: Build, tmp_path: Path, place: str
 ) -> None:

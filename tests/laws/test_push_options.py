@@ -82,7 +82,7 @@ def pusher(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_every_option_of_push_has_a_value() -> None:
-    assert {*options_of("push")} - {"--debug"} == VALUES.keys()
+    assert {*options_of("push")} - {"--debug", "--json", "--plan"} == VALUES.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,10 +29,10 @@ def test_prompts_can_be_in_the_loss_too(base: Path, tmp_path: Path) -> None:
 
 def test_warnings_appear_on_the_command_line(base: Path, tmp_path: Path) -> None:
     arguments = ("--data", base.parent / "sums.jsonl", "--steps", 1, "--rank", 4)
-    long = ("--max-length", 48, "--lr", 2e-4)
+    long = ("--max-length", 48, "--method", "milora", "--lr", 2e-5)
     said = succeeded("train", base, "-o", tmp_path / "out", *arguments, *long).err
-    assert "is the rate of lora" in said
+    assert "is the rate of pissa" in said
     short = ("--template", "none", "--max-length", 10)
     said = succeeded("train", base, "-o", tmp_path / "other", *arguments, *short).err
-    assert "rows are longer than `max_length` 10 and are cut" in said
+    assert "rows are longer than --max-length 10 and are cut" in said
     assert "is the rate of" not in said

@@ -124,10 +124,10 @@ def _refuse_options_of_prompts(field: str, options: TrainOptions) -> None:
     own = (None, "none", "chat") if field in CHAT_FIELDS else (None, "none")
     if options.template not in own:
         raise DataError(
-            f"its {field} need no prompt template, so `template` would change nothing; leave it out"
+            f"a row with {field} needs no prompt template, so `template` would change nothing; leave it out"
         )
     if options.ending:
-        raise DataError(f"its {field} have no response that `ending` could be appended to; leave it out")
+        raise DataError(f"a row with {field} has no response to append `ending` to; leave it out")
 
 
 def used_fields(fields: FieldSet, options: TrainOptions) -> set[str]:

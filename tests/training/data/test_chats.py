@@ -221,7 +221,7 @@ def test_the_chosen_answers_can_be_named(tokenizer: Any) -> None:
 def test_options_of_prompts_are_refused_for_rows_without_one(
     values: dict[str, Any], row: dict[str, Any], tokenizer: Any
 ) -> None:
-    with pytest.raises(DataError, match=f"leave {next(iter(values))} out"):
+    with pytest.raises(DataError, match=f"`{next(iter(values))}`.*leave it out"):
         one(row, tokenizer, TrainOptions(**values))
 
 

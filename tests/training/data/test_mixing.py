@@ -97,7 +97,7 @@ def test_shares_are_divided_by_their_sum() -> None:
     ("data", "weights", "reason"),
     [
         (("a", "a"), None, "the same data set twice"),
-        ("a", "1", "give data several times"),
+        ("a", "1", "give `data` several times"),
         (("a", "b"), "1", "1 numbers for 2 data sets"),
         (("a", "b"), "1,0", "above 0"),
         (("a", "b"), "1,nan", "above 0"),

@@ -242,7 +242,7 @@ def test_packing_is_for_rows_without_images(processor: LoadProcessor, tmp_path: 
     rows = vision.write_rows(tmp_path / "rows.jsonl")
     options = TrainOptions(data=str(rows), packing=True)
     loaded = processor("llava")
-    with pytest.raises(DataError, match="packing is for rows without images"):
+    with pytest.raises(DataError, match="`packing` is for rows without images"):
         read_dataset(options, TextRowEncoder(loaded.tokenizer, options, lambda: loaded))
 
 
