@@ -25,6 +25,8 @@ from tests.reading import readable, write_sums
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
+ALIKE = ("convert to hf", "combine checkpoints")
+"""Commands that write as another one does, which is always killed."""
 SLOW: tuple[object, ...] = ("decompose", "--svd", "exact", "--rank", 8)
 """A command that takes a few seconds."""
 
@@ -65,7 +67,10 @@ def sources(model: Path, checkpoint: Build, tmp_path_factory: pytest.TempPathFac
     }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.sweep) if name in ALIKE else name for name in COMMANDS],
+)
 def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(
     command: str, sources: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

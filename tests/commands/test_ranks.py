@@ -45,6 +45,7 @@ def test_two_ranks_write_the_bytes_of_one(model: Path, tmp_path: Path, residual:
     assert sums(tmp_path / "combined-by-two") == sums(tmp_path / "combined")
 
 
+@pytest.mark.sweep
 def test_two_ranks_extract_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
     tuned = medium.build(tmp_path / "tuned", layers=8, seed=1)
     for rule in (["--rank", 8], ["--rank-budget", 100], ["--tol", 0.6, "--keep", "none"]):

@@ -41,7 +41,9 @@ def killing(group: int) -> Callable[[], None]:
     return lambda: os.killpg(group, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["decompose --stream --push", pytest.param("push", marks=pytest.mark.sweep)]
+)
 def test_a_push_that_is_killed_again_and_again_ends_with_the_same_files(
     command: str,
     hub: Hub,
