@@ -65,7 +65,7 @@ def is_followed() -> bool:
 
 @contextmanager
 def tracking(track: Track, command: str) -> Iterator[None]:
-    """Send the reports of `command` to `track`; if that ignores them, whoever follows already still does."""
+    """Send the reports of `command` to `track`; if that ignores them, to the callback that is already set."""
     followed = current_track() if track is ignore_progress else track
     token = _current.set((command, followed))
     try:

@@ -49,7 +49,7 @@ class Grade:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Where an answer ends, unless the model ends it."""
+    """What ends an answer, unless the model ends it."""
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """Where a task's rows are on the Hub."""
+    """The data set on the Hub, or the file, that has a task's rows."""
 
     name: str
     """ORG/NAME."""
@@ -108,7 +108,7 @@ class Task:
     runs_code: bool = False
     """True if grading runs what the model wrote."""
     paper: str = ""
-    """Where its protocol comes from."""
+    """The source of its protocol."""
 
     @property
     def protocols(self) -> tuple[Protocol, ...]:

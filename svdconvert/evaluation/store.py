@@ -30,13 +30,15 @@ def results_folder(model: str, output: Path | None) -> Path:
     Raises OutputError if `model` is not a local directory that can be written and there is no `output`.
     """
     if output is None and not Path(model).is_dir():
-        raise OutputError(f"{model} is not a local directory; say with -o where the results go")
+        raise OutputError(f"{model} is not a local directory; give a directory for the results with -o")
     folder = (output or Path(model)) / FOLDER
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{folder} is no directory; move it away, or say with -o where the results go")
+        raise OutputError(
+            f"{folder} is no directory; move it away, or give a directory for the results with -o"
+        )
     present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(present, os.W_OK):
-        raise OutputError(f"{present} cannot be written; say with -o where the results go")
+        raise OutputError(f"{present} cannot be written; give a directory for the results with -o")
     return folder
 
 

@@ -31,10 +31,10 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_one_tokenizer, other_tokenizers
 from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.combine_settings import Chosen
+from svdconvert.pipeline.lora_experts import rank_pattern
 from svdconvert.pipeline.lora_formats import base_repository
 from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors
 from svdconvert.pipeline.runner import file_checksums, notes
-from svdconvert.pipeline.scaling import as_pattern
 
 
 @dataclass(frozen=True)
@@ -326,8 +326,7 @@ def _config(plan: CombinePlan) -> AdapterConfig:
     mixed = contains_adapters(group.parameters, modules)
     bases = {base_repository(delta) for delta in group.deltas}
     targets, parameters = _targets(plan, configs)
-    stacked = {stack.parameter: stack.rank for stack in plan.stacks}
-    patterns = as_pattern(dict.fromkeys(plan.single, plan.rank) | stacked, plan.rank)
+    patterns = rank_pattern(plan.stacks, plan.single, plan.rank)
     return AdapterConfig(
         rank=plan.rank,
         alpha=plan.rank,

@@ -1,7 +1,7 @@
 """to-lora: under which names the factors of each module are written, with experts fused or by themselves."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from svdconvert.adapters.adapter_config import PER_EXPERT
@@ -37,8 +37,17 @@ class LoraForm:
 
     def rank_pattern(self, rank: int) -> dict[str, int]:
         """PEFT's rank_pattern if `rank` is the rank of all modules that are in no stack."""
-        alone = {name: rank for parts in self.pieces.values() for name, _ in parts}
-        return as_pattern(alone | {stack.parameter: stack.rank for stack in self.stacks}, rank)
+        alone = [name for parts in self.pieces.values() for name, _ in parts]
+        return rank_pattern(self.stacks, alone, rank)
+
+
+def rank_pattern(stacks: Iterable[Stack], alone: Iterable[str], rank: int) -> dict[str, int]:
+    """PEFT's rank_pattern for stacks next to the modules `alone`, which have the configuration's `rank`.
+
+    These count too: a pattern for the experts' down_proj must not match a shared expert's.
+    """
+    ranks = dict.fromkeys(alone, rank) | {stack.parameter: stack.rank for stack in stacks}
+    return as_pattern(ranks, rank)
 
 
 def plan_form(

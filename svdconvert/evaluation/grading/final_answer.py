@@ -76,7 +76,7 @@ def _statement(text: str) -> str:
 
 
 def _closing(text: str, opening: str, closing: str) -> int | None:
-    """Where the formula that begins `text` ends; None for a dollar sign that only names the currency."""
+    """The index at which the formula that begins `text` ends; None for a dollar sign of a currency."""
     end = text.find(closing, len(opening))
     while end > 0 and text[end - 1] == "\\" and closing.startswith("$"):
         end = text.find(closing, end + 1)
