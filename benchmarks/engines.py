@@ -1,6 +1,7 @@
 """Ways to find the top slice of one matrix at equal accuracy: columns, flops, milliseconds, error.
 
-    python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1] [--shapes]
+    python benchmarks/engines.py [--rows 5632] [--columns 2048] [--rank 128] [--threads 1]
+        [--shapes [--dtype float32]]
 
 Every way runs until its residual is within --tol of the optimum (computed here from eigenvalues), so that all
 have the same accuracy; the last line is the engine of svdconvert, which estimates its own error. The time is
@@ -40,10 +41,11 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.shapes:
-        shapes(arguments.rank)
+        shapes(arguments.rank, getattr(torch, arguments.dtype))
         return
     weight = trained_matrix(arguments.rows, arguments.columns, torch.Generator().manual_seed(0)).float()
     trial = Trial(weight, arguments.rank, arguments.tol)
@@ -55,14 +57,16 @@ def main() -> None:
     Console().print(table)
 
 
-def shapes(rank: int) -> None:
+def shapes(rank: int, dtype: torch.dtype) -> None:
     """Print the CPU time of each step, and its ratio to that of the transposed shape."""
-    table = Table(title=f"rank {rank}: picoseconds per element and unit of rank (ratio to the transpose)")
+    table = Table(
+        title=f"rank {rank}, {dtype}: picoseconds per element and unit of rank (ratio to the transpose)"
+    )
     for head in ("shape", *STEPS):
         table.add_column(head, justify="right")
     for shape in SHAPES:
         sides = (shape,) if shape[0] == shape[1] else (shape, shape[::-1])
-        found = [cost(rows, columns, rank) for rows, columns in sides]
+        found = [cost(rows, columns, rank, dtype) for rows, columns in sides]
         for place, each in enumerate(found):
             other = found[-1 - place]
             cells = [f"{each[step]:.0f} ({each[step] / other[step]:.2f})" for step in STEPS]
@@ -70,12 +74,13 @@ def shapes(rank: int) -> None:
     Console().print(table)
 
 
-def cost(rows: int, columns: int, rank: int) -> dict[str, float]:
+def cost(rows: int, columns: int, rank: int, dtype: torch.dtype) -> dict[str, float]:
     """By step: the fastest of three, in picoseconds per element and unit of rank."""
     weight = trained_matrix(rows, columns, torch.Generator().manual_seed(0))
+    if dtype != torch.bfloat16:
+        weight = (weight.float() * 1.001).to(dtype)  # numbers that bfloat16 cannot hold
     solver = Solver("weight", tol=6e-3)
     factors = split_sigma_evenly(solver.top(weight, rank), 1.0).factors.to(torch.float32)
-    dtype = torch.bfloat16
     steps: dict[str, Callable[[Tensor], object]] = {
         "top slice": lambda matrix: solver.top(matrix, rank),
         "minor slice": lambda matrix: solver.bottom(matrix, rank),
