@@ -5,6 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.checkpoint.parts import find_part, undivided
+from svdconvert.checkpoint.picked import PickedSource
 from svdconvert.checkpoint.tensors import (
     OnChunk,
     TensorInfo,
@@ -168,6 +169,8 @@ def detect_formats(
 
 def _find(source: TensorSource, name: str) -> tuple[DecodedSource, str, slice] | None:
     """(view, quantised weight, rows) of a tensor or part that is stored as codes; None for all others."""
+    if isinstance(source, PickedSource):
+        return _find(*source.origin(name))
     view = undivided(source)
     if not isinstance(view, DecodedSource):
         return None
