@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from svdconvert import CombineOptions, Run, SplitOptions, TrainOptions, combine, merge, train
+from svdconvert import (
+    CombineOptions,
+    MergeOptions,
+    Run,
+    SplitOptions,
+    TrainOptions,
+    combine,
+    decompose,
+    merge,
+    train,
+)
 from svdconvert.commands.train import plan_train
+from svdconvert.commands.verify import verify_merge
 from svdconvert.inputs.model import open_model
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.quantization.view import read_to_compute
@@ -137,3 +149,22 @@ def test_checkpoints_are_combined_by_their_decoded_values(original: Path, tmp_pa
         first, second = (read_to_compute(source, name).float() for source in sources)
         assert torch.equal(tensor, (0.25 * first + 0.75 * second).to(tensor.dtype)), name
     assert "quantization_config" not in (tmp_path / "sum" / "config.json").read_text()
+
+
+def test_the_audit_of_a_merge_reads_the_unrounded_values_of_the_base(original: Path, tmp_path: Path) -> None:
+    """A change that is smaller than the rounding of the decoded values is found."""
+    model = quantise(original, tmp_path / "model", "fp8-block")
+    decompose(model, tmp_path / "out", SplitOptions(rank=4, method="lora"), RUN)
+    (init,) = (tmp_path / "out").glob("*_init")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(init, adapter)
+    tensors = load_file(init / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        tensor.add_(1e-4 if "lora_B" in name else 0.0)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merge(adapter, tmp_path / "merged", MergeOptions(), RUN, base=str(model), init=str(init))
+    audit = verify_merge(tmp_path / "merged", [model], adapter, RUN)
+    assert audit.passed and audit.best.rules == {"one rounding": 14}
+    untouched = merge(tmp_path / "out", tmp_path / "untouched", MergeOptions(side="base"), RUN)
+    assert untouched.kind == "merged"
+    assert not verify_merge(tmp_path / "untouched", [model], adapter, RUN).passed
