@@ -3,16 +3,20 @@
     python benchmarks/quantised.py ratios MODEL [--ranks 16,32,64,128] [--per-role 1] [--iterations 5]
     python benchmarks/quantised.py cost MODEL --out DIR [--rank 64]
     python benchmarks/quantised.py losses MODEL --data FILE --out DIR [--rank 64] [--steps 50]
+    python benchmarks/quantised.py step MODEL --out DIR [--rank 16] [--steps 3] [--tokens 256]
 
 `ratios` prints by how much the error of each start is below that of plain NF4, in the nuclear norm as in
 PiSSA (arXiv:2404.02948, section 4) and in the Frobenius norm, as means over a sample of each role. `cost`
 compares a 4-bit decomposition with one in bfloat16: seconds, of these the quantising, and bytes. `losses`
-trains on the same rows from every start, in a process of its own: the held-out loss before and after, the
-seconds and the peak memory. Each prints a Markdown table, and the marks that it misses.
+trains on the same rows from every start: the held-out loss before and after. `step` trains a LoRA on random
+tokens, on MODEL as it is and on its weights in 4 bits: the seconds of a step and the peak resident memory.
+Each prints a Markdown table, and the marks that it misses.
 """
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +30,7 @@ from svdconvert.config.options import SplitOptions
 from svdconvert.inputs.model import OpenModel, open_model
 from svdconvert.layouts.detect import find_layout
 from svdconvert.linalg.solver import Solver
-from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.schema import Manifest, has_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.measurements import losses
 from svdconvert.pipeline.quantised_plan import sampled_per_role
@@ -51,9 +55,9 @@ STARTS: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("ratios", "cost", "losses"))
+    parser.add_argument("what", choices=("ratios", "cost", "losses", "step"))
     parser.add_argument("model")
     parser.add_argument(
         "--ranks", type=lambda text: [int(part) for part in text.split(",")], default=[16, 32, 64, 128]
@@ -61,13 +65,16 @@ def main() -> None:
     parser.add_argument("--per-role", default="1")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    {"ratios": show_ratios, "cost": show_cost, "losses": show_losses}[arguments.what](arguments)
+    {"ratios": show_ratios, "cost": show_cost, "losses": show_losses, "step": show_step}[arguments.what](
+        arguments
+    )
 
 
 # The authors' algorithms, restated from their papers and run in float64.
@@ -243,9 +250,9 @@ def quantising_seconds(opened: OpenModel) -> float:
 
 
 def show_losses(arguments: argparse.Namespace) -> None:
-    """Print held-out losses before and after training from every start, with the cost of a step."""
+    """Print held-out losses before and after training from every start."""
     starts = {"bfloat16": {}} | {name: {"residual_format": "nf4"} | values for name, values in STARTS.items()}
-    print("| start | held-out loss before | after | seconds per step | peak memory |\n|---|---|---|---|---|")
+    print("| start | held-out loss before | after |\n|---|---|---|")
     for number, (name, values) in enumerate(starts.items()):
         start = arguments.out / f"start-{number}"
         trained = arguments.out / f"trained-{number}"
@@ -253,11 +260,24 @@ def show_losses(arguments: argparse.Namespace) -> None:
         words = ["train", start, "-o", trained, "--data", arguments.data, "--eval-rows", 32]
         words += ["--steps", arguments.steps, "--batch-size", 2, "--max-length", 128, "--lr", "1e-4"]
         words += ["--prompt-field", "question", "--response-field", "answer"]
-        measured = run([*SVDCONVERT, *words], threads=arguments.threads)
+        run([*SVDCONVERT, *words], threads=arguments.threads, settling=0.0)
         _, held_out = losses(trained / "metrics.jsonl")
-        step = measured.seconds / arguments.steps
-        memory = f"{measured.memory / 1e6:.0f} MB"
-        print(f"| {name} | {held_out[0]:.4f} | {held_out[-1]:.4f} | {step:.2f} | {memory} |", flush=True)
+        print(f"| {name} | {held_out[0]:.4f} | {held_out[-1]:.4f} |", flush=True)
+
+
+def show_step(arguments: argparse.Namespace) -> None:
+    """Print the seconds of a step and the peak memory, in bfloat16 and in 4 bits."""
+    quantised = arguments.out / "nf4"
+    if not has_manifest(quantised):
+        options = SplitOptions(rank=arguments.rank, method="lora", residual_format="nf4")
+        decompose(arguments.model, quantised, options)
+    print("| weights | seconds per step | of the processor | peak memory |\n|---|---|---|---|")
+    for name, model in (("bfloat16", arguments.model), ("nf4", quantised)):
+        words = [sys.executable, Path(__file__).parent / "training" / "quantised_step.py", model]
+        words += [arguments.rank, arguments.steps, arguments.tokens]
+        found = json.loads(run(words, threads=arguments.threads).output.splitlines()[-1])
+        memory = f"{found['memory'] / 1e6:.0f} MB"
+        print(f"| {name} | {found['step']:.2f} | {found['processor']:.2f} | {memory} |", flush=True)
 
 
 def mark(reached: bool, what: str) -> None:

@@ -68,7 +68,7 @@ class Opened:
         """
         chosen: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
         if self.labels is None:
-            network = load_network(self.weights.path, self.layout, chosen, run)
+            network = load_network(self.weights.sidecars, self.layout, chosen, run)
         else:
             network = self._classifier(chosen, run)
         if self.adapter is not None:
@@ -78,7 +78,7 @@ class Opened:
 
     def _classifier(self, dtype: torch.dtype | None, run: Run) -> nn.Module:
         """The network with its head, all of whose weights must come from a file."""
-        network, new = load_classifier(self.weights.path, self.layout, dtype, self.labels or (), 0, run)
+        network, new = load_classifier(self.weights.sidecars, self.layout, dtype, self.labels or (), 0, run)
         known = {self.layout.runtime_name(name) for name in self.weights.source.infos}
         if self.adapter is not None:
             known |= set(self.adapter[0].adapter.extras)
@@ -91,7 +91,7 @@ class Opened:
 
     def tokenizer(self, run: Run) -> "PreTrainedTokenizerBase":
         """The tokenizer of the weights."""
-        return load_tokenizer(self.weights.path, self.layout, trust_remote_code=run.trust_remote_code)
+        return load_tokenizer(self.weights.sidecars, self.layout, trust_remote_code=run.trust_remote_code)
 
 
 def open_answering(
@@ -152,11 +152,6 @@ def _manifest(snapshot: Snapshot) -> Manifest | None:
 
 def _refuse_silent(model: OpenModel) -> None:
     """Raise ArtifactError for weights from which no network that answers is loaded."""
-    if model.sidecars != model.path:
-        raise ArtifactError(
-            f"{model.path} is a GGUF file, from which no network is loaded; convert it into a plain "
-            "checkpoint and evaluate that"
-        )
     if is_encoder_decoder(model.config):
         raise ArtifactError(
             f"{model.path} is an encoder with a decoder ({brief(model.config.get('model_type'))}), and eval "

@@ -1,19 +1,15 @@
 """Several checkpoints of one architecture, and the layers of a new one that are taken from them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from svdconvert.checkpoint.tensors import TensorInfo, TensorSource
+from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapted_tensors import is_head, ties_embeddings
 from svdconvert.inputs.model import OpenModel
 from svdconvert.manifest.fingerprint import tensor_checksum
 from svdconvert.models.architecture import LEFT_OVER
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LONGEST_NUMBER = 6  # digits of a layer's number
 _IGNORED = "|".join((*LEFT_OVER, r"^(transformer\.)?h\.[0-9]+\.attn\.(masked_)?bias$"))
@@ -105,50 +101,9 @@ def _is_embeddings(model: OpenModel, head: str) -> bool:
 
 
 def refuse_misfit(first: OpenModel, other: OpenModel) -> None:
-    """Raise ArtifactError if two models are of different types, or if one is quantised."""
+    """Raise ArtifactError if two models are of different types,"""
     kinds = [model.config.get("model_type") for model in (first, other)]
     if kinds[0] != kinds[1]:
         raise ArtifactError(
             f"{first.path} is a {kinds[0]} and {other.path} a {kinds[1]}; merge models of one architecture"
         )
-
-
-class PickedSource:
-    """Tensors of several sources under names of their own: a TensorSource for one new checkpoint."""
-
-    def __init__(self, picked: Mapping[str, tuple[TensorSource, str]]) -> None:
-        """`picked` maps every name to a source and the tensor's name there."""
-        self._picked = picked
-        self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, source.infos[own].shape, source.infos[own].dtype)
-            for name, (source, own) in picked.items()
-        }
-
-    def read(self, name: str) -> "Tensor":
-        """The tensor, in newly allocated memory."""
-        source, own = self._picked[name]
-        return source.read(own)
-
-    def chunks(
-        self, name: str, size: int, buffer: memoryview | None = None, section: slice | None = None
-    ) -> Iterator[memoryview]:
-        """The tensor's bytes in chunks of at most `size`."""
-        source, own = self._picked[name]
-        return source.chunks(own, size, buffer, section)
-
-    def file_versions(self) -> Mapping[str, list[int]]:
-        """Those of all sources, numbered in the order of their first tensors."""
-        sources: list[TensorSource] = []
-        for source, _ in self._picked.values():
-            if not any(source is known for known in sources):
-                sources.append(source)
-        return numbered_versions(sources)
-
-
-def numbered_versions(sources: Sequence[TensorSource]) -> dict[str, list[int]]:
-    """The versions of the files of several sources."""
-    return {
-        f"{number}/{file}": version
-        for number, source in enumerate(sources, 1)
-        for file, version in source.file_versions().items()
-    }

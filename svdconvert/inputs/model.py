@@ -34,7 +34,10 @@ class OpenModel:
     config: Mapping[str, Any]
     """config.json; empty for a single file without one next to it."""
     sidecars: Path
-    """The directory, or the single file, that the files next to the weights are copied from."""
+    """The directory, or the single file, that the files next to the weights are copied from.
+
+    Networks and tokenizers are loaded from it. It differs from `path` for a GGUF file, and then lasts as long
+    as `source`."""
     trust_remote_code: bool = False
     """True if code of the model's repository may run, to find its layout."""
 
@@ -189,11 +192,13 @@ def _config_of(path: Path, source: TensorSource) -> dict[str, Any]:
 
 
 def _opened_gguf(snapshot: Snapshot, source: GgufFile) -> OpenModel:
-    """A GGUF file, whose configuration and tokenizer are written into a temporary directory."""
+    """A GGUF file. Its configuration and tokenizer are written into a temporary directory, next to a link to
+    the file, so that networks are loaded from there as from any other model's directory."""
     found = decoded(source, {}, snapshot.path)
     directory = Path(mkdtemp(prefix="svdconvert-gguf-"))
     finalize(source, rmtree, directory, ignore_errors=True)  # at the latest when the program ends
     write_sidecars(source.path, directory)
+    (directory / "model.gguf").symlink_to(source.path.resolve())
     return OpenModel(snapshot, found, read_config(directory), directory)
 
 

@@ -24,6 +24,7 @@ from svdconvert.linalg.triplets import Triplets, project, spectrum_of
 _CLEAR = 0.01  # of the largest square, or of all: float32 keeps five digits of it in a Gram matrix
 _STEEP = 1e-5  # share of the energy outside below which a difference of energies is too inaccurate
 _FLOOR = 1e-6  # a residual below this share of the matrix is only float32 rounding
+_NEAR_BLOCKS = 2  # of a space that begins near to the result
 _COARSE_TOL = 1e-5  # an excess that is out of reach with a coarse operator
 
 
@@ -49,14 +50,23 @@ def gram_top(weight_OI: Tensor, rank: int) -> Triplets:
     return project(weight_OI, basis_SR, total, 0.0, "exact")
 
 
-def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Generator) -> Triplets | None:
+def fast_top(
+    weight_OI: Tensor,
+    rank: int,
+    *,
+    tol: float,
+    generator: torch.Generator,
+    near: tuple[Tensor, Tensor] | None = None,
+) -> Triplets | None:
     """The `rank` largest triplets of a matrix of any float dtype, or None if `tol` was not reached.
 
     `tol` bounds the estimated excess of the residual's norm over the optimal one. The generator is on the
-    matrix's device.
+    matrix's device. `near` are factors (O, R) and (R, I) that are probably near to the result, which is then
+    found faster.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
-        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator)
+        turned = (near[1].T, near[0].T) if near else None
+        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator, near=turned)
         return found.transposed() if found else None
     total = total_energy(weight_OI)
     if total == 0.0:
@@ -64,7 +74,9 @@ def fast_top(weight_OI: Tensor, rank: int, *, tol: float, generator: torch.Gener
     state = generator.get_state()
     for operator in _operators(weight_OI, total, tol):
         generator.set_state(state)
-        if found := _Top(weight_OI, rank, total, operator).search(tol, generator):
+        top = _Top(weight_OI, rank, total, operator)
+        found = top.search_near(near[1].T, tol, generator) if near else None
+        if found := found or top.search(tol, generator):
             return found
     return None
 
@@ -99,6 +111,24 @@ class _Top:
         start_SB = warm_start(apply, start_SB, steps.powers, basis)
         krylov = Krylov(apply, start_SB, most_columns(order, self.rank), self.operator.core, basis)
         return Search(self.rank, tol, self.estimate, self.finish, steps.blocks).run(krylov)
+
+    def search_near(self, near_SR: Tensor, tol: float, generator: torch.Generator) -> Triplets | None:
+        """The truncation, from a space of two blocks as wide as the rank that begins with `near_SR`.
+
+        None if that is not enough, or if there is no room for two.
+        """
+        limit = most_columns(self.weight_LS.shape[1], self.rank)
+        if limit < _NEAR_BLOCKS * self.rank:
+            return None
+        norms_R = torch.linalg.vector_norm(near_SR, dim=0)
+        start_SR = near_SR / norms_R
+        if not bool((norms_R > 0).all()):
+            start_SR = torch.where(norms_R > 0, start_SR, drawn((len(near_SR), self.rank), generator))
+        basis = self.operator.basis
+        krylov = Krylov(
+            self.operator.apply, basis(start_SR), _NEAR_BLOCKS * self.rank, self.operator.core, basis
+        )
+        return Search(self.rank, tol, self.estimate, self.finish, _NEAR_BLOCKS).run(krylov)
 
     def estimate(self, ritz: Ritz) -> ErrorEstimate:
         """The cost is the share of the energy outside the best rank-R part of the space."""

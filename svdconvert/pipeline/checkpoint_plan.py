@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from svdconvert.checkpoint.picked import PickedSource
 from svdconvert.checkpoint.tensors import REAL, dtype_code
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.mergekit_file import MergeFile, Slice, SliceSource
@@ -13,7 +14,6 @@ from svdconvert.config.mergekit_file import Settings as FileSettings
 from svdconvert.config.sizes import parse_size
 from svdconvert.errors import ArtifactError, RecipeError, SvdConvertError
 from svdconvert.inputs.checkpoint_group import (
-    PickedSource,
     Place,
     layer_counts,
     place_of,
@@ -22,7 +22,6 @@ from svdconvert.inputs.checkpoint_group import (
     tensor_in,
 )
 from svdconvert.inputs.model import OpenModel
-from svdconvert.inputs.storage_format import quantization_method
 from svdconvert.merging.base import MergeMethod, Settings
 from svdconvert.output.plan import PlannedFile, plan_model
 from svdconvert.pipeline.combine_settings import check_count, find_method
@@ -110,7 +109,7 @@ def plan_checkpoint(
     kept = models[names[first]]
     for model in models.values():
         refuse_misfit(kept, model)
-        _refuse_quantised(model)
+        model.refuse_unknown_format()
     tensors: dict[str, Merged] = {}
     picked: dict[str, tuple[Any, str]] = {}
     for name, merged in _tensors(opened):
@@ -282,14 +281,6 @@ def _layers(opened: _Opened, kept: str) -> tuple[int, ...] | None:
         return None
     ranges = [_like(opened, part).layers or (0, 0) for part in opened.file.slices]
     return tuple(layer for begin, end in ranges for layer in range(begin, end))
-
-
-def _refuse_quantised(model: OpenModel) -> None:
-    if method := quantization_method(model.config):
-        raise ArtifactError(
-            f"{model.path} is quantised ({method}), and only float weights are merged; convert it to "
-            "bfloat16, float16 or float32 first"
-        )
 
 
 def _layout(model: OpenModel) -> tuple[str, str | None]:

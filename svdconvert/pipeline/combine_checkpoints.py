@@ -23,6 +23,7 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.checkpoint_plan import CheckpointPlan, Merged
 from svdconvert.pipeline.merge import measured_update, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
+from svdconvert.quantization.view import read_to_compute
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """The keys of config.json for the number of layers."""
@@ -128,7 +129,7 @@ def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
         if position == where:
             tensors.append(start)
         else:
-            tensors.append(plan.models[index].source.read(name).to(start.device).float())
+            tensors.append(read_to_compute(plan.models[index].source, name).to(start.device).float())
     if plan.method.weights is not None:
         return plan.method.weights(tensors, merged.settings)
     assert plan.method.changes is not None

@@ -26,9 +26,11 @@ from svdconvert.linalg.threads import float32_products
 from svdconvert.manifest.fingerprint import tensor_checksum
 from svdconvert.pipeline.merge import module_update
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
+from svdconvert.quantization.view import is_decoded, read_to_compute
 
 # PEFT 0.21 adds a float32 change to half-precision weights under one rounding; with safe_merge, or if the
-# factors are in half precision, it rounds the change first (tuners/lora/layer.py, Linear.merge).
+# factors are in half precision, it rounds the change first (tuners/lora/layer.py, Linear.merge). The weights
+# of a quantised base are rounded before that, when they are decoded.
 Rule = Literal["one rounding", "PEFT's order", "unchanged", "something else"]
 RIGHT: tuple[Rule, ...] = ("one rounding", "PEFT's order")
 """What a matrix with the adapter in it can be."""
@@ -173,7 +175,7 @@ def _other_fault(plan: MergePlan, merged: TensorSource, name: str) -> str | None
 
 def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMatrix:
     found = merged.read(name)
-    weight = plan.source.read(name)
+    weight = read_to_compute(plan.source, name)
     if name in plan.resized:
         weight = plan.weights.delta.parameter(plan.resized[name]).to(weight.dtype)
     product, peft = _changes(plan, name, weight)
@@ -182,15 +184,17 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     unchanged = weight.to(found.dtype)
     if _same(once, found):
         return AuditedMatrix(name, "one rounding", exact)
-    in_peft = unchanged + peft.to(found.dtype)
-    if _same(in_peft, found):
+    in_peft = [unchanged + peft.to(found.dtype)]
+    if is_decoded(plan.source, name):
+        in_peft.append(merged_(unchanged.clone(), product, found.dtype)[0])
+    if any(_same(each, found) for each in in_peft):
         return AuditedMatrix(name, "PEFT's order", exact)
     if _same(unchanged, found):
         return AuditedMatrix(name, "unchanged", exact, 0.0)
     size = float(torch.linalg.vector_norm(weight.float()))
     if _nearly(once, found, size):
         return AuditedMatrix(name, "one rounding", exact)
-    if _nearly(in_peft, found, size):
+    if any(_nearly(each, found, size) for each in in_peft):
         return AuditedMatrix(name, "PEFT's order", exact)
     return AuditedMatrix(
         name, "something else", exact, *_fit(found.double() - weight.double(), peft.double())

@@ -15,6 +15,7 @@ from svdconvert.output.plan import PlannedFile, plan_divided
 from svdconvert.pipeline.merge_extras import Extras
 from svdconvert.pipeline.runner import TensorResult
 from svdconvert.quantization.base import Parts
+from svdconvert.quantization.stacks import one_of_stack
 from svdconvert.quantization.view import DecodedSource
 
 
@@ -30,12 +31,12 @@ def keep_format(model: OpenModel, changed: Collection[str], extras: Extras) -> D
             f"--keep-format changes nothing here: no weight of {model.path} is quantised; leave it out"
         )
     for name in changed:
-        if name not in source.coded and whole_name(name) in source.coded:
+        plugin, coded = source.coded.get(name) or one_of_stack(source.coded, name) or (None, None)
+        if plugin is None and whole_name(name) in source.coded:
             raise TargetError(
                 f"{name} is a part of a quantised tensor of {model.path}, which is only written as a whole; "
                 "leave out --keep-format"
             )
-        plugin, coded = source.coded.get(name, (None, None))
         if plugin is not None and coded is not None and not plugin.encodes:
             raise TargetError(
                 f"{name} of {model.path} is stored as {plugin.title(coded)}, which needs more than the "
@@ -67,15 +68,19 @@ def kept_files(
     infos: the tensors and parts that are read. planned: how tensors that are not quantised are written; those
     that are not read are added.
     """
+    wholes = undivided(kept.stored).infos
+    coded = [each for _, each in kept.coded.values()]
+    stored_as = {each.name: [kept.stored.infos[name] for name in each.stored] for each in coded}
     read = {info.name: planned.get(info.name, info) for info in infos}
-    units = list({**read, **planned}.values())
+    units = [tensor for info in {**read, **planned}.values() for tensor in stored_as.get(info.name, [info])]
+    together = {each.stored[0]: each.stored for each in coded if each.stored[0] in wholes}
+    later = {name for names in together.values() for name in names[1:]}
 
-    def stored_as(info: TensorInfo) -> Sequence[TensorInfo]:
-        if info.name not in kept.coded:
-            return (info,)
-        return [kept.stored.infos[name] for name in kept.coded[info.name][1].stored]
+    def of_one_weight(info: TensorInfo) -> Sequence[TensorInfo]:
+        names = () if info.name in later else together.get(info.name)
+        return (info,) if names is None else [wholes[name] for name in names]
 
-    return plan_divided(units, kept.infos, limit, stored_as)
+    return plan_divided(units, {**kept.infos, **wholes}, limit, of_one_weight)
 
 
 def merge_kept(

@@ -73,10 +73,8 @@ class _State:
 def quantised_start(weight_OI: Tensor, plan: Alternation) -> QuantisedStart:
     """The 4-bit residual and the factors with the smallest error. The weight is not changed."""
     plain = encode(weight_OI, Rule(plan.rule.kind))
-    missing_OI = difference(weight_OI, plain)
-    plain_error = norm_of(missing_OI)
-    plain_nuclear = nuclear_norm(missing_OI) if plan.nuclear else 0.0
-    del missing_OI
+    plain_error = missing_norm(weight_OI, plain)
+    plain_nuclear = nuclear_norm(difference(weight_OI, plain)) if plan.nuclear else 0.0
     best = min(_states(weight_OI, plan, plain), key=lambda state: state.error)
     nuclear = None
     if plan.nuclear:
@@ -108,7 +106,8 @@ def _states(weight_OI: Tensor, plan: Alternation, plain: Quantized) -> Iterator[
             unchanged = factors is None and plan.rule == plain.rule
             base = plain if unchanged else quantise_residual(weight_OI, factors, plan.scale, plan.rule)
             rest_OI = difference(weight_OI, base)
-            split = plan.method.hold(plan.solver.top(rest_OI, plan.rank), plan.scale)
+            near = factors.folded() if factors is not None else None
+            split = plan.method.hold(plan.solver.top(rest_OI, plan.rank, near), plan.scale)
             factors = split.factors.to(plan.dtype)
             error = _error(rest_OI, factors, plan.scale)
             yield _State(start, iteration, base, factors, split.spectrum, error)
@@ -119,7 +118,7 @@ def _unfitted(weight_OI: Tensor, plan: Alternation, plain: Quantized) -> _State:
     assert plan.method.split is not None
     split = plan.method.split(weight_OI, plan.rank, plan.scale, plan.solver)
     base = plain if plan.rule == plain.rule else encode(weight_OI, plan.rule)
-    error = norm_of(difference(weight_OI, base))
+    error = missing_norm(weight_OI, base)
     return _State(None, 0, base, split.factors.to(plan.dtype), split.spectrum, error)
 
 
@@ -143,6 +142,11 @@ def difference(weight_OI: Tensor, base: Quantized) -> Tensor:
     for rows, part in in_float32(weight_OI):
         torch.sub(part, base.decode(rows), out=rest_OI[rows])
     return rest_OI
+
+
+def missing_norm(weight_OI: Tensor, base: Quantized) -> float:
+    """||W - Q||_F."""
+    return sqrt(energy_of(part - base.decode(rows) for rows, part in in_float32(weight_OI)))
 
 
 def _checksum_as_read(base: Quantized, dtype: torch.dtype) -> str:

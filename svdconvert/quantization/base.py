@@ -136,6 +136,6 @@ FORMATS: Registry[StorageFormat] = Registry(
     "svdconvert.quantization",
     "FORMAT",
     StorageFormat,  # type: ignore[type-abstract]
-    shared=("base", "nf4", "packing", "floats", "integers", "view"),
+    shared=("base", "nf4", "packing", "floats", "integers", "stacks", "view"),
 )
 """The storage formats of quantised weights."""

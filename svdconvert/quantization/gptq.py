@@ -1,7 +1,7 @@
 """GPTQ: transposed integer codes in words of 32 bits, with groups of input features in any order.
 
 w[o, i] = scales[g, o] * (q[i, o] - z[g, o]) with g = g_idx[i]. The first version of the format stores z - 1,
-modulo 2^bits; `checkpoint_format` gptq_v2 stores z.
+modulo 2^bits; the second one (`checkpoint_format` gptq_v2, and AutoRound's own `packing_format`) stores z.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,21 @@ from svdconvert.errors import CheckpointError, brief
 from svdconvert.quantization.base import Coded, Parts, StorageFormat, require_shape
 from svdconvert.quantization.packing import unpack
 
-_BITS = (2, 3, 4, 8)
+_BITS = (2, 3, 4, 5, 6, 7, 8)
+_FIRST_VERSION = ("gptq", "auto_round:auto_gptq", "auto_round:gptq")
+_SECOND_VERSION = (
+    "gptq_v2",
+    "auto_round",
+    "auto_round:gptqmodel",
+    "auto_round:exllamav2",
+    "auto_round:tritonv2",
+)
 
 
 class Gptq(StorageFormat):
     """Codes packed along the input features, zero points along the output features."""
 
-    summary = "GPTQ: integers of 2, 3, 4 or 8 bits"
+    summary = "GPTQ: integers of 2 to 8 bits, of both versions"
     methods = frozenset({"gptq", "auto-round", "autoround"})
 
     def detect(self, source: TensorSource, settings: Mapping[str, Any]) -> Iterator[Coded]:
@@ -79,39 +87,63 @@ def _coded(
 ) -> Coded:
     codes = infos[parts["codes"]]
     scale = infos[parts["scale"]]
-    words, outputs = codes.shape
-    bits, inputs = _bits_and_inputs(codes, infos.get(parts.get("g_idx", "")), settings)
+    outputs = codes.shape[1]
     groups = scale.shape[0] if len(scale.shape) == 2 else 0
-    if scale.dtype not in REAL or scale.shape != (groups, outputs) or not groups or -(-inputs // groups) < 1:
+    if scale.dtype not in REAL or scale.shape != (groups, outputs) or not groups or not codes.shape[0]:
         raise CheckpointError(
             f"{scale.name} has the shape {list(scale.shape)} and the type {scale.dtype}, which does not fit "
             f"{codes.name} of the shape {list(codes.shape)}; fetch the checkpoint again"
         )
-    require_shape(infos[parts["zeros"]], (groups, -(-outputs * bits // 32)))
-    added = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    zeros = infos[parts["zeros"]]
+    order = infos.get(parts.get("g_idx", ""))
+    bits, inputs = _bits_and_inputs(codes, zeros, order, groups, settings)
+    require_shape(zeros, (groups, -(-outputs * bits // 32)))
+    added = _added(codes, settings)
     chosen = {"groups": groups, "group": -(-inputs // groups), "added": added}
     return Coded(f"{path}weight", (outputs, inputs), parts, bits, settings=chosen)
 
 
+def _added(codes: TensorInfo, settings: Mapping[str, Any]) -> int:
+    """What must be added to the stored zero points. Raises CheckpointError for an unknown version."""
+    for key in ("packing_format", "checkpoint_format", "backend"):
+        name = settings.get(key)
+        if name in _FIRST_VERSION or name in _SECOND_VERSION:
+            return 0 if name in _SECOND_VERSION else 1
+        if key != "backend" and name is not None:
+            raise CheckpointError(
+                f"{codes.name} is packed as {brief(name)}, a {key} that is not known; give a checkpoint in "
+                f"one of these: {', '.join((*_FIRST_VERSION, *_SECOND_VERSION))}"
+            )
+    return 1
+
+
 def _bits_and_inputs(
-    codes: TensorInfo, order: TensorInfo | None, settings: Mapping[str, Any]
+    codes: TensorInfo,
+    zeros: TensorInfo,
+    order: TensorInfo | None,
+    groups: int,
+    settings: Mapping[str, Any],
 ) -> tuple[int, int]:
-    """(bits of a code, input features), from the order of the groups if it is stored, else as configured."""
-    words = codes.shape[0]
-    if order is not None and len(order.shape) == 1:
-        inputs = order.shape[0]
-        fitting = [bits for bits in _BITS if -(-inputs * bits // 32) == words]
-        named = [bits for bits in fitting if bits == settings.get("bits")] or fitting
-        if len(named) == 1:
-            return named[0], inputs
-    else:
-        bits = settings.get("bits")
-        if type(bits) is int and bits in _BITS and words * 32 % bits == 0:
-            return bits, words * 32 // bits
-    raise CheckpointError(
-        f"{codes.name} has the shape {list(codes.shape)}, which {brief(settings.get('bits'))} bits do not "
-        "explain; restore the quantization_config of config.json"
-    )
+    """(bits of a code, input features) that fit all shapes; the configuration decides between several.
+
+    A checkpoint may have other bits in some layers than its configuration names.
+    """
+    words, outputs = codes.shape
+    length = order.shape[0] if order is not None and len(order.shape) == 1 else None
+    fitting = []
+    for bits in _BITS:
+        inputs = words * 32 // bits if length is None else length
+        if zeros.shape == (groups, -(-outputs * bits // 32)) and -(-inputs * bits // 32) == words:
+            fitting.append((bits, inputs))
+    size = settings.get("group_size")
+    grouped = [each for each in fitting if size == -1 or -(-each[1] // groups) == size] or fitting
+    named = [each for each in grouped if each[0] == settings.get("bits")] or grouped
+    if len(named) != 1:
+        raise CheckpointError(
+            f"{codes.name} has the shape {list(codes.shape)}, which {brief(settings.get('bits'))} bits do "
+            "not explain; restore the quantization_config of config.json"
+        )
+    return named[0]
 
 
 FORMAT = Gptq()

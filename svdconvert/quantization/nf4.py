@@ -9,12 +9,14 @@ looks values up in a table, sometimes takes the second nearest number if two are
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import gcd, prod
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -45,9 +47,10 @@ BLOCK = 64
 NESTED_BLOCK = 256
 """How many magnitudes form a block of double quantisation."""
 
-_AT_ONCE = 1 << 16  # values that are processed at once, so that the working copies stay in the cache
-_CELLS = 256  # equal parts of [-1, 1] in which a number is looked up, which is faster than a search
-_NEAR = 1e-3  # of a part; rounding to float32 moves a value by less
+_AT_ONCE = 1 << 18  # values that are processed at once, so that the working copies stay in the cache
+_PARTS = 1 << 13  # of [-1, 1], in which the code of a number is looked up
+_NEAR = 0.01  # of a part; rounding to float32 moves a value by less
+_SEARCHED = 255  # instead of the code of a part in which a number must be searched
 _LEAST = 1e-38  # instead of the largest magnitude of a block of zeros, as in bitsandbytes
 _OFFSET_LENGTH = 24  # characters of a float in JSON, at most
 
@@ -135,7 +138,8 @@ def encode_rows(
     for rows in aligned_rows(shape[0], width, size, device):
         flat = rows_of(rows).reshape(-1)
         start = rows.start * width
-        padded = torch.nn.functional.pad(flat, (0, flat.numel() % 2))  # as bitsandbytes does
+        is_odd = flat.numel() % 2
+        padded = torch.nn.functional.pad(flat, (0, 1)) if is_odd else flat  # as bitsandbytes does
         codes, largest = quantize(padded, rule.kind, size)
         packed[start // 2 : (start + padded.numel()) // 2] = pack(codes)
         absmax[start // size : start // size + largest.numel()] = largest
@@ -156,59 +160,69 @@ def quantize(flat: Tensor, kind: str, blocksize: int = BLOCK) -> tuple[Tensor, T
 
     A quotient in the middle of two numbers becomes the smaller one. The vector has any float dtype.
     """
-    book = CODE_BOOKS[kind].to(flat.device)
-    order = book.argsort()
-    ranks, absmax = _nearest(flat, book[order], blocksize)
-    return (ranks if kind == "nf4" else order.to(torch.uint8)[ranks.int()]), absmax
+    return _nearest(flat, _levels(kind, flat.device), blocksize)
 
 
-def _nearest(flat: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(index of the nearest of the sorted `levels` uint8 [n], largest magnitude of each block float32)."""
-    bounds = (levels[:-1] + levels[1:]) / 2
-    indices = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+class _Levels:
+    """The numbers of a code book, among which the nearest one is found."""
+
+    def __init__(self, book: Tensor) -> None:
+        sorted_, order = book.sort(stable=True)
+        self._bounds = (sorted_[:-1] + sorted_[1:]) / 2
+        self._codes = order.to(torch.uint8)
+        self._table = _table(self._bounds, self._codes) if book.device.type == "cpu" else self._codes
+
+    def find(self, values: Tensor, codes: Tensor) -> None:
+        """Write the codes of the numbers nearest to values of [-1, 1] into `codes` (uint8).
+
+        A value in the middle of two becomes the smaller one.
+        """
+        if values.device.type != "cpu":
+            codes.copy_(self._codes[torch.bucketize(values, self._bounds, out_int32=True)])
+            return
+        half = _PARTS // 2
+        torch.index_select(self._table, 0, (values * half).add_(half).int(), out=codes)
+        searched = torch.from_numpy(numpy.flatnonzero(codes.numpy() == _SEARCHED))  # faster than torch
+        if len(searched):
+            codes[searched] = self._codes[torch.bucketize(values[searched], self._bounds)]
+
+
+def _table(bounds: Tensor, codes: Tensor) -> Tensor:
+    """The code of each of many equal parts of [-1, 1], uint8, which is found faster than by a search.
+
+    It is _SEARCHED in parts that hold one of the `bounds`, or whose end is so near to one that rounding could
+    mistake the part of a value.
+    """
+    position = (bounds.double() + 1.0) * (_PARTS // 2)
+    parts = torch.arange(_PARTS + 1, dtype=torch.float64)
+    below = torch.searchsorted(position + _NEAR, parts)
+    above = torch.searchsorted(position - _NEAR, parts + 1.0)
+    return torch.where(below == above, codes[below], _SEARCHED).to(torch.uint8)
+
+
+@cache
+def _levels(kind: str, device: torch.device) -> _Levels:
+    """Of NF4, FP4, or the magnitudes of double quantisation."""
+    return _Levels((dynamic_map() if kind == "magnitudes" else CODE_BOOKS[kind]).to(device))
+
+
+def _nearest(flat: Tensor, levels: _Levels, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [n], largest magnitude of each block float32) of a vector [n]."""
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), device=flat.device)
     full = flat.numel() // blocksize * blocksize
     step = _blocks_at_once(blocksize, flat) * blocksize
     for start in range(0, full, step):
         stop = min(full, start + step)
         blocks = flat[start:stop].float().reshape(-1, blocksize)
-        largest = absmax[start // blocksize : stop // blocksize].copy_(blocks.abs().amax(1))
-        shares = (blocks * (1.0 / largest.clamp(min=_LEAST))[:, None]).clamp_(-1, 1)
-        _count_below(shares.reshape(-1), bounds, indices[start:stop])
+        largest = torch.amax(blocks.abs(), 1, out=absmax[start // blocksize : stop // blocksize])
+        factors = largest.clamp(min=_LEAST).reciprocal_()
+        levels.find((blocks * factors[:, None]).reshape(-1), codes[start:stop])
     if full < flat.numel():  # bitsandbytes divides the values of a short block instead
         rest = flat[full:].float()
         absmax[-1] = rest.abs().max().clamp(min=_LEAST)
-        _count_below((rest / absmax[-1]).clamp_(-1, 1), bounds, indices[full:])
-    return indices, absmax
-
-
-def _count_below(values: Tensor, bounds: Tensor, counts: Tensor) -> None:
-    """Write the number of sorted `bounds` below each value of [-1, 1] into `counts` (uint8)."""
-    table = _cells(tuple(bounds.tolist())) if values.device.type == "cpu" else None
-    if table is None:
-        counts.copy_(torch.bucketize(values, bounds, out_int32=True))
-        return
-    below, threshold = table
-    cell = (values + 1.0).mul_(_CELLS // 2).int()
-    torch.index_select(below, 0, cell, out=counts)
-    counts.add_(values > threshold[cell])
-
-
-@cache
-def _cells(bounds: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
-    """(number of bounds below each of 256 equal parts of [-1, 1] uint8, the bound in it or 2 float32).
-
-    None if a part has several bounds, or if a bound is so near to an end of its part that rounding could
-    mistake the part of a value.
-    """
-    position = (torch.tensor(bounds, dtype=torch.float64) + 1.0) * (_CELLS // 2)
-    cell = position.floor().long()
-    if len(set(cell.tolist())) < len(bounds) or float((position - position.round()).abs().min()) < _NEAR:
-        return None
-    threshold = torch.full((_CELLS + 1,), 2.0)
-    threshold[cell] = torch.tensor(bounds)
-    below = torch.bucketize(torch.arange(_CELLS + 1), cell, right=False).to(torch.uint8)
-    return below, threshold
+        levels.find(rest / absmax[-1], codes[full:])
+    return codes, absmax
 
 
 def _blocks_at_once(blocksize: int, tensor: Tensor) -> int:
@@ -218,10 +232,12 @@ def _blocks_at_once(blocksize: int, tensor: Tensor) -> int:
 
 def pack(codes: Tensor) -> Tensor:
     """Two codes per byte, the first one in the upper four bits: uint8 [n] -> uint8 [(n + 1) / 2]."""
-    upper = codes[::2] << 4
-    lower = codes[1::2]
-    upper[: lower.numel()] |= lower
-    return upper
+    if len(codes) % 2:
+        return torch.cat([pack(codes[:-1]), codes[-1:] << 4])
+    if sys.byteorder == "little" and codes.is_contiguous():  # one pair is one number
+        pairs = codes.view(torch.int16)
+        return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2]
 
 
 @cache
@@ -269,7 +285,7 @@ def dynamic_map() -> Tensor:
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     """(codes uint8 [n], largest magnitude of each block of 256 float32, their mean) of magnitudes [n]."""
     offset = absmax.mean()
-    codes, nested_scales = _nearest(absmax - offset, dynamic_map().to(absmax.device), NESTED_BLOCK)
+    codes, nested_scales = _nearest(absmax - offset, _levels("magnitudes", absmax.device), NESTED_BLOCK)
     return codes, nested_scales, float(offset)
 
 

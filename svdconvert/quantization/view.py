@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.checkpoint.parts import find_part, undivided
+from svdconvert.checkpoint.parts import find_part, part_name, undivided, whole_name, with_parts
+from svdconvert.checkpoint.picked import PickedSource
 from svdconvert.checkpoint.tensors import (
     OnChunk,
     TensorInfo,
@@ -18,6 +19,7 @@ from svdconvert.checkpoint.tensors import (
 )
 from svdconvert.errors import CheckpointError
 from svdconvert.quantization.base import FORMATS, Coded, Parts, StorageFormat
+from svdconvert.quantization.stacks import one_of_stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,9 +91,20 @@ class DecodedSource:
             left -= len(data)
 
     def only(self, names: Collection[str]) -> "DecodedSource":
-        """The same checkpoint with only these weights decoded, the others as they are in the files."""
+        """The same checkpoint with only these weights decoded, the others as they are in the files.
+
+        A name may be that of one matrix of a stack. The stored tensors of that stack are then shown as parts.
+        """
         chosen = {name: found for name, found in self.coded.items() if name in names}
-        return DecodedSource(self.stored, chosen, self._dtype)
+        single = {name: found for name in names if (found := one_of_stack(self.coded, name))}
+        stacks = [self.coded[whole] for whole in dict.fromkeys(whole_name(name) for name in single)]
+        pieces = [
+            part_name(stored, index)
+            for _, stack in stacks
+            for stored in stack.parts.values()
+            for index in range(stack.shape[0])
+        ]
+        return DecodedSource(with_parts(self.stored, pieces), {**chosen, **single}, self._dtype)
 
     def float32_blocks(
         self, name: str, step: int | None = None, parts: Parts | None = None, rows: slice | None = None
@@ -168,6 +181,8 @@ def detect_formats(
 
 def _find(source: TensorSource, name: str) -> tuple[DecodedSource, str, slice] | None:
     """(view, quantised weight, rows) of a tensor or part that is stored as codes; None for all others."""
+    if isinstance(source, PickedSource):
+        return _find(*source.origin(name))
     view = undivided(source)
     if not isinstance(view, DecodedSource):
         return None

@@ -17,7 +17,7 @@ from svdconvert.pipeline.adapter_targets import matrix_shape
 from svdconvert.pipeline.decompose_plan import plan_decomposition
 from svdconvert.pipeline.estimate import estimate_decompose
 from svdconvert.quantization.view import DecodedSource
-from svdconvert.training.start import decomposed_manifest, refuse_adapter_options, refuse_gguf
+from svdconvert.training.start import decomposed_manifest, refuse_adapter_options
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -81,7 +81,6 @@ def outline_run(model: str, split: SplitOptions, base: str | None, run: Run) -> 
     if base is not None:
         raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
     opened = replace(open_headers(model), trust_remote_code=run.trust_remote_code)
-    refuse_gguf(opened)
     if METHODS.get(split.method).split is None:
         refuse_adapter_options(split)
         return Outline(
@@ -120,7 +119,6 @@ def _decomposed(model: str, snapshot: Snapshot, base: str | None, split: SplitOp
                 f"the base of {snapshot.path} is not found ({location}); give its location with --base"
             )
         opened = found
-        refuse_gguf(opened)
     return Outline(
         model=opened,
         layout=opened.layout(manifest.layout)[1],

@@ -323,7 +323,9 @@ class FineTunedModel:
 
     def write_sidecars(self, directory: Path) -> None:
         """Copy the sidecars of the source, and write the index."""
-        complete_checkpoint(self.start.weights, directory, self.files)
+        complete_checkpoint(
+            self.start.weights, directory, self.files, was_decoded=self.start.model.is_decoded
+        )
 
     def manifest(self, options: TrainOptions, staged: StagedOutput, threads: int) -> Manifest:
         """The manifest of a fine-tuned checkpoint."""

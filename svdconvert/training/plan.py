@@ -25,7 +25,7 @@ def plan_run(outline: Outline, options: TrainOptions, run: Run) -> TrainEstimate
     options = resolve_defaults(options, outline.method, outline.dropout, run.notify)
     also = choose_parameters(outline.infos, outline.layout, outline.matrices, options.train_also or ())
     data = open_training_data(
-        outline.model.path, outline.layout, options, trust_remote_code=run.trust_remote_code
+        outline.model.sidecars, outline.layout, options, trust_remote_code=run.trust_remote_code
     )
     for warning in (learning_rate_warning(outline.name, options.lr or 0.0), *data.splits.warnings):
         if warning:
@@ -45,4 +45,4 @@ def plan_run(outline: Outline, options: TrainOptions, run: Run) -> TrainEstimate
 
 def _head(outline: Outline, data: TrainingData) -> ParameterShapes:
     """The new parameters of a classifier or regressor."""
-    return {} if data.labels is None else head_shapes(outline.model.path, data.labels, outline.infos)
+    return {} if data.labels is None else head_shapes(outline.model.sidecars, data.labels, outline.infos)

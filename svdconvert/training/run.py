@@ -87,7 +87,7 @@ class TrainingJob:
             "split": asdict(self.split),
             "data": {"files": dict(self.data.splits.checksums)},
             "encoded": {"files": {_ENCODED: self.data.splits.checksum()}},
-            "start": {"files": {str(self.start.weights): _start_checksum(self.start)}},
+            "start": {"files": {str(self.start.model.path): _start_checksum(self.start)}},
             "processes": self.accelerator.num_processes,
             "precision": self.accelerator.mixed_precision,
         }

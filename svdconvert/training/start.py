@@ -40,14 +40,14 @@ from svdconvert.training.model.quantised_loading import weight_in_memory
 class AdapterStart:
     """An initial adapter, and the frozen weights that it is trained with."""
 
-    weights: Path
-    """The directory to load: a residual or a base."""
+    model: OpenModel
+    """What is loaded: a residual or a base."""
     inputs: Sequence[Path]
     """All directories and files that were read."""
     method: str
     layout: str
     base_is_residual: bool
-    """True if `weights` holds residuals, or `residuals` replaces the target matrices by residuals."""
+    """True if `model` holds residuals, or `residuals` replaces the target matrices by residuals."""
     config: AdapterConfig
     base: Origin | None
     residual: Origin | None
@@ -56,9 +56,14 @@ class AdapterStart:
     factors: Mapping[str, Factors]
     """Module -> initial factors."""
     residuals: Mapping[str, Tensor | QuantisedWeight] = field(default_factory=dict)
-    """Tensor of the base -> its residual, if `weights` holds the base and the method needs a residual."""
+    """Tensor of the base -> its residual, if `model` is the base and the method needs a residual."""
     fully_trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Path -> shape of the parameters that are trained in full, in addition to the factors."""
+
+    @property
+    def weights(self) -> Path:
+        """The directory or file that the network and the tokenizer are loaded from."""
+        return self.model.sidecars
 
     def scaled_factors(self) -> ScaledFactors:
         """Module -> (factors, scale)."""
@@ -83,16 +88,21 @@ class AdapterStart:
 class FullStart:
     """A plain checkpoint of which every weight is trained, without an adapter."""
 
-    weights: Path
-    """The directory to load, and the only input."""
+    model: OpenModel
+    """The only input."""
     method: str
     layout: str
     base: Origin
 
     @property
+    def weights(self) -> Path:
+        """The directory or file that the network and the tokenizer are loaded from."""
+        return self.model.sidecars
+
+    @property
     def inputs(self) -> Sequence[Path]:
         """All directories and files that were read."""
-        return [self.weights]
+        return [self.model.path]
 
 
 TrainingStart = AdapterStart | FullStart
@@ -114,11 +124,10 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
-        refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
             refuse_adapter_options(split)
             return FullStart(
-                weights=opened.path,
+                model=opened,
                 method=split.method,
                 layout=opened.layout(split.layout)[0],
                 base=opened.origin(),
@@ -141,15 +150,6 @@ def refuse_adapter_options(split: SplitOptions) -> None:
         )
 
 
-def refuse_gguf(model: OpenModel) -> None:
-    """Raise ArtifactError for a GGUF file, from which no network is loaded."""
-    if model.sidecars != model.path:
-        raise ArtifactError(
-            f"{model.path} is a GGUF file, which train cannot load; decompose it (with --copy-base for a "
-            "method that leaves the base unchanged), and train the directory that results"
-        )
-
-
 def _open_decomposed(
     model: str, snapshot: Snapshot, base: str | None, split: SplitOptions
 ) -> tuple[AdapterStart, OpenModel]:
@@ -164,13 +164,12 @@ def _open_decomposed(
             find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
         opened = open_model(model)
         residual = opened.origin(manifest.checksums)
-        return start_from_decomposed(opened.path, manifest, opened.path, residual), opened
+        return start_from_decomposed(opened.path, manifest, opened, residual), opened
     opened = require_model(manifest.base, base, snapshot.path)
-    refuse_gguf(opened)
     if manifest.base is not None:
         known = manifest.base.fingerprint.tensors
         require_unchanged(opened.path, opened.source, known, "the adapter was made")
-    return start_from_decomposed(snapshot.path, manifest, opened.path, None), opened
+    return start_from_decomposed(snapshot.path, manifest, opened, None), opened
 
 
 def decomposed_manifest(directory: Path, split: SplitOptions) -> Manifest:
@@ -270,13 +269,13 @@ def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str]
 
 
 def start_from_decomposed(
-    directory: Path, manifest: Manifest, weights: Path, residual: Origin | None
+    directory: Path, manifest: Manifest, model: OpenModel, residual: Origin | None
 ) -> AdapterStart:
-    """The start that `decompose` wrote; `weights` is `directory` or, without a residual, the base."""
+    """The start that `decompose` wrote; `model` is that directory or, without a residual, the base."""
     adapter = open_adapter(directory / init_folder(manifest.method))
     return AdapterStart(
-        weights=weights,
-        inputs=[directory, weights],
+        model=model,
+        inputs=[directory, model.path],
         method=manifest.method,
         layout=manifest.layout,
         base_is_residual=manifest.base_is_residual,
@@ -313,7 +312,7 @@ def start_from_plain(plan: DecomposePlan, model: OpenModel) -> AdapterStart:
         own = {member.module: factors.pop(member.module) for member in stack.members}
         factors |= stack_factors(stack, own)
     return AdapterStart(
-        weights=model.path,
+        model=model,
         inputs=[model.path],
         method=plan.options.method,
         layout=plan.layout,

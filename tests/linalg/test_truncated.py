@@ -206,3 +206,35 @@ def test_the_same_seed_and_name_give_the_same_bits_whatever_ran_before() -> None
 def test_another_seed_or_name_gives_other_random_numbers(other: Solver) -> None:
     weight = matrix("slow", 300, 200)
     assert not torch.equal(Solver("w", seed=3).top(weight, RANK).left_OR, other.top(weight, RANK).left_OR)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 10.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_factors_near_the_result_or_far_from_it_change_no_more_than_the_tolerance(
+    kind: str, shape: tuple[int, int], noise: float
+) -> None:
+    weight = matrix(kind, *shape)
+    generator = torch.Generator().manual_seed(5)
+    other = weight + noise * weight.std() * torch.randn(shape, generator=generator)
+    before = exact_top(other, RANK)
+    found = Solver("near", tol=1e-3).top(weight, RANK, (before.left_OR * before.sigma_R, before.right_RI))
+    assert truth(kind, *shape).excess(found) < 1e-3
+    assert well_formed(found, shape, RANK)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_near_factors_may_be_of_any_rank(shape: tuple[int, int], value: float) -> None:
+    rows, columns = shape
+    near = (torch.full((rows, RANK), value), torch.full((RANK, columns), value))
+    found = Solver("near", tol=1e-3).top(matrix("power", *shape), RANK, near)
+    assert truth("power", *shape).excess(found) < 1e-3
+
+
+def test_near_factors_are_ignored_if_a_space_has_no_room_for_them() -> None:
+    weight = matrix("trained", 600, 640)
+    assert space_needed(256) < 600
+    near = (torch.ones(600, 256), torch.ones(256, 640))
+    found, expected = (Solver("near").top(weight, 256, given) for given in (near, None))
+    assert torch.equal(found.left_OR, expected.left_OR)

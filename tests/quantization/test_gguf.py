@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from svdconvert import Run, SplitOptions, decompose, merge
+from svdconvert import MergeOptions, Run, SplitOptions, TrainOptions, decompose, merge, train
 from svdconvert.checkpoint.gguf_file import GgufFile
+from svdconvert.commands.chat import chat
 from svdconvert.commands.inspect import inspect
-from svdconvert.errors import ArtifactError, CheckpointError, TargetError
+from svdconvert.commands.train import plan_train
+from svdconvert.config.chat import ChatOptions
+from svdconvert.errors import CheckpointError, TargetError
 from svdconvert.inputs.model import open_model
 from svdconvert.inputs.storage_format import decoded
 from svdconvert.quantization.view import DecodedSource, read_to_compute
+from svdconvert.training.compat import reset_accelerate_state
+from svdconvert.training.model.load import load_network
+from svdconvert.training.model.quantised_linear import QuantisedLinear
+from tests.reading import write_sums
+from tests.stock import tensors
 from tests.tiny import fill
 
 gguf: Any = pytest.importorskip("gguf")
@@ -178,14 +186,43 @@ def test_inspect_shows_the_types(file: Path) -> None:
     assert found["layout"] == "llama"
 
 
-def test_it_cannot_be_written_or_trained(file: Path, tmp_path: Path) -> None:
-    from svdconvert import MergeOptions, TrainOptions, train
-
+def test_it_cannot_be_written(file: Path, tmp_path: Path) -> None:
     decompose(file, tmp_path / "out", SplitOptions(rank=4), RUN)
     with pytest.raises(TargetError, match="is stored as GGUF Q8_0.*leave out --keep-format"):
         merge(tmp_path / "out", tmp_path / "merged", MergeOptions(side="base", keep_format=True), RUN)
-    with pytest.raises(ArtifactError, match="GGUF file, which train cannot load; decompose it"):
-        train(file, tmp_path / "trained", TrainOptions(data="rows.jsonl"), RUN, split=SplitOptions(rank=4))
+
+
+def test_the_network_is_that_of_transformers_and_stays_quantised(file: Path) -> None:
+    model = open_model(str(file))
+    network = load_network(model.sidecars, model.layout()[1], None)
+    quantised = [layer for layer in network.modules() if isinstance(layer, QuantisedLinear)]
+    assert len(quantised) == 15
+    expected = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(network(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_it_is_trained_and_chatted_with(method: str, file: Path, tmp_path: Path) -> None:
+    """In memory, and from what decompose wrote, which has no residual with `lora`."""
+    write_sums(tmp_path / "sums.jsonl")
+    split = SplitOptions(rank=4, method=method)
+    options = TrainOptions(data=str(tmp_path / "sums.jsonl"), steps=1, batch_size=2, max_length=48, lr=1e-2)
+    assert plan_train(file, options, RUN, split=split).steps == 1
+    train(file, tmp_path / "trained", options, RUN, split=split)
+    decompose(file, tmp_path / "out", split, RUN)
+    reset_accelerate_state()
+    train(tmp_path / "out", tmp_path / "again", options, RUN)
+    reset_accelerate_state()
+    one, two = (tensors(tmp_path / name) for name in ("trained", "again"))
+    assert one.keys() == two.keys()
+    if method == "lora":
+        assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    merge(tmp_path / "trained", tmp_path / "merged", run=RUN)
+    assert {*tensors(tmp_path / "merged")} == {*open_model(str(file)).source.infos}
+    for model in (file, tmp_path / "trained", tmp_path / "again"):
+        assert chat(model, ["1 2"], ChatOptions(max_new_tokens=2), RUN)
 
 
 def test_other_architectures_and_tensors_are_refused_by_name(tmp_path: Path) -> None:

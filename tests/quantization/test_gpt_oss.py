@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from svdconvert import MergeOptions, Run, SplitOptions, decompose, merge
 from svdconvert.checkpoint.parts import PartsSource
-from svdconvert.errors import TargetError
+from svdconvert.commands.verify import verify
 from svdconvert.inputs.model import open_model
 from svdconvert.manifest.fingerprint import tensor_checksum
 from svdconvert.quantization.base import FORMATS, Coded
@@ -115,8 +115,8 @@ def test_experts_are_decomposed_and_merged(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, source.read(name)) for name, tensor in found.items())
     residual = stored_tensors(tmp_path / "out")
     assert not torch.equal(residual[STACK], found[STACK])
-    with pytest.raises(TargetError, match="is a part of a quantised tensor"):
-        merge(tmp_path / "out", tmp_path / "kept", MergeOptions(side="base", keep_format=True), RUN)
+    merge(tmp_path / "out", tmp_path / "kept", MergeOptions(side="base", keep_format=True), RUN)
+    assert same(stored_tensors(tmp_path / "kept"), stored_tensors(model))
 
 
 def test_untouched_experts_keep_their_bytes(model: Path, tmp_path: Path) -> None:
@@ -126,3 +126,38 @@ def test_untouched_experts_keep_their_bytes(model: Path, tmp_path: Path) -> None
     after = stored_tensors(tmp_path / "kept")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapted_experts_are_quantised_again_and_no_others(model: Path, tmp_path: Path) -> None:
+    """Of the experts of one stack, one is adapted: the codes of the others keep their bytes."""
+    target = f"{STACK}[1]"
+    decompose(model, tmp_path / "out", SplitOptions(rank=2, targets=(f"{STACK}[[]1[]]",)), RUN)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (init,) = (tmp_path / "out").glob("*_init")
+    (adapter / "adapter_config.json").write_bytes((init / "adapter_config.json").read_bytes())
+    tensors = load_file(init / "adapter_model.safetensors")
+    tensors = {name: tensor * 1.5 for name, tensor in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    options = MergeOptions(keep_format=True)
+    manifest = merge(adapter, tmp_path / "kept", options, RUN, base=str(model), init=str(init))
+    merge(adapter, tmp_path / "plain", MergeOptions(), RUN, base=str(model), init=str(init))
+    before, after = stored_tensors(model), stored_tensors(tmp_path / "kept")
+    assert before.keys() == after.keys()
+    changed = {
+        (name, expert)
+        for name, tensor in before.items()
+        for expert in range(len(tensor))
+        if not torch.equal(tensor[expert], after[name][expert])
+    }
+    assert changed <= {(f"{STACK}_blocks", 1), (f"{STACK}_scales", 1)} and changed
+    exact = stored_tensors(tmp_path / "plain")[STACK]
+    found = view(tmp_path / "kept").read(STACK)
+    assert torch.equal(found[0], exact[0]) and torch.equal(found[2], exact[2])
+    assert (found[1] - exact[1]).norm() < 0.15 * exact[1].norm()
+    assert manifest.result.update is not None and [*manifest.result.update.matrices] == [target]
+    assert verify(tmp_path / "kept").passed

@@ -119,7 +119,7 @@ def test_other_versions_of_awq_are_refused() -> None:
         ({"a.scales": torch.ones(2, 31).half()}, "does not fit"),
         ({"a.scales": torch.ones(0, 32).half()}, "does not fit"),
         ({"a.scales": torch.ones(2, 32, dtype=torch.int8)}, "does not fit"),
-        ({"a.qzeros": torch.ones(2, 5, dtype=torch.int32)}, r"needs \[2, 4\]"),
+        ({"a.qzeros": torch.ones(2, 5, dtype=torch.int32)}, "do not explain"),
         ({"a.g_idx": torch.zeros(10**3, dtype=torch.int32)}, "do not explain"),
     ],
 )
@@ -136,7 +136,28 @@ def test_an_order_outside_the_groups_is_refused(group: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 5, "4", [4], 4.0])
-def test_bits_of_any_kind_are_survived(bits: object) -> None:
+def test_the_shapes_tell_the_bits_if_the_configuration_does_not(bits: object) -> None:
+    """As in a checkpoint with other bits in some layers, and without the order of the groups."""
     tensors = {name: tensor for name, tensor in gptq(4).items() if name != "a.g_idx"}
-    with pytest.raises(CheckpointError, match="do not explain"):
-        view(tensors, quant_method="gptq", bits=bits)
+    expected = decode(tensors, quant_method="gptq", bits=4)
+    assert torch.equal(decode(tensors, quant_method="gptq", bits=bits), expected)
+
+
+@pytest.mark.parametrize(
+    ("packing", "added"),
+    [("auto_round", 0), ("auto_round:gptqmodel", 0), ("auto_round:auto_gptq", 1), (None, 1)],
+)
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_autoround_has_both_versions_and_more_bits(bits: int, packing: str | None, added: int) -> None:
+    tensors = gptq(bits)
+    tensors["a.g_idx"] = (torch.arange(64) // 32).int()
+    expected = expected_gptq(tensors, bits, added)
+    del tensors["a.g_idx"]
+    settings = {"quant_method": "auto-round", "bits": bits, "group_size": 32, "packing_format": packing}
+    assert torch.equal(decode(tensors, **settings), expected)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "packing_format"])
+def test_unknown_packings_are_refused_by_name(key: str) -> None:
+    with pytest.raises(CheckpointError, match=f"packed as 'marlin', a {key} that is not known"):
+        view(gptq(4), quant_method="gptq", bits=4, **{key: "marlin"})

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _PROCESSOR_TEMPLATE = "chat_template.json"
 """Where older versions of transformers keep a processor's chat template."""
+_GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -233,14 +234,32 @@ def _family_tensors(path: Path, family: LayoutFamily) -> TensorSource:
 
 
 def _from_pretrained(auto_class: Any, directory: Path, **arguments: Any) -> Any:
+    """`from_pretrained` of a directory; its weights may be given as `state_dict`."""
     try:
         with loading_reported():
+            if "state_dict" in arguments:
+                return _from_tensors(auto_class, directory, **arguments)
             return auto_class.from_pretrained(directory, local_files_only=True, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         name = auto_class.__name__
         what = "the model" if "Model" in name else "the processor" if "Processor" in name else "the tokenizer"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"transformers cannot load {what} of {directory}: {reason}") from error
+
+
+def _from_tensors(auto_class: Any, directory: Path, *, config: Any, **arguments: Any) -> Any:
+    """`from_pretrained` with the weights as `state_dict`, for which transformers must not get a directory."""
+    from transformers import GenerationConfig
+
+    with torch.device(
+        "meta"
+    ):  # auto classes need a directory, so the class is that of a network without weights
+        outline = auto_class.from_config(config, trust_remote_code=arguments.pop("trust_remote_code"))
+    model, loaded = type(outline).from_pretrained(None, config=outline.config, **arguments)
+    model.config.name_or_path = str(directory)
+    if (directory / _GENERATION_CONFIG).is_file() and getattr(model, "generation_config", None):
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model, loaded
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
 from svdconvert.checkpoint.tensors import torch_dtype
-from svdconvert.errors import CheckpointError
 from svdconvert.inputs.storage_format import decoded
 from svdconvert.layouts.base import Layout
 from svdconvert.output.sidecars import read_config
@@ -41,7 +40,11 @@ def load_quantised(
     directory: Path,
     arguments: Mapping[str, Any],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """What `from_pretrained(directory, **arguments)` returns, with quantised layers, and its loading info."""
+    """What `from_pretrained(directory, **arguments)` returns, with quantised layers, and its loading info.
+
+    Quantised weights of other parameters than those of linear layers, such as experts that are one parameter,
+    are decoded.
+    """
     from transformers import AutoConfig
 
     options = {name: arguments[name] for name in _OF_CONFIG if name in arguments}
@@ -49,26 +52,50 @@ def load_quantised(
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    wanted = {layout.module(name): name for name in source.coded}
-    quantiser_config, paths = _quantiser_config(wanted)
     rest = {name: value for name, value in arguments.items() if name not in _OF_CONFIG}
+    if rest.get("dtype") == "auto" and config.dtype is None:
+        rest["dtype"] = torch_dtype(source.infos[next(iter(source.coded))].dtype)
+    quantiser = _classes()()
+    quantiser.wanted = {layout.module(name): name for name in source.coded}
+    quantiser.paths = {}
+    quantiser.tensors = {name: _StoredTensor(source, name) for name in source.infos}
     model, loaded = from_pretrained(
         directory,
         config=config,
-        quantization_config=quantiser_config,
+        state_dict=quantiser.tensors,
+        quantization_config=quantiser,
         trust_remote_code=arguments.get("trust_remote_code", False),
         **rest,
     )
-    for path, name in paths.items():
+    for path, name in quantiser.paths.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, QuantisedLinear)
         layer.fill(stored_weight(source, name))
-    filled = _fill_others(model, source, layout, set(paths.values()))
-    loaded["missing_keys"] = set(loaded["missing_keys"]) - filled
-    stored = {part for _, coded in source.coded.values() for part in coded.stored}
-    loaded["unexpected_keys"] = {key for key in loaded["unexpected_keys"] if key not in stored}
     _forget_quantiser(model)
     return model, loaded
+
+
+class _StoredTensor:
+    """A tensor of a checkpoint that is read, and decoded, when transformers wants it.
+
+    It has what transformers uses of the slices of safetensors files.
+    """
+
+    def __init__(self, source: DecodedSource, name: str) -> None:
+        self._source = source
+        self._name = name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._source.read(self._name)[index]
+
+    def __deepcopy__(self, _: Any) -> "_StoredTensor":
+        return self  # transformers copies the quantiser's configuration, and files are open here
+
+    def get_dtype(self) -> str:
+        return self._source.infos[self._name].dtype
+
+    def get_shape(self) -> list[int]:
+        return [*self._source.infos[self._name].shape]
 
 
 _OF_CONFIG = ("trust_remote_code", "id2label", "label2id", "problem_type")
@@ -98,40 +125,18 @@ def _part(name: str) -> str:
 
 def densify(model: nn.Module) -> None:
     """Replace quantised layers by plain ones with the decoded weights, to train these."""
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, QuantisedLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-            plain.weight = nn.Parameter(layer.weight)
-            plain.bias = layer.bias
-            model.set_submodule(path, plain)
+    for path, _ in list(model.named_modules()):
+        densify_layer(model, path)
 
 
-def _fill_others(model: nn.Module, source: DecodedSource, layout: Layout, done: set[str]) -> set[str]:
-    """Decode the quantised weights of parameters that are no linear layers; return the parameters' names."""
-    parameters = dict(model.named_parameters())
-    filled = set()
-    for name in source.coded.keys() - done:
-        runtime = layout.runtime_name(name)
-        parameter = parameters.get(runtime)
-        if parameter is None:
-            continue
-        if tuple(parameter.shape) != source.infos[name].shape:
-            raise CheckpointError(
-                f"{name} decodes to {source.infos[name].shape}, and {type(model).__name__} has "
-                f"{tuple(parameter.shape)} there; train another model, or convert this one with its own tools"
-            )
-        with torch.no_grad():
-            parameter.copy_(source.read(name))
-        filled.add(runtime)
-    return filled
-
-
-def _quantiser_config(wanted: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """(what from_pretrained takes, path in the network -> tensor, which loading fills in)."""
-    config = _classes()()
-    config.wanted = dict(wanted)
-    config.paths = {}
-    return config, config.paths
+def densify_layer(model: nn.Module, path: str) -> None:
+    """Replace the layer at `path` by a plain one with the decoded weight, if it is quantised."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, QuantisedLinear):
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain.weight = nn.Parameter(layer.weight)
+        plain.bias = layer.bias
+        model.set_submodule(path, plain)
 
 
 @cache
@@ -155,6 +160,8 @@ def _classes() -> Any:
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
             config: Any = self.quantization_config
             config.paths.update(_replace_layers(model, config.wanted))
+            for name in config.paths.values():
+                del config.tensors[name]
             return model
 
         @property

@@ -9,7 +9,7 @@ from svdconvert.manifest.place import Rows
 from svdconvert.manifest.schema import Matrix
 from svdconvert.models.matrices import is_conv1d
 from svdconvert.training.model.quantised_linear import QuantisedWeight
-from svdconvert.training.model.quantised_loading import keep_quantised
+from svdconvert.training.model.quantised_loading import densify_layer, keep_quantised
 
 
 def replace_weights(
@@ -21,7 +21,8 @@ def replace_weights(
     """Copy `residuals`, by the names of their tensors, into the network; the dtype of each weight stays.
 
     `matrices` says where each one belongs, and `paths` has the path in the network of each module. A layer
-    whose residual is quantised is replaced by one that keeps it so.
+    whose residual is quantised is replaced by one that keeps it so; a quantised one whose residual is not, by
+    a plain one.
     """
     for name, stored in residuals.items():
         matrix = matrices[name]
@@ -31,6 +32,7 @@ def replace_weights(
         place = matrix.place
         has_module = place is None or place.expert is None
         path = paths[matrix.module] if has_module else place.module if place else ""
+        densify_layer(model, path)
         module = model.get_submodule(path)
         weight = module.get_parameter("weight" if has_module or place is None else place.name).detach()
         target = weight if place is None or place.expert is None else weight[place.expert]

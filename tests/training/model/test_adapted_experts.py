@@ -21,6 +21,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import ArtifactError, RecipeError
+from svdconvert.inputs.model import open_model
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.output.measurements import losses as recorded_losses
@@ -48,7 +49,7 @@ def decomposed(family: str, directory: Path, *, stacked: bool = False, **options
 
 def injected(out: Path) -> PreTrainedModel:
     manifest = read_manifest(out)
-    start = start_from_decomposed(out, manifest, out, None)
+    start = start_from_decomposed(out, manifest, open_model(str(out)), None)
     network = plain(out)
     paths = {matrix.module: matrix.module for matrix in manifest.matrices.values()}
     trains = METHODS.get(manifest.method).trains
@@ -179,7 +180,7 @@ def test_dropout_on_experts_is_refused(tmp_path: Path) -> None:
 def test_factors_of_other_experts_are_refused(tmp_path: Path) -> None:
     out = decomposed("mixtral", tmp_path)
     manifest = read_manifest(out)
-    factors = start_from_decomposed(out, manifest, out, None).scaled_factors()
+    factors = start_from_decomposed(out, manifest, open_model(str(out)), None).scaled_factors()
     name = "model.layers.0.mlp.experts.gate_up_proj"
     one = factors[f"{name}[0]"]
     with pytest.raises(ArtifactError, match=r"gate_up_proj\[7\]: the model has 3 experts"):
