@@ -113,7 +113,7 @@ def open_training_start(
     else:
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-        opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
+        opened = open_model(model, trust_remote_code=run.trust_remote_code)
         refuse_gguf(opened)
         if METHODS.get(split.method).split is None:
             refuse_adapter_options(split)
