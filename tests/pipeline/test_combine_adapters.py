@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdconvert import CombineOptions, Run, SplitOptions, combine, decompose, merge
+from svdconvert import CombineOptions, MergeOptions, Run, SplitOptions, combine, decompose, merge, to_lora
 from svdconvert.errors import ArtifactError, RecipeError
 from tests.conftest import Build
 from tests.stock import logits, plain, tensors, trained_from
@@ -227,6 +227,46 @@ def test_an_option_without_effect_is_refused(
     with pytest.raises(RecipeError, match=message):
         combine([adapters["a"], adapters["b"]], tmp_path / "out", CombineOptions(**options), RUN, init="none")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_in_a_residual_is_subtracted(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Of adapters that PEFT trained on a residual; one whose start is recorded is not changed by it."""
+    decompose(base, tmp_path / "split", SplitOptions(rank=4, targets=("q_proj", "v_proj")), RUN)
+    start = tmp_path / "split" / "pissa_init"
+    trained = [trained_elsewhere(start, tmp_path / f"trained-{seed}", seed) for seed in (1, 2)]
+    to_lora(adapters["a"], tmp_path / "plain", run=RUN, init="none")
+    chosen = [*trained, tmp_path / "plain"]
+    options = CombineOptions(weights=(0.5, -2.0, 1.0))
+    residual = str(tmp_path / "split")
+    combine(chosen, tmp_path / "out", options, RUN, residual=residual)
+    found = changes_of(base, tmp_path / "out")
+    plain_change, before = changes_of(base, adapters["a"]), changes_of(base, start)
+    each = [changes_of(base, one) for one in trained]
+    assert found.keys() == plain_change.keys()
+    for module, change in found.items():
+        expected = plain_change[module].clone()
+        if module in before:
+            expected += 0.5 * (each[0][module] - before[module]) - 2.0 * (each[1][module] - before[module])
+        assert torch.linalg.norm(change - expected) <= 1e-5 * torch.linalg.norm(expected)
+    merge(chosen, tmp_path / "merged", MergeOptions(weights=options.weights), RUN, residual=residual)
+    merge(tmp_path / "out", tmp_path / "once", run=RUN, base=str(base))
+    for name, tensor in tensors(tmp_path / "merged").items():
+        assert torch.allclose(tensor, tensors(tmp_path / "once")[name], atol=1e-5)
+    with pytest.raises(ArtifactError, match="--residual .* changes nothing here"):
+        combine([chosen[2]] * 2, tmp_path / "no", run=RUN, residual=residual)
+
+
+def trained_elsewhere(start: Path, out: Path, seed: int) -> Path:
+    """An initial adapter after a training that left only the two files of PEFT."""
+    out.mkdir()
+    random = torch.Generator().manual_seed(seed)
+    moved = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=random)
+        for name, tensor in load_file(start / "adapter_model.safetensors").items()
+    }
+    save_file(moved, out / "adapter_model.safetensors", {"format": "pt"})
+    (out / "adapter_config.json").write_text((start / "adapter_config.json").read_text())
+    return out
 
 
 def test_adapters_of_other_shapes_or_kinds_are_refused(
