@@ -49,9 +49,11 @@ def _is_transposed(matrix_LS: Tensor) -> bool:
 
 
 def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows in float32); views if the matrix is float32."""
+    """(rows, these rows in float32); views if the matrix is float32 and its rows are contiguous."""
+    wide = _is_transposed(matrix_LS)
     for rows in row_blocks(matrix_LS):
-        yield rows, matrix_LS[rows].float()
+        # Columns of the stored matrix are copied as they lie: each product would copy a view again.
+        yield rows, matrix_LS.T[:, rows].float().contiguous().T if wide else matrix_LS[rows].float()
 
 
 def times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:

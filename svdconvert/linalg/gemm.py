@@ -31,8 +31,13 @@ def _linear(input_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def _dense(weight_NK: Tensor) -> Tensor:
-    """The weight as contiguous memory: oneDNN is a thousand times slower on a part of a larger matrix."""
-    return weight_NK if weight_NK.is_contiguous() or weight_NK.T.is_contiguous() else weight_NK.contiguous()
+    """The weight as dense memory: oneDNN is a thousand times slower on a part of a larger matrix.
+
+    A copy has the order of the original, because a transposed copy takes much longer than the product.
+    """
+    if weight_NK.is_contiguous() or weight_NK.T.is_contiguous():
+        return weight_NK
+    return weight_NK.contiguous() if weight_NK.stride(1) == 1 else weight_NK.T.contiguous().T
 
 
 def _for_onednn(matrix: Tensor) -> bool:
