@@ -91,9 +91,9 @@ class AdapterGroup:
         }
 
     def is_agreed(self, name: str) -> bool:
-        """True if all adapters that have a parameter have the same values."""
+        """True if every adapter has a parameter, and all have the same values."""
         first, *others = self.trained_parameter(name).values()
-        return all(torch.equal(first, other) for other in others)
+        return len(others) + 1 == len(self.deltas) and all(torch.equal(first, other) for other in others)
 
     def base_parameter(self, name: str) -> Tensor:
         """The base's value of a parameter, in float32. Raises ArtifactError if it has none."""
@@ -201,8 +201,8 @@ def _needed_base(group: AdapterGroup, name: str, sources: Sources) -> OpenModel:
     )
     if found is None:
         raise ArtifactError(
-            f"the adapters trained {name} in full, with different values, which are combined as changes of "
-            "their base: give it with --base"
+            f"not all adapters trained {name} in full, or with different values, which are combined as "
+            "changes of their base: give it with --base"
         )
     return found
 

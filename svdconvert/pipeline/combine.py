@@ -85,6 +85,11 @@ def _adapters(
     chosen = choose(options, "adapters", len(inputs))
     sources = Sources(base=base, residual=residual, init=init, trust_remote_code=run.trust_remote_code)
     group = open_group(inputs, sources, options.alpha)
+    if len(inputs) == 1 and group.parameters and chosen.each["weight"] != (1.0,):
+        raise RecipeError(
+            f"{inputs[0]} trained {next(iter(group.parameters))} in full, which --weights does not scale for "
+            "a single adapter; merge it into its base with --weights"
+        )
     return CombineJob(plan_combination(group, chosen, options))
 
 

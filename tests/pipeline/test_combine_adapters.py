@@ -193,7 +193,7 @@ def test_parameters_trained_in_full_are_combined_as_changes_of_the_base(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     chosen = [adapters["saved"], adapters["saved too"]]
-    with pytest.raises(ArtifactError, match=r"lm_head\.weight in full, with different values.*--base"):
+    with pytest.raises(ArtifactError, match=r"lm_head\.weight in full, or with different values.*--base"):
         combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none")
     combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none", base=str(base))
     key = "base_model.model.lm_head.weight"
@@ -205,6 +205,23 @@ def test_parameters_trained_in_full_are_combined_as_changes_of_the_base(
     assert torch.allclose(found, expected, atol=1e-6)
     combine([chosen[0], chosen[0]], tmp_path / "same", run=RUN, init="none")
     assert torch.equal(load_file(tmp_path / "same" / "adapter_model.safetensors")[key], first)
+
+
+def test_a_parameter_that_one_adapter_trained_in_full_gets_its_share(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = [adapters["a"], adapters["saved"]]
+    with pytest.raises(ArtifactError, match=r"not all adapters trained lm_head\.weight.*--base"):
+        combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none")
+    combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none", base=str(base))
+    key = "base_model.model.lm_head.weight"
+    trained, found = (
+        load_file(path / "adapter_model.safetensors")[key] for path in (chosen[1], tmp_path / "out")
+    )
+    start = plain(base).lm_head.weight.detach()
+    assert torch.allclose(found, start + WEIGHTS[1] * (trained - start), atol=1e-6)
+    with pytest.raises(RecipeError, match=r"lm_head\.weight in full, which --weights does not scale"):
+        combine(chosen[1:], tmp_path / "half", CombineOptions(weights=(0.5,)), RUN, init="none")
 
 
 @pytest.mark.parametrize(
