@@ -1,6 +1,8 @@
 """Process-wide settings. Only the command line changes them, never the library."""
 
+import atexit
 import ctypes
+import gc
 import os
 import sys
 from io import TextIOWrapper
@@ -13,6 +15,7 @@ _ARENA_MAX = -8
 _LARGE = 8 << 20
 _KEPT = 64 << 20
 _LARGEST_INT = 2**31 - 1
+_NEW_OBJECTS = 50_000
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 """Turn off the bars of huggingface_hub and transformers, of datasets, and of all that uses tqdm."""
 
@@ -35,6 +38,16 @@ def configure_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def configure_garbage_collection() -> None:
+    """Look for unreachable cycles every 50,000 new objects instead of 700, and not at the end of the process.
+
+    Imports of torch make 250,000 objects that stay. Looking through them again and again, and once
+    more at the end, takes 0.5 of the 1.6 s of processor time of `python -c "import torch"`.
+    """
+    gc.set_threshold(_NEW_OBJECTS)
+    atexit.register(gc.freeze)
 
 
 def configure_malloc_for_streaming() -> None:

@@ -26,6 +26,17 @@ def test_a_c_library_without_mallopt_causes_no_error(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.processes
+def test_the_program_looks_for_cycles_seldom_and_not_at_its_end() -> None:
+    program = (
+        "import atexit, gc; from svdconvert.cli import process;"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0));"
+        "process.configure_garbage_collection(); print(gc.get_threshold()[0] >= 10_000, gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\nTrue\n"
+
+
+@pytest.mark.processes
 def test_importing_the_library_changes_no_setting_of_the_process() -> None:
     program = (
         "import gc, os; before = (gc.get_threshold(), dict(os.environ));"
