@@ -177,6 +177,11 @@ def _open_each(adapters: Sequence[str], sources: Sources, alpha: float | None) -
         delta = open_adapter_delta(adapter, sources if is_ours else alone, own)
         if sources.residual and not is_ours and (delta.is_lost or delta.is_assumed_zero):
             delta = open_adapter_delta(adapter, sources, own)
+        if delta.adapter.config.dora:
+            raise ArtifactError(
+                f"{delta.directory} is a DoRA adapter, whose magnitudes no LoRA can express exactly; merge "
+                "it alone, or approximate it first with to-lora --rank"
+            )
         takes_alpha = takes_alpha or own is not None
         takes_residual = takes_residual or (sources.residual is not None and delta.residual is not None)
         deltas.append(delta)
