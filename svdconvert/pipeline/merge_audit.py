@@ -24,7 +24,7 @@ from svdconvert.linalg.delta import Product, merged_
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.threads import float32_products
 from svdconvert.manifest.fingerprint import tensor_checksum
-from svdconvert.pipeline.merge import module_update
+from svdconvert.pipeline.merge import merged_dora, module_update
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
 
 # PEFT 0.21 adds a float32 change to half-precision weights under one rounding; with safe_merge, or if the
@@ -43,7 +43,8 @@ class AuditedMatrix:
     name: str
     rule: Rule
     exact: float
-    """The share of its entries that equal, bit for bit, W + sBA in float32 under one rounding."""
+    """The share of its entries that equal, bit for bit, W + sBA in float32 under one rounding; of DoRA the
+    same with its magnitudes."""
     times: float | None = None
     """The multiple of sBA that fits its change best; None if sBA is zero."""
     rest: float | None = None
@@ -176,13 +177,18 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     weight = plan.source.read(name)
     if name in plan.resized:
         weight = plan.weights.delta.parameter(plan.resized[name]).to(weight.dtype)
-    product, peft = _changes(plan, name, weight)
-    once = merged_(weight.clone(), product, found.dtype)[0]
-    exact = float((once == found).double().mean())
     unchanged = weight.to(found.dtype)
+    if plan.weights.delta.adapter.config.dora:
+        wanted = merged_dora(plan, name, weight)
+        update = wanted - weight.float()
+        once = in_peft = wanted.to(found.dtype)
+    else:
+        product, update = _changes(plan, name, weight)
+        once = merged_(weight.clone(), product, found.dtype)[0]
+        in_peft = unchanged + update.to(found.dtype)
+    exact = float((once == found).double().mean())
     if _same(once, found):
         return AuditedMatrix(name, "one rounding", exact)
-    in_peft = unchanged + peft.to(found.dtype)
     if _same(in_peft, found):
         return AuditedMatrix(name, "PEFT's order", exact)
     if _same(unchanged, found):
@@ -193,7 +199,7 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     if _nearly(in_peft, found, size):
         return AuditedMatrix(name, "PEFT's order", exact)
     return AuditedMatrix(
-        name, "something else", exact, *_fit(found.double() - weight.double(), peft.double())
+        name, "something else", exact, *_fit(found.double() - weight.double(), update.double())
     )
 
 
