@@ -44,9 +44,9 @@ class Parameter:
     def check(self, value: object, source: str) -> Value:
         """The value. Raises RecipeError if it is of the wrong type or out of range."""
         if isinstance(self.default, bool):
-            if not isinstance(value, bool):
+            if not (isinstance(value, bool) or value in (0, 1)):
                 raise RecipeError(f"{source}: {self.name} is {value!r}, which must be true or false")
-            return value
+            return bool(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise RecipeError(f"{source}: {self.name} is {value!r}, which must be a number")
         if not self.least <= value <= self.most:
