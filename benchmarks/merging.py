@@ -1,6 +1,6 @@
 """extract against mergekit-extract-lora: error, time and memory at the same rank.
 
-    python benchmarks/merging.py extract DIR --mergekit VENV/bin/mergekit-extract-lora [--model smollm2|1b2]
+    python benchmarks/merging.py extract DIR --mergekit VENV/bin/mergekit-extract-lora [--model 1b2]
 
 mergekit 0.1.5 runs from an environment of its own. Both programs read the same two bfloat16 checkpoints: a
 model, and the model after a change with a decaying spectrum over noise, as training leaves it.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import SVDCONVERT, Measured, in_turn, median, peak, ratio, run
-from benchmarks.models import ensure_model
+from benchmarks.models import SIZES, ensure_model
 from recipes.demo.smollm2 import ensure_smollm2
 
 console = Console()
@@ -38,14 +38,16 @@ def main() -> None:
     parser.add_argument("part", choices=["extract"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--mergekit", type=Path, required=True)
-    parser.add_argument("--model", choices=["smollm2", "1b2"], default="smollm2")
+    parser.add_argument("--model", choices=["smollm2", *SIZES], default="smollm2")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--no-errors", action="store_true", help="leave out the decompositions in float64")
     arguments = parser.parse_args()
-    extract(arguments.directory, arguments.model, arguments.mergekit, arguments.repeat)
+    compared = not arguments.no_errors
+    extract(arguments.directory, arguments.model, arguments.mergekit, arguments.repeat, errors=compared)
 
 
-def extract(directory: Path, model: str, mergekit: Path, repeat: int) -> None:
-    """Both programs in turn, and the errors of what they wrote."""
+def extract(directory: Path, model: str, mergekit: Path, repeat: int, *, errors: bool) -> None:
+    """Both programs in turn and, with `errors`, those of what they wrote."""
     base = ensure_smollm2(directory / model) if model == "smollm2" else ensure_model(directory / model, model)
     tuned = ensure_tuned(base, directory / f"{model}-tuned")
     ours = directory / "ours"
@@ -58,9 +60,8 @@ def extract(directory: Path, model: str, mergekit: Path, repeat: int) -> None:
     start = run([sys.executable, "-c", "import svdconvert.commands.extract, svdconvert.cli.app"])
     table = Table("", "error / best", "seconds", "memory, MB", title=f"extract, {model}, rank {RANK}")
     for name, out in (("svdconvert", ours), ("mergekit", theirs)):
-        errors = error_over_best(base, tuned, out)
-        memory = f"{peak(found[name]) / 1e6:.0f}"
-        table.add_row(name, f"{errors:.6f}", f"{median(found[name]):.1f}", memory)
+        error = f"{error_over_best(base, tuned, out):.6f}" if errors else ""
+        table.add_row(name, error, f"{median(found[name]):.1f}", f"{peak(found[name]) / 1e6:.0f}")
     table.add_row("bare import", "", f"{start.seconds:.1f}", f"{start.memory / 1e6:.0f}")
     console.print(table)
     console.print(f"mergekit takes {ratio(found['mergekit'], found['svdconvert']):.1f} times as long.")

@@ -117,6 +117,7 @@ def to_lora(
     recipe: RecipeOpt = None,
     plan: LoraPlanOpt = False,
     overwrite: OverwriteOpt = False,
+    trust_remote_code: TrustOpt = False,
     push: PushOpt = None,
     json: JsonOpt = False,
     debug: DebugOpt = False,
@@ -132,12 +133,13 @@ def to_lora(
         if plan:
             refuse_push_options(push, pushing)
             with progress.shown("to-lora --plan") as track:
-                estimate = plan_to_lora(adapter, chosen, run_settings(shared, track), **places)
+                run = run_settings(shared, track, trust_remote_code=trust_remote_code)
+                estimate = plan_to_lora(adapter, chosen, run, **places)
             plan_summaries.show_lora_plan(adapter, estimate)
             return
         with published(out, push, pushing) as output:
             with progress.shown("to-lora") as track:
-                run = run_settings(shared, track, overwrite=overwrite)
+                run = run_settings(shared, track, overwrite=overwrite, trust_remote_code=trust_remote_code)
                 manifest = command(adapter, output.directory, chosen, run, **places)
             lora_summaries.show_lora(output.place, manifest)
 
@@ -158,12 +160,14 @@ def combine(
     out: OutOpt = None,
     config: ConfigOpt = None,
     base: BaseOpt = None,
+    residual: ResidualOpt = None,
     init: InitOpt = None,
     recipe: RecipeOpt = None,
     plan: PlanOpt = False,
     overwrite: OverwriteOpt = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
     json: JsonOpt = False,
@@ -176,16 +180,17 @@ def combine(
 
         shared = read_recipe(recipe)
         chosen = options(CombineOptions, shared, typed)
-        places: dict[str, Any] = {"base": base, "init": init, "config": config}
+        places: dict[str, Any] = {"base": base, "residual": residual, "init": init, "config": config}
         if plan:
             refuse_push_options(push, pushing)
             with progress.shown("combine --plan") as track:
-                run = run_settings(shared, track, stream=stream)
+                run = run_settings(shared, track, stream=stream, trust_remote_code=trust_remote_code)
                 plan_summaries.show_combine_plan(plan_combine(inputs or [], chosen, run, **places))
             return
         with published(out, push, pushing, stream=stream) as output:
             with progress.shown("combine") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
+                settings |= {"trust_remote_code": trust_remote_code}
                 run = replace(run_settings(shared, track, **settings), shard_sink=output.shard_sink)
                 manifest = command(inputs or [], output.directory, chosen, run, **places)
             combine_summaries.show_combined(output.place, manifest)

@@ -103,20 +103,22 @@ def verify(
             RESULT,
         ),
     ] = None,
+    trust_remote_code: TrustOpt = False,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
     """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
     with report_errors(debug=debug, json=json):
         if merged is not None:
-            _verify_merge(directory, merged, adapter, base or [])
+            _verify_merge(directory, merged, adapter, base or [], trust_remote_code=trust_remote_code)
             return
         from svdconvert.commands.verify import verify as command
 
-        if adapter is not None:
-            raise typer.BadParameter(
-                "--adapter is an option of --merged; add --merged MODEL, or leave it out"
-            )
+        for name, unused in (("--adapter", adapter), ("--trust-remote-code", trust_remote_code)):
+            if unused:
+                raise typer.BadParameter(
+                    f"{name} is an option of --merged; add --merged MODEL, or leave it out"
+                )
         if base and len(base) > 1:
             raise typer.BadParameter("several --base belong to --merged; give one")
         with progress.shown("verify") as track:
@@ -128,7 +130,9 @@ def verify(
             raise typer.Exit(1)
 
 
-def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases: list[str]) -> None:
+def _verify_merge(
+    directory: str | None, merged: str, adapter: str | None, bases: list[str], *, trust_remote_code: bool
+) -> None:
     """Audit a merge, and end with status 1 if no base fits."""
     from svdconvert.commands.verify import verify_merge
 
@@ -138,7 +142,8 @@ def _verify_merge(directory: str | None, merged: str, adapter: str | None, bases
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
     with progress.shown("verify") as track:
-        audit = verify_merge(merged, bases, given, Run(track=track))
+        run = Run(track=track, trust_remote_code=trust_remote_code)
+        audit = verify_merge(merged, bases, given, run)
     comparison_summaries.show_audit(audit)
     if not audit.passed:
         raise typer.Exit(1)
@@ -191,6 +196,7 @@ def inspect(
             RESULT,
         ),
     ] = None,
+    trust_remote_code: TrustOpt = False,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
@@ -199,7 +205,7 @@ def inspect(
         from svdconvert.commands.inspect import inspect as command
 
         with progress.shown("inspect"):
-            found = command(model, engine)
+            found = command(model, engine, trust_remote_code=trust_remote_code)
         summaries.show_inspection(found)
 
 

@@ -1,6 +1,5 @@
 """svdconvert decompose: split a checkpoint into a residual base and an initial adapter."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
@@ -26,8 +25,9 @@ def decompose(
     """
     run = run or Run()
     check_free(Path(out), overwrite=run.overwrite, given=[model])
-    opened = open_plain_model(str(model), "decompose", stream=run.stream)
-    opened = replace(opened, trust_remote_code=run.trust_remote_code)
+    opened = open_plain_model(
+        str(model), "decompose", stream=run.stream, trust_remote_code=run.trust_remote_code
+    )
     refuse_idle_stream(opened, run)
     plan = plan_decomposition(opened, options or SplitOptions())
     return run_job(DecomposeJob(opened, plan), Path(out), run)
@@ -37,5 +37,5 @@ def plan_decompose(
     model: str | Path, options: SplitOptions | None = None, *, trust_remote_code: bool = False
 ) -> Estimate:
     """Estimate the output, memory and time of `decompose` from headers alone. Writes nothing."""
-    opened = replace(open_headers(str(model), "decompose"), trust_remote_code=trust_remote_code)
+    opened = open_headers(str(model), "decompose", trust_remote_code=trust_remote_code)
     return estimate_decompose(plan_decomposition(opened, options or SplitOptions()))

@@ -1,7 +1,6 @@
 """svdconvert merge: merge an adapter into its base or residual, as a plain checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.config.execution import Run
@@ -55,6 +54,4 @@ def merge(  # noqa: PLR0913 (three locations that override the manifest's)
 def open_merge(adapter: str | Path, options: MergeOptions, sources: Sources) -> MergePlan:
     """Open everything that a merge reads and plan it from headers. Writes nothing."""
     delta = open_adapter_delta(adapter, sources, options.alpha)
-    weights = choose_weights(delta, options.side, sources)
-    model = replace(weights.model, trust_remote_code=sources.trust_remote_code)
-    return plan_merge(replace(weights, model=model), options)
+    return plan_merge(choose_weights(delta, options.side, sources), options)

@@ -38,7 +38,7 @@ def to_lora(  # noqa: PLR0913 (three locations that override the manifest's)
     run = run or Run()
     run.ranks.alone("to-lora")
     check_free(Path(out), overwrite=run.overwrite, given=[adapter, base, residual, init])
-    sources = Sources(base=base, residual=residual, init=init)
+    sources = Sources(base=base, residual=residual, init=init, trust_remote_code=run.trust_remote_code)
     return run_job(LoraJob(_plan(adapter, options or LoraOptions(), sources)), Path(out), run)
 
 
@@ -56,17 +56,17 @@ def plan_to_lora(
 
     Reads what `to_lora` reads. Raises SvdConvertError with one sentence.
     """
-    (run or Run()).ranks.alone("to-lora")
-    sources = Sources(base=base, residual=residual, init=init)
+    run = run or Run()
+    run.ranks.alone("to-lora")
+    sources = Sources(base=base, residual=residual, init=init, trust_remote_code=run.trust_remote_code)
     return estimate_lora(_plan(adapter, options or LoraOptions(), sources))
 
 
 def _plan(adapter: str | Path, options: LoraOptions, sources: Sources) -> LoraPlan:
-    base = sources.base
     delta = open_adapter_delta(adapter, sources, options.alpha)
     if delta.adapter.config.dora:
-        delta = approximated_dora(delta, find_base(delta, base), options.rank)
+        delta = approximated_dora(delta, find_base(delta, sources), options.rank)
     needs_base = options.format == "gguf"
     delta = settle_init(delta, sources, base_used=needs_base)
-    model = find_base_sidecars(delta, base) if needs_base else None
-    return plan_lora(delta, options, base, model)
+    model = find_base_sidecars(delta, sources) if needs_base else None
+    return plan_lora(delta, options, sources, model)

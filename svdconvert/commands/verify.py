@@ -58,10 +58,10 @@ def verify_merge(
     run.ranks.alone("verify")
     if not bases:
         raise ArtifactError(f"{merged} was merged from a base that is not given; add --base BASE")
-    opened = open_plain_model(str(merged), "verify --merged")
+    opened = open_plain_model(str(merged), "verify --merged", trust_remote_code=run.trust_remote_code)
     audits = []
     for base in map(str, bases):
-        sources = Sources(base=base)
+        sources = Sources(base=base, trust_remote_code=run.trust_remote_code)
         try:
             weights = choose_weights(open_adapter_delta(adapter, sources), "base", sources)
             audits.append(audit_merge(opened, weights, run))

@@ -15,7 +15,11 @@ CHAT = "chat"
 NO_TEMPLATE = "none"
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+)
 class ChatOptions:
     """The options of `chat`. An invalid value raises pydantic's ValidationError.
 

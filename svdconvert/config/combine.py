@@ -7,10 +7,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from svdconvert.config.options import AutoFloat, Weights, refuse_rivals
+from svdconvert.config.options import AboveZero, AutoFloat, Weights, refuse_rivals
 from svdconvert.config.sizes import SizeText
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
 
 def _parse_values(value: Any) -> Any:
@@ -54,6 +54,8 @@ class CombineOptions:
     """Truncate every matrix to the smallest rank whose error is at most this share of its change's norm."""
     rank_budget: Annotated[int, Field(ge=1)] | None = None
     """Truncate to ranks whose sum is this, distributed so that the total error is smallest."""
+    alpha: AboveZero | None = None
+    """The lora_alpha of adapter files that do not state it, such as RWKV-PEFT's."""
     dtype: AutoFloat = "auto"
     """Element type of the result; auto is float32 for adapters, and that of the base for checkpoints."""
     seed: int = 0

@@ -26,7 +26,11 @@ _Batch = Annotated[int, Field(ge=1, le=65_536)]
 _Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+)
 class EvaluationOptions:
     """The options of `eval`. An invalid value raises pydantic's ValidationError.
 

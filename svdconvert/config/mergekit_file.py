@@ -107,7 +107,7 @@ class _Reader:
         return MergeFile(
             method=method,
             slices=slices,
-            base=None if base is None else self._text(base, "base_model"),
+            base=None if base is None else self._model(base, "base_model"),
             parameters=self._settings(values.get("parameters")),
             dtype=self._dtype(values.get("out_dtype") or values.get("dtype")),
         )
@@ -133,7 +133,7 @@ class _Reader:
         base = values.get("base_model")
         return Slice(
             sources,
-            None if base is None else self._text(base, "base_model"),
+            None if base is None else self._model(base, "base_model"),
             self._settings(values.get("parameters")),
         )
 
@@ -141,10 +141,21 @@ class _Reader:
         values = self._mapping(content, "a model", known)
         layers = values.get("layer_range")
         return SliceSource(
-            self._text(values.get("model"), "model"),
+            self._model(values.get("model"), "model"),
             None if layers is None else self._range(layers),
             self._settings(values.get("parameters")),
         )
+
+    def _model(self, value: object, key: str) -> str:
+        """path[@revision], which mergekit also writes as {model: {path, revision}}."""
+        if not isinstance(value, dict):
+            return self._text(value, key)
+        given = {name: part for name, part in value.items() if part is not None}
+        inner = self._mapping(given, key, ("model",)).get("model")
+        values = self._mapping(inner, f"the model of {key}", ("path", "revision"))
+        path = self._text(values.get("path"), "path")
+        revision = values.get("revision")
+        return path if revision is None else f"{path}@{self._text(revision, 'revision')}"
 
     def _range(self, value: object) -> tuple[int, int]:
         numbers = self._list(value, "layer_range")

@@ -53,7 +53,11 @@ NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "t
 """The options that do not influence what is trained: they may change when a run is resumed."""
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+)
 class TrainOptions:
     """The `train` section of a recipe. An invalid value raises pydantic's ValidationError.
 

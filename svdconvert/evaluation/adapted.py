@@ -9,6 +9,7 @@ from svdconvert.inputs.adapted_tensors import is_head, ties_embeddings
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, find_model, open_model, require_model
 from svdconvert.inputs.placed import Projection, expert_names
+from svdconvert.inputs.sources import Sources
 from svdconvert.layouts.base import Layout
 from svdconvert.linalg.delta import as_lora
 from svdconvert.linalg.factors import Factors
@@ -146,7 +147,7 @@ def _refuse_unusable(delta: AdapterDelta, weights: Weights) -> None:
 def _projections(delta: AdapterDelta, base: str | None) -> dict[str, Projection] | None:
     """Module -> place, for experts with factors of their own."""
     try:
-        found = expert_names(delta, base).projections
+        found = expert_names(delta, Sources(base=base)).projections
     except SvdConvertError:
         return None  # its base is not known, so nothing is known of experts
     return {one.module: one for one in found}

@@ -127,7 +127,9 @@ def open_answering(
 
 
 def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) -> Opened:
-    delta = open_adapter_delta(model, Sources(base=base, residual=residual))
+    delta = open_adapter_delta(
+        model, Sources(base=base, residual=residual, trust_remote_code=run.trust_remote_code)
+    )
     weights = find_weights(delta, base)
     opened = weights.model
     _refuse_silent(opened)

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdconvert.adapters.rwkv_peft import is_adapter_file
 from svdconvert.errors import ArtifactError
+from svdconvert.hub.download import fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.init_evidence import refuse_hidden_init
 from svdconvert.inputs.model import OpenModel, find_model
@@ -19,6 +21,7 @@ from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.tensor_names import TensorNames, without_containers
 from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.manifest.origin import base_conflict, same_model
+from svdconvert.manifest.schema import has_manifest, read_manifest
 
 _EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
@@ -88,9 +91,9 @@ class AdapterGroup:
         }
 
     def is_agreed(self, name: str) -> bool:
-        """True if all adapters that have a parameter have the same values."""
+        """True if every adapter has a parameter, and all have the same values."""
         first, *others = self.trained_parameter(name).values()
-        return all(torch.equal(first, other) for other in others)
+        return len(others) + 1 == len(self.deltas) and all(torch.equal(first, other) for other in others)
 
     def base_parameter(self, name: str) -> Tensor:
         """The base's value of a parameter, in float32. Raises ArtifactError if it has none."""
@@ -105,14 +108,15 @@ class AdapterGroup:
         return self.base.source.read(tensor).float()
 
 
-def open_group(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
+def open_group(adapters: Sequence[str], sources: Sources, alpha: float | None = None) -> AdapterGroup:
     """Open adapters, each with its start settled, and check that they fit together.
 
-    The base is opened if parameters that were trained in full differ between the adapters. Raises
-    ArtifactError if they are not of one base, or if the base is needed and missing.
+    The base is opened if parameters that were trained in full differ between the adapters. `alpha` is that of
+    files which do not state it. Raises ArtifactError if they are not of one base, or if the base is needed
+    and missing.
     """
-    own = replace(sources, base=None)
-    deltas = [open_adapter_delta(adapter, own) for adapter in adapters]
+    deltas = _open_each(adapters, sources, alpha)
+    own = replace(sources, base=None, residual=None)
     needs_base = [delta.is_lost or delta.is_assumed_zero for delta in deltas]
     settled = [
         settle_init(delta, sources if needed else own)
@@ -123,34 +127,72 @@ def open_group(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
     _refuse_mixed_forms(group)
     if differing := [name for name in group.parameters if not group.is_agreed(name)]:
         return replace(group, base=_needed_base(group, differing[0], sources))
-    if sources.base and not any(needs_base):
+    if sources.base and not any([*needs_base, *(delta.uses_base for delta in deltas)]):
         check_unused(settled[0], sources, base_used=False)
     return group
 
 
-def open_group_on_base(adapters: Sequence[str], sources: Sources) -> AdapterGroup:
+def open_group_on_base(adapters: Sequence[str], sources: Sources, alpha: float | None = None) -> AdapterGroup:
     """Open adapters and the base that they are merged into, each with its start settled.
 
-    Raises ArtifactError if the base is not found, or if an adapter belongs to another one.
+    `alpha` is that of files which do not state it. Raises ArtifactError if the base is not found, or if an
+    adapter belongs to another one.
     """
-    init = replace(sources, base=None, residual=None)
-    deltas = [open_adapter_delta(adapter, init) for adapter in adapters]
+    deltas = _open_each(adapters, sources, alpha)
     origins = [delta.manifest.base for delta in deltas if delta.manifest and delta.manifest.base]
-    base = find_model(origins[0] if origins else None, sources.base, stream=sources.stream)
+    base = find_model(
+        origins[0] if origins else None,
+        sources.base,
+        stream=sources.stream,
+        trust_remote_code=sources.trust_remote_code,
+    )
     if base is None:
         raise ArtifactError(
             f"the base of {deltas[0].directory} is not found; several adapters, or one with a weight, are "
             "merged into their base: give it with --base"
         )
-    base = replace(base, trust_remote_code=sources.trust_remote_code)
     for origin in origins:
         same_model(origin, base.path, base.config, base.source)
     for delta in deltas:
         refuse_hidden_init(delta, base)
-    settled = tuple(recover_init(delta, sources.base, base) for delta in deltas)
+    settled = tuple(recover_init(delta, sources, base) for delta in deltas)
     group = AdapterGroup(settled, base)
     _refuse_misfits(group)
     return group
+
+
+def _open_each(adapters: Sequence[str], sources: Sources, alpha: float | None) -> list[AdapterDelta]:
+    """All adapters: those whose start is not recorded on the given residual.
+
+    Raises ArtifactError for a residual or an alpha that no adapter needs.
+    """
+    deltas = []
+    takes_alpha = False
+    takes_residual = False
+    alone = replace(sources, residual=None)
+    for adapter in adapters:
+        path = fetch(adapter, "adapter").path
+        own = alpha if is_adapter_file(path) else None
+        is_ours = path.is_dir() and has_manifest(path) and read_manifest(path).kind != "decomposed"
+        delta = open_adapter_delta(adapter, sources if is_ours else alone, own)
+        if sources.residual and not is_ours and (delta.is_lost or delta.is_assumed_zero):
+            delta = open_adapter_delta(adapter, sources, own)
+        if delta.adapter.config.dora:
+            raise ArtifactError(
+                f"{delta.directory} is a DoRA adapter, whose magnitudes no LoRA can express exactly; merge "
+                "it alone, or approximate it first with to-lora --rank"
+            )
+        takes_alpha = takes_alpha or own is not None
+        takes_residual = takes_residual or (sources.residual is not None and delta.residual is not None)
+        deltas.append(delta)
+    if alpha is not None and not takes_alpha:
+        raise ArtifactError("--alpha changes nothing here: every adapter states its own; leave it out")
+    if sources.residual and not takes_residual:
+        raise ArtifactError(
+            f"--residual {sources.residual} changes nothing here: the start of every adapter is recorded; "
+            "leave it out"
+        )
+    return deltas
 
 
 def _starts_at_zero(delta: AdapterDelta) -> bool:
@@ -159,11 +201,13 @@ def _starts_at_zero(delta: AdapterDelta) -> bool:
 
 def _needed_base(group: AdapterGroup, name: str, sources: Sources) -> OpenModel:
     origins = [delta.manifest.base for delta in group.deltas if delta.manifest and delta.manifest.base]
-    found = find_model(origins[0] if origins else None, sources.base)
+    found = find_model(
+        origins[0] if origins else None, sources.base, trust_remote_code=sources.trust_remote_code
+    )
     if found is None:
         raise ArtifactError(
-            f"the adapters trained {name} in full, with different values, which are combined as changes of "
-            "their base: give it with --base"
+            f"not all adapters trained {name} in full, or with different values, which are combined as "
+            "changes of their base: give it with --base"
         )
     return found
 

@@ -18,6 +18,8 @@ class BaseShapes:
     """The adapter's."""
     given: str | None
     """The base's location, if the user gave one; else the one in the adapter's configuration is used."""
+    trust_remote_code: bool = False
+    """Let transformers run the code in the base's repository."""
     used: bool = False
     _names: TensorNames | None = field(default=None, init=False)
 
@@ -40,7 +42,7 @@ class BaseShapes:
         if not isinstance(named, str) or not named:
             raise self._absent("unknown")
         try:
-            base = open_headers(named)
+            base = open_headers(named, trust_remote_code=self.trust_remote_code)
         except ModelNotFoundError as error:
             raise self._absent(named) from error
         layout = base.layout()[1]

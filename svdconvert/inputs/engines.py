@@ -32,6 +32,11 @@ FORMATS: Mapping[Engine, str] = {
 """Engine -> the format of `to-lora` that it loads without loss."""
 
 
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
+_BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+
+
 @dataclass(frozen=True)
 class EngineReport:
     """What one engine makes of an adapter."""
@@ -66,7 +71,7 @@ class _Files:
     @property
     def others(self) -> list[str]:
         """Tensors that are no low-rank factors of a linear layer."""
-        return [name for name in self.infos if ".lora_A." not in name and ".lora_B." not in name]
+        return [name for name in self.infos if not name.endswith(_FACTORS)]
 
 
 def report_for(path: Path, engine: Engine) -> EngineReport:
@@ -120,7 +125,10 @@ def _vllm(files: _Files) -> EngineReport:
         report.refused.append("modules_to_save names modules that are trained in full")
     _note_patterns(files, report)
     _note_rank(files, report)
-    _note_others(files, report)
+    others = [name for name in files.others if not name.endswith(_EMBEDDING_FACTORS)]
+    if odd := [name for name in others if not name.endswith(_BASE_EMBEDDINGS)]:
+        report.refused.append(f"it holds {odd[0]}, which is no factor ({len(odd)} such tensors)")
+    _note_others(others, report)
     return report
 
 
@@ -130,7 +138,7 @@ def _sglang(files: _Files) -> EngineReport:
     if files.config.get("use_rslora"):
         report.ignored.append("use_rslora: it scales by alpha / rank")
     _note_patterns(files, report)
-    _note_others(files, report)
+    _note_others(files.others, report)
     return report
 
 
@@ -156,9 +164,9 @@ def _note_rank(files: _Files, report: EngineReport) -> None:
         (report.needed if advice.startswith("--") else report.refused).append(advice)
 
 
-def _note_others(files: _Files, report: EngineReport) -> None:
-    if files.others and not report.refused:
-        report.ignored.append(f"{files.others[0]} ({len(files.others)} tensors that are no factors)")
+def _note_others(others: list[str], report: EngineReport) -> None:
+    if others and not report.refused:
+        report.ignored.append(f"{others[0]} ({len(others)} tensors that are no factors)")
 
 
 def _mlx(files: _Files) -> EngineReport:
@@ -183,8 +191,13 @@ def _llama_cpp(files: _Files) -> EngineReport:
         return report
     report.refused.append(f"it is in the format {files.format}, and llama.cpp reads GGUF")
     if files.format == "peft":
-        if files.others:
-            report.refused.append(f"its converter stops at {files.others[0]}, which is no factor")
+        others = [name for name in files.others if not name.endswith(_EMBEDDING_FACTORS)]
+        norms = [name for name in others if "_layernorm" in name or ".norm" in name]
+        passed = {*norms, *(name for name in others if ".base_layer.weight" in name)}
+        if odd := [name for name in others if name not in passed]:
+            report.refused.append(f"its converter stops at {odd[0]}, which is no factor")
+        if norms:
+            report.ignored.append(f"{norms[0]} ({len(norms)} norms, which are converted and not applied)")
         if files.config.get("use_rslora"):
             report.ignored.append("use_rslora: its converter keeps lora_alpha, which is divided by the rank")
         if files.pattern("alpha_pattern"):

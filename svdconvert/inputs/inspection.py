@@ -56,8 +56,11 @@ class Inspection(Shown):
         }
 
 
-def describe(model: str | Path) -> Inspection:
-    """Describe a directory or a model of the Hub. Raises SvdConvertError if it is of no known kind."""
+def describe(model: str | Path, *, trust_remote_code: bool = False) -> Inspection:
+    """Describe a directory or a model of the Hub, whose own code may only run if it is trusted.
+
+    Raises SvdConvertError if it is of no known kind.
+    """
     path = Path(model)
     if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
         return _inspect_unfinished(path)
@@ -68,7 +71,7 @@ def describe(model: str | Path) -> Inspection:
         return _inspect_adapter(path)
     if is_adapter_file(path) and any(name.endswith(".lora_A") for name in open_file(path).infos):
         return _inspect_adapter_file(path)
-    return _inspect_checkpoint(str(model))
+    return _inspect_checkpoint(str(model), trust_remote_code=trust_remote_code)
 
 
 def describe_for(model: str | Path, engine: Engine) -> Inspection:
@@ -274,8 +277,8 @@ def _storage(opened: OpenModel) -> dict[str, Any]:
     }
 
 
-def _inspect_checkpoint(model: str) -> Inspection:
-    opened = open_headers(model)
+def _inspect_checkpoint(model: str, *, trust_remote_code: bool) -> Inspection:
+    opened = open_headers(model, trust_remote_code=trust_remote_code)
     infos = opened.source.infos
     details: dict[str, Any] = {
         "model_type": opened.config.get("model_type"),

@@ -51,12 +51,15 @@ def choose_weights(
         side = "residual"
     if side != "residual":
         base = find_model(
-            delta.manifest.base if delta.manifest else None, sources.base, stream=sources.stream
+            delta.manifest.base if delta.manifest else None,
+            sources.base,
+            stream=sources.stream,
+            trust_remote_code=sources.trust_remote_code,
         )
         if base is not None:
             check_unused(delta, sources, base_used=True)
             refuse_hidden_init(delta, base)
-            return MergeWeights("base", base, recover_init(delta, sources.base, base))
+            return MergeWeights("base", base, recover_init(delta, sources, base))
         if side == "base" or not delta.has_residual:
             raise _no_base(delta)
     if not delta.has_residual:
@@ -84,11 +87,12 @@ def _no_base(delta: AdapterDelta) -> ArtifactError:
 
 
 def _open_residual(delta: AdapterDelta, sources: Sources) -> OpenModel:
+    settings = {"stream": sources.stream, "trust_remote_code": sources.trust_remote_code}
     if delta.residual is not None:
-        return open_model(delta.residual.name, stream=sources.stream)
+        return open_model(delta.residual.name, **settings)
     assert delta.manifest is not None
     origin = delta.manifest.residual
-    found = find_model(origin, sources.residual, stream=sources.stream)
+    found = find_model(origin, sources.residual, **settings)
     if found is None:
         location = origin.location if origin else "none was written"
         raise ArtifactError(

@@ -1,7 +1,7 @@
 """Opens models that the user or a manifest names."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -88,16 +88,20 @@ class OpenModel:
         )
 
 
-def open_model(model: str, *, stream: bool = False) -> OpenModel:
+def open_model(model: str, *, stream: bool = False, trust_remote_code: bool = False) -> OpenModel:
     """Open a model: a directory, a single file, or org/name[@revision].
 
-    With `stream` the weights of a Hub model are read by range requests instead of downloaded. Raises
-    ModelNotFoundError if there is none, CheckpointError if it is damaged or the Hub does not answer.
+    With `stream` the weights of a Hub model are read by range requests instead of downloaded. With
+    `trust_remote_code`, code of its repository may run, to find its layout. Raises ModelNotFoundError if
+    there is none, CheckpointError if it is damaged or the Hub does not answer.
     """
-    return _opened(fetch(model, "sidecars" if stream else "all"), stream=stream)
+    snapshot = fetch(model, "sidecars" if stream else "all")
+    return replace(_opened(snapshot, stream=stream), trust_remote_code=trust_remote_code)
 
 
-def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenModel:
+def open_plain_model(
+    model: str, command: str, *, stream: bool = False, trust_remote_code: bool = False
+) -> OpenModel:
     """Open a model that `command` reads as a plain checkpoint.
 
     Raises ArtifactError, before any weights are downloaded, for a directory that svdconvert wrote and whose
@@ -106,8 +110,10 @@ def open_plain_model(model: str, command: str, *, stream: bool = False) -> OpenM
     sidecars = fetch(model, "sidecars")
     refuse_adapted(model, sidecars, command)
     if stream or sidecars.revision is None:
-        return _opened(sidecars, stream=stream)
-    return _opened(fetch(sidecars.name), stream=False)
+        opened = _opened(sidecars, stream=stream)
+    else:
+        opened = _opened(fetch(sidecars.name), stream=False)
+    return replace(opened, trust_remote_code=trust_remote_code)
 
 
 def refuse_adapted(model: str, sidecars: Snapshot, command: str) -> None:
@@ -117,15 +123,16 @@ def refuse_adapted(model: str, sidecars: Snapshot, command: str) -> None:
         raise ArtifactError(f"{model} is a {manifest.kind} directory; {command} needs a plain checkpoint")
 
 
-def open_headers(model: str, command: str | None = None) -> OpenModel:
+def open_headers(model: str, command: str | None = None, *, trust_remote_code: bool = False) -> OpenModel:
     """Open a model to read its headers only; weights are downloaded only if the headers cannot be read alone.
 
     With `command`, the model must be a plain checkpoint, as in `open_plain_model`.
     """
     try:
-        return open_plain_model(model, command, stream=True) if command else open_model(model, stream=True)
+        opened = open_plain_model(model, command, stream=True) if command else open_model(model, stream=True)
     except Unstreamable:
-        return open_model(model)
+        opened = open_model(model)
+    return replace(opened, trust_remote_code=trust_remote_code)
 
 
 def layout_of_weights(name: str, path: Path) -> Layout:
@@ -138,19 +145,22 @@ def layout_of_weights(name: str, path: Path) -> Layout:
     return open_headers(str(path)).layout(name)[1]
 
 
-def find_model(origin: Origin | None, given: str | None, *, stream: bool = False) -> OpenModel | None:
+def find_model(
+    origin: Origin | None, given: str | None, *, stream: bool = False, trust_remote_code: bool = False
+) -> OpenModel | None:
     """The model of `origin`, at `given` or else at the manifest's location; None if it is absent there.
 
     Raises ArtifactError if another model is found, CheckpointError if the model is damaged, if the Hub does
     not answer, or if `given` does not exist.
     """
+    settings = {"stream": stream, "trust_remote_code": trust_remote_code}
     if given is not None:
-        found = open_model(given, stream=stream)
+        found = open_model(given, **settings)
     elif origin is None:
         return None
     else:
         try:
-            found = open_model(format_reference(origin), stream=stream)
+            found = open_model(format_reference(origin), **settings)
         except ModelNotFoundError:
             return None
     if origin is not None:

@@ -59,7 +59,7 @@ def open_adapter_delta(
     residual = fetch(sources.residual, "adapter") if sources.residual else None
     init = Path(sources.init) if sources.init not in (None, NO_INIT) else None
     open_directory = _from_manifest if has_manifest(snapshot.path) else _from_peft
-    shapes = BaseShapes(snapshot.path, sources.base)
+    shapes = BaseShapes(snapshot.path, sources.base, sources.trust_remote_code)
     delta = open_directory(snapshot, residual, init, shapes)
     delta = replace(delta, uses_base=shapes.used)
     if sources.init == NO_INIT:

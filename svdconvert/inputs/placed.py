@@ -7,6 +7,7 @@ from svdconvert.checkpoint.parts import part_name
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, find_model
+from svdconvert.inputs.sources import Sources
 from svdconvert.layouts.base import LAYOUTS, Layout, Slot
 from svdconvert.manifest.place import Place, Rows
 
@@ -49,10 +50,10 @@ def projections_of(module: str, place: Place, rows: int) -> Iterator[Projection]
         yield Projection(f"{holder}.{name}", place.parameter, place.expert, place.rows_of(number, rows))
 
 
-def expert_names(delta: AdapterDelta, given: str | None) -> ExpertNames:
+def expert_names(delta: AdapterDelta, sources: Sources) -> ExpertNames:
     """The experts of the adapter's model, from the manifest or from the headers of the model.
 
-    `given` is the model's location if the user gave it. Raises ArtifactError if neither suffices.
+    `sources` has the model's location if the user gave it. Raises ArtifactError if neither suffices.
     """
     known = tuple(known_projections(delta))
     name = delta.layout_name
@@ -60,7 +61,7 @@ def expert_names(delta: AdapterDelta, given: str | None) -> ExpertNames:
         experts = LAYOUTS.get(name).experts
         return ExpertNames(known, experts is not None and experts.fused_by_peft)
     origin = delta.manifest.base if delta.manifest else None
-    model = find_model(origin, given, stream=True)
+    model = find_model(origin, sources.base, stream=True, trust_remote_code=sources.trust_remote_code)
     if model is not None:
         return _of_model(model, model.layout(name)[1])
     if not known:

@@ -24,8 +24,8 @@ def settle_init(delta: AdapterDelta, sources: Sources, *, base_used: bool = Fals
     needs_weights = delta.is_lost or delta.is_assumed_zero
     check_unused(delta, sources, base_used=base_used or needs_weights)
     if not delta.is_assumed_zero:
-        return recover_init(delta, sources.base)
-    base = find_base(delta, sources.base)
+        return recover_init(delta, sources)
+    base = find_base(delta, sources)
     if base is None:
         raise ArtifactError(
             f"{delta.directory} does not record its initial state; give its base with --base to determine "
@@ -36,16 +36,16 @@ def settle_init(delta: AdapterDelta, sources: Sources, *, base_used: bool = Fals
     return delta
 
 
-def recover_init(delta: AdapterDelta, given: str | None, base: OpenModel | None = None) -> AdapterDelta:
+def recover_init(delta: AdapterDelta, sources: Sources, base: OpenModel | None = None) -> AdapterDelta:
     """The delta with its initial adapter recovered if that is lost, else unchanged.
 
-    `base` is the base if it is open already; otherwise it is opened at `given` or, by default, at the
-    location in the manifest or in the adapter's configuration. Raises ArtifactError if the weights do not
-    suffice.
+    `base` is the base if it is open already; otherwise it is opened where `sources` says or, by default, at
+    the location in the manifest or in the adapter's configuration. Raises ArtifactError if the weights do
+    not suffice.
     """
     if not delta.is_lost:
         return delta
-    base = base or find_base(delta, given)
+    base = base or find_base(delta, sources)
     method = str(delta.adapter.config.initialised)
     if base is None or (delta.residual is None and method not in REPEATABLE):
         raise lost_init(delta)
@@ -80,21 +80,23 @@ def lost_init(delta: AdapterDelta) -> ArtifactError:
     )
 
 
-def find_base(delta: AdapterDelta, given: str | None) -> OpenModel | None:
-    """The base at `given`, in the manifest, or in the configuration of a foreign adapter; None without."""
-    named = delta.adapter.config.base
-    if given is None and delta.manifest is None and named and Path(named).is_dir():
-        given = named
-    return find_model(delta.manifest.base if delta.manifest else None, given)
+def find_base(delta: AdapterDelta, sources: Sources) -> OpenModel | None:
+    """The base that is given, in the manifest, or in the configuration of a foreign adapter; None without."""
+    return _find_base(delta, sources, stream=False)
 
 
-def find_base_sidecars(delta: AdapterDelta, given: str | None) -> OpenModel | None:
+def find_base_sidecars(delta: AdapterDelta, sources: Sources) -> OpenModel | None:
     """As `find_base`, of which only the headers and config.json will be read."""
+    return _find_base(delta, sources, stream=True)
+
+
+def _find_base(delta: AdapterDelta, sources: Sources, *, stream: bool) -> OpenModel | None:
     origin = delta.manifest.base if delta.manifest else None
+    given = sources.base
     named = delta.adapter.config.base
-    if given is None and origin is None and named and Path(named).is_dir():
+    if given is None and (origin if stream else delta.manifest) is None and named and Path(named).is_dir():
         given = named
-    return find_model(origin, given, stream=True)
+    return find_model(origin, given, stream=stream, trust_remote_code=sources.trust_remote_code)
 
 
 def _refuse_other_shapes(

@@ -105,16 +105,22 @@ def merged_(
 
 def realised_change(before: Tensor, exact: Tensor, rounded: Tensor) -> Realised | None:
     """What rounding leaves of the change from `before` to `exact`, both in float32; None if there is none."""
-    flat = [tensor.reshape(-1) for tensor in (before, exact, rounded)]
+    return realised_changes([(before, exact, rounded)])
+
+
+def realised_changes(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Realised | None:
+    """The same of a tensor that is given in blocks."""
     sums = _Sums()
-    for start in range(0, before.numel(), _ENTRIES):
-        old, goal, got = (tensor[start : start + _ENTRIES] for tensor in flat)
-        change = goal - old
-        sums.uu += float(torch.dot(change, change))
-        if rounded.dtype != torch.float32:
-            error = got.float() - goal
-            sums.ue += float(torch.dot(change, error))
-            sums.ee += float(torch.dot(error, error))
+    for block in blocks:
+        flat = [tensor.reshape(-1) for tensor in block]
+        for start in range(0, block[0].numel(), _ENTRIES):
+            old, goal, got = (tensor[start : start + _ENTRIES] for tensor in flat)
+            change = goal - old
+            sums.uu += float(torch.dot(change, change))
+            if got.dtype != torch.float32:
+                error = got.float() - goal
+                sums.ue += float(torch.dot(change, error))
+                sums.ee += float(torch.dot(error, error))
     return sums.realised()
 
 

@@ -9,7 +9,7 @@ files. It says which of three things it merges:
 - `factors`: the factors (B, A) of the changes of adapters, with the scales in B.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
@@ -44,9 +44,9 @@ class Parameter:
     def check(self, value: object, source: str) -> Value:
         """The value. Raises RecipeError if it is of the wrong type or out of range."""
         if isinstance(self.default, bool):
-            if not isinstance(value, bool):
+            if not (isinstance(value, bool) or value in (0, 1)):
                 raise RecipeError(f"{source}: {self.name} is {value!r}, which must be true or false")
-            return value
+            return bool(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise RecipeError(f"{source}: {self.name} is {value!r}, which must be a number")
         if not self.least <= value <= self.most:
@@ -110,6 +110,11 @@ class MergeMethod:
     """The merged change, of float32 or float64 changes of one shape, which it may overwrite."""
     weights: MergeWeights | None = None
     """The merged tensor, of float32 tensors of one shape, which it does not change."""
+    by_entry: bool = False
+    """True if an entry of the result depends on nothing but the same entry of every model, and on what is
+    measured: such tensors are merged in blocks."""
+    measure: Callable[[Iterable[Sequence[Tensor]], Settings], Settings] | None = None
+    """(blocks of all tensors, settings) -> the settings with what `weights` needs of entire tensors."""
     factors: MergeFactors | None = None
     """(B, A) in float64 of the merged change, of float32 factors. For adapters it goes before `changes`."""
     least: int = 1

@@ -32,5 +32,6 @@ METHOD = MergeMethod(
     takes=CHECKPOINTS,
     parameters=(WEIGHT, normalize(True)),
     weights=merge,
+    by_entry=True,
     base="optional",
 )

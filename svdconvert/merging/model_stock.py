@@ -27,8 +27,10 @@ def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     cosine = torch.stack([each.clamp(-1.0, 1.0) for each in cosines]).mean(dim=0)
     divisor = 1.0 + (count - 1) * cosine
     share = torch.where(divisor.abs() < _SMALL, 0.0, count * cosine / divisor)
-    mean = torch.stack(flat).mean(dim=0)
-    return mean.mul_(share).reshape(changes[0].shape)
+    mean = flat[0]
+    for other in flat[1:]:
+        mean.add_(other)
+    return mean.mul_(share / count).reshape(changes[0].shape)
 
 
 METHOD = MergeMethod(

@@ -18,6 +18,7 @@ METHOD = MergeMethod(
     takes=CHECKPOINTS,
     parameters=(Parameter(name="scale", default=1.0, per_model=True, summary="factor of the tensor"),),
     weights=merge,
+    by_entry=True,
     base="none",
     most=1,
 )

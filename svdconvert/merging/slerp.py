@@ -1,7 +1,8 @@
 """Spherical interpolation between a base and one other model, tensor by tensor."""
 
-from collections.abc import Sequence
-from math import acos, sin
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import acos, sin, sqrt
 
 import torch
 from torch import Tensor
@@ -12,22 +13,36 @@ _PARALLEL = 0.9995  # cosine above which the interpolation is linear
 _SMALL = 1e-8
 
 
-def merge(weights: Sequence[Tensor], settings: Settings) -> Tensor:
-    """(sin((1 - t) a) W_0 + sin(t a) W_1) / sin(a), with a the angle between W_0 (the base) and W_1.
+def measure(blocks: Iterable[Sequence[Tensor]], settings: Settings) -> Settings:
+    """The shares sin((1 - t) a) / sin(a) and sin(t a) / sin(a) of two tensors that are given in blocks.
 
-    (1 - t) W_0 + t W_1 for tensors that are nearly parallel.
+    a is the angle between W_0 (the base) and W_1. For tensors that are nearly parallel the shares are 1 - t
+    and t.
     """
     assert settings.base is not None
-    first = weights[settings.base]
-    second = weights[1 - settings.base]
+    squares = [0.0, 0.0]
+    product = 0.0
+    for block in blocks:
+        parts = [part.reshape(-1) for part in (block[settings.base], block[1 - settings.base])]
+        squares = [sum + float(torch.dot(part, part)) for sum, part in zip(squares, parts, strict=True)]
+        product += float(torch.dot(*parts))
+    norms = [norm if norm > _SMALL else 1.0 for norm in map(sqrt, squares)]
+    cosine = product / norms[0] / norms[1]
     t = settings.number("t")
-    norms = [float(torch.linalg.vector_norm(tensor)) for tensor in (first, second)]
-    divisor = [norm if norm > _SMALL else 1.0 for norm in norms]
-    cosine = float(torch.dot((first / divisor[0]).reshape(-1), (second / divisor[1]).reshape(-1)))
-    if abs(cosine) > _PARALLEL:
-        return first * (1.0 - t) + second * t
+    if not abs(cosine) <= _PARALLEL:
+        return replace(settings, shared={**settings.shared, "first": 1.0 - t, "second": t})
     angle = acos(cosine)
-    return first * (sin((1.0 - t) * angle) / sin(angle)) + second * (sin(t * angle) / sin(angle))
+    shares = {"first": sin((1.0 - t) * angle) / sin(angle), "second": sin(t * angle) / sin(angle)}
+    return replace(settings, shared={**settings.shared, **shares})
+
+
+def merge(weights: Sequence[Tensor], settings: Settings) -> Tensor:
+    """The sum of both tensors, with the shares that were measured of them, or else of these entries."""
+    assert settings.base is not None
+    if "first" not in settings.shared:
+        settings = measure([weights], settings)
+    first = weights[settings.base] * settings.number("first")
+    return first.add_(weights[1 - settings.base], alpha=settings.number("second"))
 
 
 METHOD = MergeMethod(
@@ -36,5 +51,7 @@ METHOD = MergeMethod(
     takes=CHECKPOINTS,
     parameters=(Parameter(name="t", default=0.5, required=True, summary="0 is the base, 1 the other model"),),
     weights=merge,
+    measure=measure,
+    by_entry=True,
     most=1,
 )

@@ -25,4 +25,5 @@ METHOD = MergeMethod(
         MASK,
     ),
     changes=merge,
+    by_entry=True,
 )

@@ -30,17 +30,19 @@ from svdconvert.pipeline.combine_settings import choose, find_method
 from svdconvert.pipeline.job import Job
 
 
-def open_combination(  # noqa: PLR0913 (three locations besides the inputs)
+def open_combination(  # noqa: PLR0913 (four locations besides the inputs)
     inputs: Sequence[str],
     options: CombineOptions,
     run: Run,
     *,
     base: str | None = None,
+    residual: str | None = None,
     init: str | None = None,
     config: str | Path | None = None,
 ) -> Job:
     """Open the inputs and plan from headers. Raises ArtifactError if adapters and checkpoints are mixed."""
     if config is not None:
+        _refuse_for_checkpoints(residual, init, options)
         return _of_file(Path(config), inputs, options, run, base=base)
     if not inputs:
         raise RecipeError("combine needs two inputs or more, or --config with a file in mergekit's format")
@@ -51,14 +53,26 @@ def open_combination(  # noqa: PLR0913 (three locations besides the inputs)
             "other; merge the adapter into its base first"
         )
     if True in kinds:
-        return _adapters(inputs, options, run, base=base, init=init)
-    if init is not None:
-        raise RecipeError("--init changes nothing here: checkpoints have no start; leave it out")
+        return _adapters(inputs, options, run, base=base, residual=residual, init=init)
+    _refuse_for_checkpoints(residual, init, options)
     return _checkpoints(inputs, options, run, base=base)
 
 
+def _refuse_for_checkpoints(residual: str | None, init: str | None, options: CombineOptions) -> None:
+    """Raise RecipeError for what only adapters have."""
+    for name, value in (("residual", residual), ("init", init), ("alpha", options.alpha)):
+        if value is not None:
+            raise RecipeError(f"--{name} changes nothing here: it is for adapters; leave it out")
+
+
 def _adapters(
-    inputs: Sequence[str], options: CombineOptions, run: Run, *, base: str | None, init: str | None
+    inputs: Sequence[str],
+    options: CombineOptions,
+    run: Run,
+    *,
+    base: str | None,
+    residual: str | None,
+    init: str | None,
 ) -> CombineJob:
     run.ranks.alone("combine")
     if init not in (None, NO_INIT):
@@ -69,7 +83,13 @@ def _adapters(
     if run.stream:
         raise RecipeError("--stream changes nothing here: adapters are small; leave it out")
     chosen = choose(options, "adapters", len(inputs))
-    group = open_group(inputs, Sources(base=base, init=init))
+    sources = Sources(base=base, residual=residual, init=init, trust_remote_code=run.trust_remote_code)
+    group = open_group(inputs, sources, options.alpha)
+    if len(inputs) == 1 and group.parameters and chosen.each["weight"] != (1.0,):
+        raise RecipeError(
+            f"{inputs[0]} trained {next(iter(group.parameters))} in full, which --weights does not scale for "
+            "a single adapter; merge it into its base with --weights"
+        )
     return CombineJob(plan_combination(group, chosen, options))
 
 
@@ -125,7 +145,8 @@ def _planned(file: MergeFile, options: CombineOptions, run: Run, place: str) -> 
     bases = [part.base for part in file.slices if part.base] + ([file.base] if file.base else [])
     find_method(file.method, "checkpoints")
     models = {
-        name: open_plain_model(name, "combine", stream=run.stream) for name in dict.fromkeys([*names, *bases])
+        name: open_plain_model(name, "combine", stream=run.stream, trust_remote_code=run.trust_remote_code)
+        for name in dict.fromkeys([*names, *bases])
     }
     if (
         run.stream

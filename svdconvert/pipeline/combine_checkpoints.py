@@ -13,10 +13,11 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
 from svdconvert.errors import TargetError
-from svdconvert.linalg.delta import Realised, realised_change
+from svdconvert.linalg.delta import realised_changes
 from svdconvert.linalg.threads import pick_device
 from svdconvert.manifest.results import MergeResult
 from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.merging.base import MergeMethod, Settings
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
@@ -25,6 +26,7 @@ from svdconvert.pipeline.merge import measured_update, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 from svdconvert.quantization.view import read_to_compute
 
+_BLOCK = 1 << 20  # entries of a tensor that are merged at a time
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """The keys of config.json for the number of layers."""
 
@@ -112,29 +114,59 @@ def combine_work(plan: CheckpointPlan, device: torch.device) -> TensorJob:
 
 def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) -> TensorResult:
     merged = plan.tensors[name]
-    start = stored.float()
-    exact = _exact(plan, merged, start)
-    if not exact.isfinite().all():
-        raise _not_finite(plan, name)
-    dtype = torch_dtype(plan.dtypes[name])
-    rounded = cast_finite(name, exact, dtype)
-    return TensorResult({(file, name): rounded}, _note(realised_change(start, exact, rounded)))
-
-
-def _exact(plan: CheckpointPlan, merged: Merged, start: Tensor) -> Tensor:
-    """The merged tensor in float32."""
     where = merged.settings.base or 0
-    tensors = []
-    for position, (index, name) in enumerate(merged.parts):
-        if position == where:
-            tensors.append(start)
-        else:
-            tensors.append(read_to_compute(plan.models[index].source, name).to(start.device).float())
-    if plan.method.weights is not None:
-        return plan.method.weights(tensors, merged.settings)
-    assert plan.method.changes is not None
+    dtype = torch_dtype(plan.dtypes[name])
+    rounded = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+
+    def merged_blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(start, merged tensor, the same as written), a block at a time."""
+        for entries, parts, settings in _blocks(plan, merged, stored):
+            start = parts[where]
+            exact = _exact(plan.method, parts, settings)
+            if not exact.isfinite().all():
+                raise _not_finite(plan, name)
+            written = cast_finite(name, exact, dtype)
+            rounded.view(-1)[entries] = written.reshape(-1)
+            yield start, exact, written
+
+    realised = realised_changes(merged_blocks())
+    return TensorResult({(file, name): rounded}, asdict(realised) if realised else {})
+
+
+def _blocks(
+    plan: CheckpointPlan, merged: Merged, stored: Tensor
+) -> Iterator[tuple[slice, list[Tensor], Settings]]:
+    """(entries, these of all models in float32, settings): one block if the method needs all entries."""
+    where = merged.settings.base or 0
+
+    def read() -> Iterator[Tensor]:
+        for position, (index, name) in enumerate(merged.parts):
+            if position == where:
+                yield stored
+            else:
+                yield read_to_compute(plan.models[index].source, name).to(stored.device)
+
+    if not plan.method.by_entry:
+        yield slice(None), [tensor.float() for tensor in read()], merged.settings
+        return
+    flat = [tensor.reshape(-1) for tensor in read()]
+    blocks = [slice(start, start + _BLOCK) for start in range(0, stored.numel(), _BLOCK)]
+    settings = merged.settings
+    if plan.method.measure is not None:
+        settings = plan.method.measure(([one[block].float() for one in flat] for block in blocks), settings)
+    for block in blocks:
+        yield block, [one[block].float() for one in flat], settings
+
+
+def _exact(method: MergeMethod, tensors: list[Tensor], settings: Settings) -> Tensor:
+    """The merged entries in float32; overwrites those of all models but the base."""
+    if method.weights is not None:
+        return method.weights(tensors, settings)
+    assert method.changes is not None
+    where = settings.base or 0
+    start = tensors[where]
     changes = [tensor.sub_(start) for position, tensor in enumerate(tensors) if position != where]
-    return plan.method.changes(changes, merged.settings).add_(start)
+    return method.changes(changes, settings).add_(start)
 
 
 def _not_finite(plan: CheckpointPlan, name: str) -> TargetError:
@@ -143,10 +175,6 @@ def _not_finite(plan: CheckpointPlan, name: str) -> TargetError:
         if not plan.models[index].source.read(own).isfinite().all():
             return TargetError(f"{own} of {plan.models[index].path} holds NaN or Inf; repair the checkpoint")
     return TargetError(f"the values of {name} overflow when they are merged; give smaller --weights")
-
-
-def _note(realised: Realised | None) -> dict[str, Any]:
-    return asdict(realised) if realised else {}
 
 
 def with_layers(config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:

@@ -116,8 +116,10 @@ def _compare_others(plan: ExtractPlan, difference: Difference, staged: StagedOut
 def _norm_of_change(plan: ExtractPlan, difference: Difference, name: str) -> float:
     """||tuned - base||_F. Raises ArtifactError if they hold integers and differ, TargetError for NaN."""
     if not all(model.source.infos[name].dtype in REAL for model in plan.pair.models):
-        blocks = list(difference.blocks(name))
-        if any(before.dtype != after.dtype or not before.equal(after) for before, after in blocks):
+        equal = [
+            before.dtype == after.dtype and before.equal(after) for before, after in difference.blocks(name)
+        ]
+        if not all(equal):
             raise ArtifactError(
                 f"{name} is stored as {plan.infos[name].dtype} and differs between "
                 f"{' and '.join(str(model.path) for model in plan.pair.models)}: no LoRA can hold that change"

@@ -11,6 +11,7 @@ from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.placed import ExpertNames, Projection, expert_names, known_projections
+from svdconvert.inputs.sources import Sources
 from svdconvert.manifest.place import Rows
 from svdconvert.pipeline.effects import refuse_idle_experts
 from svdconvert.pipeline.scaling import as_pattern
@@ -51,22 +52,22 @@ def rank_pattern(stacks: Iterable[Stack], alone: Iterable[str], rank: int) -> di
 
 
 def plan_form(
-    delta: AdapterDelta, options: LoraOptions, ranks: Mapping[str, int], base: str | None
+    delta: AdapterDelta, options: LoraOptions, ranks: Mapping[str, int], sources: Sources
 ) -> LoraForm:
     """The form that the options ask for; `ranks` has the rank of every module's factors.
 
-    `base` is the location of the untouched base, if it was given. Raises ArtifactError if it must be known
-    how the model names its experts and it is not, RecipeError for `--experts each` without experts.
+    `sources` has the location of the untouched base, if it was given. Raises ArtifactError if it must be
+    known how the model names its experts and it is not, RecipeError for `--experts each` without experts.
     """
     fused = set(delta.adapter.experts)
-    single = {} if fused else _single_experts(delta, options, base)
+    single = {} if fused else _single_experts(delta, options, sources)
     refuse_idle_experts(options.experts, bool(fused or single))
     pieces = {module: ((module, None),) for module in delta.modules if module not in fused}
     if single and options.experts == "fused":
         pieces = {module: piece for module, piece in pieces.items() if module not in single}
         return _fused_form(pieces, _joined(delta, ranks, single), single)
     if fused and options.experts == "each":
-        return _single_form(pieces, expert_names(delta, base), fused)
+        return _single_form(pieces, expert_names(delta, sources), fused)
     own = delta.adapter.config
     stacks = stacks_of(_shapes(delta, ranks))
     peft_type = PER_EXPERT if own.peft_type == PER_EXPERT else "LORA"
@@ -82,14 +83,14 @@ def _shapes(delta: AdapterDelta, ranks: Mapping[str, int]) -> dict[str, tuple[in
     }
 
 
-def _single_experts(delta: AdapterDelta, options: LoraOptions, base: str | None) -> dict[str, Projection]:
+def _single_experts(delta: AdapterDelta, options: LoraOptions, sources: Sources) -> dict[str, Projection]:
     """Module -> projection, for the modules that are single experts.
 
     How the model names them is not asked for if they are written as they are.
     """
     known = {one.module: one for one in known_projections(delta)}
     if not known and options.experts == "fused" and any(_EXPERT.search(one) for one in delta.modules):
-        known = {one.module: one for one in expert_names(delta, base).projections}
+        known = {one.module: one for one in expert_names(delta, sources).projections}
     return {module: known[module] for module in delta.modules if module in known}
 
 

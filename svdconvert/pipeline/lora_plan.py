@@ -13,6 +13,7 @@ from svdconvert.config.options import LoraOptions
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel
+from svdconvert.inputs.sources import Sources
 from svdconvert.linalg.delta import as_lora
 from svdconvert.linalg.low_rank import allocate_ranks, rank_for_tolerance, singular_values, truncation_error
 from svdconvert.manifest.results import TruncatedLora, TruncatedModule
@@ -78,13 +79,13 @@ class LoraPlan:
 
 
 def plan_lora(
-    delta: AdapterDelta, options: LoraOptions, base: str | None = None, model: OpenModel | None = None
+    delta: AdapterDelta, options: LoraOptions, sources: Sources, model: OpenModel | None = None
 ) -> LoraPlan:
     """Determine the ranks in a first pass over the factors, and plan the file.
 
-    `base` is the location of the untouched base, if it was given, and `model` is the open base, which only
-    the format gguf needs. Raises ArtifactError if the names of experts are needed and not known, or if the
-    format cannot express what the adapter holds.
+    `sources` has the location of the untouched base, if it was given, and `model` is the open base, which
+    only the format gguf needs. Raises ArtifactError if the names of experts are needed and not known, or if
+    the format cannot express what the adapter holds.
     """
     if options.base_name is not None and options.format not in ("peft", "vllm"):
         raise RecipeError(
@@ -96,7 +97,7 @@ def plan_lora(
         ranks = {module: exact_factors(delta, module)[0].shape[1] for module in delta.modules}
     else:
         ranks = {module: max(1, rank) for module, rank in truncation.ranks.items()}
-    form = replace(plan_form(delta, options, ranks, base), base_name=options.base_name)
+    form = replace(plan_form(delta, options, ranks, sources), base_name=options.base_name)
     rank = max(ranks[module] for module in form.pieces or ranks)
     format_ = lora_format(options.format, delta, model)
     keys = format_.keys(delta, form)

@@ -259,20 +259,25 @@ def adapter_product(delta: AdapterDelta, module: str) -> Product:
 
 def _merge_dora(plan: MergePlan, name: str, file: str, stored: Tensor) -> TensorResult:
     """Merge a matrix whose rows are scaled to the adapter's magnitudes; it is all of a module's matrix."""
-    adapter = plan.weights.delta.adapter
-    module = plan.modules[name][0].module
-    is_transposed = plan.modules[name][0].share.transposed
-    left, right = adapter.factors(module).folded()
     dtype = torch_dtype(plan.dtypes[name])
-    product = _to_device_of((left * adapter.config.scale(module), right), stored)
-    weight_OI = stored.T if is_transposed else stored
-    exact = scaled_rows(weight_OI, *product, adapter.magnitude(module).to(stored.device))
-    exact = exact.T.contiguous() if is_transposed else exact
+    exact = merged_dora(plan, name, stored)
     generator = Solver(name, seed=plan.options.seed).generator(stored.device)
     is_stochastic = plan.options.rounding == "stochastic" and dtype != torch.float32
     merged = stochastic(exact, dtype, generator) if is_stochastic else cast_finite(name, exact, dtype)
     realised = realised_change(stored.float(), exact, merged)
     return TensorResult({(file, name): merged}, asdict(realised) if realised else {})
+
+
+def merged_dora(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
+    """The same in float32, before it is rounded."""
+    adapter = plan.weights.delta.adapter
+    module = plan.modules[name][0].module
+    is_transposed = plan.modules[name][0].share.transposed
+    left, right = adapter.factors(module).folded()
+    product = _to_device_of((left * adapter.config.scale(module), right), stored)
+    weight_OI = stored.T if is_transposed else stored
+    exact = scaled_rows(weight_OI, *product, adapter.magnitude(module).to(stored.device))
+    return exact.T.contiguous() if is_transposed else exact
 
 
 def _refuse_other_copy(plan: MergePlan, name: str, stored: Tensor) -> None:

@@ -24,7 +24,7 @@ from svdconvert.linalg.delta import Product, merged_
 from svdconvert.linalg.gemm import matmul_f32
 from svdconvert.linalg.threads import float32_products
 from svdconvert.manifest.fingerprint import tensor_checksum
-from svdconvert.pipeline.merge import module_update
+from svdconvert.pipeline.merge import merged_dora, module_update
 from svdconvert.pipeline.merge_plan import MergePlan, plan_merge
 from svdconvert.quantization.view import is_decoded, read_to_compute
 
@@ -45,7 +45,8 @@ class AuditedMatrix:
     name: str
     rule: Rule
     exact: float
-    """The share of its entries that equal, bit for bit, W + sBA in float32 under one rounding."""
+    """The share of its entries that equal, bit for bit, W + sBA in float32 under one rounding; of DoRA the
+    same with its magnitudes."""
     times: float | None = None
     """The multiple of sBA that fits its change best; None if sBA is zero."""
     rest: float | None = None
@@ -178,15 +179,21 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     weight = read_to_compute(plan.source, name)
     if name in plan.resized:
         weight = plan.weights.delta.parameter(plan.resized[name]).to(weight.dtype)
-    product, peft = _changes(plan, name, weight)
-    once = merged_(weight.clone(), product, found.dtype)[0]
-    exact = float((once == found).double().mean())
     unchanged = weight.to(found.dtype)
+    if plan.weights.delta.adapter.config.dora:
+        wanted = merged_dora(plan, name, weight)
+        update = wanted - weight.float()
+        once = wanted.to(found.dtype)
+        in_peft = [once]
+    else:
+        product, update = _changes(plan, name, weight)
+        once = merged_(weight.clone(), product, found.dtype)[0]
+        in_peft = [unchanged + update.to(found.dtype)]
+        if is_decoded(plan.source, name):
+            in_peft.append(merged_(unchanged.clone(), product, found.dtype)[0])
+    exact = float((once == found).double().mean())
     if _same(once, found):
         return AuditedMatrix(name, "one rounding", exact)
-    in_peft = [unchanged + peft.to(found.dtype)]
-    if is_decoded(plan.source, name):
-        in_peft.append(merged_(unchanged.clone(), product, found.dtype)[0])
     if any(_same(each, found) for each in in_peft):
         return AuditedMatrix(name, "PEFT's order", exact)
     if _same(unchanged, found):
@@ -197,7 +204,7 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     if any(_nearly(each, found, size) for each in in_peft):
         return AuditedMatrix(name, "PEFT's order", exact)
     return AuditedMatrix(
-        name, "something else", exact, *_fit(found.double() - weight.double(), peft.double())
+        name, "something else", exact, *_fit(found.double() - weight.double(), update.double())
     )
 
 

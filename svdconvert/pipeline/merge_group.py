@@ -69,22 +69,19 @@ def open_group_merge(adapters: Sequence[str], options: MergeOptions, sources: So
 
     Raises RecipeError for options and locations that are for one adapter.
     """
-    if options.side == "residual" or sources.residual:
+    if options.side == "residual":
         raise RecipeError(
-            "several adapters, or one with a weight, are merged into their base; leave out --from residual "
-            "and --residual"
+            "several adapters, or one with a weight, are merged into their base; leave out --from residual"
         )
     if options.keep_format:
         raise RecipeError("--keep-format is for a single adapter; combine the adapters into one first")
-    if options.alpha is not None:
-        raise RecipeError("--alpha is for a single adapter file; convert it with to-lora first")
     if sources.init not in (None, NO_INIT):
         raise RecipeError(
             f"--init {sources.init} names one initial adapter for several adapters; convert that one with "
             "to-lora first, or give --init none"
         )
     group_weights(options, len(adapters))
-    return plan_group_merge(open_group_on_base(adapters, sources), options)
+    return plan_group_merge(open_group_on_base(adapters, sources, options.alpha), options)
 
 
 def plan_group_merge(group: AdapterGroup, options: MergeOptions) -> GroupPlan:

@@ -1,7 +1,7 @@
 """What a training run starts from, as headers and manifests tell it: no weights are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from svdconvert.checkpoint.tensors import TensorInfo
@@ -80,7 +80,7 @@ def outline_run(model: str, split: SplitOptions, base: str | None, run: Run) -> 
         return _decomposed(model, snapshot, base, split)
     if base is not None:
         raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-    opened = replace(open_headers(model), trust_remote_code=run.trust_remote_code)
+    opened = open_headers(model, trust_remote_code=run.trust_remote_code)
     if METHODS.get(split.method).split is None:
         refuse_adapter_options(split)
         return Outline(

@@ -123,8 +123,8 @@ def open_training_start(
     else:
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
-        opened = replace(open_model(model), trust_remote_code=run.trust_remote_code)
-        if METHODS.get(split.method).split is None:
+        opened = open_model(model, trust_remote_code=run.trust_remote_code)
+            if METHODS.get(split.method).split is None:
             refuse_adapter_options(split)
             return FullStart(
                 model=opened,

@@ -182,7 +182,7 @@ def test_a_dora_has_no_exact_lora(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="give its rank with --rank"):
         to_lora(dora, tmp_path / "out", run=RUN)
     with pytest.raises(ArtifactError, match="no LoRA can express exactly"):
-        combine([dora, dora], tmp_path / "out", run=RUN)
+        combine([dora, dora], tmp_path / "out", run=RUN, base=str(base))
     manifest = merge(dora, tmp_path / "out", MergeOptions(dtype="bfloat16"), RUN, base=str(base))
     assert 0.99 < manifest.result.update.cosine < 1.0
 

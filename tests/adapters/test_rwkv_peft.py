@@ -79,6 +79,22 @@ def test_a_lora_is_merged_with_its_alpha(files: Files, tmp_path: Path) -> None:
     check(tmp_path / "out", files.lora)
 
 
+def test_files_without_a_scale_are_combined_and_merged_together_with_one_alpha(
+    files: Files, tmp_path: Path
+) -> None:
+    adapters = (files.end, files.end, "--weights", "0.25,0.75", "--alpha", ALPHA)
+    succeeded("combine", *adapters, "-o", tmp_path / "lora")
+    succeeded("merge", tmp_path / "lora", "-o", tmp_path / "one", "--base", files.base)
+    check(tmp_path / "one", files.lora)
+    succeeded("merge", *adapters, "-o", tmp_path / "all", "--base", files.base)
+    check(tmp_path / "all", files.lora)
+    refused(
+        "combine", files.end, files.end, "-o", tmp_path / "no", words=["does not store its scale", "--alpha"]
+    )
+    words = ["--alpha changes nothing here"]
+    refused("combine", tmp_path / "lora", tmp_path / "lora", "-o", tmp_path / "no", "--alpha", 3, words=words)
+
+
 @pytest.mark.parametrize("kind", ["peft", "rwkv-peft"])
 def test_to_lora_and_merge_make_the_same_change(kind: str, files: Files, tmp_path: Path) -> None:
     said = succeeded("to-lora", files.end, "-o", tmp_path / "lora", "--init", files.start, "--format", kind)

@@ -254,6 +254,22 @@ def test_nan_is_refused_by_the_tensors_name(checkpoint: Build, tmp_path: Path) -
         extract(base, tuned, tmp_path / "lora", run=RUN)
 
 
+@pytest.mark.parametrize("row", [0, 999])
+def test_integers_that_differ_anywhere_are_refused(row: int, checkpoint: Build, tmp_path: Path) -> None:
+    """Also in a tensor that is read in several blocks."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint("llama", dtype=torch.float32, tied=False), base)
+    stored = load_file(base / "model.safetensors") | {"codes": torch.zeros(1000, 500, dtype=torch.int32)}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    tuned = tuned_from(base, tmp_path / "tuned", matrices_only)
+    extract(base, tuned, tmp_path / "lora", run=RUN)
+    stored = load_file(tuned / "model.safetensors")
+    stored["codes"][row, 3] = 1
+    save_file(stored, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match="codes is stored as I32 and differs"):
+        extract(base, tuned, tmp_path / "other", run=RUN)
+
+
 def test_stream_without_the_hub_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--stream changes nothing here"):
         extract(*models, tmp_path / "lora", run=Run(stream=True))

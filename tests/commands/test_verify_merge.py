@@ -108,6 +108,24 @@ def test_a_wrong_scale_is_measured(times: float, home: Path, tmp_path: Path) -> 
         )
 
 
+def test_the_merge_of_a_dora_by_peft_is_audited_with_its_magnitudes(home: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+    adapted.save_pretrained(tmp_path / "dora")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    audit = verify_merge(tmp_path / "merged", [home / "base"], tmp_path / "dora", RUN)
+    assert audit.passed and audit.best.rules == {"one rounding": 14}
+    assert verify_merge(home / "base", [home / "base"], tmp_path / "dora", RUN).best.rules == {
+        "unchanged": 14
+    }
+    audit = verify_merge(home / "by-peft", [home / "base"], tmp_path / "dora", RUN)
+    assert audit.best.rules == {"something else": 14}
+
+
 def test_noise_is_something_else(home: Path, tmp_path: Path) -> None:
     torch.manual_seed(2)
     noisy = changed(

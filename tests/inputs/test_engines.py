@@ -66,11 +66,24 @@ def test_sglang_ignores_rslora(tmp_path: Path) -> None:
     assert not found.refused and "use_rslora" in found.ignored[0]
 
 
-def test_llama_cpp_stops_at_other_tensors(tmp_path: Path) -> None:
-    found = report_for(
-        adapter(tmp_path / "lora", tensors=("base_model.model.model.norm.weight",)), "llama.cpp"
-    )
-    assert len(found.refused) == 2 and "model.norm.weight" in found.refused[1]
+@pytest.mark.parametrize(
+    ("tensor", "vllm", "llama_cpp"),
+    [
+        ("lm_head.weight", "refused", "refused"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", "refused", "refused"),
+        ("model.norm.weight", "refused", "ignored"),
+        ("model.embed_tokens.base_layer.weight", "ignored", ""),
+        ("model.embed_tokens.lora_embedding_A", "", ""),
+    ],
+)
+def test_tensors_that_are_no_factors_of_a_linear_layer(
+    tensor: str, vllm: str, llama_cpp: str, tmp_path: Path
+) -> None:
+    path = adapter(tmp_path / "lora", tensors=(f"base_model.model.{tensor}",))
+    for engine, expected in (("vllm", vllm), ("llama.cpp", llama_cpp)):
+        found = report_for(path, engine)
+        assert any(tensor in reason for reason in found.refused) == (expected == "refused")
+        assert any(tensor in reason for reason in found.ignored) == (expected == "ignored")
 
 
 def test_peft_would_load_a_residuals_adapter_wrongly(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from svdconvert.commands.decompose import decompose
+from svdconvert.commands.merge import merge
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
 from svdconvert.errors import UnknownNameError
 from svdconvert.inputs.model import open_model
+from tests.program import refused, succeeded
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -111,3 +113,40 @@ def test_the_layout_by_names_runs_no_code(remote: Path, tmp_path: Path) -> None:
     manifest = decompose(remote, tmp_path / "out", SplitOptions(rank=2, layout="names"))
     assert len(manifest.matrices) == 6
     assert not (tmp_path / "ran").exists()
+
+
+def adapter_of(out: Path) -> Path:
+    """A LoRA for one matrix, as PEFT writes it: nothing records that it started at zero."""
+    out.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["mixer"]}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.blocks.0.mixer"
+    factors = {f"{key}.lora_A.weight": torch.randn(2, 16), f"{key}.lora_B.weight": torch.randn(16, 2)}
+    save_file(factors, out / "adapter_model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("command", ["merge", "merge A B", "to-lora", "combine", "verify", "inspect"])
+def test_every_command_that_asks_for_the_code_can_be_allowed_to_run_it(
+    command: str, remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(tmp_path / "adapter")
+    words = {
+        "merge": ["merge", adapter, "-o", tmp_path / "out", "--base", remote],
+        "merge A B": ["merge", adapter, adapter, "-o", tmp_path / "out", "--base", remote],
+        "to-lora": ["to-lora", adapter, "-o", tmp_path / "out", "--base", remote],
+        "combine": ["combine", adapter, adapter, "-o", tmp_path / "out", "--base", remote],
+        "verify": ["verify", "--merged", tmp_path / "merged", "--base", remote, "--adapter", adapter],
+        "inspect": ["inspect", remote],
+    }[command]
+    if command == "verify":
+        merge(adapter, tmp_path / "merged", base=str(remote), run=Run(trust_remote_code=True))
+        (tmp_path / "ran").unlink()
+        monkeypatch.setenv("SVDCONVERT_CACHE", str(tmp_path / "empty"))
+    if command == "inspect":
+        assert "no known layout" in succeeded(*words).out
+    else:
+        refused(*words, words=["--trust-remote-code"])
+    assert not (tmp_path / "ran").exists()
+    assert "no known layout" not in succeeded(*words, "--trust-remote-code").out
+    assert (tmp_path / "ran").exists()

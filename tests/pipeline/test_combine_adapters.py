@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdconvert import CombineOptions, Run, SplitOptions, combine, decompose, merge
+from svdconvert import CombineOptions, MergeOptions, Run, SplitOptions, combine, decompose, merge, to_lora
 from svdconvert.errors import ArtifactError, RecipeError
 from tests.conftest import Build
 from tests.stock import logits, plain, tensors, trained_from
@@ -193,7 +193,7 @@ def test_parameters_trained_in_full_are_combined_as_changes_of_the_base(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     chosen = [adapters["saved"], adapters["saved too"]]
-    with pytest.raises(ArtifactError, match=r"lm_head\.weight in full, with different values.*--base"):
+    with pytest.raises(ArtifactError, match=r"lm_head\.weight in full, or with different values.*--base"):
         combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none")
     combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none", base=str(base))
     key = "base_model.model.lm_head.weight"
@@ -205,6 +205,23 @@ def test_parameters_trained_in_full_are_combined_as_changes_of_the_base(
     assert torch.allclose(found, expected, atol=1e-6)
     combine([chosen[0], chosen[0]], tmp_path / "same", run=RUN, init="none")
     assert torch.equal(load_file(tmp_path / "same" / "adapter_model.safetensors")[key], first)
+
+
+def test_a_parameter_that_one_adapter_trained_in_full_gets_its_share(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = [adapters["a"], adapters["saved"]]
+    with pytest.raises(ArtifactError, match=r"not all adapters trained lm_head\.weight.*--base"):
+        combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none")
+    combine(chosen, tmp_path / "out", CombineOptions(weights=WEIGHTS), RUN, init="none", base=str(base))
+    key = "base_model.model.lm_head.weight"
+    trained, found = (
+        load_file(path / "adapter_model.safetensors")[key] for path in (chosen[1], tmp_path / "out")
+    )
+    start = plain(base).lm_head.weight.detach()
+    assert torch.allclose(found, start + WEIGHTS[1] * (trained - start), atol=1e-6)
+    with pytest.raises(RecipeError, match=r"lm_head\.weight in full, which --weights does not scale"):
+        combine(chosen[1:], tmp_path / "half", CombineOptions(weights=(0.5,)), RUN, init="none")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +244,46 @@ def test_an_option_without_effect_is_refused(
     with pytest.raises(RecipeError, match=message):
         combine([adapters["a"], adapters["b"]], tmp_path / "out", CombineOptions(**options), RUN, init="none")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_in_a_residual_is_subtracted(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Of adapters that PEFT trained on a residual; one whose start is recorded is not changed by it."""
+    decompose(base, tmp_path / "split", SplitOptions(rank=4, targets=("q_proj", "v_proj")), RUN)
+    start = tmp_path / "split" / "pissa_init"
+    trained = [trained_elsewhere(start, tmp_path / f"trained-{seed}", seed) for seed in (1, 2)]
+    to_lora(adapters["a"], tmp_path / "plain", run=RUN, init="none")
+    chosen = [*trained, tmp_path / "plain"]
+    options = CombineOptions(weights=(0.5, -2.0, 1.0))
+    residual = str(tmp_path / "split")
+    combine(chosen, tmp_path / "out", options, RUN, residual=residual)
+    found = changes_of(base, tmp_path / "out")
+    plain_change, before = changes_of(base, adapters["a"]), changes_of(base, start)
+    each = [changes_of(base, one) for one in trained]
+    assert found.keys() == plain_change.keys()
+    for module, change in found.items():
+        expected = plain_change[module].clone()
+        if module in before:
+            expected += 0.5 * (each[0][module] - before[module]) - 2.0 * (each[1][module] - before[module])
+        assert torch.linalg.norm(change - expected) <= 1e-5 * torch.linalg.norm(expected)
+    merge(chosen, tmp_path / "merged", MergeOptions(weights=options.weights), RUN, residual=residual)
+    merge(tmp_path / "out", tmp_path / "once", run=RUN, base=str(base))
+    for name, tensor in tensors(tmp_path / "merged").items():
+        assert torch.allclose(tensor, tensors(tmp_path / "once")[name], atol=1e-5)
+    with pytest.raises(ArtifactError, match="--residual .* changes nothing here"):
+        combine([chosen[2]] * 2, tmp_path / "no", run=RUN, residual=residual)
+
+
+def trained_elsewhere(start: Path, out: Path, seed: int) -> Path:
+    """An initial adapter after a training that left only the two files of PEFT."""
+    out.mkdir()
+    random = torch.Generator().manual_seed(seed)
+    moved = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=random)
+        for name, tensor in load_file(start / "adapter_model.safetensors").items()
+    }
+    save_file(moved, out / "adapter_model.safetensors", {"format": "pt"})
+    (out / "adapter_config.json").write_text((start / "adapter_config.json").read_text())
+    return out
 
 
 def test_adapters_of_other_shapes_or_kinds_are_refused(

@@ -74,12 +74,14 @@ def test_what_is_for_one_adapter_is_refused(base: Path, adapters: list[Path], tm
     two = adapters[:2]
     for options, given, message in (
         (MergeOptions(side="residual"), {}, "merged into their base"),
-        (MergeOptions(), {"residual": str(base)}, "merged into their base"),
         (MergeOptions(weights=(1.0,)), {}, "1 numbers for 2 adapters"),
-        (MergeOptions(alpha=2.0), {}, "--alpha is for a single"),
         (MergeOptions(), {"init": str(adapters[0])}, "one initial adapter for several"),
     ):
         with pytest.raises(RecipeError, match=message):
             merge(two, tmp_path / "out", options, RUN, **{"base": str(base)} | given)
+    with pytest.raises(ArtifactError, match="--alpha changes nothing here"):
+        merge(two, tmp_path / "out", MergeOptions(alpha=2.0), RUN, base=str(base))
+    with pytest.raises(ArtifactError, match="--residual .* changes nothing here"):
+        merge(two, tmp_path / "out", run=RUN, base=str(base), init="none", residual=str(base))
     with pytest.raises(ArtifactError, match="base of .* is not found"):
         merge(two, tmp_path / "out", run=RUN, init="none")
