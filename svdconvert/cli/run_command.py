@@ -99,7 +99,7 @@ def _changes(given: list[str], model: str | None) -> Mapping[str, Any]:
             raise RecipeError(f"--set {text}: write it as KEY=VALUE or SECTION.OPTION=VALUE")
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-99-99
             raise RecipeError(f"--set {text}: {value} cannot be read as a YAML value") from error
         place = found.setdefault(parts[0], {}) if len(parts) == 2 else found
         if not isinstance(place, dict) or parts[-1] in place:

@@ -122,6 +122,14 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
             compare_evaluations([first, other])
 
 
+def test_a_result_that_its_answers_do_not_give_is_not_compared(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", outcomes("10")), write(tmp_path / "b", outcomes("10"))
+    answers = second / "evaluations" / "gsm8k.jsonl"
+    answers.write_text(answers.read_text().replace("false", "true"))
+    with pytest.raises(ArtifactError, match="strict: 2 correct in gsm8k.jsonl instead of 1"):
+        compare_evaluations([first, second])
+
+
 def test_a_directory_of_results_alone_can_be_compared(tmp_path: Path) -> None:
     first = write(tmp_path / "a", outcomes("10"))
     assert compare_evaluations([first / "evaluations", first]).tasks[0].results[1].n == 2

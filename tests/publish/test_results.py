@@ -138,3 +138,23 @@ def test_a_damaged_result_stops_the_push_before_anything_is_sent(
     path.write_text(json.dumps({"format": 7}))
     assert "has format 7" in pushed(alice, directory, "alice/x")
     assert not hub.repositories.get("alice/x") or hub.repositories["alice/x"].names() == []
+
+
+@pytest.mark.parametrize("change", ["result", "headline", "answers", "no answers"])
+def test_a_result_that_its_answers_do_not_give_stops_the_push(
+    change: str, hub: Hub, alice: Visitor, directory: Path
+) -> None:
+    path, answers = write_result(directory, [True, False])
+    content = json.loads(path.read_text())
+    if change == "result":
+        content["grades"]["strict"] = graded(2, 0, 2)
+        content["metrics"]["accuracy"] = 1.0
+    elif change == "headline":
+        content["metrics"]["accuracy"] = 0.99
+    elif change == "answers":
+        answers.write_text(answers.read_text().replace("false", "true"))
+    else:
+        answers.unlink()
+    path.write_text(json.dumps(content))
+    assert "gsm8k.json" in str(pushed(alice, directory, "alice/x"))
+    assert not hub.repositories.get("alice/x") or hub.repositories["alice/x"].names() == []

@@ -196,7 +196,9 @@ def _outcome(report: bytes, token: str) -> _Outcome:
     first, _, rest = report.partition(b"\n")
     try:
         said = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return _Outcome(False)
+    if not isinstance(said, dict):
         return _Outcome(False)
     if "error" in said:
         raise SandboxError(f"a generated program cannot be confined here ({said['error']}); {_ADVICE}")

@@ -36,6 +36,10 @@ class Encoder(Protocol):
         """The fields of the rows encoded last that influence the result."""
 
     @property
+    def unused_keys(self) -> Collection[str]:
+        """The keys of messages in the rows encoded last that the chat template did not use."""
+
+    @property
     def remarks(self) -> Sequence[str]:
         """Sentences about how rows are encoded, each once."""
 
