@@ -11,6 +11,7 @@ from svdconvert.errors import ArtifactError
 from svdconvert.evaluation.comparison import compare_evaluations
 from svdconvert.evaluation.pairs import mcnemar
 from svdconvert.evaluation.published import published_rows
+from tests.evaluated import graded
 
 Outcomes = Mapping[str, bool]
 
@@ -19,8 +20,7 @@ def write(folder: Path, outcomes: Outcomes, **changes: Any) -> Path:
     """A directory with a result of gsm8k; `changes` are of its fields, dots in names as two underscores."""
     count = len(outcomes)
     correct = sum(outcomes.values())
-    grade = {"n": count, "correct": correct, "unanswered": 0, "cut": 0, "score": correct / count}
-    grade |= {"standard_error": 0.1, "interval": [0.0, 1.0]}
+    grade = graded(correct, 0, count)
     result: dict[str, Any] = {
         "format": 1,
         "task": "gsm8k",
