@@ -84,8 +84,8 @@ def _read_evaluation(raw: bytes, directory: Path) -> None:
     is_full_gsm8k(result)
     yaml.safe_load(leaderboard_entry(result, "main"))
     result_files({folder / "gsm8k.json": result})
-    lines = [json.loads(line) for line in (folder / "gsm8k.jsonl").read_text().split("\n") if line]
     (task,) = compare_evaluations([directory / "one", directory / "two"]).tasks
+    lines = [json.loads(line) for line in (folder / "gsm8k.jsonl").read_bytes().split(b"\n") if line]
     right = sum(line["strict"]["correct"] for line in lines)
     assert (task.results[1].n, task.results[1].correct) == (len(lines), right)
     assert abs(task.results[1].headline_score - right / len(lines)) < 1e-3
@@ -98,8 +98,8 @@ def _read_experiment(raw: bytes, directory: Path) -> None:
     """A recipe of `run`: one plan for each variant and seed, and nothing is written."""
     path = directory / "recipe.yaml"
     path.write_bytes(raw)
-    known = yaml.safe_load(raw.decode()) or {}
     planned = plan_experiment(read_recipe(path), {}, directory / "out")
+    known = yaml.safe_load(raw.decode()) or {}
     variants, seeds = len(known.get("variants") or {}), len(known.get("seeds") or [])
     assert len(planned.plans) == max(1, variants) * max(1, seeds)
     json.dumps(planned.identity(), default=str)
@@ -134,7 +134,7 @@ def _read_set(raw: bytes, directory: Path) -> None:
 
 def _read_report(raw: bytes, directory: Path) -> None:
     """What a confined program reports: it passes only with the token at the end."""
-    assert _outcome(raw, "token").passed == (raw.partition(b"\n")[2] == b"token")
+    assert not _outcome(raw, "token").passed or raw.partition(b"\n")[2] == b"token"
 
 
 def _change_report(chance: Random, raw: bytes) -> bytes:

@@ -18,7 +18,7 @@ READING = re.compile(
 PARSERS = {
     "adapters/adapter_config.py": "adapter-config",
     "adapters/mlx.py": "mlx",
-    "adapters/peft_files.py": "adapter-config",
+    "adapters/peft_files.py": "adapter-tensors",
     "checkpoint/gguf_file.py": "gguf",
     "checkpoint/header.py": "safetensors",
     "checkpoint/json_text.py": "index",
@@ -31,11 +31,9 @@ PARSERS = {
     "evaluation/comparison.py": "evaluation",
     "evaluation/sandbox/runner.py": "sandbox-report",
     "evaluation/store.py": "evaluation",
-    "inputs/base_shapes.py": "merge",
     "inputs/engines.py": "inspect",
     "inputs/inspection.py": "inspect",
     "inputs/storage_format.py": "inspect",
-    "layouts/loading.py": "merge",
     "manifest/claims.py": "evaluation",
     "manifest/evaluations.py": "evaluation",
     "manifest/schema.py": "manifest",
@@ -59,6 +57,8 @@ PARSERS = {
 # Modules that read what this program wrote a moment ago, or what another test attacks.
 OTHERS = {
     "cli/lora_summaries.py": "the adapter that the command has just written",
+    "inputs/base_shapes.py": "one name in an adapter_config.json that adapters/ has read",
+    "layouts/loading.py": "one name in an adapter_config.json that adapters/ has read",
     "evaluation/harness_model.py": "options of the harness, as text for a key",
     "evaluation/published.py": "a file of the package",
     "evaluation/sandbox/child.py": "the task that this program sends to its own child",
