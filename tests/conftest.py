@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what tests counted, as tables for docs/reliability.md, if the soak asks for its numbers."""
-    if "SVDCONVERT_KILLS" not in os.environ and "SVDCONVERT_FUZZ_INPUTS" not in os.environ:
+    if not {"SVDCONVERT_KILLS", "SVDCONVERT_FUZZ_INPUTS", "SVDCONVERT_FAULTS"} & os.environ.keys():
         return
     rows: dict[str, list[dict[str, Any]]] = {}
     for report in terminalreporter.getreports("passed"):
@@ -67,8 +67,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def counts_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of rows with the same keys; the last row has the sums of the numbers."""
+    """A Markdown table of rows with the same keys; the last row has the sums of the numbers.
+
+    Rows with the same first cell become one.
+    """
     heads = [*rows[0]]
+    joined: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = joined.setdefault(row[heads[0]], dict.fromkeys(heads, 0))
+        joined[row[heads[0]]] = {
+            head: known[head] + cell if isinstance(cell, int) else cell for head, cell in row.items()
+        }
+    rows = [*joined.values()]
     sums = [sum(row[head] for row in rows) if isinstance(rows[0][head], int) else "" for head in heads]
     lines = [
         heads,

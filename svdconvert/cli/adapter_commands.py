@@ -29,7 +29,7 @@ from svdconvert.cli.arguments import (
 from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
 from svdconvert.cli.options import SingleOptions, Typed, with_options
-from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.cli.push_options import PushOpt, check_plan, published
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.options import LoraOptions, MergeOptions, PushOptions
 from svdconvert.config.recipe import options, read_recipe
@@ -74,7 +74,7 @@ def merge(
         shared = read_recipe(recipe)
         chosen = options(MergeOptions, shared, typed)
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             sources = Sources(
                 base=base, residual=residual, init=init, stream=True, trust_remote_code=trust_remote_code
             )
@@ -83,7 +83,7 @@ def merge(
             else:
                 plan_summaries.show_merge_plan(adapters[0], open_merge(adapters[0], chosen, sources))
             return
-        with published(out, push, pushing, stream=stream) as output:
+        with published(out, push, pushing, shared, stream=stream) as output:
             with progress.shown("merge") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = run_settings(shared, track, **settings)
@@ -131,13 +131,13 @@ def to_lora(
         chosen = options(LoraOptions, shared, typed)
         places = {"base": base, "residual": residual, "init": init}
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             with progress.shown("to-lora --plan") as track:
                 run = run_settings(shared, track, trust_remote_code=trust_remote_code)
                 estimate = plan_to_lora(adapter, chosen, run, **places)
             plan_summaries.show_lora_plan(adapter, estimate)
             return
-        with published(out, push, pushing) as output:
+        with published(out, push, pushing, shared) as output:
             with progress.shown("to-lora") as track:
                 run = run_settings(shared, track, overwrite=overwrite, trust_remote_code=trust_remote_code)
                 manifest = command(adapter, output.directory, chosen, run, **places)
@@ -182,12 +182,12 @@ def combine(
         chosen = options(CombineOptions, shared, typed)
         places: dict[str, Any] = {"base": base, "residual": residual, "init": init, "config": config}
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             with progress.shown("combine --plan") as track:
                 run = run_settings(shared, track, stream=stream, trust_remote_code=trust_remote_code)
                 plan_summaries.show_combine_plan(plan_combine(inputs or [], chosen, run, **places))
             return
-        with published(out, push, pushing, stream=stream) as output:
+        with published(out, push, pushing, shared, stream=stream) as output:
             with progress.shown("combine") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 settings |= {"trust_remote_code": trust_remote_code}

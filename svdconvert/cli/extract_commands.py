@@ -24,7 +24,7 @@ from svdconvert.cli.errors import report_errors
 from svdconvert.cli.help import examples
 from svdconvert.cli.option_groups import GENERAL
 from svdconvert.cli.options import SingleOptions, Typed, with_options
-from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.cli.push_options import PushOpt, check_plan, published
 from svdconvert.config.options import ExtractOptions, PushOptions
 from svdconvert.config.recipe import options, read_recipe
 
@@ -73,13 +73,13 @@ def extract(
         shared = read_recipe(recipe)
         chosen = options(ExtractOptions, shared, typed)
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             with progress.shown("extract --plan") as track:
                 run = run_settings(shared, track, **settings)
                 found = plan_extract(base, tuned, chosen, run, sketch=sketch)
             comparison_summaries.show_extract_plan(base, tuned, found)
             return
-        with published(out, push, pushing) as output:
+        with published(out, push, pushing, shared) as output:
             with progress.shown("extract") as track:
                 run = run_settings(shared, track, **settings, stream=stream)
                 manifest = command(base, tuned, output.directory, chosen, run)

@@ -28,7 +28,7 @@ from svdconvert.cli.help import examples
 from svdconvert.cli.option_groups import NEW_ADAPTER, TRACKING
 from svdconvert.cli.options import SingleOptions, Typed, with_options
 from svdconvert.cli.process import configure_malloc_for_training
-from svdconvert.cli.push_options import PushOpt, published, refuse_push_options
+from svdconvert.cli.push_options import PushOpt, check_plan, published
 from svdconvert.cli.wording import spelled
 from svdconvert.config.options import ConvertOptions, PushOptions, SplitOptions
 from svdconvert.config.recipe import is_shared, options, read_recipe
@@ -77,11 +77,11 @@ def decompose(
             chosen = without_idle_seed(chosen)
         source = required(model or shared.get("model"), "a MODEL")
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             estimate = plan_decompose(source, chosen, trust_remote_code=trust_remote_code)
             summaries.show_estimate(source, estimate)
             return
-        with published(out, push, pushing, stream=stream) as output:
+        with published(out, push, pushing, shared, stream=stream) as output:
             with progress.shown("decompose") as track:
                 settings = {"overwrite": overwrite, "threads": threads, "device": device, "stream": stream}
                 run = run_settings(shared, track, **settings)
@@ -138,14 +138,14 @@ def train(
         chosen = options(TrainOptions, shared, typed)
         settings = {"overwrite": overwrite, "threads": threads, "trust_remote_code": trust_remote_code}
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             with progress.shown("train --plan") as track:
                 run = run_settings(shared, track, **settings)
                 split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
                 estimate = plan_train(source, chosen, run, split=split, base=base)
             plan_summaries.show_train_plan(source, estimate)
             return
-        with published(out, push, pushing) as output:
+        with published(out, push, pushing, shared) as output:
             with progress.shown("train", log_every) as track:
                 run = run_settings(shared, track, **settings)
                 split = split_for(source, asked, [spelled(name) for name in splitting], run.notify)
@@ -177,7 +177,7 @@ def convert(
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
         source = required(model or shared.get("model"), "a MODEL")
-        with published(out, push, pushing, stream=stream) as output:
+        with published(out, push, pushing, shared, stream=stream) as output:
             with progress.shown("convert") as track:
                 run = run_settings(shared, track, overwrite=overwrite)
                 run = replace(run, stream=stream, shard_sink=output.shard_sink)

@@ -16,6 +16,8 @@ from svdconvert.cli.options import Typed
 from svdconvert.cli.wording import spelled
 from svdconvert.config.options import PushOptions
 from svdconvert.config.ranks import find_ranks
+from svdconvert.config.recipe import Recipe
+from svdconvert.output.ownership import check_free, refuse_inputs
 
 if TYPE_CHECKING:
     from svdconvert.publish.streaming_upload import StreamingUpload
@@ -48,17 +50,19 @@ class Output:
 
 @contextmanager
 def published(
-    out: Path | None, push: str | None, pushing: Typed, *, stream: bool = False
+    out: Path | None, push: str | None, pushing: Typed, recipe: Recipe, *, stream: bool = False
 ) -> Iterator[Output]:
     """The output of a command; leaving the context pushes it if `push` names a repository.
 
-    The repository is checked before any work. The push follows when the command is done: if it fails, nothing
-    is lost, and it can be repeated with `svdconvert push`.
+    Raises OutputError if the recipe is in the output. The repository is checked before any work. The push
+    follows when the command is done: if it fails, nothing is lost, and it can be repeated with
+    `svdconvert push`.
     """
     if push is None:
         refuse_push_options(push, pushing)
         if out is None:
             raise typer.BadParameter("-o DIR is missing")
+        refuse_inputs(out, [recipe.path])
         yield Output(out)
         return
     from svdconvert.publish.upload import Destination, check_destination, upload
@@ -72,6 +76,7 @@ def published(
         with progress.shown("check"):
             check_destination(destination)
     output = Output(out or Path(push.split("/")[-1]), sink)
+    refuse_inputs(output.directory, [recipe.path])
     yield output
     if sink is not None:
         assert sink.published is not None, "the upload finishes with the output"
@@ -80,6 +85,19 @@ def published(
         with progress.shown("push"):
             done = upload(output.directory, destination, notify)
         summaries.show_published(output.directory, push, done, after=True)
+
+
+def check_plan(
+    out: Path | None, push: str | None, pushing: Typed, recipe: Recipe, *, overwrite: bool
+) -> None:
+    """With --plan: raise what the command would raise because of `out`, and BadParameter for --push."""
+    if push is not None:
+        raise typer.BadParameter(
+            "--push changes nothing with --plan, which writes nothing; leave one of them out"
+        )
+    refuse_push_options(push, pushing)
+    if out is not None:
+        check_free(out, overwrite=overwrite, given=[recipe.path])
 
 
 def refuse_push_options(push: str | None, pushing: Typed) -> None:

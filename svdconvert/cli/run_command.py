@@ -26,7 +26,7 @@ from svdconvert.cli.option_groups import EVALUATION, INPUTS, RESULT, SAVING
 from svdconvert.cli.options import SingleOptions
 from svdconvert.cli.process import configure_malloc_for_training
 from svdconvert.config.recipe import read_recipe
-from svdconvert.errors import RecipeError
+from svdconvert.errors import RecipeError, brief
 
 
 @app.command(
@@ -99,8 +99,10 @@ def _changes(given: list[str], model: str | None) -> Mapping[str, Any]:
             raise RecipeError(f"--set {text}: write it as KEY=VALUE or SECTION.OPTION=VALUE")
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text}: {value} cannot be read as a YAML value") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-99-99
+            raise RecipeError(
+                f"--set {brief(text)}: {brief(value)} cannot be read as a YAML value"
+            ) from error
         place = found.setdefault(parts[0], {}) if len(parts) == 2 else found
         if not isinstance(place, dict) or parts[-1] in place:
             raise RecipeError(f"--set {text}: {key} is given twice; give it once")

@@ -7,12 +7,12 @@ from pathlib import Path
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
-from svdconvert.evaluation.claims import evaluation_faults
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.merge_weights import choose_weights
 from svdconvert.inputs.model import find_model, open_plain_model
 from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.sources import Sources
+from svdconvert.manifest.claims import evaluation_faults
 from svdconvert.manifest.evaluations import result_paths
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.pipeline.merge_audit import BaseAudit, MergeAudit, audit_merge

@@ -20,6 +20,7 @@ from svdconvert.hub.download import fetch
 from svdconvert.manifest.schema import has_manifest, read_manifest, training_of
 from svdconvert.training.data.chats import render_turns
 from svdconvert.training.data.prompts import format_prompt
+from svdconvert.training.data.rows import valid_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,11 +68,11 @@ class Conversation:
 
     def _encode(self, turns: Sequence[dict[str, Any]]) -> list[int]:
         if self.template == CHAT:
-            text = render_turns(list(turns), self.tokenizer, add_generation_prompt=True)
+            text = valid_text(render_turns(list(turns), self.tokenizer, add_generation_prompt=True))
             # The template has written the special tokens.
             encoded: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
             return list(encoded["input_ids"])
-        text = format_prompt(str(turns[-1]["content"]), self.template)
+        text = valid_text(format_prompt(str(turns[-1]["content"]), self.template))
         return encode_prompts(self.tokenizer, [text], 0)[0]
 
     def _continue(self, ids: list[int]) -> Iterator[str]:

@@ -28,7 +28,7 @@ class Weights:
     """True if the adapter as it is belongs to them; False for a base, which needs the adapter's change."""
 
 
-def find_weights(delta: AdapterDelta, base: str | None) -> Weights:
+def find_weights(delta: AdapterDelta, base: str | None, residual: str | None = None) -> Weights:
     """The residual that an adapter was trained on, or its base if there is none or `base` is given.
 
     Raises ArtifactError if neither is found, or if stored tensors have changed since they were written.
@@ -39,9 +39,9 @@ def find_weights(delta: AdapterDelta, base: str | None) -> Weights:
         if own is not None:
             return Weights(own, is_residual=True)
     if delta.has_residual and base is None:
-        residual = _find_residual(delta)
-        if residual is not None:
-            return Weights(residual, is_residual=True)
+        found = _find_residual(delta, residual)
+        if found is not None:
+            return Weights(found, is_residual=True)
         _refuse_lost_codes(delta)
     return Weights(_find_base(delta, base), is_residual=False)
 
@@ -58,12 +58,14 @@ def _own_weights(delta: AdapterDelta, manifest: Manifest, base: str | None) -> O
     return open_model(delta.residual.name)
 
 
-def _find_residual(delta: AdapterDelta) -> OpenModel | None:
+def _find_residual(delta: AdapterDelta, given: str | None) -> OpenModel | None:
     """The residual, from the user or the manifest; None if it is not found."""
-    if delta.residual is not None:
-        return open_model(delta.residual.name)
-    origin = delta.manifest.residual if delta.manifest else None
-    found = find_model(origin, None)
+    manifest = delta.manifest
+    origin = manifest.residual if manifest else None
+    named = given or (delta.residual.name if delta.residual else None)
+    found = find_model(origin, named)
+    if found is not None and manifest is not None and manifest.kind == "decomposed":
+        require_unchanged(found.path, found.source, manifest.checksums, "the adapter was made with it")
     if found is not None and origin is not None:
         require_unchanged(
             found.path, found.source, origin.fingerprint.tensors, "the adapter was trained on it"

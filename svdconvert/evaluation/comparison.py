@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from svdconvert.checkpoint.json_text import parse_json
 from svdconvert.errors import ArtifactError, did_you_mean
 from svdconvert.evaluation.pairs import mcnemar, paired_interval
+from svdconvert.manifest.claims import require_answers
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
@@ -174,7 +175,9 @@ def _read(folder: Path, task: str, protocol: str) -> _Graded:
     result = read_evaluation(path)
     if protocol not in result.grades:
         raise ArtifactError(f"{path} has no grade {protocol!r}; {did_you_mean(protocol, result.grades)}")
-    return _Graded(path, result, _read_rows(path.with_suffix(".jsonl"), protocol))
+    rows = _read_rows(path.with_suffix(".jsonl"), protocol)
+    require_answers(result, path)
+    return _Graded(path, result, rows)
 
 
 def _read_rows(path: Path, protocol: str) -> dict[str, tuple[str, bool]]:

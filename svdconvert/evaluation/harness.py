@@ -16,10 +16,10 @@ from typing import Any
 
 from svdconvert.errors import ArtifactError, MissingPackageError, SvdConvertError, UnknownNameError
 from svdconvert.evaluation.asking import Answering
-from svdconvert.evaluation.intervals import standard_error, wilson_interval
 from svdconvert.evaluation.scores import Graded
 from svdconvert.evaluation.store import TaskFiles
 from svdconvert.manifest.evaluations import EvaluatedData, EvaluationResult, GradeCount, read_evaluation
+from svdconvert.manifest.intervals import standard_error, wilson_interval
 from svdconvert.output.journal import Journal
 from svdconvert.version import __version__
 

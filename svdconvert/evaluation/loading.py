@@ -17,6 +17,7 @@ from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, open_model
 from svdconvert.inputs.open_adapter import is_any_adapter, open_adapter_delta
 from svdconvert.inputs.sources import Sources
+from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.loading import auto_class, is_encoder_decoder
 from svdconvert.linalg.threads import pick_device
@@ -127,10 +128,10 @@ def open_answering(
 
 
 def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) -> Opened:
-    delta = open_adapter_delta(
-        model, Sources(base=base, residual=residual, trust_remote_code=run.trust_remote_code)
-    )
-    weights = find_weights(delta, base)
+    sources = Sources(base=base, residual=residual, trust_remote_code=run.trust_remote_code)
+    delta = open_adapter_delta(model, sources)
+    weights = find_weights(delta, base, residual)
+    check_unused(delta, sources, base_used=not weights.is_residual, residual_used=weights.is_residual)
     opened = weights.model
     _refuse_silent(opened)
     head = delta.manifest.head if delta.manifest else None

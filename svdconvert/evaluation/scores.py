@@ -6,8 +6,8 @@ from typing import Any
 
 from svdconvert.evaluation.answering import cut_at_stop
 from svdconvert.evaluation.base import Grade, Protocol, Row, Runner, Task
-from svdconvert.evaluation.intervals import standard_error, wilson_interval
 from svdconvert.manifest.evaluations import GradeCount
+from svdconvert.manifest.intervals import standard_error, wilson_interval
 
 _STRICT: Protocol = "strict"
 

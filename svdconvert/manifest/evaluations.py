@@ -3,8 +3,9 @@
 They are no part of the manifest: a directory may be evaluated at any time after it was written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from svdconvert.config.display import Shown
 from svdconvert.errors import ArtifactError
 from svdconvert.manifest.fingerprint import digest
+from svdconvert.manifest.intervals import standard_error, wilson_interval
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import EVALUATIONS
 from svdconvert.output.sidecars import read_json_object
@@ -20,6 +22,8 @@ from svdconvert.output.sidecars import read_json_object
 FOLDER = EVALUATIONS
 """The subdirectory of the results."""
 FORMAT = 1
+_SHARES = ("accuracy", "pass@1")
+"""The metrics that are the share of correct answers."""
 _AGAIN = "remove the file and evaluate again"
 MOST_RESULTS = 1000
 """Results that are read from one directory."""
@@ -180,4 +184,30 @@ def read_evaluation(path: Path) -> EvaluationResult:
         raise ArtifactError(f"{path} is damaged at {place}: {first['msg']}; {_AGAIN}") from error
     if result.headline not in result.metrics or result_name(result.task) != path.stem:
         raise ArtifactError(f"{path} is damaged: its task or its headline does not fit; {_AGAIN}")
+    if fault := next(_grade_faults(result), None):
+        raise ArtifactError(f"{path} is damaged: {fault}; {_AGAIN}")
     return result
+
+
+def _grade_faults(result: EvaluationResult) -> Iterator[str]:
+    """What in the grades contradicts itself."""
+    for protocol, count in result.grades.items():
+        yield from (f"{protocol}: {fault}" for fault in _count_faults(count))
+    strict = result.grades.get("strict")
+    if strict and result.headline in _SHARES and not _close(result.score, strict.score):
+        yield f"its {result.headline} {result.score:.4g} is not its score {strict.score:.4g}"
+
+
+def _count_faults(count: GradeCount) -> Iterator[str]:
+    if count.correct + count.unanswered > count.n or count.cut > count.n:
+        yield "more answers are counted than there are"
+    elif not _close(count.score, count.correct / count.n if count.n else 0.0):
+        yield f"score {count.score:.4g} instead of {count.correct} / {count.n}"
+    elif not all(map(_close, count.interval, wilson_interval(count.correct, count.n))):
+        yield "its interval is not that of its score"
+    elif not _close(count.standard_error, standard_error(count.correct, count.n)):
+        yield "its standard error is not that of its score"
+
+
+def _close(one: float, other: float) -> bool:
+    return isclose(one, other, abs_tol=5e-4)

@@ -22,6 +22,8 @@ from svdconvert.errors import OutputError
 
 Record = dict[str, Any]
 _LONGEST_FIRST_LINE = 1 << 20
+_BEGIN = b'{"checksum": "'
+"""How every line of a journal begins."""
 
 
 class Journal:
@@ -104,7 +106,11 @@ def is_own_journal(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as stream:
-        return bool(_complete_lines(stream)[0]) or b"\n" not in path.read_bytes()[:_LONGEST_FIRST_LINE]
+        if _complete_lines(stream)[0]:
+            return True
+        stream.seek(0)
+        start = stream.read(_LONGEST_FIRST_LINE)
+    return b"\n" not in start and start[: len(_BEGIN)] == _BEGIN[: len(start)]
 
 
 def journals(directory: Path) -> list[Path]:

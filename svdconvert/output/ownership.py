@@ -48,7 +48,7 @@ def check_free(out: Path, *, overwrite: bool, given: Iterable[str | Path | None]
     if one of the locations that the user has `given` is in it, read or not. The staging directory must be
     absent, empty, or left by svdconvert.
     """
-    _refuse_inputs(out, given)
+    refuse_inputs(out, given)
     _check_staging(staging_directory(out))
     if not os.path.lexists(out):
         return
@@ -67,7 +67,8 @@ def check_free(out: Path, *, overwrite: bool, given: Iterable[str | Path | None]
         )
 
 
-def _refuse_inputs(out: Path, given: Iterable[str | Path | None]) -> None:
+def refuse_inputs(out: Path, given: Iterable[str | Path | None]) -> None:
+    """Raise OutputError if one of the locations that the user has `given` is `out`, or in it."""
     target = out.resolve()
     for place in given:
         known = place is not None and _local(place)

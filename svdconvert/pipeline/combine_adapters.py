@@ -33,7 +33,7 @@ from svdconvert.pipeline.adapter_plan import write_stack
 from svdconvert.pipeline.combine_settings import Chosen
 from svdconvert.pipeline.lora_experts import rank_pattern
 from svdconvert.pipeline.lora_formats import base_repository
-from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors
+from svdconvert.pipeline.lora_plan import choose_ranks, exact_factors, refuse_idle_ranks
 from svdconvert.pipeline.runner import file_checksums, notes
 
 
@@ -74,6 +74,7 @@ def plan_combination(group: AdapterGroup, chosen: Chosen, options: CombineOption
     if options.rank is not None:
         is_dense = chosen.method.is_dense
         most = {one: min(group.shape(one)) if is_dense else rank for one, rank in ranks.items()}
+        refuse_idle_ranks(most.values(), options)
         ranks = {module: min(options.rank, rank) for module, rank in most.items()}
     elif found := choose_ranks(group.modules, lambda one: _combined(group, chosen, one, None), options):
         ranks = {module: max(1, rank) for module, rank in found.ranks.items()}

@@ -81,6 +81,7 @@ def plan_extraction(pair: ModelPair, options: ExtractOptions) -> ExtractPlan:
         raise ArtifactError(
             f"{_names(pair)} have equal matrices, by the checksums of their files: {_NOTHING}"
         )
+    _refuse_high_ranks(infos, slots, options)
     return ExtractPlan(pair, name, layout, options, slots, others, keepable)
 
 
@@ -106,6 +107,23 @@ def _refuse_shapes(infos: Mapping[str, TensorInfo], selected: Mapping[str, Slot]
             raise TargetError(
                 f"{name} has the shape {infos[name].shape} and is not a matrix; choose other targets"
             )
+
+
+def _refuse_high_ranks(
+    infos: Mapping[str, TensorInfo], slots: Mapping[str, Slot], options: ExtractOptions
+) -> None:
+    """Raise TargetError for a rank, or a sum of ranks, that the matrices do not have."""
+    ranks = [min(infos[name].shape) for name in slots]
+    if options.rank is not None and options.rank > max(ranks):
+        raise TargetError(
+            f"rank {options.rank} is above what the {len(ranks)} targets have; give --rank {max(ranks)} or "
+            "less"
+        )
+    if options.rank_budget is not None and options.rank_budget > sum(ranks):
+        raise TargetError(
+            f"--rank-budget {options.rank_budget} is more than all ranks of the {len(ranks)} targets "
+            f"together; give {sum(ranks)} or less"
+        )
 
 
 def _refuse_joined(selected: Mapping[str, Slot]) -> None:

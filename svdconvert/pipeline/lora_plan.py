@@ -1,6 +1,6 @@
 """to-lora: which factors will be written, with which ranks and names."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import hypot
 from typing import Protocol
@@ -129,13 +129,30 @@ def _truncation(delta: AdapterDelta, options: LoraOptions) -> Truncation | None:
     return choose_ranks(delta.modules, lambda module: exact_factors(delta, module), options)
 
 
+def refuse_idle_ranks(ranks: Collection[int], options: RankOptions) -> None:
+    """Raise RecipeError for a rank, or a sum of ranks, above those of the exact result."""
+    for name, given, exact in (
+        ("--rank", options.rank, max(ranks, default=0)),
+        ("--rank-budget", options.rank_budget, sum(ranks)),
+    ):
+        if given is not None and given > exact:
+            what = "the highest rank is" if name == "--rank" else "all ranks together are"
+            raise RecipeError(
+                f"{name} {given} changes nothing: {what} {exact} without it; give less, or leave it out"
+            )
+
+
 def choose_ranks(
     modules: Iterable[str], factors: Callable[[str], tuple[Tensor, Tensor]], options: RankOptions
 ) -> Truncation | None:
-    """The ranks that follow from the options; one module's factors are in memory at a time."""
+    """The ranks that follow from the options; one module's factors are in memory at a time.
+
+    Raises RecipeError if the options leave every rank as it is.
+    """
     if options.rank is options.tol is options.rank_budget is None:
         return None
     sigmas = {module: singular_values(*(side.double() for side in factors(module))) for module in modules}
+    refuse_idle_ranks([len(sigma) for sigma in sigmas.values()], options)
     if options.rank_budget is not None:
         ranks = allocate_ranks(sigmas, options.rank_budget)
     elif options.tol is not None:

@@ -131,8 +131,12 @@ class MergeJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """Which tokenizer was taken; a warning if rounding to nearest lost too much of some updates."""
+        """Which tokenizer was taken; a warning if nothing changed, or if rounding lost too much."""
         weights = self.plan.weights
+        if not (self.plan.extras or self.plan.added):
+            yield from remark_on_nothing(
+                manifest, f"the factors of {weights.delta.directory} are those from before training"
+            )
         if taken := tokenizer_changes(weights.delta.directory, weights.model.sidecars):
             yield (
                 f"the tokenizer is the adapter's: {', '.join(taken)} of {weights.delta.directory} "
@@ -146,6 +150,13 @@ class MergeJob:
             if self.plan.kept is not None:
                 advice = "keep it with --dtype bfloat16 instead of --keep-format, or as a LoRA with to-lora"
             yield from remark_on_rounding(manifest, advice)
+
+
+def remark_on_nothing(manifest: Manifest, reason: str) -> Iterator[str]:
+    """A warning if no matrix of the base was to be changed."""
+    assert isinstance(manifest.result, MergeResult)
+    if manifest.result.side == "base" and manifest.result.update is None:
+        yield f"the merged weights are those of the base: {reason}"
 
 
 def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:

@@ -32,7 +32,7 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.output.tokenizer_files import copy_one_tokenizer, other_tokenizers
 from svdconvert.pipeline.effects import refuse_idle_merge_options
 from svdconvert.pipeline.lora_plan import exact_factors
-from svdconvert.pipeline.merge import measured_update, remark_on_rounding
+from svdconvert.pipeline.merge import measured_update, remark_on_nothing, remark_on_rounding
 from svdconvert.pipeline.merge_plan import Change, plan_files, refuse_shape
 from svdconvert.pipeline.runner import (
     TensorJob,
@@ -221,7 +221,9 @@ class GroupMergeJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if rounding to nearest lost too much, and if one of several tokenizers was chosen."""
+        """Warnings if nothing changed or too much was lost, and which of several tokenizers was taken."""
+        if not self.plan.extras:
+            yield from remark_on_nothing(manifest, "the weighted changes cancel, or there were none")
         if self.options.rounding == "nearest":
             yield from remark_on_rounding(
                 manifest, "--dtype float32 keeps it, --rounding stochastic does on average"

@@ -8,6 +8,7 @@ import yaml
 
 from svdconvert.hub.auth import hub_api
 from svdconvert.hub.errors import with_retries
+from svdconvert.manifest.claims import require_answers
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
@@ -33,11 +34,14 @@ _METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "f1": "f1", "matthews": 
 def own_results(directory: Path, manifest: Manifest) -> dict[Path, EvaluationResult]:
     """The results of this directory's weights, by their file; those of other weights are left out.
 
-    Raises ArtifactError if a file is damaged.
+    Raises ArtifactError if a file is damaged, or if its grades do not follow from the answers next to it.
     """
     fingerprint = manifest_fingerprint(manifest)
     found = {path: read_evaluation(path) for path in result_paths(directory)}
-    return {path: one for path, one in found.items() if one.model.fingerprint == fingerprint}
+    own = {path: one for path, one in found.items() if one.model.fingerprint == fingerprint}
+    for path, result in own.items():
+        require_answers(result, path)
+    return own
 
 
 def result_files(results: Mapping[Path, EvaluationResult]) -> dict[str, Path | bytes]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,7 +10,14 @@ from svdconvert.errors import SvdConvertError
 from svdconvert.hub.download import fetch
 from svdconvert.inputs.grids import Grid, grids_of
 from svdconvert.inputs.inspection import Inspection, describe
-from svdconvert.manifest.evaluations import EvaluationResult, manifest_fingerprint, read_evaluations
+from svdconvert.manifest.claims import require_answers
+from svdconvert.manifest.evaluations import (
+    FOLDER,
+    EvaluationResult,
+    manifest_fingerprint,
+    read_evaluations,
+    result_name,
+)
 from svdconvert.manifest.results import MergeResult
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest, training_of
 from svdconvert.manifest.training import METRICS, Measurements, Training, read_series
@@ -70,6 +78,7 @@ def _collect(given: str, name: str) -> Subject:
     is_adapter = inspection.kind in ("decomposed", "trained", "lora", "adapter")
     results: list[EvaluationResult] = read(lambda: read_evaluations(path), [])
     own = [one for one in results if _belongs(one, manifest)]
+    proven = [found for one in own if (found := read(partial(_with_answers, path, one), None))]
     subject = Subject(
         name=name,
         inspection=inspection,
@@ -78,12 +87,18 @@ def _collect(given: str, name: str) -> Subject:
         series=read(lambda: read_series(path / METRICS), Measurements()),
         grids=_shown_grids(manifest),
         spectra=measure_spectra(path) if is_adapter else Spectra(),
-        results=own,
+        results=proven,
     )
     others = [one.task for one in results if one not in own]
     faults += [f"the result of {task} is of other weights and is left out" for task in others]
     said = [sentence.replace(str(path), name) for sentence in (*faults, *_missing(subject))]
     return replace(subject, missing=list(dict.fromkeys(said)))
+
+
+def _with_answers(path: Path, result: EvaluationResult) -> EvaluationResult:
+    """The result, whose grades follow from its answers. Raises ArtifactError if they do not."""
+    require_answers(result, path / FOLDER / f"{result_name(result.task)}.json")
+    return result
 
 
 def _belongs(result: EvaluationResult, manifest: Manifest | None) -> bool:

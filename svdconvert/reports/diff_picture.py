@@ -1,8 +1,10 @@
 """The picture of `diff`: how much every layer and role changed."""
 
+import os
 from pathlib import Path
 
 from svdconvert.errors import OutputError
+from svdconvert.output.rename import rename_to_free_name
 from svdconvert.pipeline.diff import ModelDiff
 from svdconvert.pipeline.diff_adapters import AdapterDiff
 from svdconvert.reports.heatmap import heatmap
@@ -14,7 +16,7 @@ def check_picture(path: Path) -> None:
     """Raise OutputError if a picture cannot be written to `path`, before any work is done."""
     if path.suffix != ENDING:
         raise OutputError(f"{path} does not end in {ENDING}; the picture is an SVG, so give a name that does")
-    if path.exists():
+    if os.path.lexists(path):
         raise OutputError(f"{path} exists already; remove it, or choose another name")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path.absolute().parent} does not exist; create it, or choose another place")
@@ -28,7 +30,13 @@ def write_picture(path: Path, found: ModelDiff | AdapterDiff) -> None:
     roles = list(dict.fromkeys(role for _, role in cells))
     layers = sorted({layer for layer, _ in cells})
     title = f"relative change from {Path(found.first).name} to {Path(found.second).name}"
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.write_text(heatmap(title, roles, layers, cells), encoding="utf-8", errors="backslashreplace")
+        staged.write_text(heatmap(title, roles, layers, cells), encoding="utf-8", errors="backslashreplace")
+        rename_to_free_name(staged, path)
+    except FileExistsError as error:
+        raise OutputError(f"{path} appeared in the meantime and is not overwritten; move it away") from error
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; choose another place") from error
+    finally:
+        staged.unlink(missing_ok=True)

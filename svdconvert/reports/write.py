@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from svdconvert.errors import OutputError
+from svdconvert.output.ownership import sync_directory
 from svdconvert.output.rename import rename_to_free_name
 from svdconvert.output.stamp import is_stamped, stamped
 
@@ -34,11 +35,16 @@ def write_page(path: Path, text: str, *, overwrite: bool) -> None:
     """Write the page with a checksum of itself. Raises OutputError if it cannot be written."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        staged.write_text(stamped(text.rstrip() + "\n"), encoding="utf-8", errors="backslashreplace")
-        if overwrite:
+        with staged.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(stamped(text.rstrip() + "\n"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if overwrite and path.exists():
+            check_page(path, overwrite=True)
             os.replace(staged, path)
         else:
             rename_to_free_name(staged, path)
+        sync_directory(path.absolute().parent)
     except FileExistsError as error:
         raise OutputError(f"{path} appeared in the meantime and is not overwritten; move it away") from error
     except OSError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from svdconvert.config.experiment import (
     RESULTS,
     names_a_directory,
 )
-from svdconvert.errors import OutputError
-from svdconvert.output.journal import require_same_run
+from svdconvert.errors import OutputError, SvdConvertError
+from svdconvert.manifest.evaluations import FOLDER, read_evaluation
+from svdconvert.output.journal import is_own_journal, require_same_run
 from svdconvert.output.ownership import check_free, sync_directory
 from svdconvert.output.sidecars import read_json_object
 from svdconvert.version import __version__
@@ -62,11 +64,28 @@ def _remove(out: Path, runs: Iterable[str] | None) -> None:
     written = [place / folder for place in places for folder in FOLDERS.values()]
     for directory in written:
         check_free(directory, overwrite=True)
+        _refuse_foreign_results(directory / FOLDER)
     for directory in written:
         shutil.rmtree(directory, ignore_errors=True)
         shutil.rmtree(directory.with_name(f"{directory.name}.partial"), ignore_errors=True)
     for name in (RESULTS, PICTURE):
         (out / name).unlink(missing_ok=True)
+
+
+def _refuse_foreign_results(folder: Path) -> None:
+    """Raise OutputError for a file among evaluations that `eval` did not write."""
+    for path in sorted(folder.rglob("*")):
+        if path.parent == folder and not path.is_symlink() and path.is_file() and _is_of_eval(path):
+            continue
+        raise OutputError(f"{path} was not written by svdconvert and is not removed; move it away")
+
+
+def _is_of_eval(path: Path) -> bool:
+    if path.suffix == ".json":
+        with suppress(SvdConvertError):
+            return bool(read_evaluation(path))
+    result = path.with_suffix(".json")
+    return path.suffix == ".jsonl" and (is_own_journal(path) or (result.is_file() and _is_of_eval(result)))
 
 
 def results_directory(out: Path) -> Path:

@@ -16,10 +16,11 @@ from svdconvert import Run, SplitOptions, TrainOptions, decompose, diff, train
 from svdconvert.errors import ArtifactError, RecipeError
 from svdconvert.pipeline.diff import ModelDiff
 from svdconvert.pipeline.diff_adapters import AdapterDiff
+from svdconvert.reports import diff_picture
 from tests import stock
 from tests.commands.test_extract import changes, tuned_from
 from tests.conftest import Build
-from tests.program import svdconvert
+from tests.program import refused, svdconvert
 from tests.reading import readable, write_sums
 
 RUN = Run(device="cpu", threads=1)
@@ -151,6 +152,24 @@ def test_an_adapter_and_itself_have_no_angle_between_them(adapters: list[Path]) 
     found = diff(adapters[0], adapters[0], RUN)
     assert isinstance(found, AdapterDiff) and found.cosine == pytest.approx(1.0)
     assert all(max(one.relation.left_angles) < 1e-3 for one in found.modules)
+
+
+def test_a_picture_is_not_written_through_a_link_or_over_a_file(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.svg").symlink_to(tmp_path / "elsewhere.svg")
+    words = ["diff", *models, "--picture"]
+    refused(*words, tmp_path / "link.svg", words=["link.svg exists already"])
+    late = tmp_path / "late.svg"
+
+    def drawn(*arguments: object) -> str:
+        late.write_text("mine")
+        return "<svg/>"
+
+    monkeypatch.setattr(diff_picture, "heatmap", drawn)
+    refused(*words, late, words=["late.svg appeared in the meantime"])
+    assert late.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"link.svg", "late.svg"}
 
 
 def test_adapters_have_a_picture_too(adapters: list[Path], tmp_path: Path) -> None:

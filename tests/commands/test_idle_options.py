@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from svdconvert import Run, SplitOptions, decompose, merge
+from tests.commands.test_extract import tuned_from
 from tests.conftest import Build
 from tests.program import content, refused, succeeded, svdconvert
 from tests.stock import trained_from
@@ -140,3 +141,35 @@ def test_a_repeated_option_is_refused(words: list[Any]) -> None:
     ended = svdconvert(*words)
     assert ended.status == 2
     assert "give it once" in ended.err
+
+
+@pytest.mark.parametrize("option", ["--rank", "--rank-budget"])
+@pytest.mark.parametrize("command", ["to-lora", "combine", "extract", "decompose"])
+def test_a_rank_that_no_matrix_has_is_refused(
+    command: str, option: str, source: dict[str, Path], tmp_path: Path
+) -> None:
+    """The highest rank is that of the smaller side of the widest matrix, or of the exact factors."""
+    if (command, option) == ("decompose", "--rank-budget"):
+        pytest.skip("decompose has no budget")
+    trained = [source["merge"], "--residual", source["residual"]]
+    lora = tmp_path / "lora"
+    succeeded("to-lora", *trained, "-o", lora)
+    words = {
+        "to-lora": trained,
+        "combine": [lora, lora],
+        "extract": [source["decompose"], tuned_from(source["decompose"], tmp_path / "tuned")],
+        "decompose": [source["decompose"]],
+    }[command]
+    said = "or leave it out" if command in ("to-lora", "combine") else "or less"
+    refused(command, *words, "-o", tmp_path / "out", option, 100_000, words=["100000", said])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_changes_nothing_says_so(source: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "those from before training" in succeeded("merge", source["residual"], "-o", out).err
+    succeeded("to-lora", source["merge"], "-o", tmp_path / "lora", "--residual", source["residual"])
+    words = ["merge", tmp_path / "lora", "-o", tmp_path / "zero", "--base", source["decompose"]]
+    assert "the weighted changes cancel" in succeeded(*words, "--weights", "0").err
+    words[3] = tmp_path / "full"
+    assert "those of the base" not in succeeded(*words).err

@@ -1,5 +1,7 @@
 """`svdconvert chat` and `svdconvert.chat` with every kind of directory."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,7 @@ def test_on_the_command_line_the_answer_alone_is_printed(here: Path) -> None:
 
 
 def test_what_cannot_be_asked_is_refused(here: Path) -> None:
+    refused("chat", here / "base", "--prompt", "\udc80", words=["half of a character"])
     refused("chat", here / "base", "--prompt", " ", words=["empty"])
     refused("chat", here / "base", "--prompt", "x", "--template", "chat", words=["no chat template"])
     refused(
@@ -119,6 +122,25 @@ def test_what_cannot_be_asked_is_refused(here: Path) -> None:
 
 
 @pytest.mark.processes
+def test_only_the_residual_of_the_adapter_is_asked_and_from_where_it_was_given(
+    here: Path, tmp_path: Path
+) -> None:
+    words = ["--prompt", QUESTION, "--max-new-tokens", 6, "--dtype", "float32"]
+    moved = shutil.copytree(here / "pissa-trained", tmp_path / "trained")
+    text = (moved / "svdconvert.json").read_text()
+    for name in ("pissa", "base"):
+        text = text.replace(json.dumps(str(here / name)), json.dumps(str(tmp_path / "absent")))
+    (moved / "svdconvert.json").write_text(text)
+    refused("chat", moved, *words, words=["--base"])
+    expected = succeeded("chat", here / "pissa-trained", *words).out
+    assert succeeded("chat", moved, *words, "--residual", here / "pissa").out == expected
+    for kind in ("pissa-trained", "pissa"):
+        refused("chat", here / kind, *words, "--residual", here / "base", words=[here / "base"])
+    refused(
+        "chat", here / "lora", *words, "--residual", here / "pissa", words=["--residual", "changes nothing"]
+    )
+
+
 def test_a_conversation_on_a_terminal(here: Path, tmp_path: Path) -> None:
     rwkv6.save(rwkv6.random_model(vocabulary=256), tmp_path / "rwkv.pth")
     with Session(["chat", tmp_path / "rwkv.pth", "--max-new-tokens", 1_000_000], tmp_path) as session:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from svdconvert import inspect, verify
-from svdconvert.evaluation.intervals import wilson_interval
+from svdconvert.manifest.intervals import wilson_interval
 from tests.conftest import Build
 from tests.evaluated import wilson, write_result
 from tests.program import succeeded, svdconvert
@@ -40,6 +40,7 @@ def test_a_result_that_follows_from_its_answers_passes(directory: Path) -> None:
         ("grades.paper.n", 1, "more answers"),
         ("grades.strict.cut", 5, "more answers"),
         ("headline", "f1", "damaged"),
+        ("metrics.accuracy", 0.99, "is not its score"),
         ("tokens", -1, "damaged"),
     ],
 )

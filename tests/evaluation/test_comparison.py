@@ -11,6 +11,7 @@ from svdconvert.errors import ArtifactError
 from svdconvert.evaluation.comparison import compare_evaluations
 from svdconvert.evaluation.pairs import mcnemar
 from svdconvert.evaluation.published import published_rows
+from tests.evaluated import graded
 
 Outcomes = Mapping[str, bool]
 
@@ -19,8 +20,7 @@ def write(folder: Path, outcomes: Outcomes, **changes: Any) -> Path:
     """A directory with a result of gsm8k; `changes` are of its fields, dots in names as two underscores."""
     count = len(outcomes)
     correct = sum(outcomes.values())
-    grade = {"n": count, "correct": correct, "unanswered": 0, "cut": 0, "score": correct / count}
-    grade |= {"standard_error": 0.1, "interval": [0.0, 1.0]}
+    grade = graded(correct, 0, count)
     result: dict[str, Any] = {
         "format": 1,
         "task": "gsm8k",
@@ -120,6 +120,14 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         answers.write_text(damage)
         with pytest.raises(ArtifactError, match="line . is damaged"):
             compare_evaluations([first, other])
+
+
+def test_a_result_that_its_answers_do_not_give_is_not_compared(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", outcomes("10")), write(tmp_path / "b", outcomes("10"))
+    answers = second / "evaluations" / "gsm8k.jsonl"
+    answers.write_text(answers.read_text().replace("false", "true"))
+    with pytest.raises(ArtifactError, match="strict: 2 correct in gsm8k.jsonl instead of 1"):
+        compare_evaluations([first, second])
 
 
 def test_a_directory_of_results_alone_can_be_compared(tmp_path: Path) -> None:

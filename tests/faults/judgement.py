@@ -1,4 +1,4 @@
-"""Which calls of a command get a fault, and how a run with a fault may end."""
+"""Which calls of a command get a fault, how a run with a fault may end, and what the soak counts."""
 
 import os
 import signal
@@ -6,16 +6,23 @@ import signal
 from tests.faults.injection import KINDS
 from tests.faults.runner import Outcome
 
-EVERY = os.environ.get("SVDCONVERT_FAULTS") == "all"
+_CHOSEN = os.environ.get("SVDCONVERT_FAULTS")
+STEP = None if _CHOSEN is None else 1 if _CHOSEN == "all" else int(_CHOSEN)
+"""Every how many calls one has a fault, if the soak chooses it."""
 POINTS = 5
-"""Calls with a fault, for each command and kind, unless every call has one."""
+"""Calls with a fault, for each command and kind, if nothing is chosen."""
 
 
 def fault_points(kind: str, calls: int) -> range:
     """The numbers of the calls that get a fault of this kind, one in each run."""
-    step = 1 if EVERY else max(1, calls // POINTS)
-    last = calls if EVERY else calls - KINDS.index(kind)  # the last calls are the most delicate ones
+    step = STEP or max(1, calls // POINTS)
+    last = calls - KINDS.index(kind) % step  # the last calls are the most delicate ones
     return range(last, 0, -step)
+
+
+def count_of(command: str, points: range) -> dict[str, object]:
+    """A row of the table of faults."""
+    return {"Faults": {"command": command, "faults": len(points), "wrong": 0}}
 
 
 def wrong_end(ended: Outcome, kind: str, reference: Outcome) -> list[str]:

@@ -4,8 +4,7 @@ Only calls below one directory count: it holds the inputs, huggingface_hub's cac
 """
 
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from tests import tiny
 from tests.faults.injection import KINDS
-from tests.faults.judgement import EVERY, fault_points, wrong_end
+from tests.faults.judgement import count_of, fault_points, wrong_end
 from tests.faults.runner import Outcome, Runner
 from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Hub
@@ -106,7 +105,7 @@ def test_a_fault_leaves_the_repository_as_it_was_or_complete(
     stage: Stage,
     undisturbed: tuple[str, Outcome, dict[str, str]],
     kind: str,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     command, reference, wanted = undisturbed
     inputs = sums(stage.root / "inputs")
@@ -116,11 +115,9 @@ def test_a_fault_leaves_the_repository_as_it_was_or_complete(
     for at in points:
         faults = _faults(stage, command, kind, at, reference, wanted)
         wrong += [f"{kind} at {at} of {number} ({reference.calls[at - 1]}): {fault}" for fault in faults]
-    if EVERY:
-        with capsys.disabled():
-            sys.stdout.write(f"\n{command}: {kind} at {len(points)} calls, {len(wrong)} wrong\n")
     assert sums(stage.root / "inputs") == inputs
     assert wrong == [], "\n".join(wrong)
+    record_property("counts", count_of(command, points))
 
 
 def _faults(

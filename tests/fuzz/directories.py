@@ -153,8 +153,12 @@ def _directory_with(raw: bytes, directory: Path) -> Path:
 
 
 def _read_directory(raw: bytes, directory: Path) -> None:
-    """`inspect`, with what it prints."""
-    show_inspection(inspect(_directory_with(raw, directory)))
+    """`inspect`, with what it prints, also for an engine that serves adapters."""
+    given = _directory_with(raw, directory)
+    found = inspect(given)
+    show_inspection(found)
+    if found.kind in ("trained", "lora", "adapter"):
+        show_inspection(inspect(given, "vllm"))
 
 
 def _merge_directory(raw: bytes, directory: Path) -> None:

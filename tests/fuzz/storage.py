@@ -98,11 +98,11 @@ def _change_mlx(chance: Random, raw: bytes) -> bytes:
 
 
 def _read_rwkv_peft(raw: bytes, directory: Path) -> None:
-    """As torch.load(weights_only=True) reads it, for alpha 4 and for the start of PiSSA."""
+    """As torch.load(weights_only=True) reads a mapped file, for alpha 4 and for the start of PiSSA."""
     (directory / "rwkv.pth").write_bytes(raw)
     initial = open_adapter_file(directory / "rwkv.pth", None)
     adapter = open_adapter_file(directory / "rwkv.pth", 4.0)
-    known = torch.load(directory / "rwkv.pth", map_location="cpu", weights_only=True)
+    known = torch.load(directory / "rwkv.pth", map_location="cpu", mmap=True, weights_only=True)
     for module in adapter.modules:
         rank = initial.factors(module).right_RI.shape[0]
         assert initial.config.scale(module) == 1.0 and adapter.config.scale(module) == 4.0 / rank

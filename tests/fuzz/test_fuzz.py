@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 
 from svdconvert.errors import SvdConvertError
-from tests.fuzz import checkpoints, directories, rows, settings, storage
+from tests.fuzz import checkpoints, directories, results, rows, settings, storage
 from tests.fuzz.limits import BeyondLimitError, limited
 from tests.fuzz.target import Target
 
@@ -29,6 +29,7 @@ TARGETS: dict[str, Target] = {
     **settings.TARGETS,
     **rows.TARGETS,
     **storage.TARGETS,
+    **results.TARGETS,
 }
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"
 INPUTS = int(os.environ.get("SVDCONVERT_FUZZ_INPUTS", "5000"))

@@ -12,7 +12,7 @@ from svdconvert import ConvertOptions, LoraOptions, Run, SplitOptions, convert, 
 from tests import rwkv6
 from tests.commands.test_extract import tuned_from
 from tests.conftest import Build
-from tests.program import content, refused, succeeded
+from tests.program import content, refused, succeeded, svdconvert
 from tests.reading import readable, write_sums
 
 RUN = Run(device="cpu", threads=1)
@@ -33,7 +33,7 @@ every_command = pytest.mark.parametrize("command", COMMANDS)
 
 @pytest.fixture(scope="module")
 def home(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The inputs of all commands. Two files of `lora` are in its manifest: rows and a merge file."""
+    """The inputs of all commands. In the manifest of `lora` are rows, a merge file and a recipe."""
     home = tmp_path_factory.mktemp("inputs")
     base = readable(checkpoint("llama", dtype=torch.float32), home / "base")
     tuned_from(base, home / "tuned")
@@ -48,8 +48,10 @@ def home(checkpoint: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = [{"model": str(home / name), "parameters": {"weight": 0.5}} for name in ("base", "tuned")]
     merge_file = {"models": models, "merge_method": "linear"}
     (home / "lora" / "merge.yaml").write_text(json.dumps(merge_file))
+    (home / "lora" / "recipe.yaml").write_text("model: unused\n")
     manifest = json.loads((home / "lora" / "svdconvert.json").read_text())
     manifest["sidecars"] |= {"rows.jsonl": "0" * 16, "merge.yaml": "0" * 16}
+    manifest["sidecars"] |= {"recipe.yaml": "0" * 16}
     (home / "lora" / "svdconvert.json").write_text(json.dumps(manifest))
     return home
 
@@ -72,6 +74,33 @@ def test_nothing_that_was_given_is_overwritten(command: str, home: Path, tmp_pat
             refused(*words, "-o", out, "--overwrite", words=[out])
     assert content(own) == before
     assert {path.name for path in tmp_path.iterdir()} == {"own", "link"}
+
+
+@every_command
+@pytest.mark.parametrize("more", [[], ["--plan"]], ids=["run", "plan"])
+def test_the_recipe_is_not_overwritten(command: str, more: list[str], home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "lora", tmp_path / "lora")
+    words = [*words_of(command, home), "--recipe", tmp_path / "lora" / "recipe.yaml"]
+    if words[0] == "convert" and more:
+        pytest.skip("convert has no plan")
+    before = content(tmp_path)
+    refused(*words, "-o", tmp_path / "lora", "--overwrite", *more, words=["recipe.yaml, which is an input"])
+    assert content(tmp_path) == before
+
+
+@every_command
+def test_a_plan_refuses_the_output_that_the_command_would_refuse(
+    command: str, home: Path, tmp_path: Path
+) -> None:
+    if command == "convert":
+        pytest.skip("convert has no plan")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    words = [*words_of(command, home), "-o", tmp_path / "out", "--plan"]
+    refused(*words, words=[f"{tmp_path / 'out'} exists and is not empty"])
+    ended = svdconvert(*words, "--push", "me/out")
+    assert ended.status == 2
+    assert "--push changes nothing with --plan" in " ".join(ended.err.split())
 
 
 @every_command

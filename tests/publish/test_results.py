@@ -79,14 +79,7 @@ def test_the_front_matter_without_results_has_no_model_index(
 
 def full_result(directory: Path, **data: Any) -> None:
     """A result on all of GSM8K, with 700 right answers."""
-    grade = graded(700, 3, 1319)
-    write_result(
-        directory,
-        [True] * 2,
-        data=FULL | data,
-        grades={"strict": grade, "paper": grade},
-        metrics={"accuracy": grade["score"]},
-    )
+    write_result(directory, [True] * 700 + [False] * 619, data=FULL | data)
 
 
 def test_a_full_strict_run_of_gsm8k_goes_to_the_leaderboard_under_the_id_that_the_data_set_names(
@@ -137,4 +130,24 @@ def test_a_damaged_result_stops_the_push_before_anything_is_sent(
     path, _ = write_result(directory, [True])
     path.write_text(json.dumps({"format": 7}))
     assert "has format 7" in pushed(alice, directory, "alice/x")
+    assert not hub.repositories.get("alice/x") or hub.repositories["alice/x"].names() == []
+
+
+@pytest.mark.parametrize("change", ["result", "headline", "answers", "no answers"])
+def test_a_result_that_its_answers_do_not_give_stops_the_push(
+    change: str, hub: Hub, alice: Visitor, directory: Path
+) -> None:
+    path, answers = write_result(directory, [True, False])
+    content = json.loads(path.read_text())
+    if change == "result":
+        content["grades"]["strict"] = graded(2, 0, 2)
+        content["metrics"]["accuracy"] = 1.0
+    elif change == "headline":
+        content["metrics"]["accuracy"] = 0.99
+    elif change == "answers":
+        answers.write_text(answers.read_text().replace("false", "true"))
+    else:
+        answers.unlink()
+    path.write_text(json.dumps(content))
+    assert "gsm8k.json" in str(pushed(alice, directory, "alice/x"))
     assert not hub.repositories.get("alice/x") or hub.repositories["alice/x"].names() == []

@@ -152,6 +152,14 @@ def test_a_result_of_other_weights_is_left_out_and_named(made: Path, tmp_path: P
     assert "the result of gsm8k is of other weights" in page.text and "50.0%" not in page.text
 
 
+def test_a_result_that_its_answers_do_not_give_is_left_out_and_named(made: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(made / "trained", tmp_path / "copy")
+    _, answers = write_result(copy, [True, False])
+    answers.write_text(answers.read_text().replace("false", "true"))
+    page = read_page(report(copy, tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "2 correct in gsm8k.jsonl instead of 1" in page.text and "50.0%" not in page.text
+
+
 HOSTILE = '</title><script>alert(1)</script><img src=x onerror="a()">$\\frac\u202e\x00\x1b[31m'
 
 

@@ -152,6 +152,13 @@ def test_another_recipe_is_refused_by_name_and_begins_anew_with_overwrite(
     assert json.loads(succeeded(*words, "--json").out) == json.loads((out / "results.json").read_text())
     succeeded(*words, "--set", "train.steps=2", "--overwrite")
     assert read_manifest(out / "trained").options["steps"] == 2
+    notes = out / "trained" / "evaluations" / "notes.txt"
+    notes.parent.mkdir()
+    for name in ("notes.txt", "gsm8k.json", "gsm8k.jsonl"):
+        notes.with_name(name).write_text("mine")
+        refused(*words, "--overwrite", words=[notes.with_name(name), "was not written by svdconvert"])
+        assert notes.with_name(name).read_text() == "mine"
+        notes.with_name(name).unlink()
     (out / "trained" / "notes.txt").write_text("mine")
     refused(*words, "--overwrite", words=["notes.txt", "did not write"])
     assert (out / "trained" / "notes.txt").read_text() == "mine"

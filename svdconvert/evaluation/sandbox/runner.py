@@ -196,11 +196,13 @@ def _outcome(report: bytes, token: str) -> _Outcome:
     first, _, rest = report.partition(b"\n")
     try:
         said = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return _Outcome(False)
+    if not isinstance(said, dict) or not isinstance(said.get("layers", []), list):
         return _Outcome(False)
     if "error" in said:
         raise SandboxError(f"a generated program cannot be confined here ({said['error']}); {_ADVICE}")
-    layers = tuple(map(str, said.get("layers", ())))
+    layers = tuple(map(str, said.get("layers", [])))
     if sys.platform == "darwin":
         layers = (*layers, *macos.LAYERS)
     return _Outcome(rest == token.encode(), layers)

@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.checkpoint.json_text import parse_json
 from svdconvert.errors import DataError, brief
 from svdconvert.training.data.rows import Row, without_nulls
+from svdconvert.training.data.turn_contents import (
+    Turn,
+    check_contents,
+    probe_of_parts,
+    unused_keys,
+    with_texts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = dict[str, Any]
 Span = tuple[int, int]
 """(start, end) in characters."""
 
@@ -68,6 +74,8 @@ class RenderedChat:
     learned: tuple[Span, ...]
     left_out: tuple[Span, ...]
     """The answers with weight 0."""
+    unused: tuple[str, ...] = ()
+    """The keys of turns that the chat template does not use."""
 
 
 def chat_of_prompt(prompt: str, response: str, row: Row) -> Chat:
@@ -83,6 +91,7 @@ def read_chat(row: Row, field: str, prepare: Callable[[list[Turn]], list[Turn]] 
     Raises DataError if it is none, or has no answer to another message.
     """
     turns = _with_system(_turns(row, field), row)
+    check_contents(turns, field)
     if prepare is not None:
         turns = prepare(turns)
     answers = {index: _weight(turn) for index, turn in enumerate(turns) if turn["role"] == "assistant"}
@@ -98,6 +107,11 @@ def read_chat(row: Row, field: str, prepare: Callable[[list[Turn]], list[Turn]] 
     plain = [{key: value for key, value in turn.items() if key not in WEIGHT_KEYS} for turn in turns]
     kept = {index: is_learned for index, is_learned in answers.items() if index <= last}
     return Chat(plain[: last + 1], kept, _tools(row))
+
+
+def read_text_chat(row: Row, field: str, tokenizer: "PreTrainedTokenizerBase") -> Chat:
+    """The chat in a field of a row for a model of texts. Raises DataError as `read_chat`, and for images."""
+    return read_chat(row, field, lambda turns: with_texts(turns, field, lambda: _takes_parts(tokenizer)))
 
 
 def _turns(row: Row, field: str) -> list[Turn]:
@@ -188,12 +202,22 @@ def render_chat(chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> RenderedCha
             "the tokenizer's chat template does not use its tools, so they would change nothing; remove the "
             "field tools, or use a tokenizer with a chat template for tools"
         )
+    unused = unused_keys(chat.turns, text, lambda turns: _rendered(turns, chat, tokenizer))
+    if "tool_calls" in unused:
+        raise DataError(
+            "the tokenizer's chat template does not use the tool_calls of its messages, so they would not be "
+            "learned; use a tokenizer with a chat template for tools"
+        )
     spans = dict(_answer_spans(text, chat, tokenizer))
     learned = tuple(span for index, span in spans.items() if chat.answers[index])
     if not learned or learned[-1][1] != len(text):
         raise DataError("its last answer cannot be separated from the prompt in the rendered chat template")
     left_out = tuple(span for index, span in spans.items() if not chat.answers[index])
-    return RenderedChat(text, learned, left_out)
+    return RenderedChat(text, learned, left_out, tuple(unused))
+
+
+def _rendered(turns: list[Turn], chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> str:
+    return render_turns(turns, tokenizer, tools=chat.tools).rstrip()
 
 
 def _answer_spans(text: str, chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[int, Span]]:
@@ -262,6 +286,15 @@ def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase", template: str) -> bo
 
     turns: list[Turn] = [{"role": "user", "content": _PROBE}]
     return not keeps_text(turns) and keeps_text(_as_parts(turns))
+
+
+def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True if the chat template renders a list of texts as texts, and not as a list."""
+    turns, is_taken = probe_of_parts()
+    try:
+        return is_taken(render_turns(turns, tokenizer))
+    except DataError:
+        return False
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:

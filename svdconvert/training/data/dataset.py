@@ -36,6 +36,10 @@ class Encoder(Protocol):
         """The fields of the rows encoded last that influence the result."""
 
     @property
+    def unused_keys(self) -> Collection[str]:
+        """The keys of messages in the rows encoded last that the chat template did not use."""
+
+    @property
     def remarks(self) -> Sequence[str]:
         """Sentences about how rows are encoded, each once."""
 
@@ -251,6 +255,10 @@ class _Reader:
         if unused := [name for name in fields if name not in self.encoder.used_fields]:
             used = ", ".join(name for name in fields if name in self.encoder.used_fields)
             self.warnings.append(f"{data}: of its fields only {used} are used, not {', '.join(unused)}")
+        if keys := ", ".join(self.encoder.unused_keys):
+            self.warnings.append(
+                f"{data}: the chat template does not use {keys} in every message that has it"
+            )
         return encoded
 
 
@@ -303,7 +311,8 @@ def _usable_examples(rows: EncodedRows, data: str, part: str, options: TrainOpti
     usable = [row for row in rows if row is not None and not (drops_long and _is_truncated(row))]
     if not usable:
         raise DataError(
-            f"{data}: none of the {len(rows)} {part} rows has a response within `max_length` "
-            f"{options.max_length}: give a larger `max_length`"
+            f"{data}: none of the {len(rows)} {part} rows has a token in the loss within `max_length` "
+            f"{options.max_length}: give a larger `max_length`, or answers that are not empty and have no "
+            "weight 0"
         )
     return usable

@@ -41,6 +41,8 @@ class TextRowEncoder:
     """Loads the model's processor; None for a model of texts, which ignores the images of rows."""
     used_fields: set[str] = field(default_factory=set)
     """The fields of the rows encoded last that influence the result."""
+    unused_keys: dict[str, None] = field(default_factory=dict)
+    """The keys of messages in the rows encoded last that the chat template did not use in one of them."""
     remarks: list[str] = field(default_factory=list)
     """Sentences about how rows are encoded, each once."""
     prompt_format: str | None = None
@@ -66,6 +68,7 @@ class TextRowEncoder:
         encoded: list[Example | None] = []
         fields: FieldSet = ()
         self.used_fields = set()
+        self.unused_keys = {}
         for number, row in enumerate(rows, start=1):
             try:
                 fields = fields or choose_fields(row, self.options)
@@ -82,11 +85,13 @@ class TextRowEncoder:
             self.used_fields.update(IMAGE_FIELDS)
             chat, images = read_image_chat(row, fields, self.options, folder)
             text = with_prompt_loss(chat_text(chat, self.vision.tokenizer), self.options)
+            self.unused_keys.update(dict.fromkeys(text.unused))
             if images:
                 self._note_date(text)
                 return encode_row(text, images, self.vision, self.options.max_length)
         else:
             text = render_row(row, fields, self.options, self.tokenizer)
+            self.unused_keys.update(dict.fromkeys(text.unused))
         valid_text(text.text)
         self._note_date(text)
         return _encode(text, self.tokenizer, self.options.max_length)

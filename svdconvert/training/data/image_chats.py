@@ -7,7 +7,7 @@ from typing import Any
 
 from svdconvert.config.train import TrainOptions
 from svdconvert.errors import DataError
-from svdconvert.training.data.chats import CHAT_FIELDS, Chat, Turn, chat_of_prompt, read_chat
+from svdconvert.training.data.chats import CHAT_FIELDS, Chat, chat_of_prompt, read_chat
 from svdconvert.training.data.images import (
     PLACE,
     RowImage,
@@ -17,6 +17,7 @@ from svdconvert.training.data.images import (
 )
 from svdconvert.training.data.prompts import prompt_and_response
 from svdconvert.training.data.rows import FieldSet, Row
+from svdconvert.training.data.turn_contents import Turn
 
 _NUMBER = "number"
 _WITH_PARTS = ("system", "user", "assistant")

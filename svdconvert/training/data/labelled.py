@@ -40,6 +40,8 @@ class LabelledRowEncoder:
     """The names of the classes, in order; empty for regression."""
     used_fields: set[str] = field(default_factory=set)
     """The fields of the rows encoded last that influence the result."""
+    unused_keys: dict[str, None] = field(default_factory=dict)
+    """Empty: these rows have no messages."""
     remarks: list[str] = field(default_factory=list)
     """Empty: there is nothing to say about these rows."""
 

@@ -17,7 +17,7 @@ from svdconvert.training.data.chats import (
     Chat,
     Span,
     chat_of_prompt,
-    read_chat,
+    read_text_chat,
     render_chat,
     render_turns,
 )
@@ -61,6 +61,8 @@ class TrainingText:
     """The answers of a chat with weight 0, which are never in the loss."""
     is_chat: bool = False
     """True if a chat template rendered the text, special tokens included."""
+    unused: tuple[str, ...] = ()
+    """The keys of a chat's turns that the template does not use."""
 
 
 def format_prompt(
@@ -167,7 +169,7 @@ def _render_fields(
     row: Row, fields: FieldSet, options: TrainOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> TrainingText:
     if fields[0] in CHAT_FIELDS:
-        return chat_text(read_chat(row, fields[0]), tokenizer)
+        return chat_text(read_text_chat(row, fields[0], tokenizer), tokenizer)
     if len(fields) == 1:
         text = _text(row, fields[0])
         return TrainingText(text, ((0, len(text)),))
@@ -213,4 +215,6 @@ def _text(row: Row, field: str) -> str:
 def chat_text(chat: Chat, tokenizer: "PreTrainedTokenizerBase") -> TrainingText:
     """A chat as text, with its answers in the loss."""
     rendered = render_chat(chat, tokenizer)
-    return TrainingText(rendered.text, rendered.learned, rendered.left_out, is_chat=True)
+    return TrainingText(
+        rendered.text, rendered.learned, rendered.left_out, is_chat=True, unused=rendered.unused
+    )

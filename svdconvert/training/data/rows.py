@@ -196,10 +196,34 @@ def _csv_arguments(path: Path) -> dict[str, Any]:
             raise DataError(f"{path}: row 1: {error}") from error
     if not header:
         raise DataError(f"{path}: its first line names no column; begin the file with the names")
+    _refuse_uneven_rows(path, header, style)
     return style | {
         "features": Features({column: Value("string") for column in header}),
         "keep_default_na": False,
     }
+
+
+def _refuse_uneven_rows(path: Path, header: list[str], style: Mapping[str, Any]) -> None:
+    """Raise DataError if the columns have no names of their own, or a row has another number of cells.
+
+    With one cell more, the reader of `datasets` would take the first column for row numbers; a missing cell
+    would be an empty text.
+    """
+    if len({*header}) < len(header) or "" in header:
+        raise DataError(f"{path}: its first line must name every column once; it names {', '.join(header)}")
+    before = csv.field_size_limit(1 << 30)
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+            for number, cells in enumerate(csv.reader(lines, **style)):
+                if cells and len(cells) != len(header):
+                    raise DataError(
+                        f"{path}: row {number} has {len(cells)} cells, and the first line names "
+                        f"{len(header)} columns; put texts with the separator in them into quotation marks"
+                    )
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_hub(data: str, split: str, revision: str | None) -> Any:

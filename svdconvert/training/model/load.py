@@ -177,7 +177,10 @@ def load_tokenizer(
         )
     tokenizer = _from_pretrained(AutoTokenizer, path, trust_remote_code=trust_remote_code)
     if (path / _PROCESSOR_TEMPLATE).is_file():
-        tokenizer.chat_template = read_json_object(path / _PROCESSOR_TEMPLATE).get("chat_template")
+        template = read_json_object(path / _PROCESSOR_TEMPLATE).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(f"{path / _PROCESSOR_TEMPLATE} holds no chat_template; fetch it again")
+        tokenizer.chat_template = template
     return tokenizer
 
 

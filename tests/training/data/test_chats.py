@@ -233,6 +233,83 @@ def test_fields_that_are_not_used_are_named_once(tmp_path: Path, tokenizer: Any)
     assert warning == f"{options.data}: of its fields only messages are used, not id"
 
 
+BARE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+OF_PARTS = BARE.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+)
+
+
+def parts(*texts: str, **other: Any) -> dict[str, Any]:
+    """TURNS with a first message of these texts, and of one other part."""
+    held = [{"type": "text", "text": one} for one in texts] + ([other] if other else [])
+    return {"messages": [{"role": "user", "content": held}, TURNS[1]]}
+
+
+@pytest.mark.parametrize("template", [BARE, OF_PARTS], ids=["texts", "parts"])
+def test_a_message_of_one_part_is_its_text(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    assert text(one(parts("hi"), tokenizer), tokenizer) == text(
+        one({"messages": TURNS}, tokenizer), tokenizer
+    )
+
+
+def test_several_parts_are_for_templates_that_take_them(tokenizer: Any) -> None:
+    tokenizer.chat_template = OF_PARTS
+    joined = {"messages": [{"role": "user", "content": "hiha"}, TURNS[1]]}
+    assert text(one(parts("hi", "ha"), tokenizer), tokenizer) == text(one(joined, tokenizer), tokenizer)
+    tokenizer.chat_template = BARE
+    with pytest.raises(DataError, match="2 parts, and the chat template takes one text"):
+        one(parts("hi", "ha"), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "video", "image_url"])
+@pytest.mark.parametrize("template", [BARE, OF_PARTS], ids=["texts", "parts"])
+def test_a_part_that_a_model_of_texts_does_not_see_is_refused(
+    kind: str, template: str, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"a part of the type '{kind}'"):
+        one(parts("hi", type=kind), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "turn", [{"content": None}, {}, {"content": 3}, {"content": {"text": "ho"}}], ids=str
+)
+def test_a_message_without_a_text_is_refused(turn: dict[str, Any], tokenizer: Any) -> None:
+    tokenizer.chat_template = BARE
+    with pytest.raises(DataError, match="have a message of the assistant w"):
+        one({"messages": [TURNS[0], {"role": "assistant", **turn}]}, tokenizer)
+
+
+def test_calls_of_tools_that_the_template_does_not_use_are_refused(tokenizer: Any) -> None:
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": calls}]}
+    tokenizer.chat_template = BARE
+    with pytest.raises(DataError, match="does not use the tool_calls"):
+        one(row, tokenizer)
+    tokenizer.chat_template = WITH_TOOLS
+    assert "clock" in text(one(row, tokenizer), tokenizer)
+
+
+def test_keys_of_messages_that_the_template_does_not_use_are_named_once(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    turns = [{**TURNS[0], "name": "Ann"}, {**TURNS[1], "reasoning_content": "hm", "weight": 1}]
+    data = write(tmp_path / "rows.jsonl", [{"messages": turns}] * 2)
+    options = TrainOptions(data=str(data))
+    tokenizer.chat_template = BARE
+    (warning,) = read_dataset(options, TextRowEncoder(tokenizer, options)).warnings
+    assert warning == (
+        f"{data}: the chat template does not use name, reasoning_content in every message that has it"
+    )
+    tokenizer.chat_template = WITH_TOOLS
+    assert read_dataset(options, TextRowEncoder(tokenizer, options)).warnings == []
+
+
 DATED = "{{ strftime_now('%d %b %Y, %-d.%-m.') }}" + WITH_TOOLS
 
 

@@ -68,7 +68,8 @@ def test_rows_that_are_too_long_can_be_refused(tmp_path: Path, tokenizer: Any) -
 def test_data_without_a_usable_row_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(
-        DataError, match="rows.jsonl: none of the 5 training rows has a response within `max_length` 8"
+        DataError,
+        match="rows.jsonl: none of the 5 training rows has a token in the loss within `max_length` 8",
     ):
         read_dataset(TrainOptions(data=data, max_length=8), tokenizer)
 

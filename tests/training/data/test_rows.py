@@ -1,6 +1,7 @@
 """Rows are read from every kind of file as they are, and errors name the file."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,32 @@ def test_a_header_that_cannot_be_read_is_a_sentence(content: str, tmp_path: Path
     (tmp_path / "rows.csv").write_text(content)
     with pytest.raises(DataError, match=r"rows\.csv: "):
         read_rows(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("a,b\n1,2,3\n", "row 1 has 3 cells, and the first line names 2 columns"),
+        ("a,b\n1,2\n\n4\n", "row 3 has 1 cells, and the first line names 2 columns"),
+        ("a,a\n1,2\n", "its first line must name every column once; it names a, a"),
+        ("a,b,\n1,2,\n", "its first line must name every column once"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_table_with_uneven_rows_is_refused(
+    content: str, complaint: str, ending: str, tmp_path: Path
+) -> None:
+    """The reader of `datasets` takes the first column for row numbers if a row has one cell more."""
+    path = tmp_path / f"rows{ending}"
+    path.write_text(content.replace(",", "\t") if ending == ".tsv" else content)
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        read_rows(str(path))
+
+
+def test_a_cell_may_be_long_and_hold_commas_and_line_breaks(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('a,b\n"1,\n2",' + "x" * 200_000 + "\n\n3,\n")
+    rows = [{"a": "1,\n2", "b": "x" * 200_000}, {"a": "3", "b": ""}]
+    assert list(read_rows(str(tmp_path / "rows.csv"))) == rows
 
 
 def test_the_text_of_a_row_does_not_depend_on_addresses() -> None:
