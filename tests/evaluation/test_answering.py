@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     FalconH1Config,
     FalconH1ForCausalLM,
     GPT2Config,
@@ -24,7 +25,7 @@ from svdconvert.evaluation.answering import Answer, _close_ranks, context_length
 from svdconvert.evaluation.decoder import shared_beginning
 from svdconvert.evaluation.decoders import CachedDecoder, RecurrentDecoder, UnsharedDecoder, open_decoder
 from svdconvert.models.rwkv6 import load
-from tests import rwkv6, tiny
+from tests import rwkv6, tiny, vision
 from tests.conftest import Build
 from tests.evaluation.numbers import Numbers, batched, endings, random_prompts, stock
 
@@ -57,6 +58,26 @@ def test_every_family_answers_as_row_by_row(checkpoint: Build, family: str) -> N
     prompts = random_prompts(LENGTHS, 3)
     answers = batched(network, prompts, endings(), 4)
     assert [answer.text for answer in answers] == [stock(network, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_a_model_that_takes_images_answers_a_text_as_row_by_row(family: str, tmp_path: Path) -> None:
+    network = AutoModelForImageTextToText.from_pretrained(
+        vision.build(family, tmp_path), dtype=torch.float32
+    ).eval()
+    lively(network)
+    prompts = random_prompts(LENGTHS, 3, 20)
+    answers = batched(network, prompts, endings(), 4)
+    assert [answer.text for answer in answers] == [stock(network, prompt, 8) for prompt in prompts]
+
+
+def lively(network: Any) -> None:
+    """Make the weights so large that different prompts have different answers."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.6)
 
 
 def small(kind: type, config: Any) -> Any:
