@@ -99,8 +99,8 @@ def check_experiment(content: Mapping[str, Any], source: str) -> None:
                 f"{source}: the variant {brief(name)} cannot name a directory next to the others; rename it"
             )
     seeds = content.get("seeds")
-    if seeds is not None and not _are_seeds(seeds):
-        raise RecipeError(f"{source}: seeds is {brief(seeds)}: it should be a list of different integers")
+    if seeds is not None:
+        _check_seeds(seeds, source)
     if len(variants or "1") * len(seeds or "1") > _MOST:
         raise RecipeError(f"{source} has more than {_MOST} runs; split it into several recipes")
     if content.get("steps") is not None:
@@ -122,13 +122,29 @@ def _check_steps(steps: Any, source: str) -> None:
         )
 
 
-def _are_seeds(value: Any) -> bool:
-    return (
+def changed_seeds(seeds: Sequence[int], changes: Mapping[str, Any], source: str) -> Sequence[int]:
+    """The recipe's `seeds`, or those in `changes`. Raises RecipeError if they cannot be used."""
+    if "seeds" in changes:
+        _check_seeds(changes["seeds"], source)
+        seeds = changes["seeds"]
+    if seeds and "seed" in changes:
+        raise RecipeError(
+            f"{source}: seed changes nothing, because each run has one of the seeds "
+            f"{', '.join(map(str, seeds))}; change seeds, such as seeds=[{changes['seed']}]"
+        )
+    return seeds
+
+
+def _check_seeds(value: Any, source: str) -> None:
+    """Raise RecipeError for what is no list of seeds."""
+    are_seeds = (
         isinstance(value, list)
         and 0 < len(value) <= _MOST
         and all(type(seed) is int and 0 <= seed < 2**32 for seed in value)
         and len({*value}) == len(value)
     )
+    if not are_seeds:
+        raise RecipeError(f"{source}: seeds is {brief(value)}: it should be a list of different integers")
 
 
 def changed(

@@ -23,6 +23,7 @@ from svdconvert.config.experiment import (
     ReportSection,
     Variant,
     changed,
+    changed_seeds,
     check_experiment,
     with_seeds,
 )
@@ -168,18 +169,19 @@ def _changes(content: Any, source: str, folder: Path) -> dict[str, Any]:
 
 
 def variants_of(recipe: Recipe, changes: Mapping[str, Any]) -> list[tuple[Variant, Recipe]]:
-    """Every run of a recipe with its own recipe, after `changes`: {"model": .., "train": {"steps": 2}}.
+    """Every run of a recipe with its own recipe, after `changes`: {"seeds": [0], "train": {"steps": 2}}.
 
     Raises RecipeError for an unknown key in `changes`, or for two runs with the same name.
     """
     source = f"{recipe.path}, as changed"
-    typed = _changes(changes, source, Path())
+    seeds = changed_seeds(recipe.seeds, changes, source)
+    typed = _changes({key: value for key, value in changes.items() if key != "seeds"}, source, Path())
     found: list[tuple[Variant, Recipe]] = []
     for name, own in (recipe.variants or {"": {}}).items():
         shared, sections = changed(recipe.shared, recipe.sections, own, _EXCLUSIVE)
         shared, sections = changed(shared, sections, typed, _EXCLUSIVE)
         plain = Variant(name, name, None, shared, sections)
-        for variant in with_seeds(plain, recipe.seeds):
+        for variant in with_seeds(plain, seeds):
             single = replace(recipe, shared=variant.shared, sections=variant.sections, variants={}, seeds=())
             found.append((variant, single))
     names = [variant.name for variant, _ in found]

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 End = Literal["end", "stop", "limit"]
 """Why an answer ended: the model ended it, a stop string came, or the limit of tokens or of the context."""
 
-_DROPPED_SHARE = 8
-"""Finished rows leave a batch when they are one of so many, because every change copies the cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -109,10 +106,10 @@ class Writer:
             tokens_B = logits_BV.argmax(dim=1)
             for one, token in zip(active, tokens_B.tolist(), strict=True):
                 self._append(one, token)
-            going = [number for number, one in enumerate(active) if one.end is None]
+            going = _close_ranks([one.end is None for one in active])
             if not going:
                 return
-            if (len(active) - len(going)) * _DROPPED_SHARE >= len(active):
+            if len(going) < len(active):
                 decoder.keep(going)
                 active = [active[number] for number in going]
                 tokens_B = tokens_B[torch.tensor(going, device=tokens_B.device)]
@@ -120,8 +117,6 @@ class Writer:
 
     def _append(self, one: "_Writing", token: int) -> None:
         """Add a token to an answer, and end it if that is due."""
-        if one.end is not None:
-            return
         one.count += 1
         if token in self._endings.ids:
             one.end = "end"
@@ -158,6 +153,13 @@ class _Writing:
     """Its tokens, without the one that ends it."""
     count: int = 0
     end: End | None = None
+
+
+def _close_ranks(going: Sequence[bool]) -> list[int]:
+    """The numbers of the rows that go on, in an order in which as few as possible change their place."""
+    count = sum(going)
+    later = (number for number in range(count, len(going)) if going[number])
+    return [number if going[number] else next(later) for number in range(count)]
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

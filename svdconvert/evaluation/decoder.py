@@ -21,7 +21,7 @@ class Decoder(Protocol):
         """The logits (B, V) after one more token of each row."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch only."""
+        """Go on with these rows of the batch only, in this order."""
 
 
 def shared_beginning(rows: Sequence[Tokens]) -> list[int]:

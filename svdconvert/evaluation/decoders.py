@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from svdconvert.evaluation.decoder import Decoder, Tokens
 from svdconvert.models.rwkv6 import Memory, Rwkv6
 
+_READ_TOKENS = 512
+"""Prompts are read so many tokens at a time: more are not faster, and need more padding."""
+
 
 def open_decoder(network: nn.Module, beginning: Tokens, longest: int) -> Decoder:
     """The decoder for a network, for prompts that begin with `beginning`.
@@ -60,21 +63,38 @@ class CachedDecoder:
 
     def start(self, rows: Sequence[Tokens]) -> Tensor:
         """The logits (B, V) after the prompts."""
-        from svdconvert.evaluation.growing_cache import repeated
+        from svdconvert.evaluation.growing_cache import joined
 
         rest = [list(row[self._shared :]) for row in rows]
         width = max(map(len, rest))
+        parts = [self._read(some) for some in _portions(rest)]
+        device = self._network.device
+        lengths_B = torch.tensor([len(row) for row in rest], device=device)
+        columns = torch.arange(width, device=device)
+        own_mask = (columns >= width - lengths_B[:, None]).long()
+        shared_mask = own_mask.new_ones(len(rows), self._shared)
+        self._mask = torch.cat([shared_mask, own_mask], 1)
+        self._next_B = self._shared + lengths_B
+        self._cache = joined([cache for _, cache in parts], self._network, self._shared)
+        return torch.cat([logits for logits, _ in parts])
+
+    def _read(self, rest: Sequence[Tokens]) -> tuple[Tensor, Any]:
+        """The logits after a few prompts, without their shared beginning, and their cache.
+
+        All prompts of a batch together would be padded to the longest of them.
+        """
+        from svdconvert.evaluation.growing_cache import repeated
+
+        width = max(map(len, rest))
         device = self._network.device
         pads_B = torch.tensor([width - len(row) for row in rest], device=device)
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rest], device=device)
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rest], device=device)
         columns = torch.arange(width, device=device)
         own_mask = (columns >= pads_B[:, None]).long()
-        shared_mask = own_mask.new_ones(len(rows), self._shared)
+        shared_mask = own_mask.new_ones(len(rest), self._shared)
         positions = (self._shared + columns - pads_B[:, None]).clamp(min=0)
-        self._cache = repeated(self._beginning, self._network, len(rows))
-        self._mask = torch.cat([shared_mask, own_mask], 1)
-        self._next_B = positions[:, -1] + 1
-        return self._forward(ids, self._mask, positions, self._cache)
+        cache = repeated(self._beginning, self._network, len(rest))
+        return self._forward(ids, torch.cat([shared_mask, own_mask], 1), positions, cache), cache
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """The logits (B, V) after one more token of each row."""
@@ -84,13 +104,26 @@ class CachedDecoder:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only, in this order."""
         from svdconvert.evaluation.growing_cache import keep_rows
 
         indices = torch.tensor(list(rows), device=self._network.device)
         keep_rows(self._cache, indices)
         self._mask = self._mask[indices]
         self._next_B = self._next_B[indices]
+
+
+def _portions(prompts: Sequence[Tokens]) -> list[Sequence[Tokens]]:
+    """The prompts in their order, in portions of at most _READ_TOKENS with their padding."""
+    found: list[list[Tokens]] = []
+    width = 0
+    for prompt in prompts:
+        width = max(width, len(prompt))
+        if not found or width * (len(found[-1]) + 1) > _READ_TOKENS:
+            found.append([])
+            width = len(prompt)
+        found[-1].append(prompt)
+    return list(found)
 
 
 def _last_logits_only(network: nn.Module) -> dict[str, Any]:
@@ -134,7 +167,7 @@ class UnsharedDecoder:
         return torch.cat([self._forward([token], number) for number, token in enumerate(tokens_B.tolist())])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only, in this order."""
         self._caches = [self._caches[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
 
@@ -183,7 +216,7 @@ class RecurrentDecoder:
         return self._forward(tokens_B[:, None].tolist(), self._state)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only, in this order."""
         self._state = _selected(self._state, rows)
 
 

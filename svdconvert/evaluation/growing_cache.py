@@ -38,9 +38,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows of the batch."""
-        super().batch_select_indices(indices)
-        self._buffers = []
+        """Keep some rows of the batch; only those that change their place are copied."""
+        if not self.is_initialized:
+            return
+        count, length = len(indices), self.get_seq_length()
+        places = torch.arange(count, device=indices.device)
+        moved = places[indices != places]
+        for buffer in self._buffers:
+            buffer[moved, :, :length] = buffer[indices[moved], :, :length]
+        self._buffers = [buffer[:count] for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
 def _with_room(old: Tensor | None, new: Tensor, count: int, room: int) -> Tensor:
@@ -83,8 +90,44 @@ def repeated(cache: DynamicCache, network: Any, count: int) -> DynamicCache:
     return copy
 
 
+def joined(parts: Sequence[DynamicCache], network: Any, shared: int) -> DynamicCache:
+    """One cache with the rows of all `parts`, which are emptied.
+
+    All rows become as long as the longest: padding follows their first `shared` tokens.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    whole = new_cache(network)
+    taken: Any = [part.layers for part in parts]
+    for number in range(len(taken[0])):
+        layers = [each[number] for each in taken]
+        if layers[0].keys is None or layers[0].values is None:
+            continue
+        keys = _aligned([layer.keys for layer in layers], shared)
+        values = _aligned([layer.values for layer in layers], shared)
+        for each in taken:
+            each[number] = None
+        whole.update(keys, values, number)
+        if hasattr(layers[0], "cumulative_length"):
+            longest = max(layer.cumulative_length for layer in layers)
+            vars(whole.layers[number])["cumulative_length"] = longest
+    return whole
+
+
+def _aligned(parts: Sequence[Tensor], shared: int) -> Tensor:
+    """The rows of all parts (B, H, T, D), with zeros between their beginning and what follows."""
+    length = max(part.shape[2] for part in parts)
+    padded = [part.new_zeros(*part.shape[:2], length - part.shape[2], part.shape[3]) for part in parts]
+    return torch.cat(
+        [
+            torch.cat([part[:, :, :shared], pad, part[:, :, shared:]], 2)
+            for part, pad in zip(parts, padded, strict=True)
+        ]
+    )
+
+
 def keep_rows(cache: DynamicCache, indices: Tensor) -> None:
-    """Keep some rows of the batch, in every layer."""
+    """Keep some rows of the batch, in this order, in every layer."""
     layers: Any = cache.layers
     for layer in layers:
         layer.batch_select_indices(indices)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     FalconH1Config,
     FalconH1ForCausalLM,
     GPT2Config,
@@ -19,15 +20,22 @@ from transformers import (
 )
 
 from svdconvert.checkpoint.safetensors_files import open_checkpoint
-from svdconvert.evaluation.answering import Answer, context_length, cut_at_stop, plan_batches
+from svdconvert.evaluation import decoders
+from svdconvert.evaluation.answering import Answer, _close_ranks, context_length, cut_at_stop, plan_batches
 from svdconvert.evaluation.decoder import shared_beginning
 from svdconvert.evaluation.decoders import CachedDecoder, RecurrentDecoder, UnsharedDecoder, open_decoder
 from svdconvert.models.rwkv6 import load
-from tests import rwkv6, tiny
+from tests import rwkv6, tiny, vision
 from tests.conftest import Build
 from tests.evaluation.numbers import Numbers, batched, endings, random_prompts, stock
 
 LENGTHS = (9, 5, 14, 7, 7, 12, 6)
+
+
+@pytest.fixture(autouse=True)
+def _short_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch's prompts are read in several portions, of a row or two."""
+    monkeypatch.setattr(decoders, "_READ_TOKENS", 20)
 
 
 def network_of(directory: Path) -> Any:
@@ -50,6 +58,26 @@ def test_every_family_answers_as_row_by_row(checkpoint: Build, family: str) -> N
     prompts = random_prompts(LENGTHS, 3)
     answers = batched(network, prompts, endings(), 4)
     assert [answer.text for answer in answers] == [stock(network, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_a_model_that_takes_images_answers_a_text_as_row_by_row(family: str, tmp_path: Path) -> None:
+    network = AutoModelForImageTextToText.from_pretrained(
+        vision.build(family, tmp_path), dtype=torch.float32
+    ).eval()
+    lively(network)
+    prompts = random_prompts(LENGTHS, 3, 20)
+    answers = batched(network, prompts, endings(), 4)
+    assert [answer.text for answer in answers] == [stock(network, prompt, 8) for prompt in prompts]
+
+
+def lively(network: Any) -> None:
+    """Make the weights so large that different prompts have different answers."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.6)
 
 
 def small(kind: type, config: Any) -> Any:
@@ -154,6 +182,18 @@ def test_a_prompt_that_does_not_fit_stays_without_an_answer(checkpoint: Build) -
 def test_batches_are_fixed_and_hold_rows_of_like_lengths() -> None:
     assert plan_batches([3, 9, 5, 9, 1], 2) == [[1, 3], [2, 0], [4]]
     assert plan_batches([], 4) == []
+
+
+def test_a_row_that_goes_on_changes_its_place_only_to_fill_a_gap() -> None:
+    assert _close_ranks([True, False, True, True, False, True]) == [0, 5, 2, 3]
+    assert _close_ranks([False, False]) == []
+
+
+def test_prompts_are_read_in_portions_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "_READ_TOKENS", 6)
+    lengths = [9, 3, 3, 2, 2, 2, 1]
+    portions = decoders._portions([[0] * length for length in lengths])
+    assert [[len(prompt) for prompt in portion] for portion in portions] == [[9], [3, 3], [2, 2, 2], [1]]
 
 
 def test_the_shared_beginning_leaves_a_token_of_every_row() -> None:

@@ -12,7 +12,15 @@ import pytest
 from svdconvert.errors import SandboxError
 from svdconvert.evaluation.sandbox import macos, runner
 from svdconvert.evaluation.sandbox.runner import Sandbox
-from svdconvert.evaluation.sandbox.seccomp import ALLOWED_NEW, ARCHITECTURES, CLONE, PRLIMIT, REFUSED, TGKILL
+from svdconvert.evaluation.sandbox.seccomp import (
+    ALLOWED_NEW,
+    ARCHITECTURES,
+    CLONE,
+    FCNTL,
+    PRLIMIT,
+    REFUSED,
+    TGKILL,
+)
 
 pytestmark = pytest.mark.processes
 
@@ -76,6 +84,8 @@ CALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); assert libc.sys
         "assert input()",
         "open('/proc/self/environ').read()",
         "import socket; socket.socketpair()",
+        "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+        "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETSIG, 9)",
     ],
 )
 def test_wrong_and_hostile_programs_fail(sandbox: Sandbox, program: str) -> None:
@@ -84,7 +94,7 @@ def test_wrong_and_hostile_programs_fail(sandbox: Sandbox, program: str) -> None
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="numbers of x86-64")
 @pytest.mark.parametrize(
-    "number", ["57", "58", "41, 2, 1, 0", "425, 8, 0", "435, 0, 0", "1073741881", "56, 17"]
+    "number", ["57", "58", "41, 2, 1, 0", "425, 8, 0", "435, 0, 0", "1073741881", "56, 17", "294, 0"]
 )
 def test_system_calls_are_refused_below_the_library_too(sandbox: Sandbox, number: str) -> None:
     assert not sandbox.run(CALL.format(number), 10)
@@ -193,6 +203,7 @@ def test_the_numbers_of_the_system_calls_are_the_kernels(machine: str) -> None:
     column = list(ARCHITECTURES).index(machine)
     ours = {name: numbers[column] for name, numbers in REFUSED.items() if numbers[column] is not None}
     ours |= {"clone": CLONE[column], "tgkill": TGKILL[column], "prlimit64": PRLIMIT[column], **ALLOWED_NEW}
+    ours["fcntl"] = FCNTL[column]
     assert {name: number for name, number in ours.items() if known.get(name, number) != number} == {}
     assert len(ours.keys() & known.keys()) > 60
 

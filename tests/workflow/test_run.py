@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from svdconvert.config.execution import Run
+from svdconvert.config.recipe import read_recipe, variants_of
+from svdconvert.errors import RecipeError
 from svdconvert.manifest.evaluations import read_evaluation
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.workflow import perform
@@ -204,6 +206,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
         ("train.step=1", ["'step'", "did you mean steps?"]),
         ("train=3", ["train is not a mapping"]),
         ("variants=3", ["'variants'"]),
+        ("seeds=[1, 1]", ["seeds is [1, 1]", "different integers"]),
         ("train.steps=[", ["YAML value"]),
     ],
 )
@@ -212,6 +215,14 @@ def test_a_change_that_cannot_be_made_is_refused(
 ) -> None:
     refused("run", recipe(), "-o", tmp_path / "out", "--set", given, words=words)
     assert not (tmp_path / "out").exists()
+
+
+def test_seeds_can_be_changed_but_not_a_single_one_next_to_them(recipe: Callable[..., Path]) -> None:
+    read = read_recipe(recipe(seeds=[3, 4]))
+    assert [variant.seed for variant, _ in variants_of(read, {"seeds": [7, 8, 9]})] == [7, 8, 9]
+    with pytest.raises(RecipeError, match=r"seed changes nothing.* 3, 4; change seeds, such as seeds=\[5\]"):
+        variants_of(read, {"seed": 5})
+    assert [variant.seed for variant, _ in variants_of(read_recipe(recipe()), {"seeds": [2]})] == [2]
 
 
 def test_a_directory_of_somebody_else_is_left_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:

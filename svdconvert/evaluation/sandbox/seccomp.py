@@ -72,6 +72,8 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     # the system
     "mount": (165, 40),
     "umount2": (166, 39),
@@ -111,6 +113,9 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
 CLONE = (56, 220)
 TGKILL = (234, 131)
 PRLIMIT = (302, 261)
+FCNTL = (72, 25)
+OWNER_COMMANDS = (8, 10, 15)
+"""F_SETOWN, F_SETSIG and F_SETOWN_EX, by which the kernel sends another process signals."""
 # From here on all architectures have the same numbers. An older kernel refuses a call that it does not know
 # with the same error, so that the C library does without it: io_uring, clone3, pidfd_*, fchmodat2 ...
 FIRST_NEW = 424
@@ -128,6 +133,7 @@ _RETURN = 0x06  # BPF_RET | BPF_K
 _NUMBER = 0
 _ARCHITECTURE = 4
 _FIRST_ARGUMENT = 16
+_SECOND_ARGUMENT = 24
 
 
 def call_filter(machine: str) -> list[Instruction]:
@@ -149,6 +155,9 @@ def call_filter(machine: str) -> list[Instruction]:
         number_here = numbers[column]
         if number_here is not None:
             program += _if_equal(number_here, [refuse])
+    command: Instruction = (_LOAD, 0, 0, _SECOND_ARGUMENT)
+    owners = [part for number in OWNER_COMMANDS for part in _if_equal(number, [refuse])]
+    program += _if_equal(FCNTL[column], [command, *owners, allow])
     argument: Instruction = (_LOAD, 0, 0, _FIRST_ARGUMENT)
     program += _if_equal(CLONE[column], [argument, (_ANY_BIT, 1, 0, _CLONE_THREAD), refuse, allow])
     program += _if_equal(TGKILL[column], [argument, (_EQUAL, 1, 0, "pid"), refuse, allow])
