@@ -2,9 +2,9 @@
 
 python -m tests.families.sweep [--only NAME,NAME] [--kind causal] [--kept DIR] [--page docs/families.md]
 
-With --kept, the findings on each family are kept in a file of that directory, and those of the same program, tiny
-model and versions are not found again: the sweep may be stopped, continued, and run in parts. The page is written
-from the findings on all families, so only --kept may be combined with it.
+With --kept, the findings on each family are kept in a file of that directory, and those of the same program,
+tiny model and versions are not found again: the sweep may be stopped and continued, or done in parts. The
+page is written from the findings on all families.
 """
 
 import argparse

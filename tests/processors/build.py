@@ -107,8 +107,8 @@ _QWEN_TOWER = {
     "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
 }  # fmt: skip
 _CLIP = CLIPVisionConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-    projection_dim=16,
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8,
+    patch_size=4, projection_dim=16,
 )  # fmt: skip
 
 
@@ -225,6 +225,7 @@ class Released:
     tokenizer: Mapping[str, Any]
 
 
+_CHATML_REPLY = "%s<|im_end|>"
 _GEMMA_TOKENS = {
     "bos_token": "<|endoftext|>", "eos_token": "<end_of_turn>",
     "extra_special_tokens": {
@@ -234,13 +235,15 @@ _GEMMA_TOKENS = {
 _LLAVA_NEXT_GRID = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
 FAMILIES: Mapping[str, Released] = {
     "qwen2_vl": Released(
-        _qwen2_vl, "Qwen2VLProcessor", _qwen_parts("Qwen2VLVideoProcessor"), QWEN2_TEMPLATE, "%s<|im_end|>", {}
+        _qwen2_vl, "Qwen2VLProcessor", _qwen_parts("Qwen2VLVideoProcessor"), QWEN2_TEMPLATE,
+        _CHATML_REPLY, {},
     ),
     "qwen2_5_vl": Released(
-        _qwen2_5_vl, "Qwen2_5_VLProcessor", _qwen_parts("Qwen2VLVideoProcessor"), QWEN2_TEMPLATE, "%s<|im_end|>", {}
+        _qwen2_5_vl, "Qwen2_5_VLProcessor", _qwen_parts("Qwen2VLVideoProcessor"), QWEN2_TEMPLATE,
+        _CHATML_REPLY, {},
     ),
     "qwen3_vl": Released(
-        _qwen3_vl, "Qwen3VLProcessor", _qwen_parts("Qwen3VLVideoProcessor"), QWEN3_TEMPLATE, "%s<|im_end|>", {}
+        _qwen3_vl, "Qwen3VLProcessor", _qwen_parts("Qwen3VLVideoProcessor"), QWEN3_TEMPLATE, _CHATML_REPLY, {}
     ),
     "smolvlm": Released(
         _smolvlm, "SmolVLMProcessor", _smolvlm_parts, SMOLVLM_TEMPLATE, " %s<end_of_utterance>",
@@ -250,11 +253,11 @@ FAMILIES: Mapping[str, Released] = {
         _gemma3, "Gemma3Processor", _gemma3_parts, GEMMA_TEMPLATE, "%s<end_of_turn>", _GEMMA_TOKENS
     ),
     "llava": Released(
-        _llava, "LlavaProcessor", _llava_parts("CLIPImageProcessor"), LLAVA_TEMPLATE, "%s<|im_end|>", {}
+        _llava, "LlavaProcessor", _llava_parts("CLIPImageProcessor"), LLAVA_TEMPLATE, _CHATML_REPLY, {}
     ),
     "llava_next": Released(
         _llava_next, "LlavaNextProcessor", _llava_parts("LlavaNextImageProcessor", **_LLAVA_NEXT_GRID),
-        LLAVA_TEMPLATE, "%s<|im_end|>", {},
+        LLAVA_TEMPLATE, _CHATML_REPLY, {},
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Rows with images and the processors of released models: the tokens, the training, and stock PEFT on its results.
+"""Rows with images and the processors of released models: tokens, training, and stock PEFT on the results.
 
 They need torchvision, which is not part of the extra `all`: `make test-vision` installs it next to .venv.
 """
@@ -6,7 +6,7 @@ They need torchvision, which is not part of the extra `all`: `make test-vision` 
 import base64
 import io
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def test_rows_with_images_are_trained_and_stock_peft_computes_the_same(family: s
         return AutoModelForImageTextToText.from_pretrained(tmp_path / name).eval()
 
     processor = AutoProcessor.from_pretrained(start)
-    found: Callable[[Any], float] = lambda network: stock_loss(network, processor, family)
+    found = partial(stock_loss, processor=processor, family=family)
     assert found(load("base")) == pytest.approx(losses[0], rel=1e-4)
     adapted = found(PeftModel.from_pretrained(load("start"), trained))
     assert adapted == pytest.approx(losses[-1], rel=1e-4)
