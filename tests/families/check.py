@@ -30,6 +30,7 @@ TOLERANCE = 1e-4
 """Of the spread of the logits."""
 LARGEST = 20_000_000
 """Parameters of a tiny model."""
+RULED_OUT = -1e30
 KINDS: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText}
 
 
@@ -122,10 +123,10 @@ def load(kind: str, directory: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """The logits of fixed tokens, (2, 12, vocabulary)."""
+    """The logits of fixed tokens, (2, 12, vocabulary), without those that the model itself rules out."""
     torch.manual_seed(0)
     found: Tensor = model.eval()(**inputs_of(model)).logits.float()
-    return found
+    return found[..., (found > RULED_OUT).flatten(0, -2).all(0)]
 
 
 def _check(family: Family, directory: Path) -> None:

@@ -104,7 +104,12 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note_text": _DOTS,
     "dots3_note": {"text_config": _DOTS},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "blt": {"encoder_hash_byte_group_vocab": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _PLAIN_ROPE}}},
@@ -170,7 +175,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         {"num_query_tokens": 4, "image_token_index": VOCABULARY - 1, "video_token_index": VOCABULARY - 1},
     ),
     "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
-    "pix2struct": {"vision_config": {"patch_size": 8, "seq_len": 16}},
+    "pix2struct": {"vision_config": {"patch_size": 8, "seq_len": 16, "patch_embed_hidden_size": 192}},
     "llama4_text": {"moe_layers": [1, 3]},
 }
 _NO_DEFAULT = ("gemma4_assistant",)
