@@ -6,7 +6,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dist docs families install outputs quick sweep test test-processors test-oldest gpu soak check check-format check-lint check-types check-architecture clean
+.PHONY: help demo dist docs families install outputs quick sweep test test-processors test-oldest test-vision gpu soak check check-format check-lint check-types check-architecture clean
 
 # help: list the targets
 help:
@@ -66,14 +66,18 @@ test-processors: install
 test-oldest: install
 	PYTHON=$(BIN)/python .ci/test-oldest
 
+# test-vision: train on rows with images with the processors of released models; installs torchvision
+test-vision: install
+	PYTHON=$(BIN)/python .ci/test-vision
+
 # gpu: test and measure on a CUDA GPU, with the Python of PYTHON=...; installs and downloads nothing
 gpu:
 	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/gpu
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py
 
-# families: check every family of transformers, about half an hour, and write docs/families.md
+# families: check every family of transformers, about half an hour, and write docs/families.md; may be continued
 families: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.sweep --page docs/families.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.families.sweep --kept build/families --page docs/families.md
 
 # soak: 25 kills of each command that writes, 100,000 inputs for all parsers, a fault at every 8th call
 soak: install

@@ -165,9 +165,12 @@ def fill(model: PreTrainedModel) -> None:
 
 def decaying(rows: int, columns: int) -> Tensor:
     """A random matrix with singular values 2 / k: what is left out at a low rank matters."""
-    left, right = torch.randn(rows, rows), torch.randn(columns, columns)
     count = min(rows, columns)
+    wide = max(count, 1024)  # of a long matrix's square one, this many columns are enough
+    left, right = torch.randn(rows, min(rows, wide)), torch.randn(columns, min(columns, wide))
     sigma = 2.0 / torch.arange(1, count + 1)
+    if columns > wide:
+        return torch.linalg.qr(left).Q[:, :count] * sigma @ torch.linalg.qr(right).Q[:, :count].T
     return torch.linalg.qr(left).Q[:, :count] * sigma @ torch.linalg.qr(right).Q[:count]
 
 

@@ -90,7 +90,7 @@ def automatic_layout(
     _refuse_unexplained(path, architecture, infos, targets)
     lost = {one.parameter for one in found.known.values() if not architecture.peft_finds(one.module)}
     known = {name: one for name, one in found.known.items() if name not in lost}
-    left_out = found.left_out | dict.fromkeys(lost, "PEFT would not find its factors under its name")
+    left_out = dict.fromkeys(sorted(lost), "PEFT would not find its factors under its name") | found.left_out
     table: dict[str, Slot] = {}
     for stored in _stored(infos, targets):
         for slot in _slots(stored, known, left_out):

@@ -53,11 +53,32 @@ SMALL: Mapping[str, int] = {
 }
 
 
-def _sections(*sections: int) -> dict[str, Any]:
+_PLAIN_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+_INDEXER: Mapping[str, Any] = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+_DOTS: Mapping[str, Any] = {
+    "num_hidden_layers": 3,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"],
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "per_layer_config": {
+        "02": {
+            "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 16,
+            "head_dim": 24,
+        },
+    },
+}  # fmt: skip
+
+
+def _sections(*sections: int, **more: Any) -> dict[str, Any]:
     """Rotary embeddings of a language model whose sections fill the small heads."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    rope = {**_PLAIN_ROPE, "mrope_section": list(sections)}
     partial = HEAD // 2 - sum(sections)
-    return {"text_config": {"rope_parameters": rope | ({"partial_rotary_factor": 0.5} if partial else {})}}
+    rope |= {"partial_rotary_factor": 0.5} if partial else {}
+    return {"text_config": {"rope_parameters": rope, **more}}
 
 
 # What the rule above gets wrong: sizes that depend on one another in a way of their own.
@@ -72,17 +93,89 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": None},
     "recurrent_gemma": {"num_hidden_layers": 3},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga"), _sections(2, 1, 1)),
-    **dict.fromkeys(("paddleocr_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1)),
+    **dict.fromkeys(("cosmos3_edge", "paddleocr_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1)),
     "glm4v_moe": _sections(1, 1, 0),
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "qwen4_exp_text": {"num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": _DOTS,
+    "dots3_note": {"text_config": _DOTS},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 32},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _PLAIN_ROPE}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "<|visual token 000000|>": 122},
+        "image_token_id": 120,
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 64},
+    },
+    "chameleon": {
+        "vocabulary_map": {"<image>": 120, "IMGIMGA": 121},
+        "image_token_id": 120,
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64},
+    },
+    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64}},
+    "florence2": {"vision_config": {"embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}},
+    "qwen4_exp_text": _INDEXER | {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _INDEXER | {"num_key_value_heads": 2}},
+    "ernie4_5_vl_moe": _sections(1, 1, 2, moe_intermediate_size=[24, 16]),
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}},
+    "mistral4": {"head_dim": 16},
+    "mistral_large4": {
+        "text_config": {
+            "num_hidden_layers": 2,
+            "kv_source_layers": [0, 1],
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["indexed_attention"] * 2,
+            "indexer_types": ["full"] * 2,
+            "no_rope_layers": [1, 0],
+        },
+    },
+    "hunyuan_vl": {"text_config": {"rope_parameters": _PLAIN_ROPE | {"mrope_section": [1, 1, 1, 1]}}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [1],
+    },
+    "muse_spark": {
+        "audio_config": {
+            "num_hidden_layers": 4,
+            "hidden_sizes": [16] * 4,
+            "depths": [1] * 4,
+            "out_hidden_size": WIDTH,
+        },
+    },
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [-1, -2]},
+        "vision_config": {"image_size": [16, 16]},
+    },
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    },
+    "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 32}},
+    **dict.fromkeys(("gemma4_assistant",), {"text_config": {"hidden_size_per_layer_input": 0}}),
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo"),
+        {"num_query_tokens": 4, "image_token_index": VOCABULARY - 1, "video_token_index": VOCABULARY - 1},
+    ),
+    "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
+    "pix2struct": {"vision_config": {"patch_size": 8, "seq_len": 16, "patch_embed_hidden_size": 192}},
     "llama4_text": {"moe_layers": [1, 3]},
 }
 _NO_DEFAULT = ("gemma4_assistant",)
@@ -93,8 +186,13 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_b
 def shrunk(model_type: str) -> PretrainedConfig:
     """A tiny configuration of `model_type`. Raises whatever its class raises."""
     config_class = CONFIG_MAPPING[model_type]
-    values = config_class().to_dict() if model_type not in _NO_DEFAULT else {}
-    return config_class(**_merged(overrides(values), SPECIAL.get(model_type, {})))
+    special = SPECIAL.get(model_type, {})
+    values = config_class(**(special if model_type in _NO_DEFAULT else {})).to_dict()
+    try:
+        return config_class(**_merged(overrides(values), special))
+    except Exception:
+        # Inner configurations are read as a whole: their classes have other defaults than the outer one's.
+        return config_class(**_merged(overrides(values, whole=True), special))
 
 
 def _merged(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,12 +204,15 @@ def _merged(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, 
     return {**values, **inner}
 
 
-def overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration that have to change, also in configurations inside it."""
+def overrides(values: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
+    """The entries of a configuration that have to change, also in configurations inside it.
+
+    With `whole`, configurations inside it keep their other entries.
+    """
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and "model_type" in value:
-            changed[name] = overrides(value)
+            changed[name] = (dict(value) if whole else {}) | overrides(value, whole=whole)
         elif name in SMALL and isinstance(value, int) and not isinstance(value, bool):
             changed[name] = min(value, SMALL[name])
         elif name == "head_dim" and value is None:
