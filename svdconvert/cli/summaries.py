@@ -1,9 +1,8 @@
 """What a command prints when it is done: a short table and the commands that can follow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -19,7 +18,7 @@ from svdconvert.cli.facts import (
     trained_facts,
 )
 from svdconvert.cli.pictures import pictures
-from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
+from svdconvert.cli.terminal import folded, leads, plain, say, standard_output, stdout, wrapped
 from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
 from svdconvert.config.counts import counted
 from svdconvert.config.sizes import size_text
@@ -94,21 +93,26 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     show(table)
 
 
-def catalogue(
-    rows: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], Mapping[str, str]]
-) -> None:
-    """Print methods or layouts: name and summary on one line each, the other columns below it.
-
-    `words` makes headings and texts of the values of a row.
-    """
+def catalogue(rows: Sequence[Mapping[str, Any]], more: str) -> None:
+    """Print what each method or layout is in a sentence, and the command that shows `more` of one."""
     tell_rows(list(rows))
-    width = max(len(str(next(iter(row.values())))) for row in rows) + 2
-    for row in map(words, rows):
-        (_, name), (_, what), *others = row.items()
-        show(Text(f"{plain(name):{width}}", style="bold").append(plain(what), style="not bold"))
-        for label, shown in others:
-            for line in wrap(f"{label}: {shown}", max(20, stdout.width - width), subsequent_indent="  "):
-                show(Text(f"{'':{width}}").append(plain(line), style="dim"))
+    names = [plain(next(iter(row.values()))) for row in rows]
+    width = max(map(len, names)) + 2
+    for name, row in zip(names, rows, strict=True):
+        sentence = plain(list(row.values())[1]).partition(". ")[0].removesuffix(".")
+        if groups := row.get("groups"):
+            sentence += f" (group {', '.join(groups)})"
+        show(Text(f"{name:{width}}", style="bold").append(folded(sentence, width), style="not bold"))
+    show(Text("next", style="dim").append(f"  {more}", style="not dim"))
+
+
+def described(row: Mapping[str, Any], words: Mapping[str, str]) -> None:
+    """Print all that is known of one method or layout; `words` are headings and texts of its row."""
+    tell_rows([row])
+    shown = {plain(label): plain(text) for label, text in words.items() if text and text != "-"}
+    width = max(map(len, shown)) + 2
+    for label, text in shown.items():
+        show(Text(f"{label:{width}}", style="dim").append(folded(text, width), style="not dim"))
 
 
 def show_estimate(source: object, plan: "Estimate") -> None:
