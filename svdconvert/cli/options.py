@@ -59,10 +59,11 @@ class Commands(TyperGroup):
         except _USAGE_ERRORS as error:
             if isinstance(message := getattr(error, "message", None), str):
                 vars(error)["message"] = plain(as_typed(_without_internals(message)))
-            whole = cast(Any, error).format_message()
+            usage = cast(Any, error)
+            whole = usage.format_message()
             if self._json:
                 print_failure(whole, 2)
-            raise _USAGE_ERRORS[0](wrapped(f"Error: {whole}", stderr)[len("Error: ") :], error.ctx) from None
+            raise _USAGE_ERRORS[0](wrapped(f"Error: {whole}", stderr)[len("Error: ") :], usage.ctx) from None
 
 
 _CHOICES = re.compile(r"'([^']*)' is not one of ((?:'[^']*'(?:, )?)+)\.?$")

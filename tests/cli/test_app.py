@@ -168,6 +168,7 @@ def test_ctrl_c_ends_with_status_130(
     monkeypatch.setattr("svdconvert.pipeline.decompose.stream", interrupt)
     ended = svdconvert("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
     assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
+    assert "the same command" in ended.err
 
 
 def test_the_console_script_can_be_loaded() -> None:
