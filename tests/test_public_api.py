@@ -62,7 +62,7 @@ PARAMETERS = {
     "extract": ["base", "tuned", "out", "options", "run"],
     "diff": ["first", "second", "run"],
     "inspect": ["model", "engine"],
-    "list_plugins": ["what"],
+    "list_plugins": ["what", "name"],
     "run": ["recipe", "out", "settings", "*changes", "*watch"],
     "push": ["directory", "repository", "options", "*base", "*residual", "*run"],
     "evaluate": [
