@@ -1,10 +1,12 @@
 """What a command prints when it is done: a short table and the commands that can follow."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -86,11 +88,48 @@ def _then(*commands: str) -> list[str]:
 
 
 def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table with headings."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+    """Print a table with headings. No number is cut or separated from its unit.
+
+    If the lines are too long, cells are broken at their commas and brackets; if that is not enough, the
+    columns stand below each other.
+    """
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if _table_width([columns, *cells]) > stdout.width:
+        broken = [[_BREAKS.sub("\n", cell) for cell in row] for row in cells]
+        heads = [head.replace(" ", "\n") for head in columns]
+        if _table_width([heads, *broken]) > stdout.width:
+            _show_stacked(columns, cells)
+            return
+        columns, cells = heads, broken
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in columns:
+        table.add_column(head, no_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))
     show(table)
+
+
+_BREAKS = re.compile(r"(?<=,) | (?=\()|(?<=->) ")
+_GAP = 2  # spaces between two columns
+
+
+def _table_width(rows: Sequence[Sequence[str]]) -> int:
+    widths = [
+        max(cell_len(line) for cell in column for line in cell.split("\n"))
+        for column in zip(*rows, strict=True)
+    ]
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _show_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Each row as a paragraph: its first cell, and below it the others with their headings."""
+    width = max(map(len, columns)) + 2
+    for name, *others in rows:
+        show(Text(name, style="bold"))
+        for head, cell in zip(columns[1:], others, strict=True):
+            if cell:
+                text = folded(cell, width + 2)
+                show(Text(f"  {head:{width}}", style="dim").append(text, style="not dim"))
 
 
 def catalogue(rows: Sequence[Mapping[str, Any]], more: str) -> None:
