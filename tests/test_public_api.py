@@ -62,7 +62,7 @@ PARAMETERS = {
     "extract": ["base", "tuned", "out", "options", "run"],
     "diff": ["first", "second", "run"],
     "inspect": ["model", "engine"],
-    "list_plugins": ["what"],
+    "list_plugins": ["what", "name"],
     "run": ["recipe", "out", "settings", "*changes", "*watch"],
     "push": ["directory", "repository", "options", "*base", "*residual", "*run"],
     "evaluate": [
@@ -120,7 +120,9 @@ def test_a_whole_chain_in_python(checkpoint: Build, tmp_path: Path) -> None:
         checkpoint("llama"), tmp_path / "pissa", options, svdconvert.Run(device="cpu")
     )
     assert len(made.matrices) == 10
-    assert svdconvert.read_manifest(tmp_path / "pissa").matrices == made.matrices
+    for directory in (tmp_path / "pissa", str(tmp_path / "pissa")):
+        assert svdconvert.read_manifest(directory).matrices == made.matrices
+        assert svdconvert.read_evaluations(directory) == []
     assert svdconvert.verify(tmp_path / "pissa").passed
     assert svdconvert.merge(tmp_path / "pissa", tmp_path / "merged").kind == "merged"
     assert svdconvert.to_lora(tmp_path / "pissa", tmp_path / "lora").kind == "lora"

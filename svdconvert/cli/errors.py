@@ -80,8 +80,11 @@ def _unexpected(error: Exception) -> str:
 
 
 def _how_to_continue(out: object) -> str:
-    exists = out is not None and Path(f"{out}.partial").exists()
-    return f"; the same command continues from {out}.partial" if exists else ""
+    if out is None:
+        return ""
+    if Path(f"{out}.partial").exists():
+        return f"; the same command continues from {out}.partial"
+    return "; nothing had been kept yet, so the same command starts again"
 
 
 def _stop(sentence: str, status: int, answer: Answer | None) -> NoReturn:

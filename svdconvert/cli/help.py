@@ -23,8 +23,8 @@ def examples(*commands: str) -> str:
 
 def format_help(command: Any, context: Any, formatter: Any) -> None:
     """Write the help of a command, or of the program with its commands, into Click's `formatter`."""
-    width = max(_NARROWEST, min(shutil.get_terminal_size().columns, _WIDEST))
-    formatter.write(f"{_bold('Usage:')} {_usage(command, context)}\n")
+    width = _width()
+    formatter.write(_usage(command, context).replace("Usage:", _bold("Usage:"), 1) + "\n")
     for paragraph in (command.help or "").split("\n\n"):
         formatter.write("\n" + _wrapped(" ".join(paragraph.split()), width, 2) + "\n")
     for title, rows in _sections(command, context).items():
@@ -38,7 +38,11 @@ def format_help(command: Any, context: Any, formatter: Any) -> None:
 
 def format_usage(command: Any, context: Any, formatter: Any) -> None:
     """Write the line that a usage error begins with."""
-    formatter.write(f"Usage: {_usage(command, context)}\n")
+    formatter.write(_usage(command, context) + "\n")
+
+
+def _width() -> int:
+    return max(_NARROWEST, min(shutil.get_terminal_size().columns, _WIDEST))
 
 
 def _usage(command: Any, context: Any) -> str:
@@ -47,7 +51,8 @@ def _usage(command: Any, context: Any) -> str:
     words = [*arguments, *output, "[OPTIONS]"]
     if getattr(command, "commands", None):
         words = ["COMMAND", "..."]
-    return " ".join([context.command_path, *words])
+    words = ["Usage:", context.command_path, *words]
+    return "\n    ".join(wrap(" ".join(words), _width() - 4, break_long_words=False, break_on_hyphens=False))
 
 
 def _sections(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:

@@ -154,7 +154,11 @@ def train(
 
 
 @app.command(
-    cls=SingleOptions, epilog=examples("svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf")
+    cls=SingleOptions,
+    epilog=examples(
+        "svdconvert convert RWKV-x060-World-1B6.pth -o hf --layout hf",
+        "svdconvert convert RWKV-x060-World-1B6.pth --layout hf --plan",
+    ),
 )
 @with_options(PushOptions, into="pushing", panel="Publishing")
 @with_options(ConvertOptions)
@@ -164,6 +168,7 @@ def convert(
     model: ModelArg = None,
     out: OutOpt = None,
     recipe: RecipeOpt = None,
+    plan: PlanOpt = False,
     overwrite: OverwriteOpt = False,
     stream: StreamOpt = False,
     push: PushOpt = None,
@@ -173,10 +178,15 @@ def convert(
     """Write MODEL with the names of another layout, such as an RWKV-6 .pth for transformers, and back."""
     with report_errors(debug=debug, out=out, json=json):
         from svdconvert.commands.convert import convert as command
+        from svdconvert.commands.convert import plan_convert
 
         shared = read_recipe(recipe)
         chosen = options(ConvertOptions, shared, typed)
         source = required(model or shared.get("model"), "a MODEL")
+        if plan:
+            refuse_push_options(push, pushing)
+            plan_summaries.show_convert_plan(source, plan_convert(source, chosen))
+            return
         with published(out, push, pushing, shared, stream=stream) as output:
             with progress.shown("convert") as track:
                 run = run_settings(shared, track, overwrite=overwrite)

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from svdconvert.cli.answers import print_failure
 from svdconvert.cli.help import format_help, format_usage
 from svdconvert.cli.option_groups import METAVARS, RESULT, headings
-from svdconvert.cli.terminal import plain
+from svdconvert.cli.terminal import plain, stderr, wrapped
 from svdconvert.cli.wording import as_typed, spelled
 from svdconvert.config.train import REPEATED
 
@@ -59,9 +59,11 @@ class Commands(TyperGroup):
         except _USAGE_ERRORS as error:
             if isinstance(message := getattr(error, "message", None), str):
                 vars(error)["message"] = plain(as_typed(_without_internals(message)))
+            usage = cast(Any, error)
+            whole = usage.format_message()
             if self._json:
-                print_failure(cast(Any, error).format_message(), 2)
-            raise
+                print_failure(whole, 2)
+            raise _USAGE_ERRORS[0](wrapped(f"Error: {whole}", stderr)[len("Error: ") :], usage.ctx) from None
 
 
 _CHOICES = re.compile(r"'([^']*)' is not one of ((?:'[^']*'(?:, )?)+)\.?$")

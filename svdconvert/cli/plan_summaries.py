@@ -11,6 +11,7 @@ from svdconvert.config.sizes import size_text
 if TYPE_CHECKING:
     from svdconvert.checkpoint.tensors import TensorInfo
     from svdconvert.pipeline.combine_estimate import CombineEstimate
+    from svdconvert.pipeline.convert_estimate import ConvertEstimate
     from svdconvert.pipeline.lora_estimate import LoraEstimate
     from svdconvert.pipeline.merge_group import GroupPlan
     from svdconvert.pipeline.merge_plan import MergePlan
@@ -86,6 +87,22 @@ def show_ranks(rows: "Sequence[RankRow]") -> None:
 def rank_facts(row: "RankRow") -> dict[str, Any]:
     """A row of rank against error for --json."""
     return {"rank": row.rank, "error": row.error, "budget_error": row.budget_error, "bytes": row.nbytes}
+
+
+def show_convert_plan(source: object, plan: "ConvertEstimate") -> None:
+    """Print what a conversion would do."""
+    summary(
+        f"convert {source} would",
+        {
+            "layout": plan.layout,
+            "tensors": f"{plan.tensors:,}, {plan.cast:,} of them to another element type",
+            "read": size_text(plan.read),
+            "write": f"{size_text(plan.written)} in {counted(len(plan.files), 'file')}",
+            "peak memory": f"about {size_text(plan.memory)}",
+            "take": f"about {time_text(plan.seconds)}",
+        },
+        facts={"source": str(source), **_with_bytes(asdict(plan))},
+    )
 
 
 def show_combine_plan(plan: "CombineEstimate") -> None:

@@ -239,12 +239,19 @@ def report(
         )
 
 
-@app.command(cls=SingleOptions, name="list", epilog=examples("svdconvert list methods"))
+@app.command(
+    cls=SingleOptions,
+    name="list",
+    epilog=examples("svdconvert list methods", "svdconvert list methods pissa"),
+)
 def list_(
     what: Annotated[
         Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
         typer.Argument(metavar="methods|layouts|merges|formats|tasks|recipes", help="What to list."),
     ],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Only this one, with all that is known of it.")
+    ] = None,
     json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> None:
@@ -252,4 +259,8 @@ def list_(
     with report_errors(debug=debug, json=json):
         from svdconvert.commands.list_plugins import in_words, list_plugins
 
-        summaries.catalogue(list_plugins(what), in_words)
+        rows = list_plugins(what, name)
+        if name is None:
+            summaries.catalogue(rows, f"svdconvert list {what} NAME")
+        else:
+            summaries.described(rows[0], in_words(rows[0]))

@@ -1,11 +1,12 @@
 """What a command prints when it is done: a short table and the commands that can follow."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from svdconvert.cli.facts import (
     trained_facts,
 )
 from svdconvert.cli.pictures import pictures
-from svdconvert.cli.terminal import leads, plain, say, standard_output, stdout, wrapped
+from svdconvert.cli.terminal import folded, leads, plain, say, standard_output, stdout, wrapped
 from svdconvert.cli.training_summary import is_text_model, loss_curve, training_rows
 from svdconvert.config.counts import counted
 from svdconvert.config.sizes import size_text
@@ -87,28 +88,70 @@ def _then(*commands: str) -> list[str]:
 
 
 def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table with headings."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+    """Print a table with headings. No number is cut or separated from its unit.
+
+    If the lines are too long, cells are broken at their commas and brackets; if that is not enough, the
+    columns stand below each other.
+    """
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if _table_width([columns, *cells]) > stdout.width:
+        broken = [[_BREAKS.sub("\n", cell) for cell in row] for row in cells]
+        heads = [head.replace(" ", "\n") for head in columns]
+        if _table_width([heads, *broken]) > stdout.width:
+            _show_stacked(columns, cells)
+            return
+        columns, cells = heads, broken
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in columns:
+        table.add_column(head, no_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))
     show(table)
 
 
-def catalogue(
-    rows: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], Mapping[str, str]]
-) -> None:
-    """Print methods or layouts: name and summary on one line each, the other columns below it.
+_BREAKS = re.compile(r"(?<=,) | (?=\()|(?<=->) ")
+_GAP = 2  # spaces between two columns
 
-    `words` makes headings and texts of the values of a row.
-    """
+
+def _table_width(rows: Sequence[Sequence[str]]) -> int:
+    widths = [
+        max(cell_len(line) for cell in column for line in cell.split("\n"))
+        for column in zip(*rows, strict=True)
+    ]
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _show_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Each row as a paragraph: its first cell, and below it the others with their headings."""
+    width = max(map(len, columns)) + 2
+    for name, *others in rows:
+        show(Text(name, style="bold"))
+        for head, cell in zip(columns[1:], others, strict=True):
+            if cell:
+                text = folded(cell, width + 2)
+                show(Text(f"  {head:{width}}", style="dim").append(text, style="not dim"))
+
+
+def catalogue(rows: Sequence[Mapping[str, Any]], more: str) -> None:
+    """Print what each method or layout is in a sentence, and the command that shows `more` of one."""
     tell_rows(list(rows))
-    width = max(len(str(next(iter(row.values())))) for row in rows) + 2
-    for row in map(words, rows):
-        (_, name), (_, what), *others = row.items()
-        show(Text(f"{plain(name):{width}}", style="bold").append(plain(what), style="not bold"))
-        for label, shown in others:
-            for line in wrap(f"{label}: {shown}", max(20, stdout.width - width), subsequent_indent="  "):
-                show(Text(f"{'':{width}}").append(plain(line), style="dim"))
+    names = [plain(next(iter(row.values()))) for row in rows]
+    width = max(map(len, names)) + 2
+    for name, row in zip(names, rows, strict=True):
+        sentence = plain(list(row.values())[1]).partition(". ")[0].removesuffix(".")
+        if groups := row.get("groups"):
+            sentence += f" (group {', '.join(groups)})"
+        show(Text(f"{name:{width}}", style="bold").append(folded(sentence, width), style="not bold"))
+    show(Text("next", style="dim").append(f"  {more}", style="not dim"))
+
+
+def described(row: Mapping[str, Any], words: Mapping[str, str]) -> None:
+    """Print all that is known of one method or layout; `words` are headings and texts of its row."""
+    tell_rows([row])
+    shown = {plain(label): plain(text) for label, text in words.items() if text and text != "-"}
+    width = max(map(len, shown)) + 2
+    for label, text in shown.items():
+        show(Text(f"{label:{width}}", style="dim").append(folded(text, width), style="not dim"))
 
 
 def show_estimate(source: object, plan: "Estimate") -> None:

@@ -41,8 +41,15 @@ def wrapped(sentence: str, console: Console, indent: int = 0) -> str:
 
     A word that is longer than a line, such as an address, stays whole.
     """
-    if not console.is_terminal:
-        return sentence
+    return _lines(sentence, console, indent) if console.is_terminal else sentence
+
+
+def folded(sentence: str, indent: int) -> str:
+    """The sentence with line breaks for standard output, also if that is no terminal, as in a table."""
+    return _lines(sentence, stdout, indent)
+
+
+def _lines(sentence: str, console: Console, indent: int) -> str:
     width = max(console.width - indent, _NARROWEST)
     lines = wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
     return f"\n{' ' * indent}".join(lines)

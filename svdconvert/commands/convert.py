@@ -9,6 +9,7 @@ from svdconvert.inputs.model import open_plain_model
 from svdconvert.manifest.schema import Manifest
 from svdconvert.output.ownership import check_free
 from svdconvert.pipeline.convert import ConvertJob, plan_conversion
+from svdconvert.pipeline.convert_estimate import ConvertEstimate, estimate_conversion
 from svdconvert.pipeline.effects import refuse_idle_stream
 from svdconvert.pipeline.job import run_job
 
@@ -25,3 +26,10 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions, run: Ru
     opened = open_plain_model(str(model), "convert", stream=run.stream)
     refuse_idle_stream(opened, run)
     return run_job(ConvertJob(opened, plan_conversion(opened, options), options), Path(out), run)
+
+
+@tracked
+def plan_convert(model: str | Path, options: ConvertOptions) -> ConvertEstimate:
+    """Estimate the output of `convert` from headers. Writes nothing."""
+    opened = open_plain_model(str(model), "convert", stream=True)
+    return estimate_conversion(plan_conversion(opened, options))

@@ -1,15 +1,15 @@
 """svdconvert list: methods, layouts, merge methods, formats of weights, tasks, and recipes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from svdconvert.config.recipe_list import recipes
-from svdconvert.errors import PluginError
+from svdconvert.errors import PluginError, UnknownNameError, did_you_mean
 from svdconvert.evaluation.base import TASKS
 from svdconvert.layouts.base import AUTOMATIC, BY_NAMES, LAYOUTS
-from svdconvert.merging.base import MERGES
-from svdconvert.methods.base import METHODS, Method
-from svdconvert.quantization.base import FORMATS
+
+if TYPE_CHECKING:
+    from svdconvert.methods.base import Method
 
 LABELS: Mapping[str, str] = {
     "about": "what it is",
@@ -26,16 +26,24 @@ LABELS: Mapping[str, str] = {
 
 
 def list_plugins(
-    what: Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"],
+    what: Literal["methods", "layouts", "merges", "formats", "tasks", "recipes"], name: str | None = None
 ) -> list[dict[str, Any]]:
     """One row for each method, layout, merge method, format or task, with those of installed packages.
+
+    With a name only the row of that one; raises UnknownNameError if there is none.
 
     For recipes: one row for each recipe of this package. The first value of a row is the name, the second a
     phrase. Several values are a list, parameters a mapping to their defaults; a value that does not apply is
     None. `in_words` makes texts of all of them.
     """
     listing = {"methods": methods, "layouts": layouts, "merges": merges, "formats": formats, "tasks": tasks}
-    return {**listing, "recipes": recipes}[what]()
+    rows = {**listing, "recipes": recipes}[what]()
+    if name is None:
+        return rows
+    known = {str(next(iter(row.values()))): row for row in rows}
+    if name not in known:
+        raise UnknownNameError(f"{name} is none of the {what}; {did_you_mean(name, known)}")
+    return [known[name]]
 
 
 def in_words(row: Mapping[str, Any]) -> dict[str, str]:
@@ -65,10 +73,14 @@ def _number(value: float | bool) -> str:
 
 def methods() -> list[dict[str, Any]]:
     """One row for each method, in the order of their names; for one that cannot be loaded, the reason."""
+    from svdconvert.methods.base import METHODS  # it imports torch, which takes seconds
+
     return [_method_row(name) for name in METHODS.names()]
 
 
 def _method_row(name: str) -> dict[str, Any]:
+    from svdconvert.methods.base import METHODS
+
     try:
         method = METHODS.get(name)
     except PluginError as error:
@@ -87,14 +99,14 @@ def _method_row(name: str) -> dict[str, Any]:
     }
 
 
-def _by_variant(method: Method, text: Callable[[Method], str]) -> str:
+def _by_variant(method: "Method", text: "Callable[[Method], str]") -> str:
     """The text of a method, or those of each of its initialisations if it has several."""
     if not method.variants:
         return text(method)
     return ", ".join(f"{text(variant)} (init {variant.init})" for variant in (method, *method.variants))
 
 
-def _base(method: Method) -> str:
+def _base(method: "Method") -> str:
     if method.split is None:
         return "trained"
     return "residual" if method.residual else "untouched"
@@ -149,10 +161,14 @@ def _layout_row(name: str) -> dict[str, Any]:
 
 def merges() -> list[dict[str, Any]]:
     """One row for each merge method, in the order of their names, or the reason why it cannot be loaded."""
+    from svdconvert.merging.base import MERGES  # it imports torch, which takes seconds
+
     return [_merge_row(name) for name in MERGES.names()]
 
 
 def _merge_row(name: str) -> dict[str, Any]:
+    from svdconvert.merging.base import MERGES
+
     try:
         method = MERGES.get(name)
     except PluginError as error:
@@ -168,10 +184,14 @@ def _merge_row(name: str) -> dict[str, Any]:
 
 def formats() -> list[dict[str, Any]]:
     """One row for each format of quantised weights; for one that cannot be loaded, the reason."""
+    from svdconvert.quantization.base import FORMATS  # it imports torch, which takes seconds
+
     return [_format_row(name) for name in FORMATS.names()]
 
 
 def _format_row(name: str) -> dict[str, Any]:
+    from svdconvert.quantization.base import FORMATS
+
     try:
         plugin = FORMATS.get(name)
     except PluginError as error:

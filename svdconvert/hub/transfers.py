@@ -1,6 +1,6 @@
 """The progress of downloads and uploads, in place of huggingface_hub's own bars."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -61,8 +61,19 @@ def download_followed(name: str, total: int | None) -> Iterator[dict[str, Any]]:
     transfer.finish()
 
 
-def _bar_of(transfer: Transfer) -> type:
-    """A bar that draws nothing and reports the bytes that huggingface_hub counts with it.
+def follow_files(name: str, sizes: Mapping[str, int], download: Callable[..., object]) -> None:
+    """Call `download` with each file, and with arguments for `hf_hub_download` that report its bytes."""
+    transfer = Transfer("fetch", sum(sizes.values()), name)
+    done = 0
+    for file, size in sizes.items():
+        download(file, tqdm_class=_bar_of(transfer, done))
+        done += size
+        transfer.advance_to(done)
+    transfer.finish()
+
+
+def _bar_of(transfer: Transfer, before: int = 0) -> type:
+    """A bar that draws nothing and reports the bytes that huggingface_hub counts, after those `before`.
 
     There are several for one download: of files, of bytes received and of bytes written. The last two are
     about equal, and the larger one counts.
@@ -81,7 +92,7 @@ def _bar_of(transfer: Transfer) -> type:
             self.n += n or 0
             if self.counts_bytes and self.n > most[0]:
                 most[0] = int(self.n)
-                transfer.advance_to(most[0])
+                transfer.advance_to(before + most[0])
 
     return Bar
 

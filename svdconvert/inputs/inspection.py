@@ -177,7 +177,7 @@ def _next_commands(path: str, manifest: Manifest) -> list[str]:
     base = "" if manifest.base else " --base BASE"
     return {
         "decomposed": [f"svdconvert train {path} -o TRAINED --data FILE", f"svdconvert verify {path}"],
-        "trained": [f"svdconvert merge {path} -o MERGED", f"svdconvert to-lora {path} -o LORA"],
+        "trained": [f"svdconvert to-lora {path} -o LORA", f"svdconvert merge {path} -o MERGED"],
         "finetuned": [*plain, f"svdconvert verify {path}"],
         "merged": [*plain, f"svdconvert verify {path}"],
         "converted": [*plain, f"svdconvert decompose {path} -o DECOMPOSED"],

@@ -152,12 +152,12 @@ def manifest_fingerprint(manifest: Manifest) -> str:
     return digest([{file: dict(sums) for file, sums in manifest.files.items()}, known])
 
 
-def read_evaluations(directory: Path) -> list[EvaluationResult]:
+def read_evaluations(directory: str | Path) -> list[EvaluationResult]:
     """The results in DIR/evaluations, sorted by task; empty if there are none.
 
     Raises ArtifactError if a file is damaged or of an unknown format.
     """
-    return [read_evaluation(path) for path in result_paths(directory)]
+    return [read_evaluation(path) for path in result_paths(Path(directory))]
 
 
 def result_paths(directory: Path) -> list[Path]:

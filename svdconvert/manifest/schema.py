@@ -232,12 +232,13 @@ def has_manifest(directory: Path) -> bool:
     return (directory / MANIFEST_NAME).is_file()
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a directory.
 
     Raises ArtifactError if it is missing, damaged or of an unknown format, or if it lists a file that is
     outside the directory, is hidden, or is not of a kind that belongs to a model.
     """
+    directory = Path(directory)
     path = directory / MANIFEST_NAME
     if not path.is_file():
         if not directory.is_dir():

@@ -25,6 +25,7 @@ from svdconvert.linalg.threads import parallel_matrices, pick_device
 from svdconvert.manifest.fingerprint import checksum
 from svdconvert.manifest.results import KeptUpdate, MergeResult, RecoveredFactors, Update
 from svdconvert.manifest.schema import Manifest, roles_of
+from svdconvert.manifest.training import Training
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
@@ -172,8 +173,23 @@ def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:
             f"rounding swallows updates in {len(low)} of {len(update.matrices)} matrices: {update.kept:.1%} "
             f"of the training's change is in the merged weights, cosine {update.cosine:.2f} with all of it "
             f"(lowest: {low[worst]:.2f} in {worst}), and as far as it is missing they answer like the "
-            f"untrained base; what that costs in loss only an evaluation shows; {advice}"
+            f"untrained base; {_in_loss(manifest.training, update)}; {advice}"
         )
+
+
+def _in_loss(training: Training | None, update: Update) -> str:
+    """What the missing part of an update is expected to cost."""
+    share = f"about {update.expected_gain:.0%} of what the training gained in loss should remain"
+    if training is None or len(training.held_out) < 2:
+        return share
+    before = training.held_out[0][1]
+    points = [loss for _, loss in training.held_out]
+    after = min(points) if training.options.get("keep_best") else points[-1]
+    expected = before - update.expected_gain * (before - after)
+    return (
+        f"{share}: a held-out loss near {expected:.4f}, which was {before:.4f} before training and is "
+        f"{after:.4f} with all of the change"
+    )
 
 
 _T = TypeVar("_T")

@@ -38,9 +38,9 @@ def resolve_defaults(
     if options.corrected_gradient and method.trains != {"lora_B"}:
         raise RecipeError("`corrected_gradient` is for methods that train B only (lora-fa); leave it out")
     resolved = replace(options.with_default_lr(method.learning_rate), dropout=options.dropout or dropout)
-    if resolved.penalty is None:
+    if resolved.penalty is None and method.penalty:
         default = PUBLISHED if options.penalty_rule == "reference" else method.penalty
-        resolved = replace(resolved, penalty=default if method.penalty else 0.0)
+        resolved = replace(resolved, penalty=default)
     if resolved.dropout and method.dropout_harms:
         notify(
             f"`dropout` {resolved.dropout:g} randomly removes principal components of the model, because "

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _ENCODED = "what the tokenizer and its chat template make of the rows"
 """As the journal names it if it has changed."""
+LONGEST = 300.0
+"""Seconds of training that an interruption may cost, if --save-every is later."""
 Watch = Callable[[Log, int], None]
 """Called with every measurement and the total number of steps."""
 
@@ -173,6 +175,8 @@ def train_and_record(job: TrainingJob, staged: StagedOutput, run: Run) -> Checkp
         every=options.save_every,
         limit=options.save_limit,
         leads=run.ranks.leads,
+        # Processes could differ about the time, and checkpoints that are kept must not depend on it.
+        seconds=None if job.accelerator.num_processes > 1 or options.keep_checkpoints else LONGEST,
     )
     if checkpoints.step:
         staged.keep()

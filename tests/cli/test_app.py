@@ -4,19 +4,22 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_group
 
 from svdconvert.cli.app import app
+from svdconvert.commands.list_plugins import in_words, list_plugins
 from svdconvert.layouts.base import LAYOUTS
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.methods.base import METHODS
 from svdconvert.quantization.base import FORMATS
 from tests.conftest import Build
-from tests.program import content, succeeded, svdconvert
+from tests.program import content, refused, succeeded, svdconvert
 
 COMMANDS = sorted(get_group(app).commands)
 
@@ -66,14 +69,42 @@ def test_list_as_json_has_a_row_for_each() -> None:
     assert [row["format"] for row in formats] == FORMATS.names()
 
 
-@pytest.mark.parametrize("what", ["methods", "layouts", "formats"])
+@pytest.mark.parametrize("what", ["methods", "layouts", "formats", "tasks", "recipes", "merges"])
 def test_list_is_readable_in_80_columns(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    rows = list_plugins(what)  # type: ignore[arg-type]
     lines = succeeded("list", what).out.splitlines()
-    names = [line.split()[0] for line in lines if not line.startswith(" ")]
-    layouts = [*LAYOUTS.names(), "auto", "names"]
-    assert names == {"methods": METHODS.names(), "layouts": layouts, "formats": FORMATS.names()}[what]
+    assert lines.pop() == f"next  svdconvert list {what} NAME"
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [*map(name_of, rows)]
     assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    sentences = " ".join(
+        f"{value} (group {' '.join(row.get('groups', ()))})" for row in rows for value in row.values()
+    )
+    assert {word for word in words if word.rstrip(".,") not in sentences} == set(), "a word is cut"
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    return str(next(iter(row.values())))
+
+
+@pytest.mark.parametrize(("what", "name"), [("methods", "pissa"), ("tasks", "gsm8k"), ("merges", "ties")])
+def test_list_shows_all_of_one(what: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = succeeded("list", what, name).out
+    (row,) = list_plugins(what, name)
+    for label, text in in_words(row).items():
+        assert text in ("", "-") or f"{label} {text}" in " ".join(out.split())
+    assert json.loads(succeeded("list", what, name, "--json").out) == [row]
+    refused("list", what, f"{name}x", words=[f"did you mean {name}?"])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("what", ["layouts", "tasks", "recipes"])
+def test_a_list_without_arithmetic_imports_no_torch(what: str) -> None:
+    code = f"import sys; from svdconvert.commands.list_plugins import list_plugins; list_plugins({what!r}); "
+    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True)
+    assert done.stdout.strip() == b"False", done.stderr
 
 
 def test_a_plan_writes_nothing_and_names_the_right_sizes(checkpoint: Build, tmp_path: Path) -> None:
@@ -137,6 +168,7 @@ def test_ctrl_c_ends_with_status_130(
     monkeypatch.setattr("svdconvert.pipeline.decompose.stream", interrupt)
     ended = svdconvert("decompose", checkpoint("llama"), "-o", tmp_path / "out", "--rank", 4)
     assert (ended.status, ended.err.startswith("svdconvert: interrupted")) == (130, True)
+    assert "the same command" in ended.err
 
 
 def test_the_console_script_can_be_loaded() -> None:

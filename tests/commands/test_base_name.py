@@ -13,8 +13,10 @@ from svdconvert.commands.push import plan_push
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.publish.files import SourceRepos, collect_files
 from tests.conftest import Build
+from tests.loopback_hub.server import Hub
 from tests.program import refused
 from tests.stock import trained_from
+from tests.visitor import Visitor
 
 
 @pytest.fixture
@@ -39,6 +41,32 @@ def test_the_name_that_was_given_is_written_and_loaded(
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "lora")
     ids = torch.arange(8)[None]
     assert torch.equal(found(ids).logits, expected(ids).logits)
+
+
+FROM_THE_HUB = """
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+from svdconvert import LoraOptions, SplitOptions, decompose, to_lora
+from pathlib import Path
+from tests.stock import trained_from
+decompose("org/base", "split", SplitOptions(rank=4))
+lora = to_lora(trained_from(Path("split"), Path("trained")), "lora", residual="split")
+found = AutoPeftModelForCausalLM.from_pretrained("lora")
+expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "lora")
+ids = torch.arange(8)[None]
+name = found.peft_config["default"].base_model_name_or_path
+result = [name, torch.equal(found(ids).logits, expected(ids).logits)]
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_lora_of_a_base_of_the_hub_loads_by_its_own_directory(
+    hub: Hub, alice: Visitor, checkpoint: Build
+) -> None:
+    hub.create("org/base", checkpoint("llama", dtype=torch.float32))
+    assert alice.runs(FROM_THE_HUB) == ["org/base", True]
 
 
 @pytest.mark.parametrize("name", ["org/base", None])

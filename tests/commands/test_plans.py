@@ -14,6 +14,7 @@ from svdconvert import Run, SplitOptions, decompose
 from tests.conftest import Build
 from tests.program import content, refused, succeeded
 from tests.reading import readable, write_sums
+from tests.rwkv6 import random_model, save
 from tests.stock import tensors, trained_from
 
 RUN = Run(device="cpu", threads=1)
@@ -136,6 +137,22 @@ def test_a_plan_of_to_lora_has_the_error_of_every_rank(model: Path, tmp_path: Pa
         assert row["bytes"] == stored_bytes(out)
     untrained = planned("to-lora", tmp_path / "split")
     assert untrained["changed"] is False
+
+
+@pytest.mark.parametrize(("words", "cast"), [([], False), (["--dtype", "float32"], True)])
+def test_a_plan_of_a_conversion_has_the_size_of_the_result(
+    words: list[str], cast: bool, tmp_path: Path
+) -> None:
+    source = save(random_model(), tmp_path / "m.pth", torch.bfloat16)
+    command = ["convert", source, "--layout", "hf", *words]
+    plan = planned(*command)
+    assert [*tmp_path.iterdir()] == [source]
+    succeeded(*command, "-o", tmp_path / "out")
+    assert plan["written_bytes"] == stored_bytes(tmp_path / "out")
+    assert plan["files"] == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert plan["tensors"] == len(tensors(tmp_path / "out"))
+    assert bool(plan["cast"]) == cast
+    assert plan["read_bytes"] * (2 if cast else 1) == plan["written_bytes"]
 
 
 def test_a_plan_of_a_push_names_the_files_and_needs_no_network(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """merge says how much of the update the stored numbers hold, and has two remedies."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from svdconvert.commands.merge import merge
 from svdconvert.manifest.schema import read_manifest
-from svdconvert.pipeline.merge import MergeOptions
+from svdconvert.manifest.training import Training
+from svdconvert.pipeline.merge import MergeOptions, remark_on_rounding
 from tests.program import succeeded, svdconvert
 from tests.stock import same_bytes, tensors, trained_from
 
@@ -36,10 +38,27 @@ def test_a_small_update_is_warned_about_and_written_down(
     assert ended.err.index("to-lora") < ended.err.index("--dtype float32")
     note = read_manifest(tmp_path / "out").result.update
     assert f"{note.kept:.1%} of the training's change is in the merged weights" in ended.err
+    assert f"about {1 - (1 - note.kept) ** 2:.0%} of what the training gained in loss should" in ended.err
     assert len(note.matrices) == 14
     assert all(0 <= row.cosine < 0.95 for row in note.matrices.values())
     assert 0 <= note.cosine < 0.95
     assert f"cosine {note.cosine:.4f}" in ended.out
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_the_warning_says_which_loss_to_expect(
+    keep_best: bool, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trained, out = small
+    losses = ((0, 3.0), (5, 1.0), (9, 2.0))
+    training = Training(options={"keep_best": keep_best}, steps=9, held_out=losses)
+    merge(trained, tmp_path / "out", residual=str(out))
+    merged = replace(read_manifest(tmp_path / "out"), training=training)
+    (sentence,) = remark_on_rounding(merged, "advice")
+    after = 1.0 if keep_best else 2.0
+    kept = merged.result.update.kept
+    expected = 3 - (1 - (1 - kept) ** 2) * (3 - after)
+    assert f"near {expected:.4f}, which was 3.0000 before training and is {after:.4f} with all" in sentence
 
 
 def test_what_is_written_down_is_what_the_files_hold(

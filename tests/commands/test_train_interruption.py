@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,28 @@ def test_a_killed_run_ends_in_the_bytes_of_an_undisturbed_one(prepared: Path, tm
     assert f"going on from {out}.partial: " in succeeded(*command, "--threads", 1).err
     assert sums(out) == sums(tmp_path / "undisturbed")
     assert not staging_directory(out).exists()
+
+
+@pytest.mark.slow
+def test_a_slow_run_saves_checkpoints_by_the_clock_too(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = TrainOptions(data=str(prepared / "sums.jsonl"), **{**OPTIONS, "steps": 6, "save_every": 100})
+
+    def interrupt(log: object, steps: int) -> None:
+        if getattr(log, "step", 0) == 4:
+            raise KeyboardInterrupt
+
+    run = Run(device="cpu", threads=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("svdconvert.training.run.LONGEST", 0.0)
+        train(prepared / "start", tmp_path / "out", chosen, run, watch=interrupt)
+    assert (staging_directory(tmp_path / "out") / "checkpoints" / "step-00000003.pt").exists()
+    said: list[str] = []
+    train(prepared / "start", tmp_path / "out", chosen, replace(run, notify=said.append))
+    assert any("3 steps are done" in sentence for sentence in said)
+    train(prepared / "start", tmp_path / "undisturbed", chosen, run)
+    assert sums(tmp_path / "out") == sums(tmp_path / "undisturbed")
 
 
 @pytest.mark.processes

@@ -57,7 +57,7 @@ def words_of(command: str, kind: str, here: Path, out: Path) -> list[list[Any]]:
         "train": [[one, "-o", out, *rows, *rank], [one, *rows, *rank, "--plan"]],
         "merge": [[one, "-o", out, *base], [one, *base, "--plan"], [one, here / "trained", "--plan"]],
         "to-lora": [[one, "-o", out, *base], [one, *base, "--plan"]],
-        "convert": [[one, "-o", out, "--layout", "web-rwkv"]],
+        "convert": [[one, "-o", out, "--layout", "web-rwkv"], [one, "--layout", "web-rwkv", "--plan"]],
         "combine": [
             [one, other if plain else here / "trained", "-o", out, *base],
             [one, other if plain else here / "trained", *base, "--plan"],

@@ -21,6 +21,7 @@ from tests.loopback_hub.repository import LARGE, MAIN, Absent, File, Repository,
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
 ANY = r"(?P<name>(?:datasets/)?[\w.-]+/[\w.-]+)"
 """A model or, with its prefix as its name here, a data set."""
+OF_ANY = rf"/api/(?:models/|(?=datasets/)){ANY}"
 
 
 class Hub:
@@ -132,7 +133,7 @@ class Handler(Connection):
         self.hub.create(name, private=wanted.get("visibility") == "private")
         self._json(url)
 
-    @route("GET", rf"/api/models/{NAME}(/revision/(?P<revision>.+))?")
+    @route("GET", rf"{OF_ANY}(/revision/(?P<revision>.+))?")
     def info(self, name: str, revision: str | None) -> None:
         found = self._repository(name)
         commit = found.head(revision or MAIN)
@@ -145,18 +146,18 @@ class Handler(Connection):
             raise Refused(404, "RepoNotFound", "Repository not found")
         self._send(307, b"{}", {"Location": f"/api/models/{self.hub.moved[name]}"})
 
-    @route("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+|refs/pr/\d+)")
+    @route("GET", rf"{OF_ANY}/tree/(?P<revision>[^/]+|refs/pr/\d+)")
     def tree(self, name: str, revision: str) -> None:
         files = self._repository(name).head(revision).files
         self._json([_entry(path, file) for path, file in sorted(files.items())])
 
-    @route("POST", rf"/api/models/{NAME}/paths-info/(?P<revision>.+)")
+    @route("POST", rf"{OF_ANY}/paths-info/(?P<revision>.+)")
     def paths(self, name: str, revision: str) -> None:
         wanted = parse_qs(self.body.decode())["paths"]
         files = self._repository(name).head(revision).files
         self._json([_entry(path, files[path]) for path in wanted if path in files])
 
-    @route("GET", rf"/api/models/{NAME}/refs")
+    @route("GET", rf"{OF_ANY}/refs")
     def refs(self, name: str) -> None:
         found = self._repository(name)
         branches = [

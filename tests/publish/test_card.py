@@ -181,6 +181,7 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], made: Pat
         "lora": ["svdconvert to-lora TRAINED --rank 3 -o lora --push alice/lora"],
         "merged": ["svdconvert merge TRAINED -o merged --push alice/merged"],
     }
+    assert "--penalty" not in commands["trained"][0] + commands["full"][0]
     assert re.match(r"svdconvert train alice/pissa@[0-9a-f]{40} --data sums.jsonl ", commands["trained"][0])
     assert commands["full"][0].startswith(f"svdconvert train {at[0]} --method full --data sums.jsonl ")
     assert str(made) not in "".join(published.values())

@@ -22,7 +22,8 @@ def ignore(sentence: str) -> None:
 def test_the_methods_numbers_are_the_defaults(name: str) -> None:
     method = METHODS.get(name)
     found = resolve_defaults(TrainOptions(), method, 0.0, ignore)
-    assert (found.lr, found.penalty) == (method.learning_rate, method.penalty)
+    assert (found.lr, found.penalty) == (method.learning_rate, method.penalty or None)
+    assert resolve_defaults(found, method, 0.0, ignore) == found, "a card's command would be refused"
     assert resolve_defaults(TrainOptions(lr=0.5), method, 0.0, ignore).lr == 0.5
 
 

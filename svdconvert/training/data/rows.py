@@ -5,10 +5,11 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from svdconvert.checkpoint.json_text import DEEPEST, depth, parse_json
 from svdconvert.config.progress import report
 from svdconvert.errors import DataError, brief, did_you_mean
 from svdconvert.hub.auth import find_token
+from svdconvert.hub.data_sets import fetch_data_files
 
 Row = Mapping[str, Any]
 FieldSet = tuple[str, ...]
@@ -227,20 +229,34 @@ def _refuse_uneven_rows(path: Path, header: list[str], style: Mapping[str, Any])
 
 
 def _read_hub(data: str, split: str, revision: str | None) -> Any:
+    from datasets import load_dataset_builder
+
     name, _, config = data.partition(":")
-    description = f"{data}, taken for a Hub data set"
-    return _load_dataset(
-        description, name, name=config or None, split=split, revision=revision, token=find_token()
-    )
+
+    def load() -> Any:
+        """What load_dataset does, with the progress of the download."""
+        builder = load_dataset_builder(name, config or None, revision=revision, token=find_token())
+        if not Path(builder.cache_dir).exists():
+            files = builder.config.data_files or {}
+            fetch_data_files(data, chain.from_iterable(files[part] for part in files))
+            report("read rows", 0, name=data)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    return _rows_of(f"{data}, taken for a Hub data set", load)
 
 
 def _load_dataset(description: str, *args: Any, **arguments: Any) -> Any:
     """datasets.load_dataset without output; its errors become a DataError that starts with `description`."""
     from datasets import load_dataset
 
+    return _rows_of(description, lambda: load_dataset(*args, **arguments))
+
+
+def _rows_of(description: str, load: Callable[[], Any]) -> Any:
     try:
         with _datasets_silenced():
-            return _with_encoded_images(load_dataset(*args, **arguments))
+            return _with_encoded_images(load())
     except Exception as error:  # the readers of `datasets` raise errors of many libraries
         raise DataError(f"{description}: {_reason(error)}") from error
 

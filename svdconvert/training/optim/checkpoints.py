@@ -39,6 +39,8 @@ class Checkpoints:
     """How many of the newest checkpoints are kept."""
     leads: bool = True
     """True in the only process that writes."""
+    seconds: float | None = None
+    """A checkpoint is also due when so much time has passed without one; None for the steps alone."""
     before_save: Callable[[], None] = do_nothing
     """Called in the process that writes, before each checkpoint."""
 
@@ -59,9 +61,9 @@ class Checkpoints:
             raise CheckpointError(f"{file} holds no state of a training run; remove it to use an older one")
         return state
 
-    def is_due(self, step: int) -> bool:
-        """True if a checkpoint is to be saved after this step."""
-        return step % self.every == 0
+    def is_due(self, step: int, waited: float = 0.0) -> bool:
+        """True if a checkpoint is to be saved after this step, `waited` seconds after the one before."""
+        return step % self.every == 0 or (self.seconds is not None and waited >= self.seconds)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step`, and delete all but the newest checkpoints."""

@@ -100,12 +100,14 @@ def fit(
             run.restore(state)
         else:
             yield from run.evaluate_if_due(0)
+        saved = perf_counter()
         while run.progress.step < total and not run.is_out_of_patience():
             yield run.take_step()
             yield from run.evaluate_if_due(run.progress.step)
             # A step's measurements are yielded before its checkpoint is saved, so the caller has logged them.
-            if checkpoints and checkpoints.is_due(run.progress.step):
+            if checkpoints and checkpoints.is_due(run.progress.step, perf_counter() - saved):
                 checkpoints.save(run.progress.step, run.state())
+                saved = perf_counter()
         run.restore_best_weights()
 
 
