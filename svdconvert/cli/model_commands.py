@@ -184,7 +184,7 @@ def convert(
         chosen = options(ConvertOptions, shared, typed)
         source = required(model or shared.get("model"), "a MODEL")
         if plan:
-            refuse_push_options(push, pushing)
+            check_plan(out, push, pushing, shared, overwrite=overwrite)
             plan_summaries.show_convert_plan(source, plan_convert(source, chosen))
             return
         with published(out, push, pushing, shared, stream=stream) as output:

@@ -180,17 +180,7 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     if name in plan.resized:
         weight = plan.weights.delta.parameter(plan.resized[name]).to(weight.dtype)
     unchanged = weight.to(found.dtype)
-    if plan.weights.delta.adapter.config.dora:
-        wanted = merged_dora(plan, name, weight)
-        update = wanted - weight.float()
-        once = wanted.to(found.dtype)
-        in_peft = [once]
-    else:
-        product, update = _changes(plan, name, weight)
-        once = merged_(weight.clone(), product, found.dtype)[0]
-        in_peft = [unchanged + update.to(found.dtype)]
-        if is_decoded(plan.source, name):
-            in_peft.append(merged_(unchanged.clone(), product, found.dtype)[0])
+    once, in_peft, update = _right_results(plan, name, weight, found.dtype)
     exact = float((once == found).double().mean())
     if _same(once, found):
         return AuditedMatrix(name, "one rounding", exact)
@@ -206,6 +196,22 @@ def _audit_matrix(plan: MergePlan, merged: TensorSource, name: str) -> AuditedMa
     return AuditedMatrix(
         name, "something else", exact, *_fit(found.double() - weight.double(), update.double())
     )
+
+
+def _right_results(
+    plan: MergePlan, name: str, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(the merged matrix under one rounding, what PEFT's orders of rounding give, the change in float32)."""
+    if plan.weights.delta.adapter.config.dora:
+        wanted = merged_dora(plan, name, weight)
+        once = wanted.to(dtype)
+        return once, [once], wanted - weight.float()
+    product, update = _changes(plan, name, weight)
+    unchanged = weight.to(dtype)
+    in_peft = [unchanged + update.to(dtype)]
+    if is_decoded(plan.source, name):
+        in_peft.append(merged_(unchanged.clone(), product, dtype)[0])
+    return merged_(weight.clone(), product, dtype)[0], in_peft, update
 
 
 def _changes(plan: MergePlan, name: str, weight: Tensor) -> tuple[Product, Tensor]:

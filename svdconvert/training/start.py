@@ -124,7 +124,7 @@ def open_training_start(
         if base is not None:
             raise ArtifactError(f"--base {base} changes nothing: {model} is a base itself; leave it out")
         opened = open_model(model, trust_remote_code=run.trust_remote_code)
-            if METHODS.get(split.method).split is None:
+        if METHODS.get(split.method).split is None:
             refuse_adapter_options(split)
             return FullStart(
                 model=opened,
