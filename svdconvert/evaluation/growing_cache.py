@@ -41,7 +41,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Keep some rows of the batch; only those that change their place are copied."""
         if not self.is_initialized:
             return
-        count, length = len(indices), self.get_seq_length()
+        count = len(indices)
+        length = self.get_seq_length()
         places = torch.arange(count, device=indices.device)
         moved = places[indices != places]
         for buffer in self._buffers:
