@@ -32,7 +32,8 @@ def remarks_on_configs(first: OpenModel, others: Iterable[OpenModel]) -> Iterato
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """The names of the settings that both have, with other values."""
     for name in sorted(one.keys() & two.keys() - _OTHERS):
-        left, right = one[name], two[name]
+        left = one[name]
+        right = two[name]
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             yield from _differences(left, right, f"{prefix}{name}.")
         elif left is not None and right is not None and left != right:
