@@ -107,10 +107,11 @@ def install_adapter(
     _refuse_unusable(delta, weights)
     projections = _projections(delta, base)
     paths = _network_paths(weights.model, layout)
+    factors = _factors(delta, weights)
     try:
-        inject_adapters(network, _factors(delta, weights), frozenset(), paths=paths, projections=projections)
+        inject_adapters(network, factors, frozenset(), paths=paths, projections=projections)
     except ArtifactError as error:
-        raise ArtifactError(f"{error}\nmerge it, and evaluate the merged model") from error
+        raise ArtifactError(f"{error}; merge it, and evaluate the merged model") from error
     values = {name: delta.parameter(name) for name in delta.adapter.extras}
     fill_parameters(network, values, layout)
 

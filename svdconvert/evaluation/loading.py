@@ -65,8 +65,10 @@ class Opened:
     def load(self, dtype: str, run: Run) -> nn.Module:
         """The network on the run's device, in `dtype` or, for "auto", as it is stored.
 
-        Raises CheckpointError or ArtifactError if it cannot be loaded, or lacks weights.
+        Raises CheckpointError, TargetError or ArtifactError if it cannot be loaded, or lacks weights.
         """
+        infos = self.weights.source.infos
+        self.weights.refuse_codes(infos, self.layout.slots(infos))
         chosen: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
         if self.labels is None:
             network = load_network(self.weights.sidecars, self.layout, chosen, run)

@@ -13,6 +13,7 @@ from svdconvert.checkpoint.values import cast_finite
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.execution import Run
 from svdconvert.errors import TargetError
+from svdconvert.inputs.config_differences import remarks_on_configs
 from svdconvert.linalg.delta import realised_changes
 from svdconvert.linalg.threads import pick_device
 from svdconvert.manifest.results import MergeResult
@@ -95,8 +96,10 @@ class CheckpointJob:
         return {"inputs": found, "base": self.plan.file.base}
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """A warning if rounding lost too much of some updates."""
-        return remark_on_rounding(manifest, "--dtype float32 keeps it")
+        """Warnings if rounding lost too much of some updates, and if the models have other settings."""
+        yield from remark_on_rounding(manifest, "--dtype float32 keeps it")
+        kept = self.plan.models[self.plan.first]
+        yield from remarks_on_configs(kept, [model for model in self.plan.models if model is not kept])
 
 
 def combine_work(plan: CheckpointPlan, device: torch.device) -> TensorJob:

@@ -18,6 +18,7 @@ from svdconvert.checkpoint.tensors import REAL
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ExtractOptions
 from svdconvert.errors import ArtifactError, TargetError
+from svdconvert.inputs.config_differences import remarks_on_configs
 from svdconvert.inputs.model import format_reference
 from svdconvert.inputs.model_pair import Difference
 from svdconvert.linalg.approximation import Approximation, of_rank, within
@@ -94,8 +95,9 @@ class ExtractJob:
         )
 
     def remarks(self, manifest: Manifest) -> Iterator[str]:
-        """Which tensors changed and are not in the LoRA."""
+        """Which tensors changed and are not in the LoRA, and which settings differ."""
         assert isinstance(manifest.result, LoraResult) and manifest.result.extracted
+        yield from remarks_on_configs(self.plan.pair.base, [self.plan.pair.tuned])
         omitted = manifest.result.extracted.omitted
         if omitted:
             yield (

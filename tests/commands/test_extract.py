@@ -180,7 +180,7 @@ def test_matrices_that_did_not_change_get_no_factors(checkpoint: Build, tmp_path
 def test_every_family_and_its_biases_come_back(family: str, checkpoint: Build, tmp_path: Path) -> None:
     base = checkpoint(family, dtype=torch.float32)
     tuned = tuned_from(base, tmp_path / "tuned")
-    found = extraction(extract(base, tuned, tmp_path / "lora", ExtractOptions(rank=64), RUN))
+    found = extraction(extract(base, tuned, tmp_path / "lora", ExtractOptions(rank=32), RUN))
     assert found.omitted == {} and found.error < 1e-5
     merge(tmp_path / "lora", tmp_path / "merged", run=RUN)
     assert distance(tmp_path / "merged", tuned, base) < 1e-5
@@ -192,7 +192,7 @@ def test_stock_peft_loads_it_and_gives_the_tuned_models_logits(
 ) -> None:
     base = checkpoint("llama", dtype=torch.float32, tied=tied)
     tuned = tuned_from(base, tmp_path / "tuned")
-    extract(base, tuned, tmp_path / "lora", ExtractOptions(rank=64), RUN)
+    extract(base, tuned, tmp_path / "lora", ExtractOptions(rank=32), RUN)
     wanted = stock.logits(stock.plain(tuned))
     found = stock.logits(stock.adapted(base, tmp_path / "lora"))
     assert torch.allclose(found, wanted, atol=1e-4)
