@@ -95,8 +95,13 @@ def automatic_layout(
         targets = architecture.targets(infos)
     _refuse_unexplained(path, architecture, infos, targets)
     lost = {one.parameter for one in found.known.values() if not architecture.peft_finds(one.module)}
-    known = {name: one for name, one in found.known.items() if name not in lost}
-    left_out = dict.fromkeys(sorted(lost), "PEFT would not find its factors under its name") | found.left_out
+    shared = architecture.shared_weights() & {*found.known}
+    known = {name: one for name, one in found.known.items() if name not in lost | shared}
+    left_out = {
+        **dict.fromkeys(sorted(lost), "PEFT would not find its factors under its name"),
+        **dict.fromkeys(sorted(shared), "several layers share it, and PEFT would adapt each of them"),
+        **found.left_out,
+    }
     table: dict[str, Slot] = {}
     for stored in _stored(infos, targets):
         for slot in _slots(stored, known, left_out):
