@@ -35,6 +35,8 @@ class AutomaticLayout(Layout):
     """Tensor of the files, or part of one -> its slot."""
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Tensor of the files -> its parameter at run time, if one is the other under a different name."""
+    rearranged: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Tensor of the files that is cut, permuted or put together -> the modules whose weights it goes into."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Matrix of the blocks without a role -> why it has none; "*" in place of numbers."""
     assumptions: tuple[str, ...] = ()
@@ -51,6 +53,10 @@ class AutomaticLayout(Layout):
     def module(self, name: str) -> str:
         """The path at run time of the module whose weight the tensor `name` is."""
         return self.runtime_name(name).removesuffix(".weight")
+
+    def modules_of(self, name: str) -> Sequence[str]:
+        """The paths at run time of the modules whose weights the tensor `name` has something of."""
+        return self.rearranged.get(name) or (self.module(name),)
 
     def runtime_name(self, name: str) -> str:
         """The name at run time of the parameter that is the tensor `name` in the files."""
@@ -89,8 +95,13 @@ def automatic_layout(
         targets = architecture.targets(infos)
     _refuse_unexplained(path, architecture, infos, targets)
     lost = {one.parameter for one in found.known.values() if not architecture.peft_finds(one.module)}
-    known = {name: one for name, one in found.known.items() if name not in lost}
-    left_out = dict.fromkeys(sorted(lost), "PEFT would not find its factors under its name") | found.left_out
+    shared = architecture.shared_weights() & {*found.known}
+    known = {name: one for name, one in found.known.items() if name not in lost | shared}
+    left_out = {
+        **dict.fromkeys(sorted(lost), "PEFT would not find its factors under its name"),
+        **dict.fromkeys(sorted(shared), "several layers share it, and PEFT would adapt each of them"),
+        **found.left_out,
+    }
     table: dict[str, Slot] = {}
     for stored in _stored(infos, targets):
         for slot in _slots(stored, known, left_out):
@@ -104,6 +115,7 @@ def automatic_layout(
         summary=f"{type(architecture.network).__name__} of transformers",
         table={name: table[name] for name in sorted(table, key=_order(infos))},
         parameters={name: target.parameter for name, target in targets.items() if not target.steps},
+        rearranged={name: _modules(target) for name, target in targets.items() if target.steps},
         left_out={_starred(name): why for name, why in left_out.items()},
         fan_in_fan_out=any(one.transposed and not one.is_stacked for one in known.values()),
     )
@@ -171,6 +183,11 @@ def _order(infos: Mapping[str, TensorInfo]) -> Any:
         return position[whole], int(re.split(r"[:\]]", rest)[0])
 
     return key
+
+
+def _modules(target: "Target") -> list[str]:
+    parameters = [target.parameter, *target.others]
+    return [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
 
 
 def _starred(name: str) -> str:

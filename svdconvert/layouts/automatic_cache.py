@@ -25,8 +25,8 @@ from svdconvert.manifest.place import Place, Rows
 
 _LARGEST = 1 << 26  # bytes of a file
 _KEPT = (
-    "roles", "experts", "task", "summary", "table", "parameters", "left_out", "assumptions", "limits_ranks",
-    "fan_in_fan_out",
+    "roles", "experts", "task", "summary", "table", "parameters", "rearranged", "left_out", "assumptions",
+    "limits_ranks", "fan_in_fan_out",
 )  # fmt: skip
 """The fields of an automatic layout; its model types are kept too."""
 

@@ -140,6 +140,10 @@ class Layout:
                 return at_run_time + path[len(in_files) :]
         return path
 
+    def modules_of(self, name: str) -> Sequence[str]:
+        """The paths at run time of the modules whose weights the tensor `name` has something of."""
+        return (self.module(name),)
+
     def runtime_name(self, name: str) -> str:
         """The name at run time of the parameter that is the tensor `name` in the files."""
         return self.module(name) + (".weight" if name.endswith(".weight") else "")

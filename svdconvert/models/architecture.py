@@ -123,6 +123,11 @@ class Architecture:
         key = f"{module}.lora_A.weight"
         return bool(rename_source_key(key, self._renamings, [])[0] == key)
 
+    def shared_weights(self) -> set[str]:
+        """The parameters of which several modules have the same, by any of their names."""
+        tied: Mapping[str, str] = getattr(self.network, "all_tied_weights_keys", None) or {}
+        return {*tied, *tied.values()}
+
     def peft_fuses_experts(self) -> bool:
         """True if PEFT turns factors of single experts into those of a fused parameter when it loads them."""
         from transformers import conversion_mapping

@@ -125,10 +125,11 @@ def _others(chosen: Chosen, adapted: Collection[str]) -> tuple[list[str], list[s
     """(modules, parameters) of the model that could be taken for adapted ones by their last names."""
     slots = {**chosen.layout.slots(chosen.infos), **chosen.slots}
     modules = [
-        slots[name].module if name in slots else chosen.layout.module(name)
+        module
         for name, info in chosen.infos.items()
         if len(info.shape) >= 2  # noqa: PLR2004 (a matrix or, which PEFT adapts too, a convolution)
         and not (chosen.options.experts == "fused" and name in slots and slots[name].expert is not None)
+        for module in ([slots[name].module] if name in slots else chosen.layout.modules_of(name))
     ]
     parameters = [f"{module}.weight" for module in modules]
     parameters += [slot.place.parameter for slot in slots.values() if slot.place is not None]

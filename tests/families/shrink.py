@@ -175,6 +175,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         {"num_query_tokens": 4, "image_token_index": VOCABULARY - 1, "video_token_index": VOCABULARY - 1},
     ),
     "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": WIDTH}},
     "pix2struct": {"vision_config": {"patch_size": 8, "seq_len": 16, "patch_embed_hidden_size": 192}},
     "llama4_text": {"moe_layers": [1, 3]},
 }
