@@ -18,7 +18,7 @@ NO_TEMPLATE = "none"
 @dataclass(
     frozen=True,
     kw_only=True,
-    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
 )
 class ChatOptions:
     """The options of `chat`. An invalid value raises pydantic's ValidationError.

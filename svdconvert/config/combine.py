@@ -10,7 +10,7 @@ from typing_extensions import Self
 from svdconvert.config.options import AboveZero, AutoFloat, Weights, refuse_rivals
 from svdconvert.config.sizes import SizeText
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _parse_values(value: Any) -> Any:

@@ -29,7 +29,7 @@ _Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 @dataclass(
     frozen=True,
     kw_only=True,
-    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
 )
 class EvaluationOptions:
     """The options of `eval`. An invalid value raises pydantic's ValidationError.

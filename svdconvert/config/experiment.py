@@ -43,7 +43,7 @@ FILES = (RECORD, RESULTS, REPORT, PICTURE)
 OWN_KEYS = ("variants", "seeds", "steps")
 _MOST = 1000  # runs of one recipe
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)

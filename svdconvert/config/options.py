@@ -15,7 +15,7 @@ from svdconvert.config.sizes import SizeText
 Float = Literal["float32", "bfloat16", "float16"]
 AutoFloat = Literal["auto", "float32", "bfloat16", "float16"]
 Experts = Literal["fused", "each"]
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _split_at_commas(value: Any) -> Any:

@@ -56,7 +56,7 @@ NOT_IN_THE_RESULT = ("save_every", "save_limit", "keep_checkpoints", "track", "t
 @dataclass(
     frozen=True,
     kw_only=True,
-    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, defer_build=True),
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True),
 )
 class TrainOptions:
     """The `train` section of a recipe. An invalid value raises pydantic's ValidationError.

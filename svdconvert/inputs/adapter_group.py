@@ -175,15 +175,16 @@ def _open_each(adapters: Sequence[str], sources: Sources, alpha: float | None) -
         own = alpha if is_adapter_file(path) else None
         is_ours = path.is_dir() and has_manifest(path) and read_manifest(path).kind != "decomposed"
         delta = open_adapter_delta(adapter, sources if is_ours else alone, own)
+        takes_residual = takes_residual or (is_ours and delta.residual is not None)
         if sources.residual and not is_ours and (delta.is_lost or delta.is_assumed_zero):
             delta = open_adapter_delta(adapter, sources, own)
+            takes_residual = True
         if delta.adapter.config.dora:
             raise ArtifactError(
                 f"{delta.directory} is a DoRA adapter, whose magnitudes no LoRA can express exactly; merge "
                 "it alone, or approximate it first with to-lora --rank"
             )
         takes_alpha = takes_alpha or own is not None
-        takes_residual = takes_residual or (sources.residual is not None and delta.residual is not None)
         deltas.append(delta)
     if alpha is not None and not takes_alpha:
         raise ArtifactError("--alpha changes nothing here: every adapter states its own; leave it out")
