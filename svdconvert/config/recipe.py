@@ -173,6 +173,10 @@ def variants_of(recipe: Recipe, changes: Mapping[str, Any]) -> list[tuple[Varian
     Raises RecipeError for an unknown key in `changes`, or for two runs with the same name.
     """
     source = f"{recipe.path}, as changed"
+    if fixed := next((name for name in OWN_KEYS if name in changes), None):
+        raise RecipeError(
+            f"{fixed} decides what runs {recipe.path} has, and --set does not change that; edit a copy of it"
+        )
     typed = _changes(changes, source, Path())
     found: list[tuple[Variant, Recipe]] = []
     for name, own in (recipe.variants or {"": {}}).items():
