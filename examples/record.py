@@ -101,7 +101,8 @@ def executed(model: Path) -> Any:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "MODEL": str(model), "DATA": str(ROWS), "PYTHONPATH": path}
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env=environment)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", coalesce_streams=True)
+    client.execute(env=environment)
     return notebook
 
 

@@ -100,7 +100,8 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         if _table_width([heads, *broken]) > stdout.width:
             _show_stacked(columns, cells)
             return
-        columns, cells = heads, broken
+        columns = heads
+        cells = broken
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in columns:
         table.add_column(head, no_wrap=True)

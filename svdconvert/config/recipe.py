@@ -174,6 +174,10 @@ def variants_of(recipe: Recipe, changes: Mapping[str, Any]) -> list[tuple[Varian
     Raises RecipeError for an unknown key in `changes`, or for two runs with the same name.
     """
     source = f"{recipe.path}, as changed"
+    if fixed := next((name for name in OWN_KEYS if name in changes and name != "seeds"), None):
+        raise RecipeError(
+            f"{fixed} decides what runs {recipe.path} has, and --set does not change that; edit a copy of it"
+        )
     seeds = changed_seeds(recipe.seeds, changes, source)
     typed = _changes({key: value for key, value in changes.items() if key != "seeds"}, source, Path())
     found: list[tuple[Variant, Recipe]] = []

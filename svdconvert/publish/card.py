@@ -267,7 +267,7 @@ def _numbers(manifest: Manifest) -> dict[str, str]:
         "rank": ", ".join(map(str, ranks)) or (str(lora.rank) if lora else ""),
         "share of the base in the adapter": f"{sum(energies) / len(energies):.1%}" if energies else "",
         "largest relative error as stored": f"{max(m.error for m in matrices):.2e}" if energies else "",
-        "left out of the change": f"{cut.error:.2e} of its norm" if cut else "",
+        "left out of the change": f"{cut.error:.2%} of its norm" if cut else "",
         "lost by rounding": f"{lora.rounding:.2e} of the change's norm" if lora and lora.rounding else "",
         "update as stored": _kept(manifest),
         "vLLM": f"`{advice}`" if lora and (advice := vllm_advice(lora.rank)) else "",

@@ -13,6 +13,7 @@ from svdconvert.checkpoint.safetensors_files import INDEX
 from svdconvert.errors import ArtifactError, brief
 from svdconvert.hub.reference import is_repository
 from svdconvert.manifest.schema import PLAIN, Manifest, Origin
+from svdconvert.manifest.training import METRICS
 from svdconvert.output.journal import journals
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.shard_uploads import UPLOADS
@@ -128,7 +129,7 @@ def collect_files(directory: Path, manifest: Manifest, repository: str, repos: S
         if path.name == ADAPTER_CONFIG and place.parent in homes:
             refuse_links_outside([path], directory)
             files[place.as_posix()] = _with_base(read_json_object(path), named)
-        elif place.as_posix() == INDEX or is_sidecar(path, directory):
+        elif place.as_posix() in (INDEX, METRICS) or is_sidecar(path, directory):
             files.setdefault(place.as_posix(), path)
         elif place.as_posix() not in files:
             unsent.append(place.as_posix())

@@ -14,6 +14,7 @@ from svdconvert.inputs.model import layout_of_weights
 from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.fingerprint import checksum, digest
 from svdconvert.manifest.schema import Manifest
+from svdconvert.manifest.training import METRICS
 from svdconvert.methods.base import METHODS
 from svdconvert.output.measurements import last_held_out
 from svdconvert.output.plan import PlannedFile
@@ -21,7 +22,7 @@ from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.adapter_targets import refuse_dropout
 from svdconvert.training.data.dataset import TrainingData, open_training_data
 from svdconvert.training.logs.drift import measure_drift
-from svdconvert.training.logs.metrics import METRICS, Log, MetricsLog
+from svdconvert.training.logs.metrics import Log, MetricsLog
 from svdconvert.training.logs.samples import Samples
 from svdconvert.training.logs.trackers import Trackers
 from svdconvert.training.model.compare import embedding_rows, require_embedded, require_image_tokens

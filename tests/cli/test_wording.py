@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from svdconvert import SplitOptions, TrainOptions
 from svdconvert.cli.wording import as_typed
@@ -79,3 +81,14 @@ def test_completion_knows_commands_and_options_without_torch() -> None:
         assert heavy == []
     assert {"decompose", "train", "to-lora"} <= {*found["svdconvert "]}
     assert {"--eval-rows", "--eval-data", "--eval-every"} <= {*found["svdconvert train --eval-"]}
+
+
+@pytest.mark.parametrize("words", [["list", "method"], ["merge", "x", "--dtype", "fp17"], ["frobnicate"]])
+def test_a_usage_error_is_broken_between_words(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = svdconvert(*words).err
+    terminal = Console(file=StringIO(), width=60, force_terminal=True)
+    monkeypatch.setattr("svdconvert.cli.options.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = svdconvert(*words).err
+    assert max(map(len, shown.splitlines())) <= 60
+    assert shown.split() == whole.split()

@@ -93,6 +93,12 @@ def code(card: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL))
 
 
+def test_the_losses_of_a_training_run_are_published_with_it(alice: Visitor, made: Path) -> None:
+    for name, directory in (("trained", made / "trained"), ("full", made / "full")):
+        sent = alice.hub.repositories[f"alice/{name}"].read("metrics.jsonl")
+        assert sent == (directory / "metrics.jsonl").read_bytes()
+
+
 def test_the_code_of_every_card_loads_the_right_model(
     alice: Visitor, published: dict[str, str], made: Path
 ) -> None:
@@ -166,7 +172,7 @@ def test_a_card_has_numbers_and_the_command(published: dict[str, str], made: Pat
     assert re.search(r"\| share of the base in the adapter \| \d+\.\d% \|", published["pissa"])
     assert re.search(r"\| loss \| \d\.\d+ to \d\.\d+ \|", published["trained"])
     assert re.search(r"\| update as stored \| cosine \d\.\d+ .* of it kept \|", published["merged"])
-    assert re.search(r"\| left out of the change \| \d\.\d\de-\d+ of its norm \|", published["lora"])
+    assert re.search(r"\| left out of the change \| \d+\.\d\d% of its norm \|", published["lora"])
     commands = {
         name: re.findall(r"^svdconvert .* --push .*$", card, re.M) for name, card in published.items()
     }

@@ -205,7 +205,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
         ("trian.steps=1", ["'trian'", "did you mean train?"]),
         ("train.step=1", ["'step'", "did you mean steps?"]),
         ("train=3", ["train is not a mapping"]),
-        ("variants=3", ["'variants'"]),
+        ("variants=3", ["variants decides", "--set"]),
         ("seeds=[1, 1]", ["seeds is [1, 1]", "different integers"]),
         ("train.steps=[", ["YAML value"]),
     ],

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from svdconvert.manifest.training import METRICS, SAMPLES
 from svdconvert.output.measurements import read_measurements
 from svdconvert.training.logs.drift import DriftLog
 from svdconvert.training.logs.samples import Samples
@@ -15,8 +16,6 @@ from svdconvert.training.logs.trackers import Trackers
 from svdconvert.training.optim.loop import EvalLog, StepLog
 
 Log = StepLog | EvalLog | DriftLog
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
 
 
 class JsonLinesFile:
