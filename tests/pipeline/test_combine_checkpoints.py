@@ -363,15 +363,6 @@ def test_a_file_with_what_is_not_supported_is_refused(case: str, models: Models,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_repeats_itself_without_end_is_refused(tmp_path: Path) -> None:
-    source = "{model: a, layer_range: [0, 1]}"
-    sources = ", ".join([f"&m {source}", *["*m"] * 9000])
-    slices = "\n".join([f"- &s {{sources: [{sources}]}}", *["- *s"] * 9000])
-    (tmp_path / "merge.yaml").write_text(f"merge_method: passthrough\nslices:\n{slices}\n")
-    with pytest.raises(RecipeError, match="more than 200000 entries"):
-        combine([], tmp_path / "out", run=RUN, config=tmp_path / "merge.yaml")
-
-
 def test_a_missing_weight_is_refused_as_mergekit_does(models: Models, tmp_path: Path) -> None:
     content = file_of(models, "ties", "base")
     del content["models"][1]["parameters"]

@@ -101,3 +101,12 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensor_and_model(
     inputs = [other, model] if is_first else [model, other]
     with pytest.raises(SvdConvertError, match=rf"{Q} of .*broken holds NaN or Inf"):
         combine(inputs, tmp_path / "out", run=RUN)
+
+
+def test_a_file_that_repeats_itself_without_end_is_refused(tmp_path: Path) -> None:
+    source = "{model: a, layer_range: [0, 1]}"
+    sources = ", ".join([f"&m {source}", *["*m"] * 9000])
+    slices = "\n".join([f"- &s {{sources: [{sources}]}}", *["- *s"] * 9000])
+    (tmp_path / "merge.yaml").write_text(f"merge_method: passthrough\nslices:\n{slices}\n")
+    with pytest.raises(SvdConvertError, match="more than 200000 entries"):
+        combine([], tmp_path / "out", run=RUN, config=tmp_path / "merge.yaml")
