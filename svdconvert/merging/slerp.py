@@ -40,7 +40,7 @@ def merge(weights: Sequence[Tensor], settings: Settings) -> Tensor:
     """The sum of both tensors, with the shares that were measured of them, or else of these entries."""
     assert settings.base is not None
     if "first" not in settings.shared:
-        settings = measure([weights], settings)
+        return merge(weights, measure([weights], settings))
     first = weights[settings.base] * settings.number("first")
     return first.add_(weights[1 - settings.base], alpha=settings.number("second"))
 
