@@ -107,7 +107,7 @@ def trainings(model: Path, out: Path) -> Iterator[Path]:
             yield place / "stochastic"
             svdconvert.to_lora(place / "trained", place / "lora", None, RUN)
             yield place / "lora"
-            truncated = svdconvert.LoraOptions(rank_budget=1000, dtype="bfloat16")
+            truncated = svdconvert.LoraOptions(rank_budget=100, dtype="bfloat16")
             svdconvert.to_lora(place / "trained", place / "lora-budget", truncated, RUN)
             yield place / "lora-budget"
         shutil.rmtree(place)
