@@ -82,7 +82,7 @@ def _sections(*sections: int, **more: Any) -> dict[str, Any]:
 
 
 # What the rule above gets wrong: sizes that depend on one another in a way of their own.
-SPECIAL: Mapping[str, Mapping[str, Any]] = {
+SPECIAL: dict[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},

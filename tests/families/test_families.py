@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING
 
 from tests.families.check import Family, examine
 from tests.families.page import page
-from tests.families.shrink import MOST_LAYERS, VOCABULARY, shrunk
+from tests.families.shrink import MOST_LAYERS, SPECIAL, VOCABULARY, shrunk
+from tests.families.sweep import sweep
 
 SAMPLE = {
     "causal": (
@@ -46,6 +47,23 @@ def test_a_family_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     family = examine("unheard-of", "causal", tmp_path / "family")
     assert not family.made
     assert family.fault == "not made: KeyError: 'unheard-of'"
+
+
+def test_kept_findings_are_found_again_only_if_the_tiny_model_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined: list[str] = []
+
+    def look(name: str, kind: str, directory: Path) -> Family:
+        examined.append(name)
+        return Family(name, kind, made=True, matrices=len(examined))
+
+    monkeypatch.setattr("tests.families.sweep.examine", look)
+    first = [*sweep({"llama", "opt"}, ["causal"], tmp_path)]
+    assert [*sweep({"llama", "opt"}, ["causal"], tmp_path)] == first and len(examined) == 2
+    monkeypatch.setitem(SPECIAL, "opt", {"num_hidden_layers": 1})
+    again = [*sweep({"llama", "opt"}, ["causal"], tmp_path)]
+    assert examined[2:] == ["opt"] and [family.matrices for family in again].count(3) == 1
 
 
 def test_the_page_lists_what_holds_what_does_not_and_what_was_not_made() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from svdconvert.commands.decompose import decompose, plan_decompose
 from svdconvert.config.options import SplitOptions
@@ -219,3 +219,23 @@ def test_a_matrix_that_is_narrower_than_the_rank_gets_the_rank_that_it_has(tmp_p
     assert (logits(started) - wanted).abs().max() < TOLERANCE * wanted.std()
     with pytest.raises(TargetError, match=r"rank 999 is above what .* give --rank"):
         plan_decompose(base, SplitOptions(rank=999))
+
+
+@pytest.mark.slow
+def test_modules_into_which_a_rearranged_tensor_goes_are_no_targets(tmp_path: Path) -> None:
+    """The tower's q_proj is stored as wq, permuted: the language model's q_proj needs its full path."""
+    if "mistral_large4" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not know mistral_large4")
+    base = made("mistral_large4", tmp_path / "base", "image-text")
+    decompose(base, tmp_path / "out", SplitOptions(rank=2))
+    adapted = PeftModel.from_pretrained(load("image-text", tmp_path / "out"), start_of(tmp_path / "out"))
+    held = [name for name, _ in adapted.named_parameters() if ".lora_A." in name]
+    assert held and not [name for name in held if "vision" in name]
+
+
+def test_weights_that_several_layers_share_are_left_out_and_said(tmp_path: Path) -> None:
+    base = made("zamba", tmp_path / "base")
+    model = open_model(str(base))
+    layout = found(base)
+    assert not [slot for slot in layout.slots(model.source.infos).values() if "shared" in slot.module]
+    assert any("several layers share it" in remark for remark in layout.remarks())
