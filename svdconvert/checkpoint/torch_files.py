@@ -36,6 +36,8 @@ _ALLOCATING = (" bytearray", "torch Tensor", " Parameter")
 # Of a zip entry's local header: its size, and the offset of the lengths of the name and of the extra field.
 _LOCAL_HEADER = 30
 _NAME_LENGTH = 26
+# Flags of a zip entry that torch does not read: encrypted, a patch of another file, strongly encrypted.
+_UNREADABLE = 1 | 1 << 5 | 1 << 6
 
 
 @dataclass(frozen=True)
@@ -176,15 +178,17 @@ def _unpickled(file: Path, device: str) -> Any:
 def _checked_archive(file: Path) -> dict[int, int]:
     """The first byte and the end of each entry of a .pth, after a look at its pickle without running it.
 
-    Raises CheckpointError if it is not PyTorch's archive, if it is compressed, or if its pickle calls what
-    can take more memory than the file has bytes, which `weights_only` allows.
+    Raises CheckpointError if it is not PyTorch's archive, if it is compressed or encrypted, or if its pickle
+    calls what can take more memory than the file has bytes, which `weights_only` allows.
     """
     try:
         with open(open_regular(file), "rb") as stream, ZipFile(stream) as archive:
             size = os.fstat(stream.fileno()).st_size
             entries = archive.infolist()
-            if any(entry.compress_type != ZIP_STORED or entry.file_size > size for entry in entries):
-                raise CheckpointError(_is_damaged(file))
+            for entry in entries:
+                is_stored = entry.compress_type == ZIP_STORED and not entry.flag_bits & _UNREADABLE
+                if not is_stored or entry.file_size > size:
+                    raise CheckpointError(_is_damaged(file))
             for entry in (entry for entry in entries if entry.filename.endswith("data.pkl")):
                 for code, argument, _ in genops(archive.read(entry)):
                     if code.name == "GLOBAL" and str(argument).endswith(_ALLOCATING):
