@@ -23,7 +23,7 @@ from svdconvert.errors import OutputError, RecipeError
 from svdconvert.manifest.schema import read_manifest
 from svdconvert.output import staging
 from svdconvert.pipeline import adapter_plan
-from tests.families.check import TOKENS
+from tests.families.inputs import TOKENS
 from tests.mixtures import FAMILIES, mixture
 from tests.process import sums
 from tests.stock import adapted, plain, same_bytes, start_of, tensors, trained_from

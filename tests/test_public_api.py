@@ -51,7 +51,7 @@ NAMES = [
 ]
 ALIASES = {"TrainPlan": "TrainOptions"}
 PARAMETERS = {
-    "combine": ["inputs", "out", "options", "run", "*base", "*init", "*config"],
+    "combine": ["inputs", "out", "options", "run", "*base", "*residual", "*init", "*config"],
     "convert": ["model", "out", "options", "run"],
     "decompose": ["model", "out", "options", "run"],
     "train": ["model", "out", "plan", "run", "*split", "*base", "*watch"],
@@ -61,7 +61,7 @@ PARAMETERS = {
     "verify_merge": ["merged", "bases", "adapter", "run"],
     "extract": ["base", "tuned", "out", "options", "run"],
     "diff": ["first", "second", "run"],
-    "inspect": ["model", "engine"],
+    "inspect": ["model", "engine", "*trust_remote_code"],
     "list_plugins": ["what", "name"],
     "run": ["recipe", "out", "settings", "*changes", "*watch"],
     "push": ["directory", "repository", "options", "*base", "*residual", "*run"],

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from svdconvert.cli.answers import tell, wants_json
@@ -44,16 +43,30 @@ def _read_prompt() -> str:
 def talk(conversation: "Conversation", model: str) -> None:
     """Ask and answer until the user leaves."""
     say(f"{model} is asked {_manner(conversation.template)}; {_KNOWN}")
-    for line in _lines():
-        if line == "/exit":
+    while True:
+        try:
+            if not _take(conversation, input("> ")):
+                return
+        except KeyboardInterrupt:
+            _write("\n")
+            say("type /exit or press Ctrl-D to leave")
+        except EOFError:
+            _write("\n")
             return
-        if line == "/reset":
-            conversation.reset()
-            say("what was said is forgotten")
-        elif _COMMAND.fullmatch(line):
-            say(f"there is no {line}; {_KNOWN}")
-        elif line.strip():
-            _answer(conversation, line)
+
+
+def _take(conversation: "Conversation", line: str) -> bool:
+    """Do what a line asks for; False if that is to leave."""
+    if line == "/exit":
+        return False
+    if line == "/reset":
+        conversation.reset()
+        say("what was said is forgotten")
+    elif _COMMAND.fullmatch(line):
+        say(f"there is no {line}; {_KNOWN}")
+    elif line.strip():
+        _answer(conversation, line)
+    return True
 
 
 def _answer(conversation: "Conversation", line: str) -> None:
@@ -66,19 +79,6 @@ def _answer(conversation: "Conversation", line: str) -> None:
         raise
     except SvdConvertError as error:  # such as a question that is too long
         say(str(error))
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, line by line, until the end of the input."""
-    while True:
-        try:
-            yield input("> ")
-        except KeyboardInterrupt:
-            _write("\n")
-            say("type /exit or press Ctrl-D to leave")
-        except EOFError:
-            _write("\n")
-            return
 
 
 def _manner(template: str) -> str:

@@ -102,14 +102,14 @@ def _number(variable: str, default: int | None = None) -> int:
 def _meet(rank: int, count: int) -> Any:
     """Wait until all ranks have started; the store through which they know that.
 
-    torch's own wait heeds no signal, so it is left to a thread. Raises SvdConvertError after ten minutes.
+    torch's own wait heeds no signal, so it is left to a thread, which is not joined: a signal at a bad moment
+    makes Python's `join` raise a RuntimeError. Raises SvdConvertError after ten minutes.
     """
     found: list[Any] = []
     deadline = time.monotonic() + _LONGEST_START
-    thread = Thread(target=_connect, args=(found,), daemon=True)
-    thread.start()
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(_POLL)
+    Thread(target=_connect, args=(found,), daemon=True).start()
+    while not found and time.monotonic() < deadline:
+        time.sleep(_POLL)
     store = found[0] if found else None
     keys = [f"svdconvert/{number}" for number in range(count)]
     try:
@@ -128,11 +128,15 @@ def _meet(rank: int, count: int) -> Any:
 
 
 def _connect(found: list[Any]) -> None:
-    """Connect to the store that the launcher or rank 0 serves, and put it into `found`."""
+    """Connect to the store that the launcher or rank 0 serves, and put it into `found`, or None."""
     from torch.distributed.rendezvous import rendezvous
 
-    with suppress(RuntimeError):  # the launcher ended
-        found.append(next(rendezvous("env://", timeout=_NEVER))[0])
+    store = None
+    try:
+        with suppress(RuntimeError):  # the launcher ended
+            store = next(rendezvous("env://", timeout=_NEVER))[0]
+    finally:
+        found.append(store)
 
 
 def _refuse_missing(running: int) -> None:

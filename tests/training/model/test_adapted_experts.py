@@ -29,7 +29,7 @@ from svdconvert.training.model.adapted_experts import AdaptedExperts
 from svdconvert.training.model.inject import extract_factors, inject_adapters
 from svdconvert.training.optim.orthonormality import Penalty
 from svdconvert.training.start import start_from_decomposed
-from tests.families.check import TOKENS
+from tests.families.inputs import TOKENS
 from tests.mixtures import FAMILIES, mixture
 from tests.reading import write_sums, write_tokenizer
 from tests.stock import adapted, plain, start_of
