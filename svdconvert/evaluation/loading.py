@@ -12,6 +12,7 @@ from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.errors import ArtifactError, brief
 from svdconvert.evaluation.adapted import Weights, find_weights, install_adapter
+from svdconvert.evaluation.fast_linears import use_fast_products
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, open_model
@@ -77,7 +78,9 @@ class Opened:
         if self.adapter is not None:
             install_adapter(network, *self.adapter, self.layout, self.base)
         network.requires_grad_(False)
-        return network.eval().to(pick_device(run.device, run.ranks.local))
+        network = network.eval().to(pick_device(run.device, run.ranks.local))
+        use_fast_products(network)
+        return network
 
     def _classifier(self, dtype: torch.dtype | None, run: Run) -> nn.Module:
         """The network with its head, all of whose weights must come from a file."""
