@@ -120,7 +120,7 @@ class TaskFiles:
         try:
             with self.answers.open("rb") as lines:
                 return [of_line(parse_json(line)) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ArtifactError(
                 f"{self.answers} has no complete answers ({error}); evaluate again"
             ) from error

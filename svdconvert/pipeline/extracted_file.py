@@ -77,8 +77,9 @@ class Scratch:
                 del staged.finished[name]
 
     def remove(self) -> None:
-        """Delete all factors."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete all factors. Raises OSError if that fails: they are no part of the output."""
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
 
 
 @dataclass(frozen=True)

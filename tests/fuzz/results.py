@@ -81,8 +81,10 @@ def _read_evaluation(raw: bytes, directory: Path) -> None:
     folder = directory / "two" / FOLDER
     (folder / name.decode()).write_bytes(content)
     result = read_evaluation(folder / "gsm8k.json")
-    is_full_gsm8k(result)
-    yaml.safe_load(leaderboard_entry(result, "main"))
+    if "strict" in result.grades:
+        yaml.safe_load(leaderboard_entry(result, "main"))
+    else:
+        assert not is_full_gsm8k(result)
     result_files({folder / "gsm8k.json": result})
     (task,) = compare_evaluations([directory / "one", directory / "two"]).tasks
     lines = [json.loads(line) for line in (folder / "gsm8k.jsonl").read_bytes().split(b"\n") if line]
