@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.what in ("cost", "losses") and arguments.out is None:
+        parser.error(f"{arguments.what} needs --out, a directory for what is written")
     torch.set_num_threads(arguments.threads)
     {"ratios": show_ratios, "cost": show_cost, "losses": show_losses, "step": show_step}[arguments.what](
         arguments

@@ -162,8 +162,8 @@ def _refuse_silent(model: OpenModel) -> None:
     """Raise ArtifactError for weights from which no network that answers is loaded."""
     if is_encoder_decoder(model.config):
         raise ArtifactError(
-            f"{model.path} is an encoder with a decoder ({brief(model.config.get('model_type'))}), and eval "
-            "is for models that continue a text and for classifiers"
+            f"{model.path} is an encoder with a decoder ({brief(model.config.get('model_type'))}); only "
+            "models that continue a text, and classifiers, answer here"
         )
 
 

@@ -77,9 +77,10 @@ class Scratch:
                 del staged.finished[name]
 
     def remove(self) -> None:
-        """Delete all factors. Raises OSError if that fails: they are no part of the output."""
+        """Delete all factors. Raises OutputError if that fails: they are no part of the output."""
         if self.directory.exists():
-            shutil.rmtree(self.directory)
+            with os_errors_as_output_error(self.directory):
+                shutil.rmtree(self.directory)
 
 
 @dataclass(frozen=True)

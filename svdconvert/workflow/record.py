@@ -19,8 +19,9 @@ from svdconvert.config.experiment import (
 from svdconvert.errors import OutputError, SvdConvertError
 from svdconvert.manifest.evaluations import FOLDER, read_evaluation
 from svdconvert.output.journal import is_own_journal, require_same_run
-from svdconvert.output.ownership import check_free, sync_directory
+from svdconvert.output.ownership import check_free, staging_directory, sync_directory
 from svdconvert.output.sidecars import read_json_object
+from svdconvert.output.staging import os_errors_as_output_error
 from svdconvert.version import __version__
 
 _FORMAT = 1
@@ -66,8 +67,10 @@ def _remove(out: Path, runs: Iterable[str] | None) -> None:
         check_free(directory, overwrite=True)
         _refuse_foreign_results(directory / FOLDER)
     for directory in written:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(directory.with_name(f"{directory.name}.partial"), ignore_errors=True)
+        for path in (directory, staging_directory(directory)):
+            if path.exists():
+                with os_errors_as_output_error(path):
+                    shutil.rmtree(path)
     for name in (RESULTS, PICTURE):
         (out / name).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from svdconvert import ExtractOptions, LoraOptions, Manifest, Run, extract, merge, to_lora
 from svdconvert.commands.extract import plan_extract
 from svdconvert.config.progress import Progress
-from svdconvert.errors import ArtifactError, RecipeError, TargetError
+from svdconvert.errors import ArtifactError, OutputError, RecipeError, TargetError
 from svdconvert.manifest.results import Extraction, LoraResult
 from tests import rwkv6, stock
 from tests.conftest import Build
@@ -365,3 +365,21 @@ def test_equal_files_of_the_hub_are_not_downloaded(
     cached = {path.name for path in alice.home.rglob("*.safetensors") if "snapshots" in path.parts}
     assert not cached & {*shared}
     assert bool(cached) == (not stream)
+
+
+def test_factors_that_cannot_be_deleted_are_not_left_in_a_complete_output(
+    checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoint("llama")
+    tuned = tuned_from(base, tmp_path / "tuned")
+
+    def broken(path: Path, **_: object) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("svdconvert.pipeline.extracted_file.shutil.rmtree", broken)
+        with pytest.raises(OutputError, match="factors cannot be written: Input/output error"):
+            extract(base, tuned, tmp_path / "out", ExtractOptions(rank=2), RUN)
+    assert not (tmp_path / "out").exists()
+    extract(base, tuned, tmp_path / "out", ExtractOptions(rank=2), RUN)
+    assert not (tmp_path / "out" / "factors").exists()

@@ -71,6 +71,15 @@ def test_a_float32_matrix_is_not_copied() -> None:
     assert all(part.data_ptr() == given[rows].data_ptr() for rows, part in in_float32(given))
 
 
+def test_parts_of_a_wide_float32_matrix_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every product with a part would begin with a transposed copy of it."""
+    monkeypatch.setattr(blocks, "_BLOCK", 64)
+    stored = torch.randn(8, 40)
+    parts = list(blocks.in_float32(stored.T))
+    assert len(parts) > 1 and all(part.T.is_contiguous() for _, part in parts)
+    assert torch.equal(torch.cat([part for _, part in parts]), stored.T)
+
+
 def test_the_energy_of_a_large_matrix_is_added_up_without_loss() -> None:
     weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
     wanted = float(weight.double().square().sum())

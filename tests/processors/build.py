@@ -140,24 +140,23 @@ def _qwen3_vl() -> PretrainedConfig:
     )
 
 
-def _smolvlm() -> PretrainedConfig:
-    tower = {
+def _tower(image: int, patch: int) -> dict[str, int]:
+    return {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 8, "patch_size": 2,
+        "image_size": image, "patch_size": patch,
     }  # fmt: skip
+
+
+def _smolvlm() -> PretrainedConfig:
     return SmolVLMConfig(
-        text_config={"model_type": "llama", **TEXT}, vision_config=tower, scale_factor=2,
+        text_config={"model_type": "llama", **TEXT}, vision_config=_tower(8, 2), scale_factor=2,
         image_token_id=token_id("<image>"), tie_word_embeddings=False, pad_token_id=0,
     )  # fmt: skip
 
 
 def _gemma3() -> PretrainedConfig:
-    tower = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 16, "patch_size": 4,
-    }  # fmt: skip
     return Gemma3Config(
-        text_config={**TEXT, "sliding_window": 64}, vision_config=tower, mm_tokens_per_image=4,
+        text_config={**TEXT, "sliding_window": 64}, vision_config=_tower(16, 4), mm_tokens_per_image=4,
         image_token_index=token_id("<image_soft_token>"), boi_token_index=token_id("<start_of_image>"),
         eoi_token_index=token_id("<end_of_image>"),
     )  # fmt: skip

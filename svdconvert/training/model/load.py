@@ -254,9 +254,8 @@ def _from_tensors(auto_class: Any, directory: Path, *, config: Any, **arguments:
     """`from_pretrained` with the weights as `state_dict`, for which transformers must not get a directory."""
     from transformers import GenerationConfig
 
-    with torch.device(
-        "meta"
-    ):  # auto classes need a directory, so the class is that of a network without weights
+    # Auto classes need a directory, so the class is taken from a network without weights.
+    with torch.device("meta"):
         outline = auto_class.from_config(config, trust_remote_code=arguments.pop("trust_remote_code"))
     model, loaded = type(outline).from_pretrained(None, config=outline.config, **arguments)
     model.config.name_or_path = str(directory)
