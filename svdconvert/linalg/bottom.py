@@ -31,7 +31,7 @@ from svdconvert.linalg.triplets import Triplets, project
 _POWERS = 4
 _PIVOT = 1e-7  # of the largest pivot: replaces a smaller one, which is nothing but rounding
 _FLOOR = 1e-12  # share of the energy that is float32's own rounding
-_CENTRE = 2.6  # the lower end of a spectrum is flat, so the gains shrink more slowly than at the upper end
+_CENTRE = 2.4  # the lower end of a spectrum is flat, so the gains shrink more slowly than at the upper end
 
 
 def fast_bottom(

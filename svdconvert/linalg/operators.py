@@ -18,6 +18,7 @@ from svdconvert.linalg.krylov import Ritz, block_width, first_blocks
 from svdconvert.linalg.orthonormal import orthonormal, svqb
 
 POWERS = 3
+_SMALL = 1 << 21  # elements
 _LOOSE = 3e-3  # for a larger tolerance, less work before the first look at the space is faster
 # Share of the energy that products in bfloat16 lose: about the mean square of one rounding, (2^-8)^2 / 6.
 # Measured on trained and synthetic matrices: 1.2e-6 to 2.4e-6, for any rank.
@@ -63,11 +64,14 @@ class Operator(Protocol):
         """The share of the energy that rounding loses; 1 if the operator cannot separate the values."""
 
 
-def narrow_steps(rank: int, tol: float) -> Steps:
-    """If applications cost much more than anything else: narrow blocks, all of which are kept."""
+def narrow_steps(rank: int, tol: float, elements: int) -> Steps:
+    """If applications cost much more than anything else: narrow blocks, most of which are kept.
+
+    `elements` is the size of the matrix: if it is small, a second look at the space costs more than a block.
+    """
     block = block_width(rank)
-    powers, extra = (POWERS - 1, 1) if tol > _LOOSE else (POWERS, 0)
-    return Steps(block, powers, first_blocks(rank, block) + extra)
+    powers = 1 if tol > _LOOSE else POWERS
+    return Steps(block, powers, first_blocks(rank, block) + (elements < _SMALL))
 
 
 def wide_steps(rank: int, tol: float) -> Steps:
@@ -88,7 +92,7 @@ class Sweeps:
 
     def steps(self, rank: int, tol: float) -> Steps:
         """Narrow blocks."""
-        return narrow_steps(rank, tol)
+        return narrow_steps(rank, tol, self.weight_LS.numel())
 
     def apply(self, block_SB: Tensor) -> Tensor:
         """One pass over W."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from svdconvert.linalg.blocks import held_by_float32, total_energy
 from svdconvert.linalg.gemm import matmul_f32
 
+_NEAR = 0.3  # smallest pivot, relative to the largest, of a nearly orthonormal block
 _THIN = 1e-10  # of the largest eigenvalue of a Gram matrix: below it, Householder QR is used
 # Of the energy of the columns that an eigenvector mixes: a smaller eigenvalue is the result of cancellation.
 _DEPENDENT = 0.1
@@ -90,11 +91,22 @@ def householder(block_NB: Tensor) -> Tensor:
     return basis
 
 
-def newton_schulz_step(block_NB: Tensor) -> Tensor:
-    """One Newton-Schulz step, which removes what rounding has added to an orthonormal block."""
+def orthonormal_again(block_NB: Tensor) -> Tensor:
+    """An orthonormal basis of a block whose columns are nearly orthonormal, to its dtype's rounding.
+
+    Cholesky QR with a Gram matrix in the block's dtype, and one Newton-Schulz step, which removes what
+    rounding has added. A block that is not what it should be is given to `orthonormal`.
+    """
+    gram_BB = matmul_f32(block_NB.T, block_NB).double()
+    factor_BB, failed = torch.linalg.cholesky_ex(gram_BB)
+    pivots = factor_BB.diagonal()
+    if int(failed) or not float(pivots.min()) > _NEAR * float(pivots.max()):
+        return orthonormal(block_NB)
+    eye_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device)
+    turn_BB = torch.linalg.solve_triangular(factor_BB.T, eye_BB, upper=True)
+    block_NB = matmul_f32(block_NB, turn_BB.to(block_NB.dtype))
     gram_BB = matmul_f32(block_NB.T, block_NB)
-    step_BB = torch.eye(len(gram_BB), dtype=gram_BB.dtype, device=gram_BB.device).mul_(1.5).sub_(gram_BB / 2)
-    return matmul_f32(block_NB, step_BB)
+    return matmul_f32(block_NB, eye_BB.to(gram_BB).mul_(1.5).sub_(gram_BB / 2))
 
 
 def complement(block_NB: Tensor, basis_KN: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from svdconvert.linalg.blocks import total_energy
 from svdconvert.linalg.bottom import fast_bottom
 from svdconvert.linalg.exact import exact_bottom, exact_middle, exact_random, exact_top
 from svdconvert.linalg.krylov import space_needed
@@ -27,6 +28,8 @@ class Solver:
     seed: int = 0
     alone: bool = False
     """True if no other thread multiplies matrices meanwhile, so that process-wide settings may be changed."""
+    measured: tuple[Tensor, float] | None = None
+    """A matrix whose ||W||_F^2 is known, and that: it need not be measured again."""
 
     def generator(self, device: torch.device = CPU) -> torch.Generator:
         """A fresh generator seeded by (seed, name); a GPU draws other numbers than a CPU, but faster."""
@@ -45,7 +48,14 @@ class Solver:
             if min(weight_OI.shape) <= space_needed(rank):
                 return gram_top(weight_OI, rank)
             generator = self.generator(weight_OI.device)
-            found = fast_top(weight_OI, rank, tol=self.tol, generator=generator, near=near)
+            found = fast_top(
+                weight_OI,
+                rank,
+                tol=self.tol,
+                generator=generator,
+                near=near,
+                total=self._energy(weight_OI),
+            )
         return found or exact_top(weight_OI, rank, self._dtype)
 
     def bottom(self, weight_OI: Tensor, rank: int) -> Triplets:
@@ -68,6 +78,11 @@ class Solver:
     def random(self, weight_OI: Tensor, rank: int) -> Triplets:
         """`rank` triplets drawn without replacement, for ablations."""
         return exact_random(weight_OI, rank, self.generator(), self._dtype)
+
+    def _energy(self, weight_OI: Tensor) -> float:
+        if self.measured is not None and self.measured[0] is weight_OI:
+            return self.measured[1]
+        return total_energy(weight_OI)
 
     @property
     def _dtype(self) -> torch.dtype:

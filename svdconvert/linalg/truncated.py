@@ -11,6 +11,7 @@ the result is judged are in float32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ _CLEAR = 0.01  # of the largest square, or of all: float32 keeps five digits of 
 _STEEP = 1e-5  # share of the energy outside below which a difference of energies is too inaccurate
 _FLOOR = 1e-6  # a residual below this share of the matrix is only float32 rounding
 _NEAR_BLOCKS = 2  # of a space that begins near to the result
+_NEAR_RATIO = 0.5
 _COARSE_TOL = 1e-5  # an excess that is out of reach with a coarse operator
 
 
@@ -57,18 +59,19 @@ def fast_top(
     tol: float,
     generator: torch.Generator,
     near: tuple[Tensor, Tensor] | None = None,
+    total: float | None = None,
 ) -> Triplets | None:
     """The `rank` largest triplets of a matrix of any float dtype, or None if `tol` was not reached.
 
     `tol` bounds the estimated excess of the residual's norm over the optimal one. The generator is on the
     matrix's device. `near` are factors (O, R) and (R, I) that are probably near to the result, which is then
-    found faster.
+    found faster. `total` is ||W||_F^2, if that is known.
     """
     if weight_OI.shape[0] < weight_OI.shape[1]:
         turned = (near[1].T, near[0].T) if near else None
-        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator, near=turned)
+        found = fast_top(weight_OI.T, rank, tol=tol, generator=generator, near=turned, total=total)
         return found.transposed() if found else None
-    total = total_energy(weight_OI)
+    total = total_energy(weight_OI) if total is None else total
     if total == 0.0:
         return _nothing(weight_OI, rank)
     state = generator.get_state()
@@ -128,15 +131,19 @@ class _Top:
         krylov = Krylov(
             self.operator.apply, basis(start_SR), _NEAR_BLOCKS * self.rank, self.operator.core, basis
         )
-        return Search(self.rank, tol, self.estimate, self.finish, _NEAR_BLOCKS).run(krylov)
+        # The last gain is that over the start, which may be a bad one.
+        estimate = partial(self.estimate, least_ratio=_NEAR_RATIO)
+        return Search(self.rank, tol, estimate, self.finish, _NEAR_BLOCKS).run(krylov)
 
-    def estimate(self, ritz: Ritz) -> ErrorEstimate:
+    def estimate(self, ritz: Ritz, least_ratio: float = 0.0) -> ErrorEstimate:
         """The cost is the share of the energy outside the best rank-R part of the space."""
         kept, before, predicted_gain = (
             float(part.sum()) for part in (ritz.values_R, ritz.before_R, ritz.predicted_gain_R)
         )
         floor = self.operator.rounding_floor(ritz)
-        return ErrorEstimate.of(1.0 - before, 1.0 - kept, predicted_gain, rounding_floor=floor)
+        return ErrorEstimate.of(
+            1.0 - before, 1.0 - kept, predicted_gain, least_ratio=least_ratio, rounding_floor=floor
+        )
 
     def finish(self, vectors_SR: Tensor, estimate: ErrorEstimate) -> tuple[Triplets, ErrorEstimate]:
         """The factors, and the estimate with the energy outside them."""

@@ -115,7 +115,7 @@ def split_tensor(
         return found.factors, found.base, replace(matrix, error=error, quantised=found.note, **measured)
     transposed = slot.place is not None and slot.place.transposed
     weight_OI = stored.T.contiguous() if transposed else stored
-    split = plan.method.split(weight_OI, rank, scale, solver)
+    split = plan.method.split(weight_OI, rank, scale, replace(solver, measured=(weight_OI, norm**2)))
     factors = split.factors.to(getattr(torch, options.dtype))
     base = stored.to(torch_dtype(info.dtype))  # a decoded matrix is computed with in float32
     error = 0.0

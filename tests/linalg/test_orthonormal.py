@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.orthonormal import gram_eigen
+from svdconvert.linalg.orthonormal import gram_eigen, orthonormal_again
 
 
 def block(kind: str) -> Tensor:
@@ -35,3 +35,24 @@ def test_singular_values_and_vectors_are_numpys(kind: str) -> None:
 )
 def test_float32_is_used_if_it_can_represent_the_matrix(kind: str, independent: bool) -> None:
     assert gram_eigen(block(kind)).independent == independent
+
+
+@pytest.mark.parametrize("far", [1e-3, 0.1, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_becomes_orthonormal_and_spans_the_same_space(far: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    block = torch.linalg.qr(torch.randn(400, 32, generator=generator, dtype=torch.float64)).Q
+    block = block @ (torch.eye(32) + far * torch.randn(32, 32, generator=generator) / 32**0.5).double()
+    found = orthonormal_again(block.to(dtype))
+    rounding = torch.finfo(dtype).eps
+    assert found.dtype == dtype
+    assert torch.dist(found.T @ found, torch.eye(32, dtype=dtype)) < 20 * rounding
+    span = torch.linalg.qr(block).Q
+    assert torch.dist(span @ (span.T @ found.double()), found.double()) < 400 * rounding
+
+
+def test_a_block_of_dependent_columns_becomes_orthonormal_too() -> None:
+    block = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    block[:, 7] = block[:, 0] + block[:, 1]
+    found = orthonormal_again(block)
+    assert torch.dist(found.T @ found, torch.eye(8)) < 1e-5

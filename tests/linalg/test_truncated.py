@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdconvert.linalg import threads, truncated
+from svdconvert.linalg import solver, threads, truncated
 from svdconvert.linalg.exact import exact_top
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.operators import LowSweeps, Sweeps
@@ -238,3 +238,15 @@ def test_near_factors_are_ignored_if_a_space_has_no_room_for_them() -> None:
     near = (torch.ones(600, 256), torch.ones(256, 640))
     found, expected = (Solver("near").top(weight, 256, given) for given in (near, None))
     assert torch.equal(found.left_OR, expected.left_OR)
+
+
+def test_a_known_energy_is_used_for_its_matrix_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, other = matrix("slow", 300, 200), matrix("power", 300, 200)
+    expected = Solver("w").top(weight, RANK), Solver("w").top(other, RANK)
+    energy = float(weight.double().square().sum())
+    known = Solver("w", measured=(weight, energy))
+    assert torch.equal(known.top(other, RANK).left_OR, expected[1].left_OR)
+    monkeypatch.setattr(solver, "total_energy", lambda matrix: pytest.fail("measured again"))
+    found = known.top(weight, RANK)
+    assert torch.allclose(found.left_OR, expected[0].left_OR, atol=1e-5)
+    assert found.spectrum.energy == pytest.approx(expected[0].spectrum.energy)
