@@ -22,11 +22,11 @@ from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.loading import auto_class, is_encoder_decoder
 from svdconvert.linalg.threads import pick_device
+from svdconvert.manifest.compared import sidecar_remarks
 from svdconvert.manifest.evaluations import EvaluatedModel, manifest_fingerprint
 from svdconvert.manifest.fingerprint import digest, tensor_checksum
 from svdconvert.manifest.schema import Manifest, has_manifest, read_manifest, training_of
 from svdconvert.training.model.load import load_classifier, load_network, load_tokenizer
-from svdconvert.training.start import require_unchanged_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,8 +118,8 @@ def open_answering(
     opened = open_model(str(model))
     _refuse_silent(opened)
     manifest = _manifest(opened.snapshot)
-    if manifest is not None:
-        require_unchanged_files(opened.path, manifest)
+    opened.require_unchanged()
+    _remark(opened.path, run)
     return Opened(
         weights=opened,
         layout=_layout(opened, manifest, run),
@@ -139,8 +139,10 @@ def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) 
     check_unused(delta, sources, base_used=not weights.is_residual, residual_used=weights.is_residual)
     opened = weights.model
     _refuse_silent(opened)
+    opened.require_unchanged()
     head = delta.manifest.head if delta.manifest else None
     owner = fetch(model, "sidecars")
+    _remark(opened.path, run)
     own = _manifest(owner)
     return Opened(
         weights=opened,
@@ -152,6 +154,12 @@ def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) 
         manifest=own,
         directory=owner.path,
     )
+
+
+def _remark(path: Path, run: Run) -> None:
+    if run.ranks.leads:
+        for remark in sidecar_remarks([path]):
+            run.notify(remark)
 
 
 def _manifest(snapshot: Snapshot) -> Manifest | None:
