@@ -14,7 +14,7 @@ from svdconvert.checkpoint.parts import find_part, whole_name
 from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, read_whole
 from svdconvert.config.progress import report
-from svdconvert.errors import ArtifactError
+from svdconvert.errors import ChangedError
 from svdconvert.manifest.fingerprint import CHUNK, Checksum, file_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
 from svdconvert.output.file_kinds import file_kind
@@ -64,7 +64,7 @@ def open_compared(path: Path) -> TensorSource:
 
 
 def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
-    """Read every tensor of a directory. Raises ArtifactError if one has changed since it was written."""
+    """Read every tensor of a directory. Raises ChangedError if one has changed since it was written."""
     for file in manifest.files:
         source = open_compared(directory / file)
         if isinstance(source, ComparedSource):
@@ -72,14 +72,14 @@ def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def require_unchanged_sidecar(path: Path) -> None:
-    """Raise ArtifactError if a manifest lists another checksum of a file next to an adapter's weights."""
+    """Raise ChangedError if a manifest lists another checksum of a file next to an adapter's weights."""
     found = listing_manifest(path)
     if found is None:
         return
     directory, manifest = found
     known = manifest.sidecars.get(path.absolute().relative_to(directory.absolute()).as_posix())
     if known is not None and file_checksum(path) != known:
-        raise ArtifactError(
+        raise ChangedError(
             f"{path} is not the configuration that {directory / MANIFEST_NAME} lists, and another scale or "
             f"rank would give a different model; {_advice(directory, manifest)}"
         )
@@ -145,7 +145,7 @@ class ComparedSource:
     ) -> None:
         """`files` has the checksum of every tensor of `source`, by file and name; `owner` has the manifest.
 
-        `advice` ends the sentence about a tensor that is not the listed one. Raises ArtifactError if `files`
+        `advice` ends the sentence about a tensor that is not the listed one. Raises ChangedError if `files`
         lists a tensor that `source` does not have, or the reverse.
         """
         self._source = source
@@ -159,7 +159,7 @@ class ComparedSource:
         for name, info in source.infos.items():
             listed = self._listed.get(name)
             if listed is None or sum(one.end - one.begin for one in listed) != info.nbytes:
-                raise ArtifactError(
+                raise ChangedError(
                     f"{next(iter(files)).parent} holds {name}, which {self._manifest} does not list; {advice}"
                 )
 
@@ -171,11 +171,11 @@ class ComparedSource:
             end = part.begin + part.info.nbytes
             found = _Listed(name, file, part.begin, end, checksum, position=part.begin)
         else:
-            raise ArtifactError(f"{file} does not have {name}, which {self._manifest} lists; {self._advice}")
+            raise ChangedError(f"{file} does not have {name}, which {self._manifest} lists; {self._advice}")
         self._listed.setdefault(name if name in infos else whole_name(name), []).append(found)
 
     def read(self, name: str) -> "Tensor":
-        """The tensor, in newly allocated memory. Raises ArtifactError if it has changed."""
+        """The tensor, in newly allocated memory. Raises ChangedError if it has changed."""
         return read_whole(self, name)
 
     def chunks(
@@ -183,7 +183,7 @@ class ComparedSource:
     ) -> Iterator[memoryview]:
         """The tensor's bytes in chunks of at most `size`; see TensorSource.
 
-        Raises ArtifactError before the chunk with which a tensor, or a part that the manifest lists, has been
+        Raises ChangedError before the chunk with which a tensor, or a part that the manifest lists, has been
         read whole and differs.
         """
         offset = (section or slice(None)).indices(self.infos[name].nbytes)[0]
@@ -208,12 +208,12 @@ class ComparedSource:
 
     def _require_equal(self, one: _Listed) -> None:
         if one.is_equal is False:
-            raise ArtifactError(
+            raise ChangedError(
                 f"{one.file}: {one.name} is not the tensor that {self._manifest} lists; {self._advice}"
             )
 
     def require_all(self) -> None:
-        """Read every tensor that has not been read whole. Raises ArtifactError if one has changed."""
+        """Read every tensor that has not been read whole. Raises ChangedError if one has changed."""
         total = sum(info.nbytes for info in self.infos.values())
         done = 0
         for name, info in self.infos.items():

@@ -47,7 +47,10 @@ class Subject:
 
 
 def collect(directories: Sequence[str | Path]) -> list[Subject]:
-    """All directories, in the order given. Raises SvdConvertError if one is of no known kind."""
+    """All directories, in the order given. Raises SvdConvertError if one is of no known kind.
+
+    Raises ChangedError if an adapter differs from its manifest.
+    """
     names = short_names([str(directory) for directory in directories])
     return [_collect(str(given), name) for given, name in zip(directories, names, strict=True)]
 
@@ -117,6 +120,18 @@ def _missing(subject: Subject) -> Iterator[str]:
     if manifest is None:
         yield "there is no svdconvert.json: its base, its energies and its errors are not known"
         return
+    if manifest.files_of("model"):
+        yield "its weights were not read: svdconvert verify compares them with svdconvert.json"
+    yield from _missing_of_training(subject, manifest)
+    if isinstance(manifest.result, MergeResult) and manifest.result.update is None:
+        yield "what rounding kept of the update was not measured"
+    if manifest.kind in PLAIN:
+        yield "it has no factors, and so no singular values"
+    if not subject.results:
+        yield "it was not evaluated: svdconvert eval does that"
+
+
+def _missing_of_training(subject: Subject, manifest: Manifest) -> Iterator[str]:
     comes_from_training = manifest.kind in ("trained", "finetuned", "merged", "lora")
     if comes_from_training and subject.training is None:
         yield "nothing is recorded of its training"
@@ -124,9 +139,3 @@ def _missing(subject: Subject) -> Iterator[str]:
         yield "rate and drift by step are in the directory that train wrote"
     if subject.training is not None and not subject.training.samples:
         yield "there are no samples: train writes them with --samples"
-    if isinstance(manifest.result, MergeResult) and manifest.result.update is None:
-        yield "what rounding kept of the update was not measured"
-    if manifest.kind in PLAIN:
-        yield "it has no factors, and so no singular values"
-    if not subject.results:
-        yield "it was not evaluated: svdconvert eval does that"

@@ -223,3 +223,24 @@ def test_a_damaged_file_of_measurements_is_said_and_the_rest_is_shown(made: Path
     (copy / "metrics.jsonl").write_text('{"loss": 1.0}\n')
     page = read_page(report(copy, tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "is no measurement" in page.text and "Singular values of the change by training" in page.text
+
+
+@pytest.mark.parametrize("kind", ["pissa", "trained", "lora", "rwkv-pissa"])
+def test_changed_factors_are_refused(kind: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / kind, tmp_path / "given")
+    for file in sorted((tmp_path / "given").rglob("adapter_model.safetensors")):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        refused("report", tmp_path / "given", "-o", tmp_path / "page.html", words=[file, "is not the tensor"])
+        data[-1] ^= 1
+        file.write_bytes(data)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("kind", "is_said"), [("merged", True), ("pissa", True), ("lora", False)])
+def test_a_page_says_that_the_weights_of_a_model_were_not_compared(
+    kind: str, is_said: bool, made: Path, tmp_path: Path
+) -> None:
+    text = report(made / kind, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("svdconvert verify compares them" in read_page(text).text) is is_said
