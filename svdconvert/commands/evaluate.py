@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from svdconvert.checkpoint.file_names import shared_name
 from svdconvert.config.evaluation import EvaluationOptions
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import tracked
@@ -55,6 +56,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the r
     opened = open_answering(directory, run, base=base, residual=residual)
     refuse_misfit(opened, chosen, foreign)
     if run.ranks.leads:
+        for sentence in filter(None, (asked.idle_limit for asked in questions)):
+            run.notify(sentence)
         for one in [*files, *foreign_files]:
             one.prepare(overwrite=run.overwrite)
     run.ranks.wait()
@@ -71,6 +74,11 @@ def _harness_tasks(tasks: Sequence[str], options: EvaluationOptions) -> dict[str
     Raises RecipeError for an option that would change nothing, MissingPackageError without lm_eval.
     """
     found = {name: require_harness(name) for name in tasks if is_harness(name)}
+    if twice := shared_name(found.values()):
+        raise RecipeError(
+            f"the tasks {twice[0]} and {twice[1]} would write one file of results, on this or on some disks; "
+            "ask one at a time, with another -o"
+        )
     idle = {
         "data": options.data,
         "max_new_tokens": options.max_new_tokens,
