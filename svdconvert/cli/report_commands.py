@@ -110,8 +110,9 @@ def verify(
     """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
     with report_errors(debug=debug, json=json):
         if merged is not None:
-            _verify_merge(directory, merged, adapter, base or [], trust_remote_code=trust_remote_code)
-            return
+            if nuclear_ratio is not None:
+                raise typer.BadParameter("--nuclear-ratio is about a DIR, not about --merged; leave it out")
+            return _verify_merge(directory, merged, adapter, base or [], trust_remote_code=trust_remote_code)
         from svdconvert.commands.verify import verify as command
 
         for name, unused in (("--adapter", adapter), ("--trust-remote-code", trust_remote_code)):

@@ -36,10 +36,10 @@ def verify(
     """
     path = fetch(str(directory)).path
     manifest = read_manifest(path)
-    model = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
-    if manifest.kind != "decomposed":
-        model = None  # only its identity is checked: other directories have nothing to recompute from it
+    found = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
+    model = found if manifest.kind == "decomposed" else None  # others have nothing to recompute from it
     report = check_directory(path, manifest, model, run or Run(), nuclear_ratio)
+    report = replace(report, base=found.snapshot.location if found else None)
     faults = [*report.faults, *evaluation_faults(path, manifest)]
     return replace(report, directory=Path(directory), evaluations=len(result_paths(path)), faults=faults)
 
