@@ -143,7 +143,7 @@ def _verify_merge(
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
     with progress.shown("verify") as track:
-        run = Run(track=track, trust_remote_code=trust_remote_code)
+        run = Run(track=track, notify=notify, trust_remote_code=trust_remote_code)
         audit = verify_merge(merged, bases, given, run)
     comparison_summaries.show_audit(audit)
     if not audit.passed:

@@ -13,6 +13,7 @@ from svdconvert.config.execution import Run
 from svdconvert.errors import ArtifactError, brief
 from svdconvert.evaluation.adapted import Weights, find_weights, install_adapter
 from svdconvert.evaluation.fast_linears import use_fast_products
+from svdconvert.evaluation.sound_network import require_sound
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, open_model
@@ -79,6 +80,7 @@ class Opened:
             install_adapter(network, *self.adapter, self.layout, self.base)
         network.requires_grad_(False)
         network = network.eval().to(pick_device(run.device, run.ranks.local))
+        require_sound(network, self.directory)
         use_fast_products(network)
         return network
 

@@ -72,16 +72,15 @@ def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
 
 
 def require_unchanged_sidecar(path: Path) -> None:
-    """Raise ChangedError if a manifest lists another checksum of a file next to an adapter's weights."""
+    """Raise ChangedError if a manifest lists another checksum of a file next to the weights."""
     found = listing_manifest(path)
     if found is None:
         return
     directory, manifest = found
     known = manifest.sidecars.get(path.absolute().relative_to(directory.absolute()).as_posix())
-    if known is not None and file_checksum(path) != known:
+    if known is not None and path.is_file() and file_checksum(path) != known:
         raise ChangedError(
-            f"{path} is not the configuration that {directory / MANIFEST_NAME} lists, and another scale or "
-            f"rank would give a different model; {_advice(directory, manifest)}"
+            f"{path} is not the file that {directory / MANIFEST_NAME} lists; {_advice(directory, manifest)}"
         )
 
 

@@ -11,6 +11,7 @@ from svdconvert.hub.download import fetch
 from svdconvert.inputs.grids import Grid, grids_of
 from svdconvert.inputs.inspection import Inspection, describe
 from svdconvert.manifest.claims import require_answers
+from svdconvert.manifest.compared import require_unchanged_sidecar
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
@@ -87,7 +88,7 @@ def _collect(given: str, name: str) -> Subject:
         inspection=inspection,
         manifest=manifest and without_local_paths(manifest, SourceRepos(manifest.base, manifest.residual)),
         training=read(lambda: training_of(path, manifest), None),
-        series=read(lambda: read_series(path / METRICS), Measurements()),
+        series=read(partial(_series, path), Measurements()),
         grids=_shown_grids(manifest),
         spectra=measure_spectra(path) if is_adapter else Spectra(),
         results=proven,
@@ -96,6 +97,13 @@ def _collect(given: str, name: str) -> Subject:
     faults += [f"the result of {task} is of other weights and is left out" for task in others]
     said = [sentence.replace(str(path), name) for sentence in (*faults, *_missing(subject))]
     return replace(subject, missing=list(dict.fromkeys(said)))
+
+
+def _series(path: Path) -> Measurements:
+    """The measurements of a training. Raises ChangedError if they are not those that the manifest lists."""
+    found = read_series(path / METRICS)
+    require_unchanged_sidecar(path / METRICS)
+    return found
 
 
 def _with_answers(path: Path, result: EvaluationResult) -> EvaluationResult:

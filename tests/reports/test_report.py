@@ -244,3 +244,14 @@ def test_a_page_says_that_the_weights_of_a_model_were_not_compared(
 ) -> None:
     text = report(made / kind, tmp_path / "page.html").read_text(encoding="utf-8")
     assert ("svdconvert verify compares them" in read_page(text).text) is is_said
+
+
+def test_edited_measurements_are_left_out_and_named(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "trained", tmp_path / "given")
+    curve = "Learning rate"
+    before = read_page(report(tmp_path / "given", tmp_path / "a.html").read_text(encoding="utf-8")).text
+    with (tmp_path / "given" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "loss": 0.001, "lr": 0.1}\n')
+    after = read_page(report(tmp_path / "given", tmp_path / "b.html").read_text(encoding="utf-8")).text
+    assert curve in before and curve not in after
+    assert "metrics.jsonl is not the file that" in after
