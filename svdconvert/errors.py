@@ -10,6 +10,7 @@ SvdConvertError            one sentence: what is wrong, where, and what to do
 ├── PluginError            a method or layout of another package cannot be loaded
 ├── OutputError            the output directory exists already, or cannot be written
 ├── ArtifactError          a directory of the wrong kind, incomplete, or for another base
+│   └── ChangedError       a file differs from the svdconvert.json that lists it
 ├── HubError               the Hub refuses an upload, or is out of reach during one
 ├── DataError              training data that cannot be used
 ├── SandboxError           generated code cannot be confined, or must not be run
@@ -70,6 +71,10 @@ class OutputError(SvdConvertError):
 
 class ArtifactError(SvdConvertError):
     """A directory is of the wrong kind, incomplete, or belongs to another base."""
+
+
+class ChangedError(ArtifactError):
+    """A file differs from the svdconvert.json that lists it."""
 
 
 class HubError(SvdConvertError):

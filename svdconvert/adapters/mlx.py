@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from svdconvert.adapters.adapter_config import CONFIG, AdapterConfig
-from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorInfo, TensorSource, in_chunks, read_whole, tensor_bytes
 from svdconvert.errors import ArtifactError, brief
+from svdconvert.manifest.compared import open_compared
 from svdconvert.output.sidecars import read_json_object
 
 WEIGHTS = "adapters.safetensors"
@@ -106,7 +106,7 @@ def open_factors(directory: Path) -> tuple["MlxSource", dict[str, dict[str, str]
     Raises ArtifactError for a tensor that is no factor.
     """
     path = directory / WEIGHTS
-    source = MlxSource(open_file(path))
+    source = MlxSource(open_compared(path))
     modules: dict[str, dict[str, str]] = {}
     pieces = {theirs: ours for ours, theirs in PIECES.items()}
     for name, info in source.infos.items():

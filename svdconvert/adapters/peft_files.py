@@ -20,10 +20,10 @@ from svdconvert.adapters.extra_parameters import PREFIX
 from svdconvert.adapters.file_names import FileNames
 from svdconvert.adapters.other_types import FindShape, read_other_type
 from svdconvert.checkpoint.safetensors_files import holds_model, open_file
-from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource, tensor_bytes
+from svdconvert.checkpoint.tensors import REAL, TensorInfo, TensorSource
 from svdconvert.errors import ArtifactError
 from svdconvert.linalg.factors import Factors
-from svdconvert.manifest.fingerprint import checksum
+from svdconvert.manifest.compared import open_compared, require_unchanged_sidecar
 from svdconvert.output.sidecars import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
@@ -47,8 +47,6 @@ class Adapter:
     """Parameter of the base -> name in the file of the copy that PEFT stored with the adapter."""
     magnitudes: Mapping[str, str] = field(default_factory=dict)
     """Module -> name in the file of its magnitudes, for DoRA."""
-    expected: Mapping[str, str] = field(default_factory=dict)
-    """Checksum that each tensor of the file must have, if a manifest knows them."""
     experts: Mapping[str, Expert] = field(default_factory=dict)
     """Module -> which expert it is, for the modules `PARAMETER[3]`, whose factors are in shared tensors."""
     embeddings: Collection[str] = ()
@@ -89,11 +87,6 @@ class Adapter:
 
     def _checked(self, name: str) -> Tensor:
         tensor = self.source.read(name)
-        if self.expected and self.expected.get(name) != checksum(tensor_bytes(tensor)):
-            raise ArtifactError(
-                f"{self.directory}: {name} is not the tensor that the manifest lists; restore the file that "
-                "belongs to the directory"
-            )
         if not tensor.isfinite().all():
             raise ArtifactError(
                 f"{self.directory}: {name} holds NaN or Inf; the training diverged or the file is damaged: "
@@ -121,14 +114,17 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and ((directory / WEIGHTS).exists() or not holds_model(directory))
 
 
-def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapter:
+def open_adapter(directory: Path, find_shape: FindShape | None = None, *, compare: bool = True) -> Adapter:
     """Open an adapter in PEFT's format: adapter_model.safetensors, else adapter_model.bin.
 
     An adapter of another type than LoRA is opened as the LoRA that it equals; `find_shape` gives the shapes
-    of the base's matrices for types whose files do not tell them. Raises ArtifactError if it is missing or
-    incomplete, or if it contains anything that cannot be converted (tensors that its configuration does not
+    of the base's matrices for types whose files do not tell them. With `compare`, what a manifest lists must
+    have its checksums: the configuration now, a tensor when it is read. Raises ArtifactError if something has
+    changed, is missing or incomplete, or cannot be converted (tensors that its configuration does not
     declare): no part of an adapter is ever dropped.
     """
+    if compare and (directory / CONFIG).is_file():
+        require_unchanged_sidecar(directory / CONFIG)
     if mlx.is_adapter(directory):
         return _open_mlx(directory)
     weights = _weights_file(directory)
@@ -138,7 +134,7 @@ def open_adapter(directory: Path, find_shape: FindShape | None = None) -> Adapte
             f"{directory / absent} is missing; an adapter is a directory with {CONFIG} and {WEIGHTS}"
         )
     kind = str(read_json_object(directory / CONFIG).get("peft_type"))
-    source = open_file(weights)
+    source = open_compared(weights) if compare else open_file(weights)
     if kind in TYPES:
         config, made = read_other_type(directory, weights, source, kind, find_shape or _no_shape(directory))
         return Adapter(directory, config, made.source, made.modules, made.extras)

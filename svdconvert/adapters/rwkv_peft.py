@@ -13,8 +13,8 @@ from pathlib import Path
 from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.extra_parameters import declaration
 from svdconvert.adapters.peft_files import Adapter, check_factors, target_modules
-from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.errors import ArtifactError
+from svdconvert.manifest.compared import open_compared
 
 ENDING = ".pth"
 LAYOUT = "rwkv6-blinkdl"
@@ -39,7 +39,7 @@ def open_adapter_file(path: Path, alpha: float | None) -> Adapter:
 
     Raises ArtifactError if the file has no factors, or only one factor of a module.
     """
-    source = open_file(path)
+    source = open_compared(path)
     modules: dict[str, dict[str, str]] = {}
     extras: dict[str, str] = {}
     for name in source.infos:

@@ -39,6 +39,20 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+def shared_name(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first two names that are one file on disks which ignore case, or how a letter is composed.
+
+    None if there are none. The disks of macOS and Windows usually do.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+        if folded in known:
+            return known[folded], name
+        known[folded] = name
+    return None
+
+
 def is_weights(name: str) -> bool:
     """True for the name of a file of a kind that holds tensors."""
     return name.endswith(_TENSORS)

@@ -110,8 +110,9 @@ def verify(
     """Recompute the checksums and errors in DIR's manifest, or audit a merge; status 1 if one is wrong."""
     with report_errors(debug=debug, json=json):
         if merged is not None:
-            _verify_merge(directory, merged, adapter, base or [], trust_remote_code=trust_remote_code)
-            return
+            if nuclear_ratio is not None:
+                raise typer.BadParameter("--nuclear-ratio is about a DIR, not about --merged; leave it out")
+            return _verify_merge(directory, merged, adapter, base or [], trust_remote_code=trust_remote_code)
         from svdconvert.commands.verify import verify as command
 
         for name, unused in (("--adapter", adapter), ("--trust-remote-code", trust_remote_code)):
@@ -142,7 +143,7 @@ def _verify_merge(
     if not bases:
         raise typer.BadParameter("--base BASE is missing")
     with progress.shown("verify") as track:
-        run = Run(track=track, trust_remote_code=trust_remote_code)
+        run = Run(track=track, notify=notify, trust_remote_code=trust_remote_code)
         audit = verify_merge(merged, bases, given, run)
     comparison_summaries.show_audit(audit)
     if not audit.passed:

@@ -311,6 +311,8 @@ def show_report(report: "Report") -> None:
         }
     elif report.kind == "decomposed":
         rows["base"] = "not found: only the checksums were compared; give its location with --base"
+    elif report.base:
+        rows["base"] = f"{report.base}, the right one by a quick comparison"
     rows["evaluations"] = f"{report.evaluations} compared with their answers" if report.evaluations else None
     state = "agrees with its manifest" if report.passed else f"has {counted(len(report.faults), 'fault')}"
     facts = {**asdict(report), "directory": str(report.directory), "passed": report.passed}

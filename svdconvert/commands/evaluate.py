@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from svdconvert.checkpoint.file_names import shared_name
 from svdconvert.config.evaluation import EvaluationOptions
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import tracked
-from svdconvert.errors import RecipeError, SandboxError
+from svdconvert.errors import RecipeError
 from svdconvert.evaluation.asking import Answering
 from svdconvert.evaluation.base import Task, tasks_named
+from svdconvert.evaluation.choices import check_choices
 from svdconvert.evaluation.harness import evaluate_harness, is_harness, require_harness
 from svdconvert.evaluation.loading import open_answering
 from svdconvert.evaluation.questions import read_questions
@@ -44,7 +46,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the r
     options = replace(options, data=data or options.data, limit=limit or options.limit)
     foreign = _harness_tasks(tasks, options)
     chosen = tasks_named([name for name in tasks if name not in foreign])
-    _refuse_shared_data(chosen, options)
+    check_choices(chosen, options)
     folder = results_folder(str(directory), Path(output) if output is not None else None)
     files = [TaskFiles(folder, task.name, run.ranks) for task in chosen]
     foreign_files = [TaskFiles(folder, name, run.ranks) for name in foreign.values()]
@@ -55,6 +57,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, on what, how, and where the r
     opened = open_answering(directory, run, base=base, residual=residual)
     refuse_misfit(opened, chosen, foreign)
     if run.ranks.leads:
+        for sentence in filter(None, (asked.idle_limit for asked in questions)):
+            run.notify(sentence)
         for one in [*files, *foreign_files]:
             one.prepare(overwrite=run.overwrite)
     run.ranks.wait()
@@ -71,6 +75,11 @@ def _harness_tasks(tasks: Sequence[str], options: EvaluationOptions) -> dict[str
     Raises RecipeError for an option that would change nothing, MissingPackageError without lm_eval.
     """
     found = {name: require_harness(name) for name in tasks if is_harness(name)}
+    if twice := shared_name(found.values()):
+        raise RecipeError(
+            f"the tasks {twice[0]} and {twice[1]} would write one file of results, on this or on some disks; "
+            "ask one at a time, with another -o"
+        )
     idle = {
         "data": options.data,
         "max_new_tokens": options.max_new_tokens,
@@ -88,24 +97,9 @@ def _harness_tasks(tasks: Sequence[str], options: EvaluationOptions) -> dict[str
 def _code_runner(tasks: Sequence[Task], options: EvaluationOptions) -> CodeRunner:
     """What runs the programs that a model wrote; nothing if no task needs it.
 
-    Raises SandboxError if a task needs it and it was not asked for, or if programs cannot be confined.
+    Raises SandboxError if programs cannot be confined.
     """
-    running = [task.name for task in tasks if task.runs_code]
-    if not running and options.run_code:
-        raise RecipeError("`run_code` changes nothing, because none of these tasks runs code; leave it out")
-    if not running:
+    if not any(task.runs_code for task in tasks):
         return CodeRunner()
-    if not options.run_code:
-        raise SandboxError(
-            f"{running[0]} runs what the model wrote, to see whether it works; give `run_code`"
-        )
     sandbox = Sandbox.open(options.sandbox)
     return CodeRunner(sandbox.run, sandbox.layers)
-
-
-def _refuse_shared_data(tasks: Sequence[Task], options: EvaluationOptions) -> None:
-    if options.data is not None and len(tasks) > 1:
-        raise RecipeError(
-            f"`data` {options.data} holds the rows of one task, and {', '.join(task.name for task in tasks)} "
-            "are several; give one task"
-        )

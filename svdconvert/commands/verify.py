@@ -8,6 +8,7 @@ from svdconvert.config.execution import Run
 from svdconvert.config.progress import tracked
 from svdconvert.errors import ArtifactError
 from svdconvert.hub.download import fetch
+from svdconvert.inputs.config_differences import differing_settings
 from svdconvert.inputs.merge_weights import choose_weights
 from svdconvert.inputs.model import find_model, open_plain_model
 from svdconvert.inputs.open_adapter import open_adapter_delta
@@ -36,10 +37,10 @@ def verify(
     """
     path = fetch(str(directory)).path
     manifest = read_manifest(path)
-    model = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
-    if manifest.kind != "decomposed":
-        model = None  # only its identity is checked: other directories have nothing to recompute from it
+    found = find_model(manifest.base, base) if base or manifest.kind == "decomposed" else None
+    model = found if manifest.kind == "decomposed" else None  # others have nothing to recompute from it
     report = check_directory(path, manifest, model, run or Run(), nuclear_ratio)
+    report = replace(report, base=found.snapshot.location if found else None)
     faults = [*report.faults, *evaluation_faults(path, manifest)]
     return replace(report, directory=Path(directory), evaluations=len(result_paths(path)), faults=faults)
 
@@ -64,6 +65,8 @@ def verify_merge(
         sources = Sources(base=base, trust_remote_code=run.trust_remote_code)
         try:
             weights = choose_weights(open_adapter_delta(adapter, sources), "base", sources)
+            if settings := differing_settings(weights.model, opened):
+                run.notify(f"config.json of {merged} and of {base} differ in {settings}")
             audits.append(audit_merge(opened, weights, run))
         except ArtifactError as error:
             if len(bases) == 1:

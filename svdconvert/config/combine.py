@@ -1,6 +1,7 @@
 """The options of `combine`, for adapters and for checkpoints."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -9,6 +10,7 @@ from typing_extensions import Self
 
 from svdconvert.config.options import AboveZero, AutoFloat, Weights, refuse_rivals
 from svdconvert.config.sizes import SizeText
+from svdconvert.errors import brief
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -20,7 +22,10 @@ def _parse_values(value: Any) -> Any:
     pairs = [part.partition("=") for part in value.split(",")]
     if any(not name.strip() or not text.strip() for name, _, text in pairs):
         raise ValueError("write it as NAME=VALUE,NAME=VALUE, with numbers, true or false")
-    return {name.strip(): _value(text.strip()) for name, _, text in pairs}
+    found = {name.strip(): _value(text.strip()) for name, _, text in pairs}
+    if unknown := [name for name, one in found.items() if isinstance(one, str)]:
+        raise ValueError(f"{unknown[0]} is {brief(found[unknown[0]])}, which is no number, true or false")
+    return found
 
 
 def _value(text: str) -> bool | float | str:
@@ -28,9 +33,10 @@ def _value(text: str) -> bool | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    return number if isfinite(number) else text
 
 
 Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass as checked
 from typing_extensions import Self
 
-from svdconvert.checkpoint.file_names import name_fault
+from svdconvert.checkpoint.file_names import name_fault, shared_name
 from svdconvert.config.evaluation import EvaluationOptions
 from svdconvert.config.options import Names
 from svdconvert.errors import RecipeError, brief, did_you_mean
@@ -110,7 +110,7 @@ def check_experiment(content: Mapping[str, Any], source: str) -> None:
 def names_a_directory(name: Any) -> bool:
     """True for a variant's name that can be that of a directory next to what `run` writes itself."""
     is_plain = isinstance(name, str) and name_fault(name) is None and "/" not in name
-    return is_plain and name not in (BASE, *FILES)
+    return is_plain and shared_name((BASE, *FILES, name)) is None
 
 
 def _check_steps(steps: Any, source: str) -> None:

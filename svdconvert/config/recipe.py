@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from svdconvert.checkpoint.file_names import shared_name
 from svdconvert.config.combine import CombineOptions
 from svdconvert.config.experiment import (
     OWN_KEYS,
@@ -188,9 +189,10 @@ def variants_of(recipe: Recipe, changes: Mapping[str, Any]) -> list[tuple[Varian
         for variant in with_seeds(plain, seeds):
             single = replace(recipe, shared=variant.shared, sections=variant.sections, variants={}, seeds=())
             found.append((variant, single))
-    names = [variant.name for variant, _ in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"{recipe.path} has two runs that are called {twice}; rename a variant")
+    if twice := shared_name(variant.name for variant, _ in found):
+        is_one = twice[0] == twice[1]
+        names = twice[0] if is_one else f"{twice[0]} and {twice[1]}, one directory on some disks"
+        raise RecipeError(f"{recipe.path} has two runs that are called {names}; rename a variant")
     return found
 
 

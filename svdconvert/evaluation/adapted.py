@@ -16,7 +16,7 @@ from svdconvert.linalg.factors import Factors
 from svdconvert.manifest.schema import Manifest
 from svdconvert.training.model.extra_parameters import fill_parameters
 from svdconvert.training.model.inject import ScaledFactors, inject_adapters
-from svdconvert.training.start import require_unchanged, require_unchanged_files
+from svdconvert.training.start import require_unchanged
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ def _own_weights(delta: AdapterDelta, manifest: Manifest, base: str | None) -> O
         raise ArtifactError(
             f"`base` {base} changes nothing: {delta.directory} holds the weights of its adapter; leave it out"
         )
-    require_unchanged_files(delta.directory, manifest)
     return open_model(delta.residual.name)
 
 

@@ -13,6 +13,7 @@ from svdconvert.config.execution import Run
 from svdconvert.errors import ArtifactError, brief
 from svdconvert.evaluation.adapted import Weights, find_weights, install_adapter
 from svdconvert.evaluation.fast_linears import use_fast_products
+from svdconvert.evaluation.sound_network import require_sound
 from svdconvert.hub.download import Snapshot, fetch
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import OpenModel, open_model
@@ -22,11 +23,11 @@ from svdconvert.inputs.unused_sources import check_unused
 from svdconvert.layouts.base import Layout
 from svdconvert.layouts.loading import auto_class, is_encoder_decoder
 from svdconvert.linalg.threads import pick_device
+from svdconvert.manifest.compared import sidecar_remarks
 from svdconvert.manifest.evaluations import EvaluatedModel, manifest_fingerprint
 from svdconvert.manifest.fingerprint import digest, tensor_checksum
 from svdconvert.manifest.schema import Manifest, has_manifest, read_manifest, training_of
 from svdconvert.training.model.load import load_classifier, load_network, load_tokenizer
-from svdconvert.training.start import require_unchanged_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ class Opened:
             install_adapter(network, *self.adapter, self.layout, self.base)
         network.requires_grad_(False)
         network = network.eval().to(pick_device(run.device, run.ranks.local))
+        require_sound(network, self.directory)
         use_fast_products(network)
         return network
 
@@ -118,8 +120,8 @@ def open_answering(
     opened = open_model(str(model))
     _refuse_silent(opened)
     manifest = _manifest(opened.snapshot)
-    if manifest is not None:
-        require_unchanged_files(opened.path, manifest)
+    opened.require_unchanged()
+    _remark(opened.path, run)
     return Opened(
         weights=opened,
         layout=_layout(opened, manifest, run),
@@ -139,8 +141,10 @@ def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) 
     check_unused(delta, sources, base_used=not weights.is_residual, residual_used=weights.is_residual)
     opened = weights.model
     _refuse_silent(opened)
+    opened.require_unchanged()
     head = delta.manifest.head if delta.manifest else None
     owner = fetch(model, "sidecars")
+    _remark(opened.path, run)
     own = _manifest(owner)
     return Opened(
         weights=opened,
@@ -152,6 +156,12 @@ def _open_adapted(model: str, run: Run, base: str | None, residual: str | None) 
         manifest=own,
         directory=owner.path,
     )
+
+
+def _remark(path: Path, run: Run) -> None:
+    if run.ranks.leads:
+        for remark in sidecar_remarks([path]):
+            run.notify(remark)
 
 
 def _manifest(snapshot: Snapshot) -> Manifest | None:

@@ -20,6 +20,16 @@ class Questions:
     task: Task
     rows: Sequence[Row]
     data: EvaluatedData
+    is_cut: bool
+    """True if the limit left rows out."""
+
+    @property
+    def idle_limit(self) -> str | None:
+        """A sentence about a limit that left nothing out; None if there is no limit, or if it did."""
+        limit = self.data.limit
+        if limit is None or self.is_cut:
+            return None
+        return f"`limit` {limit} changes nothing for {self.task.name}: {self.data.name} has no more rows"
 
 
 def read_questions(task: Task, data: str | None, limit: int | None) -> Questions:
@@ -28,14 +38,16 @@ def read_questions(task: Task, data: str | None, limit: int | None) -> Questions
     Raises DataError if they cannot be read, or do not have the task's fields.
     """
     source = task.data if data is None else _given(data, task.data)
-    records = list(islice(_records(source), limit))
+    records = list(islice(_records(source), None if limit is None else limit + 1))
+    is_cut = limit is not None and len(records) > limit
+    records = records[:limit]
     try:
         rows = task.rows(records)
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
     if len({row.id for row in rows}) < len(rows):
         raise DataError(f"{source.name}: two rows have the same id; remove one")
-    return Questions(task, rows, _described(source, records, len(rows), limit))
+    return Questions(task, rows, _described(source, records, len(rows), limit), is_cut)
 
 
 def _given(data: str, usual: DataSource) -> DataSource:

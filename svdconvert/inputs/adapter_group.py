@@ -19,7 +19,7 @@ from svdconvert.inputs.open_adapter import open_adapter_delta
 from svdconvert.inputs.recover_init import recover_init, settle_init
 from svdconvert.inputs.sources import Sources
 from svdconvert.inputs.tensor_names import TensorNames, without_containers
-from svdconvert.inputs.unused_sources import check_unused
+from svdconvert.inputs.unused_sources import check_unused, refuse_idle_zero
 from svdconvert.manifest.origin import base_conflict, same_model
 from svdconvert.manifest.schema import has_manifest, read_manifest
 
@@ -116,6 +116,8 @@ def open_group(adapters: Sequence[str], sources: Sources, alpha: float | None = 
     and missing.
     """
     deltas = _open_each(adapters, sources, alpha)
+    refuse_idle_zero(deltas, sources)
+    sources = replace(sources, init=None)
     own = replace(sources, base=None, residual=None)
     needs_base = [delta.is_lost or delta.is_assumed_zero for delta in deltas]
     settled = [
@@ -139,6 +141,7 @@ def open_group_on_base(adapters: Sequence[str], sources: Sources, alpha: float |
     adapter belongs to another one.
     """
     deltas = _open_each(adapters, sources, alpha)
+    refuse_idle_zero(deltas, sources)
     origins = [delta.manifest.base for delta in deltas if delta.manifest and delta.manifest.base]
     base = find_model(
         origins[0] if origins else None,

@@ -21,12 +21,18 @@ _OTHERS = frozenset((
 def remarks_on_configs(first: OpenModel, others: Iterable[OpenModel]) -> Iterator[str]:
     """A warning for each of the others whose settings differ from those of the first, which are kept."""
     for other in others:
-        if found := [*_differences(first.config, other.config, "")]:
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        if found := differing_settings(first, other):
             yield (
                 f"config.json of {other.path} has other values than that of {first.path}, which is kept: "
-                f"{', '.join(found[:_SHOWN])}{more}; its weights may not work with these"
+                f"{found}; its weights may not work with these"
             )
+
+
+def differing_settings(first: OpenModel, other: OpenModel) -> str:
+    """The names of the settings that both have with other values, as text; empty if there are none."""
+    found = [*_differences(first.config, other.config, "")]
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"{', '.join(found[:_SHOWN])}{more}"
 
 
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str) -> Iterator[str]:

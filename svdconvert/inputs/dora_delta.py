@@ -117,5 +117,5 @@ def approximated_dora(delta: AdapterDelta, base: OpenModel | None, rank: int | N
         rank_pattern=ranks,
         alpha_pattern={pattern: float(own) for pattern, own in ranks.items()},
     )
-    adapter = replace(delta.adapter, config=config, source=source, modules=modules, expected={})
+    adapter = replace(delta.adapter, config=config, source=source, modules=modules)
     return replace(delta, adapter=adapter, approximation=source.lost, uses_base=True)

@@ -17,6 +17,7 @@ from svdconvert.hub.remote_source import RemoteSource, Unstreamable
 from svdconvert.inputs.storage_format import decoded, refuse_codes, refuse_unknown_format
 from svdconvert.layouts.base import LAYOUTS, Layout
 from svdconvert.layouts.detect import has_signature_tensor, layout_of_model
+from svdconvert.manifest.compared import ComparedSource, compared
 from svdconvert.manifest.origin import fingerprint, same_model
 from svdconvert.manifest.schema import PLAIN, Origin, has_manifest, read_manifest
 from svdconvert.models.gguf_sidecars import write_sidecars
@@ -50,6 +51,15 @@ class OpenModel:
     def is_decoded(self) -> bool:
         """True if weights of the checkpoint are quantised, and `source` decodes them."""
         return isinstance(self.source, DecodedSource)
+
+    def require_unchanged(self) -> None:
+        """Read the weights if svdconvert wrote them. Raises ArtifactError if they have changed since.
+
+        For networks, which are loaded without `source`. What has been read from it is not read again.
+        """
+        stored = self.source.stored if isinstance(self.source, DecodedSource) else self.source
+        if isinstance(stored, ComparedSource):
+            stored.require_all()
 
     def refuse_unknown_format(self) -> None:
         """Raise TargetError if the checkpoint is quantised in a way that is not known."""
@@ -189,6 +199,7 @@ def _opened(snapshot: Snapshot, *, stream: bool) -> OpenModel:
     if isinstance(source, GgufFile):
         return _opened_gguf(snapshot, source)
     config = _config_of(snapshot.path, source)
+    source = compared(source, snapshot.path)
     return OpenModel(snapshot, decoded(source, config, snapshot.path), config, snapshot.path)
 
 

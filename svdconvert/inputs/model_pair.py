@@ -22,6 +22,7 @@ from svdconvert.hub.equal_files import shared_weights
 from svdconvert.inputs.adapted_tensors import is_head, ties_embeddings
 from svdconvert.inputs.model import OpenModel, open_plain_model, refuse_adapted
 from svdconvert.layouts.base import Layout
+from svdconvert.manifest.compared import compared
 from svdconvert.manifest.fingerprint import Checksum
 from svdconvert.output.sidecars import read_config
 
@@ -105,7 +106,7 @@ def _open_pair(base: str, tuned: str, command: str, *, stream: bool) -> ModelPai
         first = open_plain_model(base, command, stream=stream)
         return ModelPair(first, open_plain_model(tuned, command, stream=stream))
     models = [
-        OpenModel(snapshot, source, read_config(snapshot.path), snapshot.path)
+        OpenModel(snapshot, compared(source, snapshot.path), read_config(snapshot.path), snapshot.path)
         for snapshot, source in zip(sidecars, shared.sources, strict=True)
     ]
     return ModelPair(models[0], models[1], shared.equal)

@@ -13,9 +13,11 @@ from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.base_shapes import BaseShapes
 from svdconvert.inputs.gguf_names import FILE as GGUF_FILE
 from svdconvert.inputs.sources import NO_INIT, Sources
+from svdconvert.manifest.compared import ComparedSource
 from svdconvert.manifest.fingerprint import file_checksum
 from svdconvert.manifest.schema import PLAIN, Manifest, has_manifest, read_manifest
 from svdconvert.methods.base import init_folder
+from svdconvert.output.ownership import MANIFEST_NAME
 
 # PEFT's names of initial states that are subtracted from the base.
 _SUBTRACTED = ("pissa", "olora", "corda", "lora_ga", "loftq", KASA)
@@ -33,7 +35,7 @@ def is_any_adapter(name: str | Path) -> bool:
 
 def open_initial_adapter(directory: Path, manifest: Manifest) -> Adapter:
     """The initial adapter of a directory, without comparing it with the manifest's checksums."""
-    return open_adapter(directory / init_folder(manifest.method))
+    return open_adapter(directory / init_folder(manifest.method), compare=False)
 
 
 def open_adapter_delta(
@@ -111,8 +113,7 @@ def _from_manifest(
         file = directory / FILE
         if file.is_file():
             return AdapterDelta(directory, open_adapter_file(file, None), None, manifest)
-        adapter = _of_manifest(open_adapter(directory), manifest, "")
-        return AdapterDelta(directory, adapter, None, manifest)
+        return AdapterDelta(directory, open_adapter(directory), None, manifest)
     start = init or directory / init_folder(manifest.method)
     if not is_adapter(start):
         if residual is not None:
@@ -124,10 +125,9 @@ def _from_manifest(
     initial = open_adapter(start)
     adapter = initial if manifest.kind == "decomposed" else open_adapter(directory)
     _refuse_misfit(adapter, initial)
-    initial = _of_manifest(initial, manifest, init_folder(manifest.method))
+    initial = _listed_in(directory, initial, manifest)
     if manifest.kind == "decomposed":
         return AdapterDelta(directory, initial, initial, manifest, residual or snapshot)
-    adapter = _of_manifest(adapter, manifest, "")
     return AdapterDelta(directory, adapter, initial, manifest)
 
 
@@ -204,26 +204,31 @@ def _on_residual(
         folder = init_folder(found.method)
         if initial is None and is_adapter(residual.path / folder):
             initial = open_adapter(residual.path / folder)
-        initial = _of_manifest(initial, found, folder) if initial else None
+        elif initial is not None:
+            initial = _listed_in(residual.path, initial, found)
     if initial is not None:
         return AdapterDelta(directory, adapter, initial, manifest, residual)
     return AdapterDelta(directory, adapter, None, manifest, residual, is_lost=True)
 
 
-def _of_manifest(adapter: Adapter, manifest: Manifest, folder: str) -> Adapter:
-    """The adapter with the checksums that a manifest has for the adapter in its subdirectory `folder`.
+def _listed_in(directory: Path, initial: Adapter, manifest: Manifest) -> Adapter:
+    """The initial adapter from another place, which must be the one that the manifest of `directory` lists.
 
-    Raises ArtifactError if its configuration has changed; changed tensors are refused when they are read.
+    Raises ArtifactError if its configuration is another one; other tensors are refused when they are read.
     """
-    prefix = f"{folder}/" if folder else ""
-    known = manifest.sidecars.get(prefix + CONFIG)
-    path = adapter.directory / CONFIG
-    if known is not None and file_checksum(path) != known:
+    folder = init_folder(manifest.method)
+    files = manifest.files.get(f"{folder}/{WEIGHTS}")
+    known = manifest.sidecars.get(f"{folder}/{CONFIG}")
+    advice = f"give the initial adapter of {directory} with --init"
+    if known is not None and file_checksum(initial.directory / CONFIG) != known:
         raise ArtifactError(
-            f"{path} is not the configuration that the manifest lists, and another scale or rank would give "
-            "a different model; restore the file that belongs to the directory"
+            f"{initial.directory / CONFIG} is not the configuration that {directory / MANIFEST_NAME} lists, "
+            f"and another scale or rank would give a different model; {advice}"
         )
-    return replace(adapter, expected=manifest.files.get(prefix + WEIGHTS, {}))
+    if files is None:
+        return initial
+    source = ComparedSource(initial.source, {initial.directory / WEIGHTS: files}, directory, advice)
+    return replace(initial, source=source)
 
 
 def _refuse_misfit(adapter: Adapter, initial: Adapter) -> None:

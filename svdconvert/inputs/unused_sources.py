@@ -1,5 +1,7 @@
 """Locations that the user gave but that are not needed: they are compared with the manifest, or refused."""
 
+from collections.abc import Sequence
+
 from svdconvert.errors import ArtifactError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.model import find_model
@@ -25,6 +27,18 @@ def check_unused(
         raise ArtifactError(
             f"--init {sources.init} changes nothing for {delta.directory}, whose initial adapter was zero; "
             "leave it out"
+        )
+    refuse_idle_zero([delta], sources)
+
+
+def refuse_idle_zero(deltas: Sequence[AdapterDelta], sources: Sources) -> None:
+    """Raise ArtifactError for `--init none` if the start of every adapter is recorded."""
+    if sources.init == NO_INIT and all(
+        delta.initial_adapter is not None or has_manifest(delta.directory) for delta in deltas
+    ):
+        raise ArtifactError(
+            f"--init none changes nothing for {deltas[0].directory}, which records how it started; leave it "
+            "out"
         )
 
 

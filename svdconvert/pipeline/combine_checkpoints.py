@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
 from svdconvert.pipeline.checkpoint_plan import CheckpointPlan, Merged
-from svdconvert.pipeline.merge import measured_update, remark_on_rounding
+from svdconvert.pipeline.merge import measured_update, remark_on_nothing, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 from svdconvert.quantization.view import read_to_compute
 
@@ -99,6 +100,8 @@ class CheckpointJob:
         """Warnings if rounding lost too much of some updates, and if the models have other settings."""
         yield from remark_on_rounding(manifest, "--dtype float32 keeps it")
         kept = self.plan.models[self.plan.first]
+        if self.plan.method_name != "passthrough" and self.plan.layers is None:
+            yield from remark_on_nothing(manifest, "the changes cancel, or there are none", kept.path)
         yield from remarks_on_configs(kept, [model for model in self.plan.models if model is not kept])
 
 
@@ -127,12 +130,14 @@ def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) ->
             start = parts[where]
             exact = _exact(plan.method, parts, settings)
             if not exact.isfinite().all():
-                raise _not_finite(plan, name)
+                raise _not_finite(plan, merged)
             written = cast_finite(name, exact, dtype)
             rounded.view(-1)[entries] = written.reshape(-1)
             yield start, exact, written
 
     realised = realised_changes(merged_blocks())
+    if realised is not None and not isfinite(realised.size):
+        raise _not_finite(plan, merged)
     return TensorResult({(file, name): rounded}, asdict(realised) if realised else {})
 
 
@@ -150,7 +155,10 @@ def _blocks(
                 yield read_to_compute(plan.models[index].source, name).to(stored.device)
 
     if not plan.method.by_entry:
-        yield slice(None), [tensor.float() for tensor in read()], merged.settings
+        tensors = [tensor.float() for tensor in read()]
+        if not all(_has_norm(tensor) for tensor in tensors):
+            raise _not_finite(plan, merged)
+        yield slice(None), tensors, merged.settings
         return
     flat = [tensor.reshape(-1) for tensor in read()]
     blocks = [slice(start, start + _BLOCK) for start in range(0, stored.numel(), _BLOCK)]
@@ -172,12 +180,22 @@ def _exact(method: MergeMethod, tensors: list[Tensor], settings: Settings) -> Te
     return method.changes(changes, settings).add_(start)
 
 
-def _not_finite(plan: CheckpointPlan, name: str) -> TargetError:
-    """The error for a tensor that is NaN or infinite, with the model that makes it so."""
-    for index, own in plan.tensors[name].parts:
-        if not plan.models[index].source.read(own).isfinite().all():
-            return TargetError(f"{own} of {plan.models[index].path} holds NaN or Inf; repair the checkpoint")
+def _not_finite(plan: CheckpointPlan, merged: Merged) -> TargetError:
+    """The error for a tensor without a finite norm, with the model that makes it so."""
+    for index, own in merged.parts:
+        if not _has_norm(read_to_compute(plan.models[index].source, own).float()):
+            return TargetError(
+                f"{own} of {plan.models[index].path} holds NaN, Inf or values whose squares overflow; repair "
+                "the checkpoint"
+            )
+    name = merged.parts[merged.settings.base or 0][1]
     return TargetError(f"the values of {name} overflow when they are merged; give smaller --weights")
+
+
+def _has_norm(tensor: Tensor) -> bool:
+    """True if the sum of the squares is finite in float32, in which methods compute."""
+    flat = tensor.reshape(-1)
+    return isfinite(float(torch.dot(flat, flat)))
 
 
 def with_layers(config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
 from svdconvert.config.progress import report
 from svdconvert.errors import ArtifactError, TargetError, UnknownNameError
+from svdconvert.inputs.config_differences import differing_settings
 from svdconvert.inputs.model_pair import Difference, ModelPair
 from svdconvert.layouts.base import Slot
 from svdconvert.linalg.blocks import total_energy
@@ -127,6 +128,11 @@ class ModelDiff(Shown):
 def compare_models(pair: ModelPair, run: Run) -> ModelDiff:
     """Read both checkpoints once and compare them. Raises ArtifactError if they have no tensor in common."""
     use_threads(run.threads)
+    if settings := differing_settings(*pair.models):
+        run.notify(
+            f"config.json of {pair.base.path} and of {pair.tuned.path} differ in {settings}: the models "
+            "differ in more than their weights"
+        )
     pair, slots = _divided(pair)
     common = pair.common()
     if not common:

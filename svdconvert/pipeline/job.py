@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from svdconvert.config.execution import Run
 from svdconvert.linalg.threads import use_threads
+from svdconvert.manifest.compared import sidecar_remarks
 from svdconvert.manifest.schema import Manifest, run_identity, sidecar_checksums
 from svdconvert.output.ownership import check_apart
 from svdconvert.output.plan import PlannedFile
@@ -69,6 +70,9 @@ def run_job(job: Job, out: Path, run: Run) -> Manifest:
     Raises OutputError if `out` exists already, overlaps an input, or was started by another run.
     """
     check_apart(out, *job.inputs)
+    if run.ranks.leads:
+        for remark in sidecar_remarks(job.inputs):
+            run.notify(remark)
     threads = use_threads(run.threads or recorded(out, "threads"))
     identity = run_identity(job.command, asdict(job.options), threads) | job.identity()
     with StagedOutput(out, job.files, identity, run) as staged:

@@ -153,11 +153,11 @@ class MergeJob:
             yield from remark_on_rounding(manifest, advice)
 
 
-def remark_on_nothing(manifest: Manifest, reason: str) -> Iterator[str]:
-    """A warning if no matrix of the base was to be changed."""
+def remark_on_nothing(manifest: Manifest, reason: str, base: object = "the base") -> Iterator[str]:
+    """A warning if no matrix of `base` was to be changed."""
     assert isinstance(manifest.result, MergeResult)
     if manifest.result.side == "base" and manifest.result.update is None:
-        yield f"the merged weights are those of the base: {reason}"
+        yield f"the merged weights are those of {base}: {reason}"
 
 
 def remark_on_rounding(manifest: Manifest, advice: str) -> Iterator[str]:

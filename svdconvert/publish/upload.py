@@ -14,6 +14,7 @@ from svdconvert.hub.auth import hub_api, scrub
 from svdconvert.hub.errors import hub_errors_as, with_retries
 from svdconvert.hub.replies import listed_files
 from svdconvert.hub.transfers import Count, upload_followed
+from svdconvert.manifest.compared import require_unchanged_files
 from svdconvert.manifest.schema import PLAIN, Manifest, read_manifest, training_of
 from svdconvert.output.ownership import MANIFEST_NAME
 from svdconvert.output.sidecars import CONFIG, read_json_object
@@ -121,10 +122,11 @@ def upload(
 ) -> Published:
     """Upload a finished directory as one commit; files that the Hub has are not uploaded again.
 
-    Calls `notify` with a sentence for each model that the card cannot name. Raises HubError with one
-    sentence; the same push can be repeated.
+    Calls `notify` with a sentence for each model that the card cannot name. Raises ArtifactError if a tensor
+    has changed since it was written, else HubError with one sentence; the same push can be repeated.
     """
     manifest = read_manifest(directory)
+    require_unchanged_files(directory, manifest)
     with hub_errors_as(HubError, destination.repository, destination.options.revision):
         repos = resolve_source_repos(manifest, destination.base, destination.residual)
         open_repository(destination)

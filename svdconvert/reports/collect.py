@@ -11,6 +11,7 @@ from svdconvert.hub.download import fetch
 from svdconvert.inputs.grids import Grid, grids_of
 from svdconvert.inputs.inspection import Inspection, describe
 from svdconvert.manifest.claims import require_answers
+from svdconvert.manifest.compared import require_unchanged_sidecar
 from svdconvert.manifest.evaluations import (
     FOLDER,
     EvaluationResult,
@@ -47,7 +48,10 @@ class Subject:
 
 
 def collect(directories: Sequence[str | Path]) -> list[Subject]:
-    """All directories, in the order given. Raises SvdConvertError if one is of no known kind."""
+    """All directories, in the order given. Raises SvdConvertError if one is of no known kind.
+
+    Raises ChangedError if an adapter differs from its manifest.
+    """
     names = short_names([str(directory) for directory in directories])
     return [_collect(str(given), name) for given, name in zip(directories, names, strict=True)]
 
@@ -84,7 +88,7 @@ def _collect(given: str, name: str) -> Subject:
         inspection=inspection,
         manifest=manifest and without_local_paths(manifest, SourceRepos(manifest.base, manifest.residual)),
         training=read(lambda: training_of(path, manifest), None),
-        series=read(lambda: read_series(path / METRICS), Measurements()),
+        series=read(partial(_series, path), Measurements()),
         grids=_shown_grids(manifest),
         spectra=measure_spectra(path) if is_adapter else Spectra(),
         results=proven,
@@ -93,6 +97,13 @@ def _collect(given: str, name: str) -> Subject:
     faults += [f"the result of {task} is of other weights and is left out" for task in others]
     said = [sentence.replace(str(path), name) for sentence in (*faults, *_missing(subject))]
     return replace(subject, missing=list(dict.fromkeys(said)))
+
+
+def _series(path: Path) -> Measurements:
+    """The measurements of a training. Raises ChangedError if they are not those that the manifest lists."""
+    found = read_series(path / METRICS)
+    require_unchanged_sidecar(path / METRICS)
+    return found
 
 
 def _with_answers(path: Path, result: EvaluationResult) -> EvaluationResult:
@@ -117,6 +128,18 @@ def _missing(subject: Subject) -> Iterator[str]:
     if manifest is None:
         yield "there is no svdconvert.json: its base, its energies and its errors are not known"
         return
+    if manifest.files_of("model"):
+        yield "its weights were not read: svdconvert verify compares them with svdconvert.json"
+    yield from _missing_of_training(subject, manifest)
+    if isinstance(manifest.result, MergeResult) and manifest.result.update is None:
+        yield "what rounding kept of the update was not measured"
+    if manifest.kind in PLAIN:
+        yield "it has no factors, and so no singular values"
+    if not subject.results:
+        yield "it was not evaluated: svdconvert eval does that"
+
+
+def _missing_of_training(subject: Subject, manifest: Manifest) -> Iterator[str]:
     comes_from_training = manifest.kind in ("trained", "finetuned", "merged", "lora")
     if comes_from_training and subject.training is None:
         yield "nothing is recorded of its training"
@@ -124,9 +147,3 @@ def _missing(subject: Subject) -> Iterator[str]:
         yield "rate and drift by step are in the directory that train wrote"
     if subject.training is not None and not subject.training.samples:
         yield "there are no samples: train writes them with --samples"
-    if isinstance(manifest.result, MergeResult) and manifest.result.update is None:
-        yield "what rounding kept of the update was not measured"
-    if manifest.kind in PLAIN:
-        yield "it has no factors, and so no singular values"
-    if not subject.results:
-        yield "it was not evaluated: svdconvert eval does that"

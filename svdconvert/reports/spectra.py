@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from svdconvert.config.progress import report
-from svdconvert.errors import SvdConvertError
+from svdconvert.errors import ChangedError, SvdConvertError
 from svdconvert.inputs.adapter_delta import AdapterDelta
 from svdconvert.inputs.grids import place_of
 from svdconvert.inputs.open_adapter import open_adapter_delta
@@ -37,10 +37,15 @@ class Spectra:
 
 
 def measure_spectra(directory: Path) -> Spectra:
-    """The spectra of a directory with an adapter; a remark instead if its files do not suffice."""
+    """The spectra of a directory with an adapter; a remark instead if its files do not suffice.
+
+    Raises ChangedError if a factor is not the one that the manifest lists.
+    """
     try:
         delta = open_adapter_delta(directory)
         return _measure(delta)
+    except ChangedError:
+        raise
     except SvdConvertError as error:
         return Spectra(remarks=(f"no singular values: {error}",))
 

@@ -12,7 +12,6 @@ from svdconvert.adapters.adapter_config import AdapterConfig
 from svdconvert.adapters.peft_files import open_adapter
 from svdconvert.adapters.stacked import stack_factors
 from svdconvert.checkpoint.parts import with_known_parts
-from svdconvert.checkpoint.safetensors_files import open_file
 from svdconvert.checkpoint.tensors import TensorSource
 from svdconvert.config.execution import Run
 from svdconvert.config.options import SplitOptions
@@ -115,7 +114,8 @@ def open_training_start(
 
     `base` overrides the location of the base, for methods that leave the base unchanged. `train_also` chooses
     parameters to train in full in addition to an adapter; it is ignored if there is no adapter. Raises
-    ArtifactError for a directory that cannot be trained, RecipeError if `train_also` cannot be followed.
+    ArtifactError for a directory that cannot be trained, or whose weights have changed since svdconvert wrote
+    it, RecipeError if `train_also` cannot be followed.
     """
     snapshot = fetch(model)
     if has_manifest(snapshot.path) and read_manifest(snapshot.path).kind not in PLAIN:
@@ -126,6 +126,7 @@ def open_training_start(
         opened = open_model(model, trust_remote_code=run.trust_remote_code)
         if METHODS.get(split.method).split is None:
             refuse_adapter_options(split)
+            opened.require_unchanged()
             return FullStart(
                 model=opened,
                 method=split.method,
@@ -133,6 +134,7 @@ def open_training_start(
                 base=opened.origin(),
             )
         start = start_from_plain(plan_decomposition(opened, split), opened)
+    opened.require_unchanged()
     if not train_also:
         return start
     layout = layout_of_weights(start.layout, start.weights)
@@ -158,7 +160,6 @@ def _open_decomposed(
     Raises ArtifactError if a stored tensor has changed since.
     """
     manifest = decomposed_manifest(snapshot.path, split)
-    require_unchanged_files(snapshot.path, manifest)
     if manifest.base_is_residual:
         if base is not None:
             find_model(manifest.base, base, stream=True)  # not needed, but a wrong one is an error
@@ -246,12 +247,6 @@ def _other_split(directory: Path, manifest: Manifest, names: str) -> str:
         f"{directory} is decomposed already, {made}, so {names} would change nothing; decompose the model "
         f"again for another split, or leave {names} out"
     )
-
-
-def require_unchanged_files(directory: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError if a tensor of the directory is not the one that the manifest describes."""
-    for file, known in manifest.files.items():
-        require_unchanged(directory / file, open_file(directory / file), known, "it was written")
 
 
 def require_unchanged(path: Path, source: TensorSource, known: Mapping[str, str], when: str) -> None:

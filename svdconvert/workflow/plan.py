@@ -9,10 +9,13 @@ from svdconvert.config.experiment import FOLDERS, STEPS, EvalSection, ReportSect
 from svdconvert.config.options import LoraOptions, MergeOptions, SplitOptions
 from svdconvert.config.recipe import Recipe, is_shared, options, variants_of
 from svdconvert.config.train import TrainOptions
-from svdconvert.errors import MissingOptionError, RecipeError, brief, did_you_mean
+from svdconvert.errors import DataError, MissingOptionError, RecipeError, SandboxError, brief, did_you_mean
 from svdconvert.evaluation.base import tasks_named
+from svdconvert.evaluation.choices import check_choices
 from svdconvert.methods.base import METHODS
 from svdconvert.pipeline.effects import without_idle_seed
+from svdconvert.training.data.dataset import require_data
+from svdconvert.training.data.rows import require_rows
 
 _OPTIONS: Mapping[str, type] = {"train": TrainOptions, "merge": MergeOptions, "to_lora": LoraOptions}
 _OF_ADAPTERS = ("decompose", "merge", "to_lora")
@@ -152,3 +155,16 @@ def _directories(
     if absent := [name for name in of if name not in written]:
         raise RecipeError(f"{recipe.path}: {section}: of names {absent[0]}, which none of its steps writes")
     return list(of)
+
+
+def check_rows(plan: Plan) -> None:
+    """Raise RecipeError for rows and tasks that a later step would refuse, before the first one begins."""
+    try:
+        if "train" in plan.options:
+            require_data(plan.options["train"])
+        if plan.evaluation is not None:
+            check_choices(tasks_named(plan.evaluation.tasks), plan.evaluation)
+            if plan.evaluation.data is not None:
+                require_rows(plan.evaluation.data)
+    except (DataError, RecipeError, SandboxError) as error:
+        raise RecipeError(f"{plan.recipe.path}: {error}") from error

@@ -17,7 +17,7 @@ from svdconvert.reports.learning import draw_learning
 from svdconvert.training.run import Watch, ignore_log
 from svdconvert.workflow.outcome import Outcome, curves_of, outcomes
 from svdconvert.workflow.perform import continuing, evaluate_base, perform
-from svdconvert.workflow.plan import Experiment, plan_experiment
+from svdconvert.workflow.plan import Experiment, check_rows, plan_experiment
 from svdconvert.workflow.record import begin, results_directory, write
 
 
@@ -42,6 +42,8 @@ def run(
     out = Path(out)
     read = read_recipe(Path(recipe))
     experiment = plan_experiment(read, changes or {}, out)
+    for plan in experiment.plans:
+        check_rows(plan)
     if experiment.reports:
         require_matplotlib()
     for model in {plan.model for plan in experiment.plans}:

@@ -220,3 +220,14 @@ def test_weights_of_8_bits_without_a_format_are_counted(models: tuple[Path, Path
     moved = {one.name: one.moved for one in found.tensors}
     wanted = (stored["model.norm.weight"].double() != norm.double()).double().mean()
     assert moved["model.norm.weight"] == pytest.approx(float(wanted))
+
+
+def test_other_settings_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(models[1], tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    said: list[str] = []
+    diff(*models, Run(device="cpu", threads=1, notify=said.append))
+    assert said == []
+    diff(models[0], other, Run(device="cpu", threads=1, notify=said.append))
+    assert ["differ in rms_norm_eps" in one for one in said] == [True]

@@ -173,3 +173,23 @@ def test_a_merge_that_changes_nothing_says_so(source: dict[str, Path], tmp_path:
     assert "the weighted changes cancel" in succeeded(*words, "--weights", "0").err
     words[3] = tmp_path / "full"
     assert "those of the base" not in succeeded(*words).err
+
+
+def test_a_start_that_is_recorded_is_not_declared_to_be_zero(source: dict[str, Path], tmp_path: Path) -> None:
+    trained, base = source["merge"], source["decompose"]
+    succeeded("to-lora", trained, "-o", tmp_path / "lora", "--residual", source["residual"])
+    shutil.copytree(tmp_path / "lora", tmp_path / "foreign")
+    (tmp_path / "foreign" / "svdconvert.json").unlink()
+    out = tmp_path / "out"
+    said = ["--init none changes nothing", "records how it started"]
+    known: list[list[Any]] = [
+        ["merge", tmp_path / "lora", "--base", base],
+        ["merge", trained, "--residual", source["residual"]],
+        ["merge", trained, "--residual", source["residual"], "--weights", "0.5", "--base", base],
+        ["to-lora", tmp_path / "lora"],
+        ["combine", tmp_path / "lora", tmp_path / "lora"],
+    ]
+    for words in known:
+        refused(*words, "-o", out, "--init", "none", words=said)
+    succeeded("combine", tmp_path / "lora", tmp_path / "foreign", "-o", out, "--init", "none")
+    succeeded("to-lora", tmp_path / "foreign", "-o", tmp_path / "one", "--init", "none")

@@ -152,3 +152,17 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     refused("verify", tmp_path / "notes.txt", words=["notes.txt is a file; give a directory"])
     refused("verify", tmp_path / "nothing.txt", words=["nothing.txt does not exist"])
+
+
+def test_a_base_that_is_only_compared_is_named(tmp_path: Path, checkpoint: Build, decomposed: Build) -> None:
+    base = checkpoint("llama")
+    succeeded("merge", decomposed(base), "-o", tmp_path / "merged")
+    assert "quick comparison" not in succeeded("verify", tmp_path / "merged").out
+    said = succeeded("verify", tmp_path / "merged", "--base", base).out
+    assert f"{base}, the right one by a quick comparison" in " ".join(said.split())
+
+
+def test_nuclear_norms_are_not_for_an_audit(tmp_path: Path) -> None:
+    words = ["--merged", tmp_path, "--base", tmp_path, "--adapter", tmp_path, "--nuclear-ratio", "all"]
+    ended = svdconvert("verify", *words)
+    assert ended.status == 2 and "--nuclear-ratio is about a DIR" in ended.err

@@ -1,5 +1,6 @@
 """verify --merged: it knows the order of rounding, and finds what is not the merge."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +195,14 @@ def test_a_missing_tensor_is_named(home: Path, tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     audit = verify_merge(tmp_path / "less", [home / "base"], home / "adapter", RUN)
     assert audit.best.faults == ["model.layers.0.mlp.up_proj.weight is missing"]
+
+
+def test_other_settings_of_the_merged_model_are_named(home: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(home / "by-us", merged)
+    (merged / "svdconvert.json").unlink()
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    said: list[str] = []
+    verify_merge(merged, [home / "base"], home / "adapter", Run(device="cpu", notify=said.append))
+    assert ["differ in rms_norm_eps" in one for one in said] == [True]

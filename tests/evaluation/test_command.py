@@ -143,3 +143,12 @@ def test_results_of_several_directories_are_compared(home: Path, tmp_path: Path)
     assert [Path(one["directory"]).name for one in document["tasks"][0]["results"]] == ["one", "two"]
     wrong = svdconvert("eval", tmp_path / "one", tmp_path / "two", "--compare", "--limit", 2)
     assert wrong.status == 2 and "--limit changes nothing" in wrong.err
+
+
+@pytest.mark.parametrize(("limit", "is_idle"), [(4, False), (5, True), (6, True)])
+def test_a_limit_above_the_number_of_rows_is_named(
+    limit: int, is_idle: bool, home: Path, tmp_path: Path
+) -> None:
+    ended = succeeded(*words(home, tmp_path / "out", "--limit", limit))
+    said = " ".join(ended.err.split())
+    assert (f"--limit {limit} changes nothing for gsm8k: data.jsonl has no more rows" in said) is is_idle

@@ -193,3 +193,14 @@ def test_names_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(harness, "find_spec", lambda name: True)
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     assert require_harness(f"harness:{tmp_path}/mine.yaml") == "harness:mine"
+
+
+def test_two_tasks_with_one_file_of_results_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: True)
+    (tmp_path / "Piqa.yaml").write_text("task: mine\n")
+    for other in (f"harness:{tmp_path}/Piqa.yaml", "harness:PIQA"):
+        with pytest.raises(RecipeError, match=r"harness:piqa and harness:P.* one file of results"):
+            evaluate(tmp_path, ["harness:piqa", other], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -112,3 +112,18 @@ def test_the_gold_answer_stands_behind_the_last_mark() -> None:
     assert gsm8k_gold("2 + 2 = <<2+2=4>>4\n#### 1,004") == 1004
     with pytest.raises(ValueError):
         gsm8k_gold("no number")
+
+
+@pytest.mark.parametrize(
+    "text", ["three", "", "-", ",", ".", "1e999999999", "1/0", "nan", "inf", "1" * 70, "\u0663"]
+)
+def test_what_is_no_number_is_no_gold(text: str) -> None:
+    with pytest.raises(ValueError, match=r"does not end in #### and a number"):
+        gsm8k_gold(f"work #### {text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("-3", -3), ("1,004.50", 1004.5), (".5", 0.5), ("7.", 7), ("+2", 2)]
+)
+def test_a_gold_may_have_a_sign_thousands_and_decimals(text: str, number: float) -> None:
+    assert gsm8k_gold(f"#### {text}") == number

@@ -5,9 +5,11 @@ files, and compared with the files, tensor by tensor. Older versions of transfor
 matrices if the flag says so; this one does not, so the flag is compared too.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,20 +19,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from svdconvert import (
     CombineOptions,
+    ConvertOptions,
     ExtractOptions,
     MergeOptions,
     Run,
     SplitOptions,
     TrainOptions,
     combine,
+    convert,
     decompose,
     extract,
     merge,
     to_lora,
     train,
 )
+from svdconvert.errors import ArtifactError
 from tests.conftest import Build
+from tests.quantization.checkpoints import KINDS, plain, quantise
 from tests.reading import readable, write_sums
+from tests.rwkv6 import random_model, save
 from tests.stock import adapted, start_of, tensors, trained_from
 from tests.tiny import SHARDED
 
@@ -199,10 +206,80 @@ def test_what_a_merge_of_several_adapters_and_of_an_extracted_one_writes(
     assert_loads_what_it_holds(tmp_path / "again", tmp_path / "second")
 
 
-@pytest.mark.parametrize("source", ["tied", "a wrong flag", "one matrix twice", "wide norms", "float16"])
+TEXT_ONLY = [name for name, (family, *_) in SOURCES.items() if family != "gemma3"]
+
+
+@pytest.mark.parametrize("source", TEXT_ONLY)
 def test_what_full_training_writes(source: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     rows = write_sums(tmp_path / "sums.jsonl")
     base = readable(made(source), tmp_path / "base")
     options = TrainOptions(data=str(rows), steps=1, batch_size=2, max_length=32, lr=1e-3)
     train(base, tmp_path / "out", options, Run(), split=SplitOptions(method="full"))
     assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("source", TEXT_ONLY)
+@pytest.mark.parametrize("layers", [((0, 2), (1, 2)), ((1, 2),), ((0, 1), (0, 2), (0, 2))], ids=str)
+def test_what_a_combination_of_slices_writes(
+    source: str, layers: tuple[tuple[int, int], ...], made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Models with more or fewer layers than their sources."""
+    base = made(source)
+    slices = [{"sources": [{"model": str(base), "layer_range": [*one]}]} for one in layers]
+    (tmp_path / "file.yaml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    combine([], tmp_path / "out", CombineOptions(), Run(), config=str(tmp_path / "file.yaml"))
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.num_hidden_layers == sum(end - begin for begin, end in layers)
+
+
+@pytest.mark.parametrize("source", TEXT_ONLY)
+@pytest.mark.parametrize("keep", ["changed", "none"])
+def test_what_a_merge_of_kept_changes_writes(
+    source: str, keep: Literal["changed", "none"], made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With norms, embeddings and a head that were trained too, and are tensors of the LoRA."""
+    rows = write_sums(tmp_path / "sums.jsonl")
+    base = readable(made(source), tmp_path / "base")
+    options = TrainOptions(data=str(rows), steps=1, batch_size=2, max_length=32, lr=0.1)
+    train(base, tmp_path / "tuned", options, Run(), split=SplitOptions(method="full"))
+    extract(base, tmp_path / "tuned", tmp_path / "lora", ExtractOptions(rank=4, keep=keep), Run())
+    merge(tmp_path / "lora", tmp_path / "out", MergeOptions(), Run(), base=str(base))
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path / "first")
+    both = [tmp_path / "lora"] * 2
+    halves = MergeOptions(weights=(0.5, 0.5))
+    if keep == "changed" and "lm_head.weight" not in tensors(base):  # the change unties the head
+        with pytest.raises(ArtifactError, match=r"lm_head.weight in full, which the base does not store"):
+            merge(both, tmp_path / "two", halves, Run(), base=str(base))
+        return
+    merge(both, tmp_path / "two", halves, Run(), base=str(base))
+    assert_loads_what_it_holds(tmp_path / "two", tmp_path / "second")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_quantised_base_becomes(kind: str, tmp_path: Path) -> None:
+    base = quantise(plain(tmp_path / "plain"), tmp_path / "base", kind)
+    for method in ("pissa", "lora"):
+        options = SplitOptions(rank=4, method=method, copy_base=method == "lora")
+        decompose(base, tmp_path / method, options, Run())
+        assert_loads_what_it_holds(tmp_path / method, tmp_path / f"{method} loaded")
+    merge(tmp_path / "pissa", tmp_path / "out", MergeOptions(side="residual"), Run())
+    assert_loads_what_it_holds(tmp_path / "out", tmp_path / "first")
+    combine([tmp_path / "out", base], tmp_path / "both", CombineOptions(method="linear"), Run())
+    assert_loads_what_it_holds(tmp_path / "both", tmp_path / "second")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_what_convert_writes(dtype: Literal["auto", "float16", "float32"], tmp_path: Path) -> None:
+    """Back to Hugging Face's layout and to the author's: every value is the source's, in the element type."""
+    save(random_model(vocabulary=256), tmp_path / "author.pth")
+    source = torch.load(tmp_path / "author.pth", weights_only=True)
+    convert(tmp_path / "author.pth", tmp_path / "hf", ConvertOptions(layout="hf", dtype=dtype), Run())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    held = tensors(tmp_path / "hf")
+    assert {str(tensor.dtype) for tensor in held.values()} == {f"torch.{config['dtype']}"}
+    convert(tmp_path / "hf", tmp_path / "back", ConvertOptions(layout="blinkdl"), Run())
+    back = torch.load(tmp_path / "back" / "model.pth", weights_only=True)
+    assert back.keys() == source.keys()
+    kind = getattr(torch, config["dtype"])
+    assert all(torch.equal(back[name], tensor.to(kind)) for name, tensor in source.items())

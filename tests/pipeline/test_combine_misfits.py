@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdconvert import Run, SvdConvertError, combine
+from svdconvert import CombineOptions, Run, SvdConvertError, combine
 from tests.conftest import Build
 from tests.stock import tensors
 
@@ -99,7 +100,9 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensor_and_model(
 
     other = changed(model, tmp_path / "broken", broken)
     inputs = [other, model] if is_first else [model, other]
-    with pytest.raises(SvdConvertError, match=rf"{Q} of .*broken holds NaN or Inf"):
+    with pytest.raises(
+        SvdConvertError, match=rf"{Q} of .*broken holds NaN, Inf or values whose squares overflow"
+    ):
         combine(inputs, tmp_path / "out", run=RUN)
 
 
@@ -110,3 +113,45 @@ def test_a_file_that_repeats_itself_without_end_is_refused(tmp_path: Path) -> No
     (tmp_path / "merge.yaml").write_text(f"merge_method: passthrough\nslices:\n{slices}\n")
     with pytest.raises(SvdConvertError, match="more than 200000 entries"):
         combine([], tmp_path / "out", run=RUN, config=tmp_path / "merge.yaml")
+
+
+def scaled(stored: dict[str, Tensor]) -> None:
+    stored[Q] *= 1.1
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "slerp", "ties", "task-arithmetic", "model-stock", "sce", "iso-c"]
+)
+def test_a_value_whose_square_overflows_is_refused_with_its_tensor_and_model(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    """Norms that are infinite would make the result wrong."""
+
+    def huge(stored: dict[str, Tensor]) -> None:
+        stored[Q][1, 2] = 1e30
+
+    broken = changed(model, tmp_path / "broken", huge)
+    second = changed(model, tmp_path / "second", scaled)
+    inputs = [broken] if method == "slerp" else [second, broken]
+    options = CombineOptions(method=method, set={"t": 0.5} if method == "slerp" else None)
+    base = None if method == "linear" else str(model)
+    with pytest.raises(SvdConvertError, match=rf"{Q} of {broken} holds NaN, Inf or values whose squares"):
+        combine(inputs, tmp_path / "out", options, RUN, base=base)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ties", "density": 0.0}], ids=str)
+def test_a_combination_that_is_one_of_its_models_says_so(
+    options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    run = Run(threads=1, notify=said.append)
+    inputs = [changed(model, tmp_path / "second", scaled)] if options else [model, model]
+    base = str(model) if options else None
+    combine(inputs, tmp_path / "out", CombineOptions(**options), run, base=base)
+    assert [f"the merged weights are those of {model}" in one for one in said] == [True]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "abc"])
+def test_a_parameter_that_is_no_number_is_named(value: str) -> None:
+    with pytest.raises(ValueError, match=f"t is '{value}', which is no number"):
+        CombineOptions(set=f"t={value}")  # type: ignore[arg-type]

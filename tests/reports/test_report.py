@@ -223,3 +223,35 @@ def test_a_damaged_file_of_measurements_is_said_and_the_rest_is_shown(made: Path
     (copy / "metrics.jsonl").write_text('{"loss": 1.0}\n')
     page = read_page(report(copy, tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "is no measurement" in page.text and "Singular values of the change by training" in page.text
+
+
+@pytest.mark.parametrize("kind", ["pissa", "trained", "lora", "rwkv-pissa"])
+def test_changed_factors_are_refused(kind: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / kind, tmp_path / "given")
+    for file in sorted((tmp_path / "given").rglob("adapter_model.safetensors")):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        refused("report", tmp_path / "given", "-o", tmp_path / "page.html", words=[file, "is not the tensor"])
+        data[-1] ^= 1
+        file.write_bytes(data)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("kind", "is_said"), [("merged", True), ("pissa", True), ("lora", False)])
+def test_a_page_says_that_the_weights_of_a_model_were_not_compared(
+    kind: str, is_said: bool, made: Path, tmp_path: Path
+) -> None:
+    text = report(made / kind, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("svdconvert verify compares them" in read_page(text).text) is is_said
+
+
+def test_edited_measurements_are_left_out_and_named(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "trained", tmp_path / "given")
+    curve = "Learning rate"
+    before = read_page(report(tmp_path / "given", tmp_path / "a.html").read_text(encoding="utf-8")).text
+    with (tmp_path / "given" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "loss": 0.001, "lr": 0.1}\n')
+    after = read_page(report(tmp_path / "given", tmp_path / "b.html").read_text(encoding="utf-8")).text
+    assert curve in before and curve not in after
+    assert "metrics.jsonl is not the file that" in after

@@ -46,7 +46,7 @@ def test_no_tensor_of_the_directory_may_have_changed(
         names = sorted(tensors.keys())
     for name in (names[0], names[-1]):
         flip_a_bit(start / file, name)
-        with pytest.raises(ArtifactError, match=f"{file}: {name} has changed since it was written"):
+        with pytest.raises(ArtifactError, match=f"{file}: {name} is not the tensor that .* lists"):
             train(start, tmp_path / "out", text_options(base))
         flip_a_bit(start / file, name)
     assert not list(tmp_path.glob("out*"))

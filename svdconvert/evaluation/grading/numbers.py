@@ -8,6 +8,7 @@ import re
 from fractions import Fraction
 from math import inf, isfinite
 
+from svdconvert.errors import brief
 from svdconvert.evaluation.grading.final_answer import final_answer
 
 MARKER = "The answer is: "
@@ -24,6 +25,8 @@ _NUMBER = re.compile(
 _LATEX_MARKS = re.compile(r"\\[!,;: ]|\{,\}|\\text\{[^}]*\}|\\%|[{}$\\*]")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _LONGEST_NUMBER = 400
+_GOLD = re.compile(r"[-+]?[0-9,]{0,60}(?:\.[0-9]{0,60})?")
+"""An exponent is not accepted: 1e9999999 has ten million digits."""
 _PAPER_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
 
@@ -54,7 +57,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def gsm8k_gold(answer: str) -> Fraction:
     """The number behind "####" in a solution of the data set. Raises ValueError if there is none."""
-    return Fraction(answer.rpartition("####")[2].strip().replace(",", ""))
+    text = answer.rpartition("####")[2].strip()
+    if not (_GOLD.fullmatch(text) and any(letter.isdigit() for letter in text)):
+        raise ValueError(f"its answer does not end in #### and a number, but in {brief(text)}")
+    return Fraction(text.replace(",", ""))
 
 
 def strict_gsm8k(answer: str, gold: Fraction) -> tuple[bool, str | None]:

@@ -16,7 +16,14 @@ from svdconvert.training.data.example import Example, padding_id
 from svdconvert.training.data.labelled import LabelledRowEncoder
 from svdconvert.training.data.mixing import mix_examples, mixture_counts
 from svdconvert.training.data.packing import pack_examples
-from svdconvert.training.data.rows import Row, has_values, read_rows, refuse_split_of_files, row_text
+from svdconvert.training.data.rows import (
+    Row,
+    has_values,
+    read_rows,
+    refuse_split_of_files,
+    require_rows,
+    row_text,
+)
 from svdconvert.training.model.load import has_processor, load_processor, load_tokenizer
 from svdconvert.training.optim.heads import SequenceLabel, require_scores
 from svdconvert.training.optim.objective import NextToken
@@ -163,11 +170,18 @@ def _refuse_idle_image_dir(splits: DataSplits, options: TrainOptions) -> None:
         raise DataError("`image_dir` changes nothing: no row names an image by its path; leave it out")
 
 
-def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
-    """Read and encode all data that the options name. Raises DataError if something cannot be used."""
+def require_data(options: TrainOptions) -> None:
+    """Raise DataError if there is nothing to train on, or a file is absent, before anything is read."""
     if not options.data_sets:
         raise DataError("there is nothing to train on: give `data` a file or a Hub data set")
+    for data in (*options.data_sets, *([] if options.eval_data is None else [options.eval_data])):
+        require_rows(data)
     _refuse_splits_of_files(options)
+
+
+def read_dataset(options: TrainOptions, encoder: Encoder) -> DataSplits:
+    """Read and encode all data that the options name. Raises DataError if something cannot be used."""
+    require_data(options)
     reader = _Reader(options, encoder)
     sets: list[list[Example]] = []
     held_out: list[Example] = []

@@ -39,15 +39,30 @@ def read_rows(data: str, split: str = "train", revision: str | None = None) -> I
     """
     path = Path(data)
     report("read rows", 0, name=data)
-    if is_file(data):
-        rows = _read_file(path, split)
-    elif HUB_ID.fullmatch(data):
-        rows = _read_hub(data, split, revision)
-    else:
-        raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
+    require_rows(data)
+    rows = _read_file(path, split) if is_file(data) else _read_hub(data, split, revision)
     if len(rows) == 0:
         raise DataError(f"{data}: it has no rows")
     return _iterate(data, cast(Iterable[Row], rows), len(rows))
+
+
+def require_rows(data: str) -> None:
+    """Raise DataError if `data` cannot be read: a file that is absent, empty or of another kind, or no name.
+
+    Nothing is downloaded: a data set of the Hub may still be absent.
+    """
+    path = Path(data)
+    if not is_file(data):
+        if not HUB_ID.fullmatch(data):
+            raise DataError(f"{data}: there is no such file, and it is no Hub data set ORG/NAME either")
+        return
+    if not path.is_file():
+        reason = "it is a directory, give a file in it" if path.is_dir() else "there is no such file"
+        raise DataError(f"{path}: {reason}")
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: the suffix {path.suffix!r} is not one of {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
 
 
 def is_file(data: str) -> bool:
@@ -148,13 +163,6 @@ def _value_text(value: Any) -> str:
 
 
 def _read_file(path: Path, split: str) -> Any:
-    if not path.is_file():
-        reason = "it is a directory, give a file in it" if path.is_dir() else "there is no such file"
-        raise DataError(f"{path}: {reason}")
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: the suffix {path.suffix!r} is not one of {', '.join(READERS)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
     with tempfile.TemporaryDirectory() as cache:
         # `datasets` would take [, * and $ in a path for a pattern or a variable.
         link = Path(cache) / f"rows{path.suffix}"
