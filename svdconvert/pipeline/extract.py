@@ -200,7 +200,7 @@ def _approximation(
     options: ExtractOptions, rank: int | None, change: Tensor, norm: float, name: str
 ) -> Approximation:
     if rank is not None:
-        return of_rank(change, rank, name)
+        return of_rank(change, norm, rank, name)
     share = options.tol if options.tol is not None else sqrt(1.0 - (options.energy or 0.0))
     return within(change, norm, share, name)
 
