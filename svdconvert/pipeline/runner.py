@@ -176,7 +176,9 @@ def _reading(
         tensor = read_to_compute(source, name, buffer, hasher.update, CHUNK)
         return tensor, _checked(job, name, hasher.text())
 
-    with ThreadPoolExecutor(1, "read") as pool:
+    # The threads are those of the workers: a source that computes what it reads would wait for them.
+    start = partial(torch.set_num_threads, 1) if job.parallelism > 1 else None
+    with ThreadPoolExecutor(1, "read", start) as pool:
 
         def start_reading() -> None:
             name = matrices.popleft()
