@@ -27,7 +27,7 @@ from svdconvert.pipeline.merge import measured_update, remark_on_rounding
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 from svdconvert.quantization.view import read_to_compute
 
-_BLOCK = 3 << 17  # entries of a tensor that are merged at a time: 1.5 MB of each model, in the cache
+_BLOCK = 1 << 19  # entries of a tensor that are merged at a time: 2 MB of each model, in the cache
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """The keys of config.json for the number of layers."""
 
