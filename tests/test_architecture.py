@@ -47,7 +47,16 @@ LEVEL = {package: number for number, package in enumerate(LEVELS)}
 PLUG_INS = {
     "layouts": {"base", "blocks", "experts"},
     "methods": {"base"},
-    "merging": {"base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"},
+    "merging": {
+        "base",
+        "magnitudes",
+        "parameters",
+        "peft_rules",
+        "rank_space",
+        "sparsity",
+        "spectra",
+        "sums",
+    },
     "commands": set(),
     "quantization": {"base", "nf4", "packing", "floats", "integers"},
 }

@@ -1,15 +1,16 @@
 """What a merge method is: how the changes, the weights or the factors of several models become one.
 
 O: out features, I: in features, R: rank. A method works on one tensor at a time and knows nothing of names or
-files. It says which of three things it merges:
+files. It says which of these it merges:
 
-- `changes`: what the models change in a tensor of their base. Checkpoints give W - W_base. Adapters give the
-  same changes in bases of the joint column and row spaces of all of them, a few hundred rows and columns.
-- `weights`: the tensors themselves, of checkpoints.
+- `blocks` or `changes`: what the models change in a tensor of their base. Checkpoints give W - W_base.
+  Adapters give the same changes in bases of the joint column and row spaces of all of them, a few hundred
+  rows and columns. `blocks` needs some rows of every model at a time, `changes` all of them.
+- `weights`: the tensors themselves, of checkpoints, in blocks.
 - `factors`: the factors (B, A) of the changes of adapters, with the scales in B.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
@@ -91,8 +92,29 @@ class Settings:
         return torch.Generator().manual_seed(digest >> 1)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """One tensor of every model, in blocks of the same whole rows; a row is along the last dimension.
+
+    Each iteration is another pass from the first row to the last. A block is a list with a matrix of every
+    model, valid until the next one is requested.
+    """
+
+    entries: int
+    """Entries of one model's tensor."""
+    read: Callable[[], Iterator[list[Tensor]]]
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return self.read()
+
+    @staticmethod
+    def of_matrices(matrices: Sequence[Tensor]) -> "Blocks":
+        """Copies of some matrices as one block."""
+        return Blocks(matrices[0].numel(), lambda: iter([[matrix.clone() for matrix in matrices]]))
+
+
 MergeChanges = Callable[[Sequence[Tensor], Settings], Tensor]
-MergeWeights = Callable[[Sequence[Tensor], Settings], Tensor]
+MergeBlocks = Callable[[Blocks, Settings], Iterator[Tensor]]
 MergeFactors = Callable[[Sequence[Product], Settings], Product]
 
 
@@ -106,15 +128,13 @@ class MergeMethod:
     """The paper or the program that defines it."""
     takes: frozenset[Input]
     parameters: tuple[Parameter, ...] = ()
+    blocks: MergeBlocks | None = None
+    """The merged change in the same blocks, of float32 or float64 changes, which it may overwrite. What it
+    needs of entire tensors it measures in passes of its own before it yields the first block."""
     changes: MergeChanges | None = None
-    """The merged change, of float32 or float64 changes of one shape, which it may overwrite."""
-    weights: MergeWeights | None = None
-    """The merged tensor, of float32 tensors of one shape, which it does not change."""
-    by_entry: bool = False
-    """True if an entry of the result depends on nothing but the same entry of every model, and on what is
-    measured: such tensors are merged in blocks."""
-    measure: Callable[[Iterable[Sequence[Tensor]], Settings], Settings] | None = None
-    """(blocks of all tensors, settings) -> the settings with what `weights` needs of entire tensors."""
+    """The merged change, of entire float32 or float64 changes of one shape, which it may overwrite."""
+    weights: MergeBlocks | None = None
+    """The merged tensor in the same blocks, of float32 tensors, which it does not change."""
     factors: MergeFactors | None = None
     """(B, A) in float64 of the merged change, of float32 factors. For adapters it goes before `changes`."""
     least: int = 1
@@ -130,6 +150,14 @@ class MergeMethod:
     draws: bool = False
     """True if it draws random numbers."""
 
+    def merged_change(self, changes: Sequence[Tensor], settings: Settings) -> Tensor:
+        """The merged change of small matrices, by `blocks` or `changes`; these may be overwritten."""
+        if self.changes is not None:
+            return self.changes(changes, settings)
+        assert self.blocks is not None
+        (merged,) = self.blocks(Blocks.of_matrices(changes), settings)
+        return merged
+
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of that name; None if there is none."""
         return next((one for one in self.parameters if one.name == name), None)
@@ -139,7 +167,7 @@ MERGES: Registry[MergeMethod] = Registry(
     "svdconvert.merging",
     "METHOD",
     MergeMethod,
-    shared=("base", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"),
+    shared=("base", "magnitudes", "parameters", "peft_rules", "rank_space", "sparsity", "spectra", "sums"),
 )
 
 ADAPTERS: frozenset[Input] = frozenset({"adapters"})

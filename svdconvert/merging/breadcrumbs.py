@@ -1,18 +1,18 @@
 """Model Breadcrumbs: without the largest and the smallest entries (arXiv:2312.06795)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Settings
+from svdconvert.merging.base import CHECKPOINTS, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import DENSITY, GAMMA, LAMBDA, MASK, WEIGHT, normalize, rescale
 from svdconvert.merging.sparsity import keep_middle
 from svdconvert.merging.sums import weighted_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Weighted sum without outliers and small entries."""
-    return weighted_sum(keep_middle(changes, settings), settings)
+    return (weighted_sum(changes, settings) for changes in keep_middle(blocks, settings))
 
 
 METHOD = MergeMethod(
@@ -28,5 +28,5 @@ METHOD = MergeMethod(
         rescale(False),
         MASK,
     ),
-    changes=merge,
+    blocks=merge,
 )

@@ -1,18 +1,18 @@
 """DARE: the weighted sum of random entries (arXiv:2311.03099)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import BOTH, MergeMethod, Settings
+from svdconvert.merging.base import BOTH, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import DENSITY, LAMBDA, MASK, WEIGHT, normalize, rescale
 from svdconvert.merging.sparsity import keep_random
 from svdconvert.merging.sums import weighted_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Weighted sum of random entries."""
-    return weighted_sum(keep_random(changes, settings), settings)
+    return (weighted_sum(changes, settings) for changes in keep_random(blocks, settings))
 
 
 METHOD = MergeMethod(
@@ -27,6 +27,6 @@ METHOD = MergeMethod(
         rescale(True),
         MASK,
     ),
-    changes=merge,
+    blocks=merge,
     draws=True,
 )

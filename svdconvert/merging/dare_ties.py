@@ -1,18 +1,18 @@
 """DARE with TIES: random entries, an election of signs, the sum of those that agree (arXiv:2311.03099)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import BOTH, MergeMethod, Settings
+from svdconvert.merging.base import BOTH, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import DENSITY, LAMBDA, MASK, WEIGHT, normalize, rescale
 from svdconvert.merging.sparsity import keep_random
 from svdconvert.merging.sums import agreeing_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Sum of random entries whose signs agree."""
-    return agreeing_sum(keep_random(changes, settings), settings)
+    return (agreeing_sum(changes, settings) for changes in keep_random(blocks, settings))
 
 
 METHOD = MergeMethod(
@@ -27,6 +27,6 @@ METHOD = MergeMethod(
         rescale(True),
         MASK,
     ),
-    changes=merge,
+    blocks=merge,
     draws=True,
 )

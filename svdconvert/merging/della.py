@@ -1,18 +1,18 @@
 """DELLA: random entries, the larger the more probable, and an election of signs (arXiv:2406.11617)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Settings
+from svdconvert.merging.base import CHECKPOINTS, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import DENSITY, EPSILON, LAMBDA, MASK, WEIGHT, normalize, rescale
 from svdconvert.merging.sparsity import keep_by_rank
 from svdconvert.merging.sums import agreeing_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Mean of random, mostly large entries whose signs agree."""
-    return agreeing_sum(keep_by_rank(changes, settings), settings)
+    return (agreeing_sum(changes, settings) for changes in keep_by_rank(blocks, settings))
 
 
 METHOD = MergeMethod(
@@ -28,6 +28,6 @@ METHOD = MergeMethod(
         rescale(True),
         MASK,
     ),
-    changes=merge,
+    blocks=merge,
     draws=True,
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdconvert.merging.base import ADAPTERS, MergeMethod, Product, Settings
+from svdconvert.merging.base import ADAPTERS, Blocks, MergeMethod, Product, Settings
 from svdconvert.merging.parameters import DENSITY, LAMBDA, WEIGHT, normalize
 from svdconvert.merging.sparsity import keep_largest
 from svdconvert.merging.spectra import triplets
@@ -24,7 +24,8 @@ def merge(products: Sequence[Product], settings: Settings) -> Product:
     outer, sigma, inner = triplets(side)
     width = settings.shape[1]
     parts: list[Tensor] = [inner[:, start : start + width] for start in range(0, inner.shape[1], width)]
-    merged = agreeing_sum(keep_largest(parts, settings), settings)
+    (largest,) = keep_largest(Blocks.of_matrices(parts), settings)
+    merged = agreeing_sum(largest, settings)
     return basis_OK @ (outer * sigma), merged
 
 

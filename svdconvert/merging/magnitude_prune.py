@@ -1,18 +1,18 @@
 """Magnitude pruning: the weighted sum of the largest entries of every change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import ADAPTERS, MergeMethod, Settings
+from svdconvert.merging.base import ADAPTERS, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import DENSITY, LAMBDA, WEIGHT, normalize, rescale
 from svdconvert.merging.sparsity import keep_largest
 from svdconvert.merging.sums import weighted_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Weighted sum of the largest entries."""
-    return weighted_sum(keep_largest(changes, settings), settings)
+    return (weighted_sum(changes, settings) for changes in keep_largest(blocks, settings))
 
 
 METHOD = MergeMethod(
@@ -26,5 +26,5 @@ METHOD = MergeMethod(
         normalize(False),
         rescale(False),
     ),
-    changes=merge,
+    blocks=merge,
 )

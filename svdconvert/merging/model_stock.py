@@ -1,36 +1,53 @@
 """Model Stock: between the mean of the models and their base, by their angles (arXiv:2403.19522)."""
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Parameter, Settings
+from svdconvert.merging.base import CHECKPOINTS, Blocks, MergeMethod, Parameter, Settings
 
 _SMALL = 1e-6
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """t * mean(D), with t = N c / (1 + (N - 1) c) for N models and the mean cosine c of all pairs.
 
     With `filter_wise` c and t are those of each row.
     """
-    count = len(changes)
-    rows = settings.shared["filter_wise"]
-    flat = [change.reshape(1, -1) if not rows or change.dim() == 1 else change for change in changes]
-    norms = [torch.linalg.vector_norm(change, dim=-1, keepdim=True) for change in flat]
-    cosines = [
-        ((flat[one] * flat[other]).sum(dim=-1, keepdim=True) / (norms[one] * norms[other]).clamp(min=_SMALL))
-        for one, other in combinations(range(count), 2)
-    ]
-    cosine = torch.stack([each.clamp(-1.0, 1.0) for each in cosines]).mean(dim=0)
+    if settings.shared["filter_wise"]:
+        for changes in blocks:
+            yield _scaled_mean(changes, _share(_products(changes)))
+    elif blocks.entries:
+        products = [_products(changes).sum(dim=0, keepdim=True) for changes in blocks]
+        share = _share(torch.cat(products).sum(dim=0, keepdim=True))
+        for changes in blocks:
+            yield _scaled_mean(changes, share)
+
+
+def _products(changes: Sequence[Tensor]) -> Tensor:
+    """The inner products of all pairs of changes, row by row: (rows, models, models) in float64."""
+    stacked = torch.stack(list(changes), dim=1)
+    return (stacked @ stacked.mT).double()
+
+
+def _share(products: Tensor) -> Tensor:
+    """t of each row, (rows, 1)."""
+    count = products.shape[-1]
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    pairs = torch.triu_indices(count, count, offset=1)
+    sizes = (norms[:, pairs[0]] * norms[:, pairs[1]]).clamp(min=_SMALL)
+    cosine = (products[:, pairs[0], pairs[1]] / sizes).clamp(-1.0, 1.0).mean(dim=-1, keepdim=True)
     divisor = 1.0 + (count - 1) * cosine
-    share = torch.where(divisor.abs() < _SMALL, 0.0, count * cosine / divisor)
-    mean = flat[0]
-    for other in flat[1:]:
-        mean.add_(other)
-    return mean.mul_(share / count).reshape(changes[0].shape)
+    return torch.where(divisor.abs() < _SMALL, 0.0, count * cosine / divisor)
+
+
+def _scaled_mean(changes: Sequence[Tensor], share: Tensor) -> Tensor:
+    """share * mean(changes); overwrites the first."""
+    total = changes[0]
+    for other in changes[1:]:
+        total.add_(other)
+    return total.mul_(share.to(total.dtype) / len(changes))
 
 
 METHOD = MergeMethod(
@@ -40,6 +57,6 @@ METHOD = MergeMethod(
     parameters=(
         Parameter(name="filter_wise", default=False, summary="measure the angles in each row of a matrix"),
     ),
-    changes=merge,
+    blocks=merge,
     least=2,
 )

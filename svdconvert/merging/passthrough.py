@@ -1,15 +1,15 @@
 """Passthrough: the tensors of one model, for slices of layers from several models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Parameter, Settings
+from svdconvert.merging.base import CHECKPOINTS, Blocks, MergeMethod, Parameter, Settings
 
 
-def merge(weights: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """scale * W."""
-    return weights[0] * settings.numbers("scale")[0]
+    return (weights[0] * settings.numbers("scale")[0] for weights in blocks)
 
 
 METHOD = MergeMethod(
@@ -18,7 +18,6 @@ METHOD = MergeMethod(
     takes=CHECKPOINTS,
     parameters=(Parameter(name="scale", default=1.0, per_model=True, summary="factor of the tensor"),),
     weights=merge,
-    by_entry=True,
     base="none",
     most=1,
 )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from svdconvert.errors import RecipeError
 from svdconvert.merging.base import ADAPTERS, MergeMethod, Product, Settings
+from svdconvert.merging.magnitudes import first_largest
 from svdconvert.merging.parameters import DENSITY, WEIGHT
-from svdconvert.merging.sparsity import drawn, first_largest
+from svdconvert.merging.sparsity import drawn
 
 Rule = Callable[[Sequence[Tensor], Sequence[float], Settings], Tensor]
 """(tensors, their weights, settings) -> merged tensor."""
@@ -116,7 +117,7 @@ def _drawn(tensors: Sequence[Tensor], settings: Settings) -> list[Tensor]:
     kept = []
     for model, (tensor, density) in enumerate(zip(tensors, settings.numbers("density"), strict=True)):
         key = (model, *tensor.shape)  # A and B of one adapter get masks of their own
-        is_kept = drawn(tensor, density, settings, key)
+        is_kept = drawn(tensor, density, settings.generator(key))
         kept.append(tensor if density >= 1.0 else tensor * is_kept / max(density, 1e-9))
     return kept
 

@@ -16,9 +16,8 @@ def combine_products(method: MergeMethod, products: Sequence[Product], settings:
     """
     if method.factors is not None:
         return method.factors(products, settings)
-    assert method.changes is not None
     exact = [(left.double(), right.double()) for left, right in products]
     basis_OK, cores, basis_KI = joint_space(exact)
-    outer, sigma, inner = triplets(method.changes(cores, settings))
+    outer, sigma, inner = triplets(method.merged_change(cores, settings))
     root = sigma.sqrt()
     return basis_OK @ (outer * root), (root[:, None] * inner) @ basis_KI

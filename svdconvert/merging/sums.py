@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.blocks import rows_at_once
 from svdconvert.merging.base import Product, Settings
 
 _TINY = 1e-8  # a sum of weights that counts as zero
@@ -31,17 +30,6 @@ def agreeing_sum(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     changes.
     """
     weights = settings.numbers("weight")
-    normalize = bool(settings.shared.get("normalize"))
-    first = changes[0]
-    rows = rows_at_once(first.shape[0], first[0].numel()) if first.dim() and len(first) else 1
-    blocks = [torch.split(change, rows) if change.dim() else (change,) for change in changes]
-    for parts in zip(*blocks, strict=True):
-        parts[0].copy_(_agreeing(parts, weights, normalize=normalize))
-    return _scaled(first, settings, 1.0)
-
-
-def _agreeing(changes: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
-    """The sum of some rows."""
     total = torch.zeros_like(changes[0])
     for change, weight in zip(changes, weights, strict=True):
         total.add_(change, alpha=weight)
@@ -53,7 +41,9 @@ def _agreeing(changes: Sequence[Tensor], weights: Sequence[float], *, normalize:
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         total.add_(weighted.mul_(agrees))
         divisor.add_(agrees, alpha=weight)
-    return total.div_(divisor.masked_fill_(divisor == 0, 1.0)) if normalize else total
+    if settings.shared.get("normalize"):
+        total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+    return _scaled(total, settings, 1.0)
 
 
 def concatenated(products: Sequence[Product], weights: Sequence[float]) -> Product:

@@ -1,17 +1,17 @@
 """Task arithmetic: the weighted sum of all changes (arXiv:2212.04089)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from svdconvert.merging.base import CHECKPOINTS, MergeMethod, Settings
+from svdconvert.merging.base import CHECKPOINTS, Blocks, MergeMethod, Settings
 from svdconvert.merging.parameters import LAMBDA, MASK, WEIGHT, normalize
 from svdconvert.merging.sums import weighted_sum
 
 
-def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
+def merge(blocks: Blocks, settings: Settings) -> Iterator[Tensor]:
     """Weighted sum of the changes."""
-    return weighted_sum(changes, settings)
+    return (weighted_sum(changes, settings) for changes in blocks)
 
 
 METHOD = MergeMethod(
@@ -24,6 +24,5 @@ METHOD = MergeMethod(
         normalize(False),
         MASK,
     ),
-    changes=merge,
-    by_entry=True,
+    blocks=merge,
 )

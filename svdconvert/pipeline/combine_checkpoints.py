@@ -19,7 +19,7 @@ from svdconvert.linalg.delta import realised_changes
 from svdconvert.linalg.threads import pick_device
 from svdconvert.manifest.results import MergeResult
 from svdconvert.manifest.schema import Manifest, roles_of
-from svdconvert.merging.base import MergeMethod, Settings
+from svdconvert.merging.base import Blocks
 from svdconvert.output.plan import PlannedFile
 from svdconvert.output.sidecars import complete_checkpoint, read_config, write_config
 from svdconvert.output.staging import StagedOutput
@@ -28,7 +28,7 @@ from svdconvert.pipeline.merge import measured_update, remark_on_nothing, remark
 from svdconvert.pipeline.runner import TensorJob, TensorResult, file_checksums, notes, stream
 from svdconvert.quantization.view import read_to_compute
 
-_BLOCK = 1 << 20  # entries of a tensor that are merged at a time
+_BLOCK = 1 << 19  # entries of a tensor that are merged at a time: 2 MB of each model, in the cache
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """The keys of config.json for the number of layers."""
 
@@ -119,65 +119,87 @@ def combine_work(plan: CheckpointPlan, device: torch.device) -> TensorJob:
 
 
 def _merge_tensor(plan: CheckpointPlan, name: str, file: str, stored: Tensor) -> TensorResult:
+    """Merge block by block, into the memory of the tensor itself if the element type stays."""
     merged = plan.tensors[name]
-    where = merged.settings.base or 0
     dtype = torch_dtype(plan.dtypes[name])
-    rounded = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+    result = stored if stored.dtype == dtype else torch.empty_like(stored, dtype=dtype)
+    result_RC = _rows_of(result)
 
     def merged_blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(start, merged tensor, the same as written), a block at a time."""
-        for entries, parts, settings in _blocks(plan, merged, stored):
-            start = parts[where]
-            exact = _exact(plan.method, parts, settings)
+        """(start, merged rows, the same as written), a block at a time."""
+        for rows, start, exact in _merged_rows(plan, merged, stored):
             if not exact.isfinite().all():
                 raise _not_finite(plan, merged)
             written = cast_finite(name, exact, dtype)
-            rounded.view(-1)[entries] = written.reshape(-1)
             yield start, exact, written
+            result_RC[rows] = written  # after the yield, as `start` may be the same memory
 
     realised = realised_changes(merged_blocks())
     if realised is not None and not isfinite(realised.size):
         raise _not_finite(plan, merged)
-    return TensorResult({(file, name): rounded}, asdict(realised) if realised else {})
+    return TensorResult({(file, name): result}, asdict(realised) if realised else {})
 
 
-def _blocks(
+def _merged_rows(
     plan: CheckpointPlan, merged: Merged, stored: Tensor
-) -> Iterator[tuple[slice, list[Tensor], Settings]]:
-    """(entries, these of all models in float32, settings): one block if the method needs all entries."""
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, the base's in float32, the merged ones in float32), until all rows were given.
+
+    The other models' tensors are in memory as they are stored, and a block of all models in float32. A method
+    that needs entire changes gets these in float32.
+    """
     where = merged.settings.base or 0
-
-    def read() -> Iterator[Tensor]:
-        for position, (index, name) in enumerate(merged.parts):
-            if position == where:
-                yield stored
-            else:
-                yield read_to_compute(plan.models[index].source, name).to(stored.device)
-
-    if not plan.method.by_entry:
-        tensors = [tensor.float() for tensor in read()]
-        if not all(_has_norm(tensor) for tensor in tensors):
-            raise _not_finite(plan, merged)
-        yield slice(None), tensors, merged.settings
-        return
-    flat = [tensor.reshape(-1) for tensor in read()]
-    blocks = [slice(start, start + _BLOCK) for start in range(0, stored.numel(), _BLOCK)]
-    settings = merged.settings
-    if plan.method.measure is not None:
-        settings = plan.method.measure(([one[block].float() for one in flat] for block in blocks), settings)
-    for block in blocks:
-        yield block, [one[block].float() for one in flat], settings
-
-
-def _exact(method: MergeMethod, tensors: list[Tensor], settings: Settings) -> Tensor:
-    """The merged entries in float32; overwrites those of all models but the base."""
+    parts_RC = [
+        _rows_of(stored if position == where else _read_part(plan, *part, stored.device))
+        for position, part in enumerate(merged.parts)
+    ]
+    blocks = _row_slices(parts_RC[where])
+    method = plan.method
     if method.weights is not None:
-        return method.weights(tensors, settings)
-    assert method.changes is not None
-    where = settings.base or 0
-    start = tensors[where]
-    changes = [tensor.sub_(start) for position, tensor in enumerate(tensors) if position != where]
-    return method.changes(changes, settings).add_(start)
+        weights = Blocks(
+            stored.numel(), lambda: ([part[rows].float() for part in parts_RC] for rows in blocks)
+        )
+        for rows, exact in zip(blocks, method.weights(weights, merged.settings), strict=True):
+            yield rows, parts_RC[where][rows].float(), exact
+        return
+    base_RC = parts_RC.pop(where)
+    if method.blocks is not None:
+        changes = Blocks(
+            stored.numel(),
+            lambda: ([_change(part[rows], base_RC[rows]) for part in parts_RC] for rows in blocks),
+        )
+        found = method.blocks(changes, merged.settings)
+    else:
+        assert method.changes is not None
+        # Each tensor is freed once its change is there.
+        whole = [_change(parts_RC.pop(0).view(stored.shape), stored) for _ in range(len(parts_RC))]
+        total_RC = _rows_of(method.changes(whole, merged.settings))
+        found = (total_RC[rows] for rows in blocks)
+    for rows, change in zip(blocks, found, strict=True):
+        start = base_RC[rows].float()
+        yield rows, start, change.add_(start)
+
+
+def _read_part(plan: CheckpointPlan, index: int, name: str, device: torch.device) -> Tensor:
+    return read_to_compute(plan.models[index].source, name).to(device)
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix with its last dimension as columns: a view."""
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.view(tensor.numel() // max(1, columns), columns)
+
+
+def _row_slices(tensor_RC: Tensor) -> list[slice]:
+    """Blocks of whole rows with about `_BLOCK` entries."""
+    count, columns = tensor_RC.shape
+    step = max(1, _BLOCK // max(1, columns))
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _change(tuned: Tensor, base: Tensor) -> Tensor:
+    """tuned - base in float32, in memory of its own."""
+    return tuned.to(torch.float32, copy=True).sub_(base.float())
 
 
 def _not_finite(plan: CheckpointPlan, merged: Merged) -> TargetError:

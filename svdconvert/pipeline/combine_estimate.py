@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from svdconvert.pipeline.combine_adapters import CombineJob
 from svdconvert.pipeline.combine_checkpoints import CheckpointJob
-from svdconvert.pipeline.estimate import copy_seconds, memory_of_tensors
+from svdconvert.pipeline.estimate import copy_seconds, memory_of_blocks, memory_of_tensors
 from svdconvert.pipeline.job import Job
 
 
@@ -35,11 +35,13 @@ def estimate_combination(job: Job) -> CombineEstimate:
     if isinstance(job, CombineJob):
         sources = [delta.adapter.source for delta in job.plan.group.deltas]
         method = job.plan.chosen.name
+        in_blocks = False
         matrices = len(job.plan.ranks)
         rank: int | None = job.plan.rank
     else:
         sources = [model.source for model in job.plan.models]
         method = job.plan.method_name
+        in_blocks = job.plan.method.changes is None
         matrices = len(job.plan.dtypes)
         rank = None
     infos = [info for source in sources for info in source.infos.values()]
@@ -53,6 +55,8 @@ def estimate_combination(job: Job) -> CombineEstimate:
         read=read,
         written=written,
         files=tuple(file.path for file in files),
-        memory=memory_of_tensors(infos, len(sources) + 1),
+        memory=memory_of_blocks(infos, len(sources))
+        if in_blocks
+        else memory_of_tensors(infos, len(sources) + 1),
         seconds=copy_seconds(read + written),
     )

@@ -22,6 +22,7 @@ from svdconvert.pipeline.quantised_start import starts_of
 _ADDED_BLOCKS = 2  # that the fast engine adds to its first space for trained weights, approximately
 _DISK_SPEED = 500e6  # bytes per second, of a slow SSD
 _IMPORT_SECONDS = 2.5  # to import torch
+_BLOCK_MEMORY = 40_000_000  # bytes for some rows of several tensors
 _BASE_MEMORY = 170_000_000  # bytes of the process with torch imported, before it reads anything
 
 
@@ -79,6 +80,11 @@ def memory_of_tensors(infos: Iterable[TensorInfo], count: int) -> int:
     """Bytes of a process that holds `count` of the largest tensors as stored and as many in float32."""
     largest = max((info.nbytes + 4 * prod(info.shape) for info in infos), default=0)
     return _BASE_MEMORY + count * largest
+
+
+def memory_of_blocks(infos: Iterable[TensorInfo], count: int) -> int:
+    """Bytes of a process that holds `count` of the largest tensors as stored, and some rows in float32."""
+    return _BASE_MEMORY + _BLOCK_MEMORY + count * max((info.nbytes for info in infos), default=0)
 
 
 def copy_seconds(nbytes: int) -> float:

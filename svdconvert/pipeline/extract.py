@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.adapters.peft_files import WEIGHTS
-from svdconvert.checkpoint.tensors import REAL
+from svdconvert.checkpoint.tensors import REAL, same_bytes
 from svdconvert.config.execution import Run
 from svdconvert.config.options import ExtractOptions
 from svdconvert.errors import ArtifactError, TargetError
@@ -119,7 +119,8 @@ def _norm_of_change(plan: ExtractPlan, difference: Difference, name: str) -> flo
     """||tuned - base||_F. Raises ArtifactError if they hold integers and differ, TargetError for NaN."""
     if not all(model.source.infos[name].dtype in REAL for model in plan.pair.models):
         equal = [
-            before.dtype == after.dtype and before.equal(after) for before, after in difference.blocks(name)
+            before.dtype == after.dtype and same_bytes(before, after)
+            for before, after in difference.blocks(name)
         ]
         if not all(equal):
             raise ArtifactError(
@@ -130,7 +131,7 @@ def _norm_of_change(plan: ExtractPlan, difference: Difference, name: str) -> flo
     changes = (
         after.double() - before.double()
         for before, after in difference.blocks(name)
-        if before.dtype != after.dtype or not before.equal(after)
+        if before.dtype != after.dtype or not same_bytes(before, after)
     )
     return _finite(plan, name, sqrt(sum(float(change.square().sum()) for change in changes)))
 
@@ -200,7 +201,7 @@ def _approximation(
     options: ExtractOptions, rank: int | None, change: Tensor, norm: float, name: str
 ) -> Approximation:
     if rank is not None:
-        return of_rank(change, rank, name)
+        return of_rank(change, norm, rank, name)
     share = options.tol if options.tol is not None else sqrt(1.0 - (options.energy or 0.0))
     return within(change, norm, share, name)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from svdconvert.checkpoint.tensors import TensorSource, tensor_bytes
+from svdconvert.checkpoint.tensors import TensorSource, same_bytes
 from svdconvert.config.display import Shown
 from svdconvert.config.execution import Run
 from svdconvert.config.options import MergeOptions
@@ -228,7 +228,7 @@ def _changes(plan: MergePlan, name: str, weight: Tensor) -> tuple[Product, Tenso
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return tensor_bytes(one) == tensor_bytes(other) or torch.equal(one, other)
+    return same_bytes(one, other) or torch.equal(one, other)
 
 
 def _nearly(wanted: Tensor, found: Tensor, size: float) -> bool:

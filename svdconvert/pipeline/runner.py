@@ -176,7 +176,9 @@ def _reading(
         tensor = read_to_compute(source, name, buffer, hasher.update, CHUNK)
         return tensor, _checked(job, name, hasher.text())
 
-    with ThreadPoolExecutor(1, "read") as pool:
+    # The threads are those of the workers: a source that computes what it reads would wait for them.
+    start = partial(torch.set_num_threads, 1) if job.parallelism > 1 else None
+    with ThreadPoolExecutor(1, "read", start) as pool:
 
         def start_reading() -> None:
             name = matrices.popleft()
@@ -197,17 +199,18 @@ class BufferPool:
     """Buffers of the size of the largest matrix: taken to read a matrix, returned once it is written.
 
     `parallelism` + 2 are enough, because a result is only queued for writing once the one before it is
-    written: one matrix is read, `parallelism` are computed and one is written.
+    written: one matrix is read, `parallelism` are computed and one is written. The buffer that was returned
+    last is taken first, so that one which is not needed gets no memory from the system.
     """
 
     def __init__(self, job: TensorJob, source: TensorSource, names: Iterable[str]) -> None:
         nbytes = max((computed_nbytes(source, name) for name in names if name in job.matrices), default=0)
-        self._free = deque(host_buffer(nbytes, job.device) for _ in range(job.parallelism + 2))
+        self._free = [host_buffer(nbytes, job.device) for _ in range(job.parallelism + 2)]
         self._taken: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
         """A buffer for the matrix `name`."""
-        self._taken[name] = self._free.popleft()
+        self._taken[name] = self._free.pop()
         return self._taken[name]
 
     def of(self, name: str) -> Tensor:
@@ -284,8 +287,13 @@ class BackgroundWriter:
     _unsynced: Counter[str] = field(default_factory=Counter, init=False)
 
     def write(self, name: str, checksum: str, result: TensorResult) -> None:
-        """Queue the result of a matrix once nothing else is waiting: at most one result is in memory."""
+        """Queue the result of a matrix once nothing else is waiting: at most one result is in memory.
+
+        The buffer of a matrix of which only measurements are recorded is free at once.
+        """
         self.drain(0)
+        if not result.tensors:
+            self.buffers.give_back(name)
         self._pending.append(self.write_pool.submit(self._write, name, checksum, result))
 
     def copy(self, name: str) -> None:
@@ -311,7 +319,8 @@ class BackgroundWriter:
             self.staged.write(file, key, tensor, hasher.update)
             files.setdefault(file, {})[key] = hasher.text()
             self._sync_sometimes(file, tensor.nbytes)
-        self.buffers.give_back(name)
+        if result.tensors:
+            self.buffers.give_back(name)
         self._finish(name, {"source": source_checksum, "files": files, "note": dict(result.note)})
 
     def _copy(self, name: str) -> None:

@@ -18,11 +18,28 @@ def matrix(rows: int, columns: int, decay: float) -> torch.Tensor:
     return left * sigma @ right.T
 
 
+def norm_of(whole: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(whole.double()))
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (500, 500), (192, 576)])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.6, 1.0, 2.0])
+@pytest.mark.parametrize("rank", [8, 32])
+def test_an_approximation_is_as_good_as_lapacks(shape: tuple[int, int], decay: float, rank: int) -> None:
+    """From bfloat16 if the processor multiplies that faster and the spectrum allows it."""
+    whole = matrix(*shape, decay)
+    best = np.linalg.svd(whole.double().numpy(), compute_uv=False)[rank:]
+    found = of_rank(whole, norm_of(whole), rank, "x")
+    rest = torch.linalg.vector_norm(whole.double() - found.left_OR.double() @ found.right_RI.double())
+    assert float(rest) <= np.linalg.norm(best) * (1 + 5e-4)
+    assert found.rest == pytest.approx(float(rest), rel=5e-6)
+
+
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 40), (700, 500)])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
 def test_the_rank_is_the_smallest_within_the_tolerance(shape: tuple[int, int], decay: float) -> None:
     whole = matrix(*shape, decay)
-    norm = float(torch.linalg.vector_norm(whole))
+    norm = norm_of(whole)
     sigma = np.linalg.svd(whole.double().numpy(), compute_uv=False)
     lost = np.sqrt((sigma[::-1] ** 2).cumsum())[::-1] / np.linalg.norm(sigma)
     for share in (0.9, 0.5, 0.1):
@@ -38,17 +55,18 @@ def test_the_rank_is_the_smallest_within_the_tolerance(shape: tuple[int, int], d
 def test_a_matrix_of_low_rank_is_found_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(300, 7, generator=generator) @ torch.randn(7, 400, generator=generator)
-    found = within(whole, float(torch.linalg.vector_norm(whole)), 1e-4, "x")
+    found = within(whole, norm_of(whole), 1e-4, "x")
     assert len(found.sigma_R) == 7
 
 
 def test_a_rank_above_the_matrix_own_is_its_own() -> None:
-    assert len(of_rank(matrix(30, 20, 0.5), 99, "x").sigma_R) == 20
+    whole = matrix(30, 20, 0.5)
+    assert len(of_rank(whole, norm_of(whole), 99, "x").sigma_R) == 20
 
 
 def test_a_truncation_has_the_error_that_is_measured() -> None:
     whole = matrix(300, 200, 0.5)
-    cut = of_rank(whole, 40, "x").truncated(10)
+    cut = of_rank(whole, norm_of(whole), 40, "x").truncated(10)
     rest = torch.linalg.vector_norm(whole.double() - cut.left_OR.double() @ cut.right_RI.double())
     assert cut.rest == pytest.approx(float(rest), rel=1e-4)
 

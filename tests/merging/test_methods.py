@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import RecipeError
-from svdconvert.merging.base import MERGES, MergeMethod, Settings
+from svdconvert.merging.base import MERGES, Blocks, MergeMethod, Settings
 from svdconvert.merging.rank_space import combine_products
 
 ROWS, COLUMNS = 40, 28
@@ -167,10 +167,11 @@ def test_every_parameter_changes_the_result(name: str) -> None:
             left, right = combine_products(method, products((4, 4, 4)), settings_of(method, 3, **given))
             return left @ right
         settings = settings_of(method, count, **given)
-        if method.changes is not None:
-            return method.changes([change.clone() for change in changes], settings)
-        assert method.weights is not None
-        return method.weights(changes, replace(settings, base=0 if name == "slerp" else None))
+        if method.weights is None:
+            return method.merged_change([change.clone() for change in changes], settings)
+        settings = replace(settings, base=0 if name == "slerp" else None)
+        (whole,) = method.weights(Blocks.of_matrices(changes), settings)
+        return whole
 
     common = {"density": [DENSITY] * len(changes)} if method.parameter("density") else {}
     if name == "low-rank":
