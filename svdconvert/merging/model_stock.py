@@ -32,14 +32,15 @@ def _products(changes: Sequence[Tensor]) -> Tensor:
 
 
 def _share(products: Tensor) -> Tensor:
-    """t of each row, (rows, 1)."""
+    """t of each row, (rows, 1); NaN, which no merge accepts, if a norm overflows float32."""
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     pairs = torch.triu_indices(count, count, offset=1)
     sizes = (norms[:, pairs[0]] * norms[:, pairs[1]]).clamp(min=_SMALL)
     cosine = (products[:, pairs[0], pairs[1]] / sizes).clamp(-1.0, 1.0).mean(dim=-1, keepdim=True)
     divisor = 1.0 + (count - 1) * cosine
-    return torch.where(divisor.abs() < _SMALL, 0.0, count * cosine / divisor)
+    share = torch.where(divisor.abs() < _SMALL, 0.0, count * cosine / divisor)
+    return torch.where(norms.isfinite().all(dim=-1, keepdim=True), share, torch.nan)
 
 
 def _scaled_mean(changes: Sequence[Tensor], share: Tensor) -> Tensor:
