@@ -122,12 +122,12 @@ def show_diff(found: "ModelDiff | AdapterDiff") -> None:
 def _show_models(found: "ModelDiff") -> None:
     listing(
         (
-            "role", "tensors", "changed", "moved", "|change| / |A|", "least cosine", "stable rank",
-            "effective rank", "rank for 90 %", "99 %",
+            "role", "changed", "moved", "relative change", "least cosine", "stable rank", "effective rank",
+            "rank for 90 %", "99 %",
         ),
         [
             (
-                row.role, row.tensors, row.changed, f"{row.moved:.1%}", _number(row.relative, ".2e"),
+                row.role, f"{row.changed} of {row.tensors}", f"{row.moved:.1%}", _number(row.relative, ".2e"),
                 _number(row.cosine, ".6f"), _number(row.stable_rank, ".1f"),
                 _number(row.effective_rank, ".1f"), _number(row.rank_90, ".1f"), _number(row.rank_99, ".1f"),
             )
