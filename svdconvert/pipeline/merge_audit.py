@@ -134,7 +134,7 @@ def audit_merge(merged: OpenModel, weights: MergeWeights, run: Run) -> BaseAudit
                     faults.append(f"{name} {fault}")
             elif fault := _other_fault(plan, found, name):
                 faults.append(f"{name} {fault}")
-            report(None, done, len(names), "tensors", name=name)
+            report("verify", done, len(names), "tensors", name=name)
     faults += _unexpected(plan, found)
     return BaseAudit(weights.model.snapshot.name, matrices, faults)
 
