@@ -196,7 +196,7 @@ class ErrorEstimate:
         """From the costs one block earlier and now, and the predicted gain of the next block.
 
         The step along the residuals realises this gain. Those of further blocks shrink at first by the ratio
-        to the last gain, and then more slowly: on trained and synthetic matrices their sum is 3 to 8 times
+        to the last gain, and then more slowly: on trained and synthetic matrices their sum is 3 to 9 times
         the ratio times the predicted gain, with a median of 4.7. For a large ratio it is at least that of a
         geometric series. `centre` is 2, or more for a spectrum that ends more slowly. `least_ratio` stands
         for a smaller ratio, if the last gain does not show how fast the gains shrink.
