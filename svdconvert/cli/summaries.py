@@ -96,7 +96,7 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     cells = [[plain(cell) for cell in row] for row in rows]
     if _table_width([columns, *cells]) > stdout.width:
         broken = [[_BREAKS.sub("\n", cell) for cell in row] for row in cells]
-        heads = [head.replace(" ", "\n") for head in columns]
+        heads = [_HEAD_BREAKS.sub("\n", head) for head in columns]
         if _table_width([heads, *broken]) > stdout.width:
             _show_stacked(columns, cells)
             return
@@ -111,6 +111,7 @@ def listing(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 _BREAKS = re.compile(r"(?<=,) | (?=\()|(?<=->) ")
+_HEAD_BREAKS = re.compile(r" (?!%)")
 _GAP = 2  # spaces between two columns
 
 
