@@ -12,7 +12,7 @@ from torch import Tensor
 from svdconvert.linalg.blocks import energy_outside
 from svdconvert.linalg.krylov import space_needed
 from svdconvert.linalg.solver import Solver
-from svdconvert.linalg.threads import multiplies_bfloat16
+from svdconvert.linalg.threads import fast_bfloat16
 from svdconvert.linalg.triplets import Triplets, project
 
 _TOL = 5e-4  # largest excess of the error over the optimum
@@ -46,7 +46,7 @@ def of_rank(matrix_OI: Tensor, norm: float, rank: int, name: str) -> Approximati
     `norm` is the matrix's Frobenius norm, and `name` seeds the random start. The error exceeds the optimum by
     at most 0.05 %.
     """
-    solver = Solver(name, tol=_TOL)
+    solver = Solver(name, tol=_TOL, measured=(matrix_OI, norm**2))
     rank = min(rank, *matrix_OI.shape)
     found = _from_bfloat16(matrix_OI, norm, rank, solver) or solver.top(matrix_OI, rank)
     root_R = found.sigma_R.sqrt()
@@ -65,12 +65,10 @@ def _from_bfloat16(matrix_OI: Tensor, norm: float, rank: int, solver: Solver) ->
     that. None if that is too much of what is outside, if the processor does not multiply bfloat16 faster, or
     if the matrix is so small that its full Gram matrix is decomposed.
     """
-    if matrix_OI.device.type != "cpu" or min(matrix_OI.shape) <= space_needed(rank):
+    device = matrix_OI.device.type
+    if device != "cpu" or not fast_bfloat16(device) or min(matrix_OI.shape) <= space_needed(rank):
         return None
-    low_OI = matrix_OI.bfloat16()
-    if not multiplies_bfloat16(low_OI):
-        return None
-    near = solver.top(low_OI, rank)
+    near = solver.top(matrix_OI.bfloat16(), rank)
     if not near.spectrum.energy < 1.0 - _COARSE:
         return None
     excess = near.spectrum.excess or 0.0

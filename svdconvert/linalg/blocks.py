@@ -16,6 +16,7 @@ from svdconvert.linalg.gemm import matmul_f32
 # Elements per block: 1.5 MB in float32. A block of 2 MB or more would be allocated in separate huge pages,
 # and the gaps between them make the heap grow during a run.
 _BLOCK = 3 << 17
+_WHOLE = 1 << 21  # elements of a float32 matrix that need no blocks: it stays in the last cache
 _PANEL = 2048  # columns
 _TINY = 1e-30
 _LOW_BLOCK = 1 << 21  # elements per block in bfloat16: 4 MB, which the second product finds in the cache
@@ -49,7 +50,10 @@ def _is_transposed(matrix_LS: Tensor) -> bool:
 
 
 def in_float32(matrix_LS: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows in float32); views if the matrix is float32 and its rows are contiguous."""
+    """(rows, these rows in float32); views if the matrix is float32 and small or its rows are contiguous."""
+    if matrix_LS.dtype == torch.float32 and matrix_LS.numel() <= _WHOLE:
+        yield slice(0, len(matrix_LS)), matrix_LS
+        return
     wide = _is_transposed(matrix_LS)
     for rows in row_blocks(matrix_LS):
         # Columns of the stored matrix are copied as they lie: each product would copy a view again.
@@ -82,10 +86,11 @@ def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
 
 def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
-    sum_SB = torch.zeros_like(thin_SB)
+    sum_BS = thin_SB.new_zeros(thin_SB.shape[1], thin_SB.shape[0])
     for _, part in in_float32(matrix_LS):
-        sum_SB += matmul_f32(part.T, matmul_f32(part, thin_SB))
-    return sum_SB
+        # Y^T W is up to 1.5 times as fast as W^T Y.
+        sum_BS += matmul_f32(matmul_f32(part, thin_SB).T.contiguous(), part)
+    return sum_BS.T
 
 
 def low_gram_times(low_LS: Tensor, thin_SB: Tensor) -> Tensor:

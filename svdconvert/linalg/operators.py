@@ -19,6 +19,7 @@ from svdconvert.linalg.orthonormal import orthonormal, svqb
 
 POWERS = 3
 _SMALL = 1 << 21  # elements
+_SHORT = 2048  # rows of a block
 _LOOSE = 3e-3  # for a larger tolerance, less work before the first look at the space is faster
 # Share of the energy that products in bfloat16 lose: about the mean square of one rounding, (2^-8)^2 / 6.
 # Measured on trained and synthetic matrices: 1.2e-6 to 2.4e-6, for any rank.
@@ -88,7 +89,11 @@ class Sweeps:
     total: float
     core: torch.dtype = torch.float64
     coarse: bool = False
-    basis: Callable[[Tensor], Tensor] = svqb
+
+    @property
+    def basis(self) -> Callable[[Tensor], Tensor]:
+        """Cholesky QR for short blocks: SVQB takes three times as long for them, and half for long ones."""
+        return orthonormal if self.weight_LS.shape[1] <= _SHORT else svqb
 
     def steps(self, rank: int, tol: float) -> Steps:
         """Narrow blocks."""
@@ -116,6 +121,11 @@ class LowSweeps(Sweeps):
 
     core: torch.dtype = torch.float32
     coarse: bool = True
+
+    @property
+    def basis(self) -> Callable[[Tensor], Tensor]:
+        """With Cholesky QR, what bfloat16 loses of a column would be in proportion to the largest one."""
+        return svqb
 
     def rounding_floor(self, ritz: Ritz) -> float:
         """What bfloat16 loses; everything, if the values are too close to each other for it."""

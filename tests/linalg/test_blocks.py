@@ -28,6 +28,7 @@ def matrix(dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
 @pytest.mark.parametrize("size", [1, 23, 24, 25, 7 * 24, 10**9])
 def test_blocks_cover_a_matrix_once_and_are_bounded(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", size)
+    monkeypatch.setattr(blocks, "_WHOLE", 0)
     slices = list(row_blocks(matrix(torch.float32)))
     assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(ROWS))
     assert all((rows.stop - rows.start) * COLUMNS <= max(size, COLUMNS) for rows in slices)
@@ -45,6 +46,7 @@ def test_products_by_blocks_are_those_of_the_entire_matrix(
     dtype: torch.dtype, transposed: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", size)
+    monkeypatch.setattr(blocks, "_WHOLE", 0)
     monkeypatch.setattr(blocks, "_LOW_BLOCK", size)
     given = matrix(dtype, transposed=transposed)
     kept, wide = given.clone(), given.double()
@@ -74,6 +76,7 @@ def test_a_float32_matrix_is_not_copied() -> None:
 def test_parts_of_a_wide_float32_matrix_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else every product with a part would begin with a transposed copy of it."""
     monkeypatch.setattr(blocks, "_BLOCK", 64)
+    monkeypatch.setattr(blocks, "_WHOLE", 0)
     stored = torch.randn(8, 40)
     parts = list(blocks.in_float32(stored.T))
     assert len(parts) > 1 and all(part.T.is_contiguous() for _, part in parts)

@@ -64,7 +64,7 @@ def test_trained_weights_of_bfloat16_numbers(
 ) -> None:
     weight, exact = matrix("trained", *shape), truth("trained", *shape)
     for units in (False, True):
-        monkeypatch.setattr(threads, "_fast_bfloat16", lambda device, units=units: units)
+        monkeypatch.setattr(threads, "fast_bfloat16", lambda device, units=units: units)
         found = fast(weight, 1e-3, seed)
         true = exact.bottom_excess(found)
         assert true < 1e-3 and well_formed(found, shape, RANK)
@@ -73,7 +73,7 @@ def test_trained_weights_of_bfloat16_numbers(
 
 
 def test_qr_replaces_a_gram_matrix_that_is_too_ill_conditioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(threads, "fast_bfloat16", lambda device: True)
     scale = torch.logspace(0, -4, 200)
     weight = (matrix("random", 400, 200) * scale).bfloat16().float()
     found = Solver("w").bottom(weight, RANK)
@@ -88,7 +88,7 @@ def test_qr_replaces_a_gram_matrix_that_is_too_ill_conditioned(monkeypatch: pyte
 def test_the_gram_matrix_gives_what_the_tolerance_asks_for(
     kind: str, tol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(threads, "fast_bfloat16", lambda device: True)
     rounded = Truth(matrix(kind, 900, 400).bfloat16().float())
     found = fast(rounded.weight, tol)
     true, excess = rounded.bottom_excess(found), found.spectrum.excess
@@ -136,7 +136,7 @@ def test_middle_and_random_slices_are_components_of_the_matrix(svd: str) -> None
 def test_products_run_in_bfloat16_only_if_no_other_thread_multiplies(
     alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(threads, "fast_bfloat16", lambda device: True)
     precisions: list[str] = []
 
     @contextmanager

@@ -26,7 +26,7 @@ def fast(weight: torch.Tensor, tol: float, seed: int = 1, rank: int = RANK) -> T
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor claims to multiply bfloat16 faster."""
-    monkeypatch.setattr(threads, "_fast_bfloat16", lambda device: request.param)
+    monkeypatch.setattr(threads, "fast_bfloat16", lambda device: request.param)
     return bool(request.param)
 
 
