@@ -27,6 +27,14 @@ def matmul_f32(left_MK: Tensor, right_KN: Tensor) -> Tensor:
     return _linear(left_MK, right_KN.T)
 
 
+def add_matmul_f32(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """Add left @ right to `sum_MN`; MKL does it while it multiplies."""
+    if _for_onednn(left_MK) and _for_onednn(right_KN):
+        sum_MN += matmul_f32(left_MK, right_KN)
+    else:
+        sum_MN.addmm_(left_MK, right_KN)
+
+
 def _linear(input_MK: Tensor, weight_NK: Tensor) -> Tensor:
     output: Tensor = torch.ops.mkldnn._linear_pointwise(input_MK, _dense(weight_NK), None, "none", [], "")
     return output
@@ -44,13 +52,20 @@ def _dense(weight_NK: Tensor) -> Tensor:
 
 def _for_onednn(matrix: Tensor) -> bool:
     return (
-        matrix.dtype == torch.float32 and matrix.device.type == "cpu" and matrix.numel() > 0 and _has_onednn()
+        matrix.dtype == torch.float32
+        and matrix.device.type == "cpu"
+        and matrix.numel() > 0
+        and _prefers_onednn()
     )
 
 
 @cache
+def _prefers_onednn() -> bool:
+    return _has_onednn() and not _is_intel()
+
+
 def _has_onednn() -> bool:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _is_intel():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
