@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdconvert.linalg.blocks import energy_of, in_float32, row_blocks, rows_of_a_block
 from svdconvert.linalg.factors import Factors
-from svdconvert.linalg.gemm import matmul_f32
+from svdconvert.linalg.gemm import add_matmul_f32, matmul_f32
 from svdconvert.linalg.rounding import stochastic
 
 _ENTRIES = 1 << 20  # that are measured at a time
@@ -24,16 +24,16 @@ def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dt
     """
     left, right = factors.folded()
     # Products of views that are stored column by column are twice as slow, and more with many columns.
-    left = (left * scale).contiguous()
+    left = (left * -scale).contiguous()
     right = right.contiguous()
     residual_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
 
     def rounded_off() -> Iterator[Tensor]:
         for rows, part in in_float32(weight_OI):
-            exact = part.sub_(matmul_f32(left[rows], right))
-            residual_OI[rows] = exact
+            add_matmul_f32(part, left[rows], right)
+            residual_OI[rows] = part
             if dtype != torch.float32:
-                yield exact.sub_(residual_OI[rows])
+                yield part.sub_(residual_OI[rows])
 
     return residual_OI, sqrt(energy_of(rounded_off()))
 
