@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from svdconvert.linalg.solver import Solver
@@ -13,16 +14,15 @@ from svdconvert.merging.sums import weighted_sum
 def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
     """lambda * sum_t w_t U_t S_t V_t^T with the `rank` largest triplets of each change.
 
-    A tensor that is no matrix keeps its whole change.
+    A tensor that is no matrix keeps its whole change. Overwrites the changes.
     """
     if changes[0].dim() != 2:
         return weighted_sum(changes, settings)
     rank = min(int(settings.number("rank")), *changes[0].shape)
-    kept = []
     for model, change in enumerate(changes):
         top = Solver(f"{model}:{settings.name}", seed=settings.seed).top(change, rank)
-        kept.append((top.left_OR * top.sigma_R) @ top.right_RI)
-    return weighted_sum(kept, settings)
+        torch.matmul(top.left_OR * top.sigma_R, top.right_RI, out=change)
+    return weighted_sum(changes, settings)
 
 
 METHOD = MergeMethod(

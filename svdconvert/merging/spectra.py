@@ -1,42 +1,76 @@
-"""Singular triplets of changes, without those that are zero up to rounding."""
+"""Singular triplets of changes, without those that are zero up to rounding.
 
-from collections.abc import Sequence
+L: the longer and S: the shorter side of a matrix, R: rank, K: columns.
+
+Changes of checkpoints are float32 and large: their right vectors come from the Gram matrix in float64, and
+the others are products with a few rows of the change at a time, which can take its place in memory.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from svdconvert.linalg.blocks import gram, row_blocks
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 """(left_OR, sigma_R, right_RI), descending."""
 
 
-def triplets(matrix_OI: Tensor, rank: int | None = None) -> Triplets:
-    """At most `rank` triplets of a matrix whose singular values are above rounding."""
+def triplets(matrix_OI: Tensor) -> Triplets:
+    """All triplets of a small matrix whose singular values are above rounding."""
     left, sigma, right = torch.linalg.svd(matrix_OI, full_matrices=False)
-    count = numerical_rank(sigma, max(matrix_OI.shape))
-    count = count if rank is None else min(count, rank)
+    count = _above(sigma, max(matrix_OI.shape) * torch.finfo(sigma.dtype).eps)
     return left[:, :count], sigma[:count], right[:count]
 
 
-def numerical_rank(sigma: Tensor, size: int) -> int:
-    """How many singular values, in descending order, are above the rounding of the largest."""
-    if not len(sigma):
-        return 0
-    return int((sigma > sigma[0] * size * torch.finfo(sigma.dtype).eps).sum())
+def right_vectors(matrix_LS: Tensor) -> tuple[Tensor, Tensor]:
+    """(sigma_R, right_SR) in float64, descending, of singular values that are above rounding; L >= S.
 
-
-def nearest_orthonormal(columns_OR: Tensor) -> Tensor:
-    """P Q^T of the SVD P D Q^T: the nearest matrix with orthonormal columns (Procrustes).
-
-    Directions in which the columns depend on each other, so that D is zero, are left out of the product.
+    A Gram matrix of float32 numbers in float64 shows singular values above about 1e-6 of the largest.
     """
-    left, _, right = triplets(columns_OR)
-    return left @ right
+    if matrix_LS.dtype == torch.float64:
+        _, sigma, right = triplets(matrix_LS)
+        return sigma, right.T
+    squares, right_SS = torch.linalg.eigh(gram(matrix_LS, torch.float64))
+    sigma = squares.flip(0).clamp_min(0.0).sqrt()
+    count = _above(sigma, _resolved(len(sigma)))
+    return sigma[:count], right_SS.flip(1)[:, :count]
 
 
-def joined(parts: Sequence[Triplets]) -> Triplets:
-    """The triplets of several matrices one after the other."""
-    return (
-        torch.cat([left for left, _, _ in parts], dim=1),
-        torch.cat([sigma for _, sigma, _ in parts]),
-        torch.cat([right for _, _, right in parts]),
-    )
+def multiply_rows_(matrix_LS: Tensor, turn_SK: Tensor) -> Tensor:
+    """matrix @ turn in the first K columns of the matrix itself: (L, K), with K <= S."""
+    turn_SK = turn_SK.to(matrix_LS.dtype)
+    for rows in row_blocks(matrix_LS):
+        matrix_LS[rows, : turn_SK.shape[1]] = matrix_LS[rows] @ turn_SK
+    return matrix_LS[:, : turn_SK.shape[1]]
+
+
+def joined_rows(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of matrices of the same length next to each other), a block at a time."""
+    for rows in row_blocks(parts[0]):
+        yield rows, torch.cat([part[rows] for part in parts], dim=1)
+
+
+def orthonormalising(gram_KK: Tensor) -> Tensor:
+    """C, (K, K), with X C the matrix of orthonormal columns that is nearest to X (Procrustes).
+
+    It is (X^T X)^(-1/2), of the Gram matrix in float64. Directions in which the columns of X depend on each
+    other are left out of X C.
+    """
+    squares, vectors_KK = torch.linalg.eigh(gram_KK)
+    sizes = squares.flip(0).clamp_min(0.0).sqrt()
+    count = _above(sizes, _resolved(len(sizes)))
+    kept_KR = vectors_KK.flip(1)[:, :count]
+    turn_KK: Tensor = (kept_KR / sizes[:count]) @ kept_KR.T
+    return turn_KK
+
+
+def _above(sigma: Tensor, share: float) -> int:
+    """How many singular values, in descending order, are above this share of the largest."""
+    return int((sigma > sigma[0] * share).sum()) if len(sigma) else 0
+
+
+def _resolved(size: int) -> float:
+    """The share of the largest singular value that is rounding in a Gram matrix of this size in float64."""
+    return float(3 * (size * torch.finfo(torch.float64).eps) ** 0.5)

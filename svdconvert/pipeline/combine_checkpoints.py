@@ -1,6 +1,6 @@
 """combine: several checkpoints are merged into one, one tensor of each in memory at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -172,7 +172,9 @@ def _merged_rows(
     else:
         assert method.changes is not None
         # Each tensor is freed once its change is there.
-        whole = [_change(parts_RC.pop(0).view(stored.shape), stored) for _ in range(len(parts_RC))]
+        whole = [
+            _whole_change(parts_RC.pop(0), base_RC, blocks).view(stored.shape) for _ in range(len(parts_RC))
+        ]
         total_RC = _rows_of(method.changes(whole, merged.settings))
         found = (total_RC[rows] for rows in blocks)
     for rows, change in zip(blocks, found, strict=True):
@@ -200,6 +202,14 @@ def _row_slices(tensor_RC: Tensor) -> list[slice]:
 def _change(tuned: Tensor, base: Tensor) -> Tensor:
     """tuned - base in float32, in memory of its own."""
     return tuned.to(torch.float32, copy=True).sub_(base.float())
+
+
+def _whole_change(tuned_RC: Tensor, base_RC: Tensor, blocks: Sequence[slice]) -> Tensor:
+    """`_change` of all rows."""
+    change_RC = torch.empty_like(base_RC, dtype=torch.float32)
+    for rows in blocks:
+        change_RC[rows] = _change(tuned_RC[rows], base_RC[rows])
+    return change_RC
 
 
 def _not_finite(plan: CheckpointPlan, merged: Merged) -> TargetError:

@@ -213,3 +213,55 @@ def test_weights_that_sum_to_zero_have_no_mean() -> None:
         merged("mean", products((2, 2)), weight=[1.0, -1.0])
     with pytest.raises(RecipeError, match="ranks 2, 3"):
         MERGES.get("peft-ties").rank([2, 3], (ROWS, COLUMNS))
+
+
+def float32_changes(shape: tuple[int, int], ranks: Sequence[int], seed: int = 3) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    return [
+        (torch.randn(rows, rank, generator=random) @ torch.randn(rank, columns, generator=random))
+        for rank in ranks
+    ]
+
+
+def nearest(columns: np.ndarray) -> np.ndarray:
+    """The nearest matrix of orthonormal columns, without the directions in which the columns depend."""
+    left, sigma, right = np.linalg.svd(columns, full_matrices=False)
+    count = int((sigma > 1e-5 * sigma[0]).sum())
+    return left[:, :count] @ right[:count]
+
+
+@pytest.mark.parametrize("shape", [(40, 28), (28, 40), (30, 30)])
+@pytest.mark.parametrize("ranks", [(28, 28, 28), (3, 5, 2), (28, 4, 28)])
+@pytest.mark.parametrize("same", [False, True])
+def test_spectral_methods_take_float32_changes_of_any_rank(
+    shape: tuple[int, int], ranks: tuple[int, int, int], *, same: bool
+) -> None:
+    """Also changes that span the same directions: no vector of rounding errors is made orthonormal."""
+    changes = float32_changes(shape, ranks)
+    if same:
+        changes[1] = changes[0].clone()
+    exact = [change.double().numpy() for change in changes]
+    kept = min(shape) // 3
+    parts = []
+    for change, rank in zip(exact, (ranks[0], ranks[0] if same else ranks[1], ranks[2]), strict=True):
+        parts.append(cut(change, min(kept, rank)))
+    left = nearest(np.concatenate([part[0] for part in parts], axis=1))
+    right = nearest(np.concatenate([part[2] for part in parts]).T)
+    sigma = np.concatenate([weight * part[1] for weight, part in zip(WEIGHTS, parts, strict=True)])
+    found = {
+        name: MERGES.get(name)
+        .merged_change(
+            [change.clone() for change in changes],
+            replace(settings_of(MERGES.get(name), weight=WEIGHTS), shape=shape),
+        )
+        .double()
+        .numpy()
+        for name in ("tsv", "iso-c")
+    }
+    expected = left @ np.diag(sigma) @ right.T
+    assert np.linalg.norm(found["tsv"] - expected) < 1e-4 * np.linalg.norm(expected)
+    u, s, v = np.linalg.svd(dense_sum(exact), full_matrices=False)
+    count = int((s > 1e-5 * s[0]).sum())
+    expected = s[:count].mean() * u[:, :count] @ v[:count]
+    assert np.linalg.norm(found["iso-c"] - expected) < 1e-4 * np.linalg.norm(expected)
