@@ -28,7 +28,9 @@ def merge(changes: Sequence[Tensor], settings: Settings) -> Tensor:
 def _merge_long(changes_LS: Sequence[Tensor], settings: Settings) -> Tensor:
     """`merge` of matrices with L >= S. The left vectors are stored in the changes, then the result is."""
     kept = max(1, min(settings.shape) // len(changes_LS))
-    lefts, rights, sizes = [], [], []
+    lefts = []
+    rights = []
+    sizes = []
     for change_LS, weight in zip(changes_LS, settings.numbers("weight"), strict=True):
         sigma, right_SR = (part[..., :kept] for part in right_vectors(change_LS))
         lefts.append(multiply_rows_(change_LS, right_SR / sigma))
