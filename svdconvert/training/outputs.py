@@ -115,7 +115,7 @@ class TrainedAdapter:
             head = head_config(network)
             start = replace(start, fully_trained={**start.fully_trained, **new_parameters})
         paths = start.network_paths()
-        replace_weights(network, start.residuals, start.matrices, paths)
+        replace_weights(network, start.residuals, start.matrices, paths, dtype)
         if options.packing:
             require_packing_support(network)
         inject_adapters(
@@ -284,7 +284,7 @@ class FineTunedModel:
         """
         layout = layout_of_weights(start.layout, start.weights)
         network = load_network(start.weights, layout, torch.float32, run)
-        densify(network)
+        densify(network, torch.float32)
         network.requires_grad_(True)
         source = open_quantised(start.weights) or open_checkpoint(start.weights)
         model = FineTunedModel(start, network, source, prompt_format)

@@ -2,7 +2,7 @@
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -203,12 +203,15 @@ def test_the_network_is_that_of_transformers_and_stays_quantised(file: Path) -> 
         assert torch.equal(network(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_it_is_trained_and_chatted_with(method: str, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "precision"), [("pissa", "fp32"), ("lora", "fp32"), ("pissa", "bf16")])
+def test_it_is_trained_and_chatted_with(
+    method: str, precision: Literal["fp32", "bf16"], file: Path, tmp_path: Path
+) -> None:
     """In memory, and from what decompose wrote, which has no residual with `lora`."""
     write_sums(tmp_path / "sums.jsonl")
     split = SplitOptions(rank=4, method=method)
-    options = TrainOptions(data=str(tmp_path / "sums.jsonl"), steps=1, batch_size=2, max_length=48, lr=1e-2)
+    data = str(tmp_path / "sums.jsonl")
+    options = TrainOptions(data=data, steps=1, batch_size=2, max_length=48, lr=1e-2, precision=precision)
     assert plan_train(file, options, RUN, split=split).steps == 1
     train(file, tmp_path / "trained", options, RUN, split=split)
     decompose(file, tmp_path / "out", split, RUN)

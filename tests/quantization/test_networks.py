@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -105,15 +106,22 @@ def test_generation_settings_of_the_directory_are_those_of_the_network(
     assert getattr(network, "generation_config").eos_token_id == [2, 7]  # noqa: B009 (of nn.Module)
 
 
-@pytest.mark.parametrize("kind", ["fp8-block", "int4", "nf4", "gptq"])
-def test_a_method_with_a_residual_trains_on_any_format(kind: str, original: Path, tmp_path: Path) -> None:
-    """The residual of a matrix takes the place of the quantised matrix."""
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("fp8-block", "fp32"), ("int4", "fp32"), ("nf4", "fp32"), ("gptq", "fp32"), ("int4", "bf16")],
+)
+def test_a_method_with_a_residual_trains_on_any_format(
+    kind: str, precision: Literal["fp32", "bf16"], original: Path, tmp_path: Path
+) -> None:
+    """The residual of a matrix takes the place of the quantised matrix, on any processor."""
     model = quantise(original, tmp_path / "model", kind)
     write_tokenizer(model)
     split = SplitOptions(rank=4, targets=("mlp.down",))
     start = open_training_start(str(model), split, None, RUN)
     assert isinstance(start, AdapterStart)
-    options = TrainOptions(data=str(original.parent / "sums.jsonl"), steps=1, batch_size=2, max_length=48)
+    options = TrainOptions(
+        data=str(original.parent / "sums.jsonl"), steps=1, batch_size=2, max_length=48, precision=precision
+    )
     estimate = plan_train(model, options, RUN, split=split)
     train(model, tmp_path / "trained", options, RUN, split=split)
     assert estimate.steps == read_manifest(tmp_path / "trained").options["steps"] == 1
@@ -127,10 +135,15 @@ def test_a_method_with_a_residual_trains_on_any_format(kind: str, original: Path
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
 
 
-def test_a_fine_tuned_model_is_plain(original: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fine_tuned_model_is_plain(
+    precision: Literal["fp32", "bf16"], original: Path, tmp_path: Path
+) -> None:
     model = quantise(original, tmp_path / "model", "fp8-channel")
     write_tokenizer(model)
-    options = TrainOptions(data=str(original.parent / "sums.jsonl"), steps=1, lr=1e-12, batch_size=2)
+    options = TrainOptions(
+        data=str(original.parent / "sums.jsonl"), steps=1, lr=1e-12, batch_size=2, precision=precision
+    )
     train(model, tmp_path / "full", options, RUN, split=SplitOptions(method="full"))
     assert "quantization_config" not in json.loads((tmp_path / "full" / "config.json").read_text())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype="auto")

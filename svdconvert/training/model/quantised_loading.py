@@ -123,18 +123,21 @@ def _part(name: str) -> str:
     return "state" if part.startswith("quant_state") else part or "codes"
 
 
-def densify(model: nn.Module) -> None:
-    """Replace quantised layers by plain ones with the decoded weights, to train these."""
+def densify(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace quantised layers by plain ones with the decoded weights in `dtype`, to train these."""
     for path, _ in list(model.named_modules()):
-        densify_layer(model, path)
+        densify_layer(model, path, dtype)
 
 
-def densify_layer(model: nn.Module, path: str) -> None:
-    """Replace the layer at `path` by a plain one with the decoded weight, if it is quantised."""
+def densify_layer(model: nn.Module, path: str, dtype: torch.dtype | None) -> None:
+    """Replace the layer at `path` by a plain one with the decoded weight, if it is quantised.
+
+    Without `dtype` the weight has the dtype that it is read in.
+    """
     layer = model.get_submodule(path)
     if isinstance(layer, QuantisedLinear):
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        plain.weight = nn.Parameter(layer.weight)
+        plain.weight = nn.Parameter(layer.weight if dtype is None else layer.decoded(dtype))
         plain.bias = layer.bias
         model.set_submodule(path, plain)
 

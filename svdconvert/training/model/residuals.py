@@ -17,12 +17,13 @@ def replace_weights(
     residuals: Mapping[str, Tensor | QuantisedWeight],
     matrices: Mapping[str, Matrix],
     paths: Mapping[str, str],
+    dtype: torch.dtype | None,
 ) -> None:
     """Copy `residuals`, by the names of their tensors, into the network; the dtype of each weight stays.
 
     `matrices` says where each one belongs, and `paths` has the path in the network of each module. A layer
     whose residual is quantised is replaced by one that keeps it so; a quantised one whose residual is not, by
-    a plain one.
+    a plain one in `dtype`, that of the other weights, or as it is read if that is None.
     """
     for name, stored in residuals.items():
         matrix = matrices[name]
@@ -32,7 +33,7 @@ def replace_weights(
         place = matrix.place
         has_module = place is None or place.expert is None
         path = paths[matrix.module] if has_module else place.module if place else ""
-        densify_layer(model, path)
+        densify_layer(model, path, dtype)
         module = model.get_submodule(path)
         weight = module.get_parameter("weight" if has_module or place is None else place.name).detach()
         target = weight if place is None or place.expert is None else weight[place.expert]

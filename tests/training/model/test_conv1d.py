@@ -39,7 +39,7 @@ def test_residuals_are_written_transposed_into_a_conv1d() -> None:
     matrix = Matrix(
         module="conv", role="mlp.conv", place=place, shape=(5, 3), dtype="F32", rank=1, scale=1.0, error=0.0
     )
-    replace_weights(network, {"conv.weight": stored_IO}, {"conv.weight": matrix}, {"conv": "conv"})
+    replace_weights(network, {"conv.weight": stored_IO}, {"conv.weight": matrix}, {"conv": "conv"}, None)
     assert torch.equal(network["conv"].weight, stored_IO)
 
 

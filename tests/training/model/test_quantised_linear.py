@@ -106,9 +106,22 @@ def test_a_loaded_network_holds_no_dense_copy(tmp_path: Path, double: bool) -> N
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         before = network(input_ids=ids).logits
-        densify(network)
+        densify(network, torch.bfloat16)
         after = network(input_ids=ids).logits
     assert torch.equal(before, after)
+
+
+def test_weights_that_are_trained_have_the_dtype_of_training(tmp_path: Path) -> None:
+    decompose(wide_llama(tmp_path / "base"), tmp_path / "out", SplitOptions(rank=8, residual_format="nf4"))
+    network = load_network(tmp_path / "out", LAYOUTS.get("llama"), torch.float32)
+    decoded = {
+        path: layer.weight for path, layer in network.named_modules() if isinstance(layer, QuantisedLinear)
+    }
+    densify(network, torch.float32)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    for path, weight in decoded.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(network.get_parameter(f"{path}.weight"), weight.float())
 
 
 @pytest.mark.slow
