@@ -159,6 +159,19 @@ class Session:
         """Type."""
         os.write(self._leader, text.encode())
 
+    def interrupt(self, words: str) -> None:
+        """Press Ctrl-C at a prompt, until `words` have appeared.
+
+        One that comes after the prompt is shown and before Python reads waits for the next key.
+        """
+        for _ in range(20):
+            self.send("\x03")
+            while select.select([self._leader], [], [], 3)[0]:
+                self._more()
+                if words in self.all[self._seen :]:
+                    return self.wait_for(words)
+        raise AssertionError(f"no Ctrl-C brought {words!r} after {self.all[self._seen :]!r}")
+
     def ended(self) -> int:
         """The exit status, when the command has ended."""
         while chunk := _read(self._leader):

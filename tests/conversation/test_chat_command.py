@@ -154,9 +154,8 @@ def test_a_conversation_on_a_terminal(here: Path, tmp_path: Path) -> None:
         session.wait_for("there is no /nonsense")
         session.send("/reset\n")
         session.wait_for("forgotten")
-        session.wait_for("\n> ")  # a signal just before the program reads would wait for the next line
-        session.send("\x03")
-        session.wait_for("type /exit or press Ctrl-D to leave")
+        session.wait_for("\n> ")
+        session.interrupt("type /exit or press Ctrl-D to leave")
         session.send("/exit\n")
         assert session.ended() == 0
     answer = session.all.partition("hello\n")[2].partition("^C")[0]
