@@ -58,9 +58,9 @@ test: install
 sweep: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m sweep
 
-# test-processors: run the tests of the linear algebra with other processors' instructions
+# test-processors: run the tests of the linear algebra with other processors' instructions; SETTINGS=sample: some
 test-processors: install
-	PYTHON=$(BIN)/python .ci/test-processors
+	PYTHON=$(BIN)/python .ci/test-processors $(SETTINGS)
 
 # test-oldest: run the sample of model families with the lowest version of transformers that is allowed
 test-oldest: install

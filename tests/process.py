@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROGRAM = [sys.executable, "-m", "svdconvert"]
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("SVDCONVERT_KILLS", "3"))
+KILLS = int(os.environ.get("SVDCONVERT_KILLS", "2"))
 """Kills of each writing command; `make soak` wants more."""
 
 

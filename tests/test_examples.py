@@ -78,6 +78,7 @@ def test_the_notebook_was_committed_after_a_complete_run() -> None:
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.processes
+@pytest.mark.sweep
 def test_the_notebook_runs_and_shows_what_was_committed(smollm2: Path) -> None:
     notebook = RECORD["executed"](smollm2)
     assert shapes([cell for cell in notebook.cells if cell.cell_type == "code"]) == shapes(cells())

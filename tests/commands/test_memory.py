@@ -23,7 +23,7 @@ IMPORT = [
     "import svdconvert.cli.app; from svdconvert.commands import decompose, merge, verify",
 ]
 COMMANDS = ("decompose", "exact", "merge", "verify", "to-lora")
-LONG = ("exact", "verify", "to-lora")
+LONG = ("exact", "merge", "verify", "to-lora")
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 

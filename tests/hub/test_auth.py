@@ -107,9 +107,10 @@ def test_a_hub_that_repeats_the_token_does_not_bring_it_into_a_message(
     alice.succeeds("decompose", checkpoint("llama"), "-o", made, "--rank", 2)
     hub.create("alice/base", made)
     program = """
-import traceback
+import time, traceback
 from svdconvert.errors import SvdConvertError
 from svdconvert.hub import errors
+time.sleep = lambda seconds: None
 from svdconvert.hub.download import fetch
 from svdconvert.publish.upload import Destination, upload
 errors._PAUSES = ()
