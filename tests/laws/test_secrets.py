@@ -108,7 +108,7 @@ def keep_secret(hub: Hub, alice: Visitor, ended: list[tuple[list[str], int, str]
 
 
 def all_answers() -> Iterator[Any]:
-    """Every answer with every source of the token; always each answer and each source, the others in sweep."""
+    """Every answer with every source of the token; those that repeat both are left to sweep."""
     sources = ["environment", ".env", "login"]
     for number, answer in enumerate(ANSWERS):
         for place, source in enumerate(sources):
