@@ -248,6 +248,7 @@ def test_a_killed_program_loses_one_batch_at_most(many: Path, tmp_path: Path) ->
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_ranks_share_the_batches_and_write_the_bytes_of_one(many: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "svdconvert"]
     finish(start(*command(many, tmp_path / "two"), program=launcher))

@@ -24,6 +24,7 @@ from tests.visitor import TOKEN
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 NAME = "alice/out"
+OFTEN = ("full disk", "kill before")  # the kinds that make test injects; make sweep and make soak inject all
 FEW = ["--rank", 2, "--targets", "attn.q", "--threads", 1]
 COMMANDS: dict[str, list[object]] = {
     "push": ["push", "{local}", NAME],
@@ -100,7 +101,9 @@ def undisturbed(stage: Stage, request: pytest.FixtureRequest) -> tuple[str, Outc
     return request.param, done, stage.results()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in OFTEN else [pytest.mark.sweep]) for kind in KINDS]
+)
 def test_a_fault_leaves_the_repository_as_it_was_or_complete(
     stage: Stage,
     undisturbed: tuple[str, Outcome, dict[str, str]],

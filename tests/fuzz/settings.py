@@ -264,6 +264,6 @@ TARGETS = {
     ),
     "reply": Target(_read_reply, share=15, seeds=[json.dumps(_RANGE).encode(), json.dumps(_BUSY).encode()]),
     "model-info": Target(_read_model_info, share=10, seeds=[json.dumps(_INFO).encode()]),
-    "card": Target(_read_card, change_text(_YAML), share=10, seeds=[_CARD]),
+    "card": Target(_read_card, change_text(_YAML), share=4, seeds=[_CARD]),
     "metrics": Target(_read_metrics, change_lines, share=15, seeds=[_METRICS]),
 }

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -107,13 +106,14 @@ def keep_secret(hub: Hub, alice: Visitor, ended: list[tuple[list[str], int, str]
     assert {seen.token for seen in hub.seen if seen.host == "localhost"} <= {None}
 
 
-def all_answers() -> Iterator[Any]:
+def all_answers() -> list[Any]:
     """Every answer with every source of the token; those that repeat both are left to sweep."""
     sources = ["environment", ".env", "login"]
-    for number, answer in enumerate(ANSWERS):
-        for place, source in enumerate(sources):
-            marks = [] if place == number % len(sources) else [pytest.mark.sweep]
-            yield pytest.param(answer, source, marks=marks)
+    return [
+        pytest.param(answer, source, marks=[] if place == number % len(sources) else [pytest.mark.sweep])
+        for number, answer in enumerate(ANSWERS)
+        for place, source in enumerate(sources)
+    ]
 
 
 @pytest.mark.parametrize(("answer", "source"), all_answers())

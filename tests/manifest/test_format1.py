@@ -224,6 +224,7 @@ def test_an_overwritten_directory_may_be_of_format_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.sweep
 def test_push_writes_a_card_for_each(hub: Hub, alice: Visitor) -> None:
     hub.create("org/base", BASE)
     for name in ("decomposed", "trained", "merged", "full", "lora-truncated"):
