@@ -86,6 +86,11 @@ def _transposed_times(stored_SL: Tensor, thin_SB: Tensor) -> Tensor:
 
 def gram_times(matrix_LS: Tensor, thin_SB: Tensor) -> Tensor:
     """W^T W X in float32, (S, B): both products while a block of rows is in the cache."""
+    if _is_transposed(matrix_LS):
+        sum_SB = torch.zeros_like(thin_SB)
+        for _, part in in_float32(matrix_LS):
+            add_matmul_f32(sum_SB, part.T, matmul_f32(part, thin_SB))
+        return sum_SB
     sum_BS = thin_SB.new_zeros(thin_SB.shape[1], thin_SB.shape[0])
     for _, part in in_float32(matrix_LS):
         # Y^T W is up to 1.5 times as fast as W^T Y.
