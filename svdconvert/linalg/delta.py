@@ -20,7 +20,7 @@ Product = tuple[Tensor, Tensor]
 def residual_(weight_OI: Tensor, factors: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """(weight - scale * B A in float32, rounded once to `dtype`; Frobenius norm of the rounding errors).
 
-    Overwrites the weight if the dtype is the same.
+    Overwrites the weight if the dtype is the same, or if it is float32.
     """
     left, right = factors.folded()
     # Products of views that are stored column by column are twice as slow, and more with many columns.

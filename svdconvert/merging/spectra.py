@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.blocks import gram, row_blocks
+from svdconvert.linalg.blocks import gram, row_blocks, rows_at_once
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 """(left_OR, sigma_R, right_RI), descending."""
@@ -48,7 +48,9 @@ def multiply_rows_(matrix_LS: Tensor, turn_SK: Tensor) -> Tensor:
 
 def joined_rows(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """(rows, these rows of matrices of the same length next to each other), a block at a time."""
-    for rows in row_blocks(parts[0]):
+    count = len(parts[0])
+    step = rows_at_once(count, sum(part.shape[1] for part in parts))
+    for rows in (slice(start, start + step) for start in range(0, count, step)):
         yield rows, torch.cat([part[rows] for part in parts], dim=1)
 
 

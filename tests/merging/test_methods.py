@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import RecipeError
+from svdconvert.linalg import blocks
 from svdconvert.merging.base import MERGES, Blocks, MergeMethod, Settings
 from svdconvert.merging.rank_space import combine_products
 
@@ -232,12 +233,19 @@ def nearest(columns: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(40, 28), (28, 40), (30, 30)])
-@pytest.mark.parametrize("ranks", [(28, 28, 28), (3, 5, 2), (28, 4, 28)])
+@pytest.mark.parametrize("ranks", [(28, 28, 28), (3, 5, 2), (28, 4, 28), (0, 5, 28)])
 @pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("block", [100, 10**6])
 def test_spectral_methods_take_float32_changes_of_any_rank(
-    shape: tuple[int, int], ranks: tuple[int, int, int], *, same: bool
+    shape: tuple[int, int],
+    ranks: tuple[int, int, int],
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    same: bool,
 ) -> None:
     """Also changes that span the same directions: no vector of rounding errors is made orthonormal."""
+    monkeypatch.setattr(blocks, "_BLOCK", block)
     changes = float32_changes(shape, ranks)
     if same:
         changes[1] = changes[0].clone()
